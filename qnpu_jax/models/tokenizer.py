@@ -1,0 +1,239 @@
+"""Text to token ids and back, and chats through the model's own template.
+
+One backend, the `tokenizers` library, whatever the source: a Hugging Face folder gives
+tokenizer.json, a GGUF file the pieces to rebuild it (`gguf_tokenizer.py`). `save` writes a folder
+that Hugging Face reads as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from qnpu_jax.config import UserError
+from qnpu_jax.models.chat import render_chat
+
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model's tokenizer.
+
+    Attributes:
+      backend: matches special tokens in text, as rendered chats need.
+      plain: the same, but special tokens in text are text.
+      bos_id: the token a text begins with, if the model has one.
+      eos_ids: tokens that end a text or a turn; the first is the one templates call eos_token.
+      chat_template: Jinja source, None for base models.
+      vocab_size: one more than the largest id; a model's embedding may be padded beyond it.
+      source: name for messages.
+    """
+
+    backend: tokenizers.Tokenizer
+    plain: tokenizers.Tokenizer
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    chat_template: str | None
+    vocab_size: int
+    source: str
+
+    @staticmethod
+    def build(
+        backend: tokenizers.Tokenizer,
+        bos_ids: Sequence[Any],
+        eos_ids: Sequence[Any],
+        chat_template: str | None,
+        source: str,
+    ) -> Tokenizer:
+        """A tokenizer from its parts, as files give them.
+
+        Args:
+          bos_ids: what the files say BOS is, most trusted first; None where they say nothing.
+          eos_ids: likewise; all of them count.
+
+        Raises:
+          UserError: a special id is no integer or lies outside the vocabulary.
+        """
+        # Files saved after training may carry both; a text must come back whole.
+        backend.no_truncation()
+        backend.no_padding()
+        plain = tokenizers.Tokenizer.from_str(backend.to_str())
+        plain.encode_special_tokens = True
+        size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        known_bos = [i for i in bos_ids if i is not None][:1]
+        known_eos = [i for n, i in enumerate(eos_ids) if i is not None and i not in eos_ids[:n]]
+        for token_id in known_bos + known_eos:
+            _check_id(token_id, size, "special token", source)
+        bos_id = known_bos[0] if known_bos else None
+        return Tokenizer(backend, plain, bos_id, tuple(known_eos), chat_template, size, source)
+
+    @staticmethod
+    def load(folder: str | Path) -> Tokenizer:
+        """From a folder of Hugging Face tokenizer files, or one that `save` wrote.
+
+        Raises:
+          UserError: tokenizer.json is missing or a file in the folder is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / TOKENIZER).is_file():
+            raise UserError(
+                f"{folder.name}: {TOKENIZER} is missing; expected it in the model's folder; copy it"
+                " there, or make it from older files with transformers:"
+                " AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+        backend = _parse(folder / TOKENIZER)
+        config = read_json(folder / CONFIG)
+        # generation_config.json overrides what config.json says of the same keys.
+        model = {**read_json(folder / "config.json"), **read_json(folder / GENERATION)}
+        bos = _special(config, "bos_token", backend, folder.name)
+        eos = _special(config, "eos_token", backend, folder.name)
+        others = model.get("eos_token_id")
+        return Tokenizer.build(
+            backend,
+            [bos, model.get("bos_token_id")],
+            [eos, *(others if isinstance(others, list) else [others])],
+            _template(folder, config),
+            folder.name,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json, its two configuration files and the chat template.
+
+        `Tokenizer.load(folder)` gives the tokenizer back, and so does transformers' AutoTokenizer.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TOKENIZER).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_tokens()}
+        # Without this key transformers may remove spaces before punctuation on decode.
+        _write_json(folder / CONFIG, {**config, "clean_up_tokenization_spaces": False})
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids)}
+        _write_json(folder / GENERATION, ids)
+        if self.chat_template is None:
+            (folder / TEMPLATE).unlink(missing_ok=True)  # one that an earlier save left
+        else:
+            (folder / TEMPLATE).write_text(self.chat_template, encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text: no BOS or EOS added, and "<|im_end|>" in it is only text."""
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Text of token ids; bytes that are no UTF-8 give U+FFFD.
+
+        Raises:
+          UserError: an id outside the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        for token_id in {min(ids), max(ids)} if ids else ():
+            _check_id(token_id, self.vocab_size, "token", self.source)
+        return self.backend.decode(ids, skip_special_tokens=skip_special)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a chat, up to where the assistant's answer begins.
+
+        Args:
+          messages: {"role": "system" | "user" | "assistant", "content": text}, in order.
+
+        Raises:
+          UserError: the model has no chat template, or its template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise UserError(
+                f"{self.source}: no chat template; expected {TEMPLATE}, or chat_template in"
+                f" {CONFIG}; use an instruct model, or plain text"
+            )
+        text = render_chat(self.chat_template, messages, self._special_tokens(), self.source)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def _special_tokens(self) -> dict[str, str]:
+        ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
+        named = {k: self.backend.id_to_token(i) for k, i in ids.items() if i is not None}
+        return {k: token for k, token in named.items() if token is not None}
+
+
+def _check_id(token_id: Any, size: int, what: str, source: str) -> None:
+    if not isinstance(token_id, int) or not 0 <= token_id < size:
+        raise UserError(
+            f"{source}: {what} id {token_id!r} is outside the vocabulary; expected 0 to {size - 1};"
+            " take ids and tokenizer of the same model"
+        )
+
+
+def _parse(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(_read_text(path))
+    except UserError:
+        raise
+    except Exception as error:  # the Rust library raises bare Exception
+        raise UserError(
+            f"{path.name}: not a valid tokenizer ({error}); download it again"
+        ) from None
+
+
+def _special(
+    config: Mapping[str, Any], key: str, backend: tokenizers.Tokenizer, source: str
+) -> int | None:
+    """The id of a token that tokenizer_config.json names: a string or {"content": string}."""
+    token = config.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is None:
+        return None
+    if (token_id := backend.token_to_id(str(text))) is None:
+        raise UserError(
+            f"{source}: {key} in {CONFIG} is {text!r}, which {TOKENIZER} lacks; expected a token of"
+            " the vocabulary; take both files of the same model"
+        )
+    return token_id
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template: a file, or in the configuration, alone or in a list of named ones."""
+    if (folder / TEMPLATE).is_file():
+        return _read_text(folder / TEMPLATE)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one when there is no such file.
+
+    Raises:
+      UserError: no valid JSON, or no object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(_read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path.name}: not valid JSON ({error}); download it again") from None
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path.name}: expected a JSON object, got {type(data).__name__}; download it again"
+        )
+    return data
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path.name}: cannot be read as UTF-8 text ({error}); download it again"
+        ) from None
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,118 @@
+"""Attention sinks taken out of the graph: outlier tokens become a constant prefix of keys and values.
+
+The first token of a sequence (and a few special ones) grows activations hundreds of times larger than all others,
+which no static scale can hold. Their K and V are computed once in float and stored as constants; every later token
+attends to them and grows no sink of its own (PrefixQuant, arXiv 2410.05265).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from qnpu_jax.calibrate import passes
+from qnpu_jax.config import UserError
+from qnpu_jax.decoder import decoder
+from qnpu_jax.config import BitPlan, ModelConfig
+from qnpu_jax.evaluate import Params, shared_inputs
+
+OUTLIER_RATIO = 64.0
+"""A token is an outlier where its largest activation exceeds this multiple of the median token's."""
+CANDIDATES = 4
+"""How many outlier tokens are tried for each place of the prefix."""
+WATCHED = ("mlp.act", "mlp.residual")
+"""Where massive activations are born (input of down) and where they live (the residual stream)."""
+
+
+@dataclass(frozen=True)
+class PrefixReport:
+    """The chosen prefix and the largest ratio of a token's peak to the median, per layer, before and after."""
+
+    tokens: tuple[int, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    peak_before: float
+    peak_after: float
+
+
+def find_prefix(
+    config: ModelConfig, plan: BitPlan, params: Params, windows: np.ndarray, bos: int | None, longest: int
+) -> tuple[Params, PrefixReport]:
+    """Chooses a prefix, and returns the parameters with its K/V in them.
+
+    Greedy: BOS first, then whichever of the most frequent outlier tokens lowers the worst ratio most, until no token
+    exceeds OUTLIER_RATIO times the median at any layer.
+
+    Args:
+      windows: (N, T) ids of ordinary text, without BOS.
+      bos: the id a sequence starts with, None where the model has none.
+      longest: at most this many tokens.
+
+    Raises:
+      UserError: `longest` tokens do not suffice.
+    """
+    tokens: tuple[int, ...] = ()
+    best = before = _outliers(config, plan, params, windows)
+    while best.ratio.max() > OUTLIER_RATIO and len(tokens) < longest:
+        first = not tokens and bos is not None
+        candidates = [bos] if first else best.tokens[:CANDIDATES]
+        trials = []
+        for candidate in candidates:
+            longer = (*tokens, int(candidate))
+            with_prefix = add_prefix(config, plan, params, longer)
+            found = _outliers(config, plan, with_prefix, windows, len(longer))
+            trials.append((found.ratio.max(), longer, found, with_prefix))
+        _, tokens, best, params = min(trials, key=lambda t: t[0])
+    if (worst := best.ratio.max()) > OUTLIER_RATIO:
+        raise UserError(
+            f"prefix {list(tokens)}: layer {int(best.ratio.argmax())} still has a token {worst:.0f} times the"
+            f" median; expected at most {OUTLIER_RATIO:.0f}; raise max_prefix in the recipe or set prefix to none"
+        )
+    ratios = (tuple(float(r) for r in o.ratio) for o in (before, best))
+    return params, PrefixReport(tokens, *ratios, before.peak, best.peak)
+
+
+@dataclass(frozen=True)
+class _Outliers:
+    """Largest token peak over the median one per layer (L,), the largest residual, and the ids of outlier tokens,
+    most frequent first."""
+
+    ratio: np.ndarray
+    peak: float
+    tokens: list[int]
+
+
+def _outliers(
+    config: ModelConfig, plan: BitPlan, params: Params, windows: np.ndarray, prefix: int = 0
+) -> _Outliers:
+    dec = decoder(config, plan, windows.shape[1], prefix)
+    ids = jnp.asarray(windows, jnp.int32)
+    ratios = np.zeros(config.num_layers)
+    peak = 0.0
+    found: Counter[int] = Counter()
+    for graph, layer, env in passes(dec, params, ids, shared_inputs(dec)):
+        if graph is not dec.layer:
+            continue
+        peak = max(peak, float(jnp.abs(env["mlp.residual"]).max()))
+        for name in WATCHED:
+            largest = np.asarray(jnp.abs(env[name]).max(axis=-1))
+            ratio = largest / np.median(largest)
+            ratios[layer] = max(ratios[layer], ratio.max())
+            found.update(windows[ratio > OUTLIER_RATIO].tolist())
+    return _Outliers(ratios, peak, [token for token, _ in found.most_common()])
+
+
+def add_prefix(config: ModelConfig, plan: BitPlan, params: Params, tokens: tuple[int, ...]) -> Params:
+    """The parameters with `layers.attn.prefix_{k,v}` (L, N, P, K): K after RoPE and V of the prefix, in float."""
+    params = {k: v for k, v in params.items() if ".prefix_" not in k}
+    dec = decoder(config, plan, len(tokens))
+    ids = jnp.asarray(tokens, jnp.int32)[None]
+    rows: dict[str, list[np.ndarray]] = {"k": [], "v": []}
+    for graph, _, env in passes(dec, params, ids, shared_inputs(dec)):
+        if graph is dec.layer:
+            for letter, stack in rows.items():
+                stack.append(np.asarray(env[f"attn.{letter}_rows"][0]))
+    return {**params, **{f"layers.attn.prefix_{x}": np.stack(stack) for x, stack in rows.items()}}

@@ -1,0 +1,232 @@
+"""Integer primitives of the kernels, each as its reference defines it.
+
+They are written with operators only, so one definition serves NumPy arrays (tables made on the
+host) and JAX arrays (traced kernels). Shifts and multipliers are arrays, never Python numbers: one
+compiled kernel serves many layers.
+
+Products of two int32 need int64. In JAX that exists only inside `with jax.enable_x64():`, which the
+caller opens around tracing and running; without it these functions raise instead of losing bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Codes: TypeAlias = Any
+"""An integer array or scalar of NumPy or JAX (`round_half_away`: of floats); results are of the
+library of the arguments. A union would be no help: JAX and NumPy type their operators differently.
+"""
+
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+
+
+def wide(x: Codes) -> Codes:
+    """x as int64.
+
+    Raises:
+      RuntimeError: JAX runs without 64-bit types.
+    """
+    y = x.astype(np.int64)
+    if y.dtype != np.int64:
+        raise RuntimeError(
+            "the simulator needs 64-bit integers; trace and run it inside `with jax.enable_x64():`"
+        )
+    return y
+
+
+def quantize_multiplier(real: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """(M, s) with real = M 2^(s - 31): M in [2^30, 2^31), rounded half away from zero.
+
+    Args:
+      real: float64 >= 0, any shape. Below 2^-32 the result is (0, 0).
+
+    Returns:
+      int32 multiplier and int32 shift, of the shape of `real`; a positive shift is to the left.
+
+    Reference: LiteRT tflite/kernels/internal/quantization_util.cc, `QuantizeMultiplier`.
+    """
+    fraction, shift = np.frexp(np.asarray(real, np.float64))
+    # Exact: a float64 in [2^30, 2^31) plus one half still fits 53 bits.
+    multiplier = np.floor(fraction * 2.0**31 + 0.5).astype(np.int64)
+    carried = multiplier == 2**31
+    multiplier = np.where(carried, 2**30, multiplier)
+    shift = np.where(carried, shift + 1, shift)
+    flushed = (shift < -31) | (multiplier == 0)
+    return np.where(flushed, 0, multiplier).astype(np.int32), np.where(flushed, 0, shift).astype(
+        np.int32
+    )
+
+
+def srdhm(a: Codes, b: Codes) -> Codes:
+    """Saturating rounding doubling high multiply: round(a b / 2^31), ties upwards.
+
+    The reference adds a nudge and truncates; that is a floor of (ab + 2^30) / 2^31, which is one
+    shift.
+
+    Args:
+      a, b: int32, broadcasting; (-2^31)^2 alone saturates, to 2^31 - 1.
+
+    Returns:
+      int32.
+
+    Reference: gemmlowp fixedpoint/fixedpoint.h, `SaturatingRoundingDoublingHighMul`.
+    """
+    high = (wide(a) * wide(b) + np.int64(2**30)) >> np.int64(31)
+    return (high - (high == np.int64(2**31)).astype(np.int64)).astype(np.int32)
+
+
+def rounding_divide_by_pot(x: Codes, exponent: Codes) -> Codes:
+    """x / 2^exponent, rounded half away from zero.
+
+    Args:
+      x: int32.
+      exponent: int32 in [0, 31], broadcasting.
+
+    Returns:
+      int32.
+
+    Reference: gemmlowp fixedpoint/fixedpoint.h, `RoundingDivideByPOT`.
+    """
+    mask = ~(np.int32(-1) << exponent)
+    threshold = (mask >> np.int32(1)) + (x < np.int32(0)).astype(np.int32)
+    return (x >> exponent) + ((x & mask) > threshold).astype(np.int32)
+
+
+def multiply_by_quantized_multiplier(x: Codes, multiplier: Codes, shift: Codes) -> Codes:
+    """MBQM: x M 2^(shift - 31), rounded twice (high multiply, then division by a power of two).
+
+    Args:
+      x: int32; x 2^max(shift, 0) wraps at 32 bits as the kernel's does.
+      multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
+      shift: int32 in [-31, 31].
+
+    Returns:
+      int32.
+
+    Reference: LiteRT tflite/kernels/internal/common.h, `MultiplyByQuantizedMultiplier` (int32,
+    TFLITE_SINGLE_ROUNDING=0).
+    """
+    zero = np.int32(0)
+    left = shift * (shift > zero).astype(np.int32)
+    return rounding_divide_by_pot(srdhm(x << left, multiplier), left - shift)
+
+
+def multiply_by_quantized_multiplier_64(x: Codes, multiplier: Codes, shift: Codes) -> Codes:
+    """MBQM64: floor(x m 2^(shift - 15) + 1/2) with m = M rounded to 15 bits.
+
+    Args:
+      x: int64, |x| < 2^47.
+      multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
+      shift: int32 in [-31, 7].
+
+    Returns:
+      int32; a larger result wraps, as the reference's cast does.
+
+    Reference: LiteRT tflite/kernels/internal/common.h, `MultiplyByQuantizedMultiplier` (int64).
+    """
+    reduced = (wide(multiplier) + np.int64(2**15)) >> np.int64(16)
+    reduced = reduced - (
+        reduced >> np.int64(15)
+    )  # 2^15 becomes 2^15 - 1; everything else is below it
+    total = np.int64(15) - wide(shift)
+    half = np.int64(1) << (total - np.int64(1))
+    return ((wide(x) * reduced + half) >> total).astype(np.int32)
+
+
+def multiply_by_quantized_multiplier_wide(x: Codes, multiplier: Codes, shift: Codes) -> Codes:
+    """MBQM of a 64-bit accumulator: the same two roundings with all 31 bits of the multiplier.
+
+    Args:
+      x: int64, |x| 2^max(shift, 0) < 2^47.
+      multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
+      shift: int32 in [-31, 15].
+
+    Returns:
+      int32; a larger result saturates.
+
+    Reference: own; equal to `multiply_by_quantized_multiplier` wherever that neither wraps nor
+      saturates.
+    """
+    zero = np.int64(0)
+    m, s = wide(multiplier), wide(shift)
+    left = s * (s > zero).astype(np.int64)
+    x = wide(x) << left
+    # x = 2^16 h + l: h m fits 62 bits, where x m would not fit 64.
+    high = (x >> np.int64(16)) * m + (((x & np.int64(0xFFFF)) * m) >> np.int64(16))
+    high = (high + np.int64(2**14)) >> np.int64(15)
+    exponent = left - s
+    mask = ~(np.int64(-1) << exponent)
+    threshold = (mask >> np.int64(1)) + (high < zero).astype(np.int64)
+    y = (high >> exponent) + ((high & mask) > threshold).astype(np.int64)
+    return y.clip(np.int64(INT32_MIN), np.int64(INT32_MAX)).astype(np.int32)
+
+
+def round_half_away(x: Codes) -> Codes:
+    """x rounded half away from zero, as C's `round`: exact for every float32 and float64.
+
+    Adding one half before truncation would round 0.49999999999999994 up.
+    """
+    truncated = np.trunc(x) if isinstance(x, np.ndarray) else jnp.trunc(x)
+    rest = (x - truncated) * x.dtype.type(2)
+    return (
+        truncated
+        + (rest >= x.dtype.type(1)).astype(x.dtype)
+        - (rest <= x.dtype.type(-1)).astype(x.dtype)
+    )
+
+
+def cast_to_int32(x: jax.Array) -> jax.Array:
+    """A float64 as x86 casts it to int32: truncation; values that do not fit become -2^31.
+
+    So does a FULLY_CONNECTED whose result passes 2^31: the code is the lowest, whatever the sign.
+
+    Reference: Intel SDM, CVTTSD2SI, "integer indefinite".
+    """
+    low, high = np.float64(INT32_MIN), np.float64(INT32_MAX)
+    fits = (x >= low) & (x <= high)
+    return jnp.where(fits, x, low).astype(jnp.int32)
+
+
+def saturate(x: jax.Array, dtype: np.dtype | type) -> jax.Array:
+    """int32 clipped to the range of int8 or int16 and cast to it."""
+    limits = np.iinfo(dtype)
+    return jnp.clip(x, np.int32(limits.min), np.int32(limits.max)).astype(dtype)
+
+
+def integer_sqrt(x: np.ndarray) -> np.ndarray:
+    """floor(sqrt(x)) of int64 in [0, 2^62), bit by bit.
+
+    Reference: the digit-by-digit (abacus) algorithm; no floating point.
+    """
+    root, rest = np.zeros_like(x), x
+    for bit in range(60, -1, -2):
+        trial = root + np.int64(1 << bit)
+        fits = (rest >= trial).astype(np.int64)
+        rest = rest - fits * trial
+        root = (root >> np.int64(1)) + fits * np.int64(1 << bit)
+    return root
+
+
+def lut_lookup(x: Codes, lut: Codes) -> Codes:
+    """Linear interpolation in a table of 513 entries over the int16 range: 9 bits index, 7 bits
+    interpolate.
+
+    Args:
+      x: int32 in [-2^15, 2^15).
+      lut: int16, 513 entries.
+
+    Returns:
+      int32 in the int16 range: base + (slope offset + 64) / 128, base and slope wrapping at 16
+      bits.
+
+    Reference: LiteRT tflite/kernels/internal/common.h, `LUTLookup` (int16).
+    """
+    index = (x >> np.int32(7)) + np.int32(256)
+    base, following = lut[index], lut[index + np.int32(1)]
+    slope = (following - base).astype(np.int32)
+    delta = (slope * (x & np.int32(127)) + np.int32(64)) >> np.int32(7)
+    return (base.astype(np.int32) + delta).astype(np.int16).astype(np.int32)

@@ -1,0 +1,382 @@
+"""One pure function per op on arrays of integer codes.
+
+Each takes codes and a NamedTuple of prepared constants (`sim.prepare` makes them from scales and
+zero points). Constants are arrays, so a jitted kernel serves every layer of equal shapes; what must
+be static is an array's dtype or shape, or a keyword argument. All functions can be jitted, vmapped
+and scanned.
+
+Call them inside `with jax.enable_x64():`; without 64-bit integers they raise.
+
+Accumulators are 32 bits wide and wrap, as in the hardware and in LiteRT, unless said otherwise.
+Products of bytes are summed by int8 dots with int32 results, exact for up to 131,071 terms; int16
+operands are split in two bytes first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sim.fixedpoint import (
+    lut_lookup,
+    multiply_by_quantized_multiplier,
+    rounding_divide_by_pot,
+    saturate,
+    srdhm,
+    wide,
+)
+from sim.gemmlowp import one_over_one_plus_x
+from sim.numerics import Scale, rescale
+
+Leaf = np.ndarray | Array
+"""A constant: NumPy as prepared, traced inside a jitted kernel."""
+
+
+class FullyConnectedConstants(NamedTuple):
+    """offset (N,): bias plus what input zero point or byte split adds, int32 (wraps) or int64 (wide
+    accumulator)."""
+
+    offset: Leaf
+    scale: Scale
+    zero_point: Leaf
+
+
+class BatchMatmulConstants(NamedTuple):
+    """Zero points (int32 scalars) of both inputs and the output."""
+
+    x_zero_point: Leaf
+    y_zero_point: Leaf
+    scale: Scale
+    zero_point: Leaf
+
+
+class AddConstants(NamedTuple):
+    """Zero points of both inputs; multiplier and shift of x, of y and of the sum, in this order,
+    each (3,)."""
+
+    x_zero_point: Leaf
+    y_zero_point: Leaf
+    multiplier: Leaf
+    shift: Leaf
+    zero_point: Leaf
+
+
+class MulConstants(NamedTuple):
+    """Zero points of both inputs and the output; scale of the product."""
+
+    x_zero_point: Leaf
+    y_zero_point: Leaf
+    scale: Scale
+    zero_point: Leaf
+
+
+class QuantizeConstants(NamedTuple):
+    """Zero points of input and output; scale of the difference."""
+
+    x_zero_point: Leaf
+    scale: Scale
+    zero_point: Leaf
+
+
+class SoftmaxInt8Constants(NamedTuple):
+    """exp (256,): Q0.31 of exp(-scale d) by d = row maximum - code; 0 where the kernel drops the
+    term."""
+
+    exp: Leaf
+
+
+class SoftmaxInt16Constants(NamedTuple):
+    """exp (65536,): Q0.15 of exp(-scale d) by d = row maximum - code; reciprocal (513,): 1 / (1 +
+    x) on [0, 1]."""
+
+    exp: Leaf
+    reciprocal: Leaf
+
+
+class TableConstants(NamedTuple):
+    """table (256,) or (65536,): output code by input code - qmin."""
+
+    table: Leaf
+
+
+def fully_connected(x: Array, w: Array, c: FullyConnectedConstants) -> Array:
+    """y = clip(rescale(x w^T + offset) + zero_point).
+
+    Args:
+      x: (..., K) int8 or int16 codes.
+      w: (N, K) int8 codes; int4 weights come as int8 in [-8, 7].
+      c: from `prepare_fully_connected`; an int64 offset makes the accumulator 64 bits wide (int16
+        only).
+
+    Returns:
+      (..., N) codes of x's type.
+
+    Reference: LiteRT reference/integer_ops/fully_connected.h, `FullyConnectedPerChannel`.
+    """
+    offset = _row(c.offset, x.ndim)
+    if x.dtype == jnp.int8:
+        acc = _dot(x, w, (((x.ndim - 1,), (1,)), ((), ()))) + offset
+    else:
+        # One dot of both bytes reads the weights once.
+        both = _dot(jnp.stack(_bytes(x)), w, (((x.ndim,), (1,)), ((), ()))).astype(offset.dtype)
+        acc = (both[0] << jnp.asarray(8, offset.dtype)) + both[1] + offset
+    return saturate(rescale(acc, c.scale) + _row(c.zero_point, 0), x.dtype)
+
+
+def batch_matmul(
+    x: Array,
+    y: Array,
+    c: BatchMatmulConstants,
+    *,
+    adj_y: bool = False,
+    x_is_byte: bool = False,
+    y_is_byte: bool = False,
+) -> Array:
+    """z = clip(rescale((x - x_zero_point)(y - y_zero_point)) + zero_point), batch by batch.
+
+    int8 accumulates in 32 bits and wraps; int16, whose zero points are 0, in 64.
+
+    Args:
+      x: (B, M, K) int8 or int16 codes.
+      y: (B, K, N), or (B, N, K) with adj_y; of x's type.
+      c: from `prepare_batch_matmul`.
+      adj_y: y is transposed.
+      x_is_byte, y_is_byte: the caller knows that every int16 code of the operand lies in [-128,
+        127]: fewer dots.
+
+    Returns:
+      (B, M, N) codes of x's type.
+
+    Reference: LiteRT reference/batch_matmul.h, `BatchMatMul` (FullyConnectedParams).
+    """
+    k_axis = 2 if adj_y else 1
+    if x.dtype == jnp.int8:
+        acc = _matmul_int8(x, y, c, k_axis)
+    elif x.shape[1] == 1 and y.shape[3 - k_axis] == 1:
+        acc = _row_products(x, y)
+    else:
+        acc = _matmul_int16(x, y, k_axis, x_is_byte, y_is_byte)
+    return saturate(rescale(acc, c.scale) + _row(c.zero_point, 0), x.dtype)
+
+
+def _matmul_int8(x: Array, y: Array, c: BatchMatmulConstants, k_axis: int) -> Array:
+    # (x - a)(y - b) summed over K: dot(x, y) - a sum(y) - b sum(x) + K a b, equal modulo 2^32.
+    a, b = _row(c.x_zero_point, 0), _row(c.y_zero_point, 0)
+    sum_x = jnp.sum(x, 2, dtype=jnp.int32)[:, :, None]
+    sum_y = jnp.sum(y, k_axis, dtype=jnp.int32)[:, None, :]
+    return (
+        _dot(x, y, (((2,), (k_axis,)), ((0,), (0,))))
+        - a * sum_y
+        - b * sum_x
+        + a * b * np.int32(x.shape[2])
+    )
+
+
+def _row_products(x: Array, y: Array) -> Array:
+    """(B, 1, K) and K values per batch: one sum of products each, which a dot of 1 x 1 results
+    would do slowly."""
+    b, _, k = x.shape
+    return jnp.sum(wide(x.reshape(b, k)) * wide(y.reshape(b, k)), 1)[:, None, None]
+
+
+def _matmul_int16(x: Array, y: Array, k_axis: int, x_is_byte: bool, y_is_byte: bool) -> Array:
+    # With x = 256 h + l + 128: sums over K of byte products, and of each operand once for every
+    # 128.
+    dims = (((2,), (k_axis,)), ((0,), (0,)))
+    xs, x_rest = _digits(x, x_is_byte)
+    ys, y_rest = _digits(y, y_is_byte)
+    acc = jnp.asarray(x_rest * y_rest * x.shape[2], jnp.int64)
+    for x_weight, x_byte in xs:
+        for y_weight, y_byte in ys:
+            acc = acc + wide(_dot(x_byte, y_byte, dims)) * np.int64(x_weight * y_weight)
+    if y_rest:
+        acc = (
+            acc
+            + np.int64(y_rest)
+            * (jnp.sum(x, 2, dtype=jnp.int64) - np.int64(x_rest * x.shape[2]))[:, :, None]
+        )
+    if x_rest:
+        acc = (
+            acc
+            + np.int64(x_rest)
+            * (jnp.sum(y, k_axis, dtype=jnp.int64) - np.int64(y_rest * x.shape[2]))[:, None, :]
+        )
+    return acc
+
+
+def _digits(x: Array, is_byte: bool) -> tuple[list[tuple[int, Array]], int]:
+    """x as a sum of weight * int8 plus a constant."""
+    if is_byte:
+        return [(1, x.astype(jnp.int8))], 0
+    high, low = _bytes(x)
+    return [(256, high), (1, low)], 128
+
+
+def _bytes(x: Array) -> tuple[Array, Array]:
+    """int16 as two int8: x = 256 high + low + 128."""
+    high = x >> np.int16(8)
+    return high.astype(jnp.int8), ((x & np.int16(255)) - np.int16(128)).astype(jnp.int8)
+
+
+def _dot(x: Array, y: Array, dims: tuple) -> Array:
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.int32)
+
+
+def _row(leaf: Leaf, ndim: int) -> Array:
+    """A vector with axes added in front, up to `ndim` dimensions; a scalar as it is."""
+    array = jnp.asarray(leaf)
+    return array.reshape((1,) * (ndim - array.ndim) + array.shape) if array.ndim else array
+
+
+def add(x: Array, y: Array, c: AddConstants) -> Array:
+    """z = clip(MBQM(MBQM((x - zx) 2^L) + MBQM((y - zy) 2^L)) + zero_point), L = 20 for int8, 15 for
+    int16.
+
+    Args:
+      x, y: codes of one type, shapes that broadcast as in NumPy.
+      c: from `prepare_add`.
+
+    Returns:
+      Codes of the broadcast shape.
+
+    Reference: LiteRT reference/add.h, `AddElementwise`; kernels/add.cc, `Prepare` with
+      pot_scale_int16 = False.
+    """
+    shape = jnp.broadcast_shapes(x.shape, y.shape)
+    multiplier, shift = jnp.asarray(c.multiplier), jnp.asarray(c.shift)
+    left = np.int32(20 if x.dtype == jnp.int8 else 15)
+
+    def term(codes: Array, zero_point: Leaf, i: int) -> Array:
+        real = (codes.astype(jnp.int32) - jnp.asarray(zero_point)) << left
+        return jnp.broadcast_to(
+            multiply_by_quantized_multiplier(real, multiplier[i], shift[i]), shape
+        )
+
+    total = term(x, c.x_zero_point, 0) + term(y, c.y_zero_point, 1)
+    z = multiply_by_quantized_multiplier(total, multiplier[2], shift[2])
+    return saturate(z + jnp.asarray(c.zero_point), x.dtype)
+
+
+def mul(x: Array, y: Array, c: MulConstants) -> Array:
+    """z = clip(rescale((x - zx)(y - zy)) + zero_point).
+
+    Args:
+      x, y: codes of one type, shapes that broadcast as in NumPy.
+      c: from `prepare_mul`.
+
+    Returns:
+      Codes of the broadcast shape.
+
+    Reference: LiteRT reference/integer_ops/mul.h, `MulElementwise`.
+    """
+    shape = jnp.broadcast_shapes(x.shape, y.shape)
+    x_real = jnp.broadcast_to(x.astype(jnp.int32) - jnp.asarray(c.x_zero_point), shape)
+    y_real = jnp.broadcast_to(y.astype(jnp.int32) - jnp.asarray(c.y_zero_point), shape)
+    return saturate(rescale(x_real * y_real, c.scale) + jnp.asarray(c.zero_point), x.dtype)
+
+
+def quantize(x: Array, c: QuantizeConstants, *, dtype: np.dtype | type) -> Array:
+    """y = clip(rescale(x - x_zero_point) + zero_point) as `dtype` (int8 or int16).
+
+    Reference: LiteRT reference/requantize.h, `Requantize`.
+    """
+    real = x.astype(jnp.int32) - jnp.asarray(c.x_zero_point)
+    return saturate(rescale(real, c.scale) + jnp.asarray(c.zero_point), dtype)
+
+
+def softmax_int8(x: Array, c: SoftmaxInt8Constants) -> Array:
+    """exp(x) / sum exp(x) over the last axis at scale 1/256, zero point -128.
+
+    exp is Q0.31, the sum Q12.19, its reciprocal by Newton-Raphson. LiteRT aborts where the sum of
+    exp reaches 512 (512 nearly equal logits); here the sum then wraps.
+
+    Args:
+      x: (..., T) int8 codes.
+      c: from `prepare_softmax_int8`.
+
+    Returns:
+      (..., T) int8.
+
+    Reference: LiteRT reference/softmax.h, `Softmax` (int8), common.h, `GetReciprocal`.
+    """
+    below = jnp.max(x, -1, keepdims=True).astype(jnp.int32) - x.astype(jnp.int32)
+    exp = _lookup(c.exp, below)
+    total = jnp.sum(rounding_divide_by_pot(exp, np.int32(12)), -1, keepdims=True, dtype=jnp.int32)
+    headroom = jax.lax.clz(total)
+    mantissa = (total << headroom) ^ np.int32(-(2**31))  # bit 31 is the leading one
+    reciprocal = one_over_one_plus_x(mantissa)
+    exponent = np.int32(12 + 31 - 8) - headroom
+    y = rounding_divide_by_pot(srdhm(exp, reciprocal), exponent)
+    return saturate(y - np.int32(128), jnp.int8)
+
+
+def softmax_int16(x: Array, c: SoftmaxInt16Constants) -> Array:
+    """exp(x) / sum exp(x) over the last axis at scale 1/32768, zero point 0.
+
+    exp is Q0.15 from a table that ends at exp(-10): a term 10 or more below the maximum never
+    reaches 0.
+
+    Args:
+      x: (..., T) int16 codes, T < 65536.
+      c: from `prepare_softmax_int16`.
+
+    Returns:
+      (..., T) int16 >= 0.
+
+    Reference: LiteRT reference/softmax.h, `SoftmaxInt16`.
+    """
+    below = jnp.max(x, -1, keepdims=True).astype(jnp.int32) - x.astype(jnp.int32)
+    exp = _lookup(c.exp, below).astype(jnp.int32)
+    total = jnp.sum(exp, -1, keepdims=True, dtype=jnp.int32)
+    headroom = jax.lax.clz(total)
+    # Normalized to [1, 2) as Q1.16, then 1 is subtracted and the rest centred on the table's int16
+    # index.
+    normalized = ((wide(total) << wide(headroom - np.int32(1))) + np.int64(2**13)) >> np.int64(14)
+    index = jnp.clip(
+        normalized.astype(jnp.int32) - np.int32(2**15 + 2**16), np.int32(-32768), np.int32(32767)
+    )
+    reciprocal = lut_lookup(index, jnp.asarray(c.reciprocal))
+    right = np.int32(31) - headroom
+    y = (exp * reciprocal + (np.int32(1) << (right - np.int32(1)))) >> right
+    return jnp.clip(y, np.int32(0), np.int32(32767)).astype(jnp.int16)
+
+
+def unary(x: Array, c: TableConstants) -> Array:
+    """y = table[x - qmin]: LOGISTIC, SQRT and RSQRT on int8 and int16, each defined in
+    `sim.lut`."""
+    return _lookup(c.table, x.astype(jnp.int32) - np.int32(jnp.iinfo(x.dtype).min))
+
+
+def _lookup(table: Leaf, index: Array) -> Array:
+    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
+
+
+def gather(ids: Array, table: Array) -> Array:
+    """table[ids]: rows of an embedding; ids int32 in [0, rows). TFLite GATHER, axis 0."""
+    return table.at[ids].get(mode="promise_in_bounds")
+
+
+def reshape(x: Array, *, shape: tuple[int, ...]) -> Array:
+    """The same codes in another shape."""
+    assert math.prod(shape) == x.size, f"{x.shape} does not reshape to {shape}"
+    return jnp.reshape(x, shape)
+
+
+def transpose(x: Array, *, perm: tuple[int, ...]) -> Array:
+    """Axes permuted."""
+    return jnp.transpose(x, perm)
+
+
+def slice_(x: Array, *, begin: tuple[int, ...], size: tuple[int, ...]) -> Array:
+    """x[begin : begin + size] on every axis."""
+    return jax.lax.slice(x, begin, tuple(b + s for b, s in zip(begin, size, strict=True)))
+
+
+def concatenation(*x: Array, axis: int) -> Array:
+    """Codes of one scale and zero point joined along an axis."""
+    return jnp.concatenate(x, axis)

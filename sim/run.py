@@ -1,0 +1,250 @@
+"""The simulator: an `IntegerModel` executed on integers, every tensor by name.
+
+One compiled layer serves all layers: what differs between them (weights, multipliers, tables) is an argument. Bits
+are part of the compiled program, so a model of mixed precision compiles one layer per pattern of bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, assert_never
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.graph import Graph, Node, TensorSpec, is_identity
+from qnpu_jax.ops import (
+    Add,
+    AddMask,
+    BatchMatmul,
+    Concat,
+    Embedding,
+    FullyConnected,
+    Logistic,
+    Mul,
+    Requantize,
+    Reshape,
+    Rsqrt,
+    Slice,
+    Softmax,
+    Sqrt,
+    Transpose,
+)
+from sim import kernels, prepare
+from sim.numerics import Profile
+
+Codes = dict[str, jax.Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A model made ready for one profile and one length.
+
+    Attributes:
+      decoder: the staged graphs (`IntegerModel.decoder`).
+      codes: per graph and layer, codes of parameters and shared inputs by local name.
+      constants: per graph and layer, the kernels' constants by output name.
+    """
+
+    decoder: Any
+    profile: Profile
+    codes: list[list[Codes]]
+    constants: list[list[dict[str, Any]]]
+
+
+def compile_model(model: IntegerModel, dec: Any, profile: Profile = "litert_ref") -> Program:
+    """Makes the constants of every op and puts them and the weights on the device.
+
+    Args:
+      dec: `model.decoder(tokens, ...)`.
+      profile: a row of `sim.numerics.PROFILES`.
+    """
+    shared = model.inputs(dec)
+    with jax.enable_x64():
+        codes, constants = [], []
+        for graph in dec.graphs:
+            layers = range(graph.layers)
+            own = [_codes_of(model, graph, i, shared) for i in layers]
+            codes.append([jax.tree.map(jnp.asarray, c) for c in own])
+            made = [_constants_of(model, graph, i, own[i], profile) for i in layers]
+            constants.append([jax.tree.map(jnp.asarray, c) for c in made])
+    return Program(dec, profile, codes, constants)
+
+
+def run(program: Program, ids: Any, keep: Callable[[str], bool] = lambda _: False) -> Codes:
+    """Codes of the logits, and of every tensor whose global name `keep` accepts.
+
+    Args:
+      ids: (T,) or (B, T) token ids.
+      keep: chooses tensors by global name (`layers.3.attn.q`).
+
+    Returns:
+      By global name: `head.logits` (.., T, V) and what was kept, with the batch axis of `ids`.
+    """
+    out: Codes = {}
+    for graph, layer, env in steps(program, ids, keep):
+        out.update({global_name(graph, layer, n): x for n, x in env.items() if n in graph.outputs or keep(global_name(graph, layer, n))})
+    return {n: x for n, x in out.items() if n == "head.logits" or keep(n)}
+
+
+def steps(program: Program, ids: Any, keep: Callable[[str], bool]) -> Iterator[tuple[Graph, int, Codes]]:
+    """Graph by graph and layer by layer: the outputs and the kept tensors of each, by local name."""
+    with jax.enable_x64():
+        values: Codes = {"ids": jnp.asarray(ids, jnp.int32)}
+        x = None
+        for graph, codes, constants in zip(
+            program.decoder.graphs, program.codes, program.constants, strict=True
+        ):
+            for layer in range(graph.layers):
+                kept = tuple(
+                    t.name
+                    for t in graph.tensors
+                    if t.kind == "activation"
+                    and (t.name in graph.outputs[:1] or keep(global_name(graph, layer, t.name)))
+                )
+                like = _same_bits(graph, layer)
+                env = _run_layer(graph, like, kept, codes[layer], constants[layer], values)
+                yield graph, layer, env
+                x = env[graph.outputs[0]]
+                values = {"input.residual": x}
+
+
+def global_name(graph: Graph, layer: int, name: str) -> str:
+    """`layers.3.attn.q` for the layer graph, `embed.out`, `head.logits` elsewhere."""
+    return f"layers.{layer}.{name}" if graph.prefix == "layers." else graph.prefix + name
+
+
+def _same_bits(graph: Graph, layer: int) -> int:
+    """The first layer with the same bits everywhere, which has the same compiled program."""
+    bits = [t.quant.bits for t in graph.tensors if t.quant is not None]
+    return next(i for i in range(layer + 1) if all(b[i] == b[layer] for b in bits))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_layer(
+    graph: Graph, layer: int, kept: tuple[str, ...], codes: Codes, constants: dict[str, Any], values: Codes
+) -> Codes:
+    def one(values: Codes) -> Codes:
+        env = run_graph(graph, layer, {**codes, **values}, constants)
+        return {n: env[n] for n in kept}
+
+    batched = next(iter(values.values())).ndim > len(graph[next(iter(values))].shape)
+    return jax.vmap(one)(values) if batched else one(values)
+
+
+def run_graph(graph: Graph, layer: int, values: Codes, constants: Mapping[str, Any]) -> Codes:
+    """Every tensor of one sequence by local name, from codes of inputs and parameters."""
+    env = dict(values)
+    for node in graph.nodes:
+        x = [env[n] for n in node.inputs]
+        env[node.output] = x[0] if is_identity(graph, node, layer) else run_op(graph, node, layer, x, constants.get(node.output))
+    return env
+
+
+def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: Any) -> jax.Array:
+    """The op's meaning on integer codes."""
+    match node.op:
+        case Embedding():
+            return kernels.gather(x[0], x[1])
+        case FullyConnected():
+            return kernels.fully_connected(x[0], x[1], constants)
+        case BatchMatmul(adj_y=adj_y):
+            small = [_fits_byte(graph, node, n, layer) for n in node.inputs]
+            return kernels.batch_matmul(
+                x[0], x[1], constants, adj_y=adj_y, x_is_byte=small[0], y_is_byte=small[1]
+            )
+        case Add() | AddMask():
+            return kernels.add(x[0], x[1], constants)
+        case Mul():
+            return kernels.mul(x[0], x[1], constants)
+        case Requantize():
+            return kernels.quantize(x[0], constants, dtype=dtype_of(graph[node.output], layer))
+        case Softmax():
+            softmax = kernels.softmax_int8 if x[0].dtype == jnp.int8 else kernels.softmax_int16
+            return softmax(x[0], constants)
+        case Logistic() | Sqrt() | Rsqrt():
+            return kernels.unary(x[0], constants)
+        case Reshape(shape=shape):
+            return kernels.reshape(x[0], shape=shape)
+        case Transpose(perm=perm):
+            return kernels.transpose(x[0], perm=perm)
+        case Slice(begin=begin, size=size):
+            return kernels.slice_(x[0], begin=begin, size=size)
+        case Concat(axis=axis):
+            return kernels.concatenation(*x, axis=axis)
+        case _:
+            assert_never(node.op)
+
+
+def dtype_of(spec: TensorSpec, layer: int) -> np.dtype:
+    """int8 for codes of up to 8 bits, int16 above."""
+    assert spec.quant is not None
+    return np.dtype(np.int8 if spec.quant.bits[layer] <= 8 else np.int16)
+
+
+def _fits_byte(graph: Graph, node: Node, name: str, layer: int) -> bool:
+    """True where `name` is a symmetric 8-bit tensor widened to 16: its codes fit in int8 by construction."""
+    producer = next((n for n in graph.nodes if n.output == name), None)
+    if producer is None or not isinstance(producer.op, Requantize):
+        return False
+    source = graph[producer.inputs[0]].quant
+    return source is not None and source.bits[layer] == 8 and source.symmetric
+
+
+def _codes_of(model: IntegerModel, graph: Graph, layer: int, shared: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    own = {t.name: _at(model.codes[graph.prefix + t.name], graph, layer) for t in graph.named("param")}
+    return own | {t.name: shared[t.name] for t in graph.named("input") if t.name in shared}
+
+
+def _at(array: np.ndarray, graph: Graph, layer: int) -> np.ndarray:
+    return array[layer] if graph.prefix == "layers." else array[()]
+
+
+def _constants_of(
+    model: IntegerModel, graph: Graph, layer: int, codes: dict[str, np.ndarray], profile: Profile
+) -> dict[str, Any]:
+    def scale(name: str) -> Any:
+        return _at(model.scale[graph.prefix + name], graph, layer)
+
+    def pair(name: str) -> tuple[Any, int]:
+        return scale(name), int(_at(model.zero_point[graph.prefix + name], graph, layer))
+
+    return {
+        node.output: constants
+        for node in graph.nodes
+        if not is_identity(graph, node, layer)
+        and (constants := _prepare(graph, node, layer, codes, profile, scale, pair)) is not None
+    }
+
+
+def _prepare(graph: Graph, node: Node, layer: int, codes: dict[str, np.ndarray], profile: Profile, scale, pair) -> Any:
+    names, out = node.inputs, node.output
+    dtype = None if graph[names[0]].quant is None else dtype_of(graph[names[0]], layer)
+    match node.op:
+        case FullyConnected():
+            return prepare.prepare_fully_connected(
+                profile, dtype, codes[names[1]], codes[names[2]], *pair(names[0]), scale(names[1]), *pair(out)
+            )
+        case BatchMatmul():
+            return prepare.prepare_batch_matmul(dtype, *pair(names[0]), *pair(names[1]), *pair(out))
+        case Add() | AddMask():
+            return prepare.prepare_add(dtype, *pair(names[0]), *pair(names[1]), *pair(out))
+        case Mul():
+            return prepare.prepare_mul(*pair(names[0]), *pair(names[1]), *pair(out))
+        case Requantize():
+            return prepare.prepare_quantize(*pair(names[0]), *pair(out))
+        case Softmax() if dtype == np.int8:
+            return prepare.prepare_softmax_int8(scale(names[0]))
+        case Softmax():
+            return prepare.prepare_softmax_int16(scale(names[0]))
+        case Logistic() | Sqrt() | Rsqrt():
+            kind = type(node.op).__name__.lower()
+            return prepare.prepare_unary(kind, profile, dtype, *pair(names[0]), *pair(out))
+        case Embedding() | Reshape() | Transpose() | Slice() | Concat():
+            return None
+        case _:
+            assert_never(node.op)

@@ -1,0 +1,41 @@
+"""Strictness that tests have and production does not pay for.
+
+Annotations of `qnpu_jax` and `sim` are checked at every call (shapes included), JAX promotes
+neither dtypes nor ranks, and warnings are errors (pyproject.toml). This file must not import either
+package: the hook sees only later imports.
+"""
+
+import functools
+import sys
+
+import flax.struct
+import hypothesis
+import jax
+import jaxtyping
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first call of a jitted function compiles, so no deadline; a red run must be red again, so no
+# random examples.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+
+def _dataclass(cls=None, /, *, original=flax.struct.dataclass, **kwargs):
+    """flax.struct.dataclass whose constructor goes unchecked; its methods do not.
+
+    JAX rebuilds a pytree through its constructor with whatever a transformation puts in the leaves:
+    None, a shape, a batched array, ShapeDtypeStruct. Field annotations describe the values that the
+    code makes, not those.
+    """
+    if cls is None:
+        return functools.partial(_dataclass, original=original, **kwargs)
+    # What jaxtyping looks for on a dataclass; typing.no_type_check would mark the methods too.
+    cls.__no_type_check__ = True
+    return original(cls, **kwargs)
+
+
+assert not {"qnpu_jax", "sim"} & sys.modules.keys(), "imported before the hook that checks them"
+flax.struct.dataclass = _dataclass
+jaxtyping.install_import_hook(["qnpu_jax", "sim"], "beartype.beartype")

@@ -1,0 +1,58 @@
+"""Single-op models and the reference interpreter that runs them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+from qnpu_jax.flatbuffer import ModelWriter
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Codes (an array), or only a shape (an output), and their quantization.
+
+    `constant` puts the codes in the file; the others are fed.
+    """
+
+    dtype: Any
+    data: Any = None
+    scale: Any = None
+    zero_point: int = 0
+    constant: bool = False
+    shape: tuple[int, ...] = ()
+
+
+def single_op(code: int, options: Any, inputs: list[Tensor], output: Tensor) -> ModelWriter:
+    """A model of one operator with the signature `op`: inputs x0, x1..., output y."""
+    writer = ModelWriter()
+    graph = writer.add_subgraph("main")
+    indices, feeds = [], {}
+    for i, t in enumerate(inputs):
+        data = t.data if t.constant else None
+        indices.append(
+            graph.add_tensor(f"x{i}", t.data.shape, t.dtype, t.scale, t.zero_point, data=data)
+        )
+        if not t.constant:
+            feeds[f"x{i}"] = indices[-1]
+    y = graph.add_tensor("y", output.shape, output.dtype, output.scale, output.zero_point)
+    graph.add_op(code, options, indices, [y])
+    graph.add_signature("op", feeds, {"y": y})
+    return writer
+
+
+def interpret(model: bytes | str, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """The output of signature `op` under LiteRT's reference kernels."""
+    content, path = (model, None) if isinstance(model, bytes) else (None, model)
+    interpreter = Interpreter(
+        model_path=path,
+        model_content=content,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+    )
+    return interpreter.get_signature_runner("op")(**feeds)["y"]
+
+
+def run_reference(code: int, options: Any, inputs: list[Tensor], output: Tensor) -> np.ndarray:
+    feeds = {f"x{i}": t.data for i, t in enumerate(inputs) if not t.constant}
+    return interpret(single_op(code, options, inputs, output).to_bytes(), feeds)
