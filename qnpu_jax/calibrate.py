@@ -6,20 +6,21 @@ maximum, moments and a histogram are kept, so memory does not grow with the amou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qnpu_jax.config import Recipe, UserError
+from qnpu_jax.config import Recipe
 from qnpu_jax.decoder import Decoder
-from qnpu_jax.evaluate import Params, Tensors, evaluate, layer_tensors, local, shared_inputs
+from qnpu_jax.evaluate import Params, Tensors, passes
 from qnpu_jax.graph import Graph
 from qnpu_jax.ops import tied_inputs
-from qnpu_jax.quant import QParams, Scales, from_range, is_free
+from qnpu_jax.quant import Scales, from_range
+from qnpu_jax.resolve import is_free
 
 BINS = 1 << 14
 """Bins of a histogram: enough for 8 bins per code when the chosen range is an eighth of the observed one."""
@@ -78,7 +79,7 @@ def collect(
     params: Params,
     windows: np.ndarray,
     batch: int = 8,
-    progress: Callable[[Iterable[int], int], Iterable[int]] | None = None,
+    track: Callable[[Iterable[int], int, str], Iterable[int]] = lambda items, _, __: items,
 ) -> Statistics:
     """Statistics of every free activation over the windows, prefix K/V included in those of the caches.
 
@@ -87,14 +88,13 @@ def collect(
       params: folded float parameters, with prefix K/V if dec has a prefix.
       windows: (N, T) token ids.
       batch: windows per pass.
-      progress: wraps the iteration over batch starts, for a progress bar.
+      track: wraps the iteration, for a progress bar: (items, length, what).
     """
     stats: Statistics = {}
-    starts: Iterable[int] = range(0, len(windows), batch)
-    tables = shared_inputs(dec)
-    for start in progress(starts, len(windows)) if progress else starts:
+    starts = range(0, len(windows), batch)
+    for start in track(starts, len(starts), "calibrate"):
         ids = jnp.asarray(windows[start : start + batch], jnp.int32)
-        for graph, layer, env in passes(dec, params, ids, tables):
+        for graph, layer, env in passes(dec, params, ids, _produced):
             _record(stats, graph, layer, env)
     for spec in dec.layer.named("param"):
         name = "layers." + dec.layer.ties[spec.name]
@@ -104,34 +104,7 @@ def collect(
     return stats
 
 
-def passes(
-    dec: Decoder, params: Params, ids: jax.Array, tables: Tensors
-) -> Iterator[tuple[Graph, int, Tensors]]:
-    """Every tensor of a batch (B, T), graph by graph and layer by layer."""
-    env = _embed_tensors(dec, local(params, "embed."), ids)
-    yield dec.embed, 0, env
-    x = env["residual"]
-    stacked = local(params, "layers.")
-    for i in range(dec.config.num_layers):
-        env = layer_tensors(dec, {k: v[i] for k, v in stacked.items()}, x, tables)
-        x = env["mlp.residual"]
-        yield dec.layer, i, env
-    yield dec.head, 0, _head_tensors(dec, local(params, "head."), x, tables["norm.eps"])
-
-
-@partial(jax.jit, static_argnums=0)
-def _embed_tensors(dec: Decoder, params: Tensors, ids: jax.Array) -> Tensors:
-    return jax.vmap(lambda ids: evaluate(dec.embed, {"ids": ids, **params}))(ids)
-
-
-@partial(jax.jit, static_argnums=0)
-def _head_tensors(dec: Decoder, params: Tensors, x: jax.Array, eps: jax.Array) -> Tensors:
-    def one(x: jax.Array) -> Tensors:
-        return evaluate(dec.head, {"input.residual": x, "norm.eps": eps, **params})
-
-    return jax.vmap(one)(x)
-
-
+@lru_cache(maxsize=64)
 def _members(graph: Graph) -> dict[str, list[str]]:
     """Free activations and the tensors whose values their range must cover.
 
@@ -144,6 +117,10 @@ def _members(graph: Graph) -> dict[str, list[str]]:
         if is_free(graph, root) and spec.name not in copies:
             out.setdefault(root, []).append(spec.name)
     return out
+
+
+def _produced(graph: Graph) -> tuple[str, ...]:
+    return tuple(name for members in _members(graph).values() for name in members)
 
 
 def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
@@ -306,19 +283,3 @@ def _mse_bound(w: jax.Array, peak: jax.Array, qmax: float) -> jax.Array:
 
     steps = jnp.linspace(0.3, 1.0, 71)
     return peak * steps[jnp.argmin(jax.lax.map(error, steps), axis=0)]
-
-
-def windows_of(ids: list[int], length: int, count: int, source: str) -> np.ndarray:
-    """The first `count` windows of `length` tokens, (count, length) int32.
-
-    Raises:
-      UserError: the text is too short for one window.
-    """
-    available = len(ids) // length
-    if available == 0:
-        raise UserError(
-            f"{source}: {len(ids)} tokens are too few; expected at least {length} (one window);"
-            " give a longer text"
-        )
-    n = min(count, available)
-    return np.asarray(ids[: n * length], np.int32).reshape(n, length)

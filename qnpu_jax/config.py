@@ -147,7 +147,6 @@ class Recipe:
       activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma), `mse`, or `class`
         (by tensor class, see `qnpu_jax.calibrate`). 16-bit tensors always take min-max.
       weight_init: per-channel range of weights: `minmax`, `sigma` or `mse`.
-      bias_correction: add W E[x] - W_q E[x_q] to the bias of every linear.
       calibration_tokens: tokens of calibration text used.
       calibration_length: tokens per calibration window, prefix not counted.
       seed: rotation signs, sampling of the default calibration text.
@@ -160,7 +159,6 @@ class Recipe:
     max_prefix: int = 4
     activation_init: Literal["minmax", "sigma", "mse", "class"] = "class"
     weight_init: Literal["minmax", "sigma", "mse"] = "mse"
-    bias_correction: bool = True
     calibration_tokens: int = 8192
     calibration_length: int = 256
     seed: int = 0
@@ -199,7 +197,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "prefix": ("auto", "none"),
     "activation_init": ("minmax", "sigma", "mse", "class"),
     "weight_init": ("minmax", "sigma", "mse"),
-    "bias_correction": (True, False),
 }
 _AT_LEAST = {"max_prefix": 1, "calibration_tokens": 1, "calibration_length": 8, "seed": 0}
 

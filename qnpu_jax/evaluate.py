@@ -6,7 +6,7 @@ every tensor by name; XLA drops those that nobody reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import jax
@@ -105,22 +105,41 @@ def forward(dec: Decoder, params: Params, ids: jax.Array, scales: Scales | None 
     return whole(dec.head, {"input.residual": x, "norm.eps": tables["norm.eps"]})["logits"]
 
 
-@partial(jax.jit, static_argnums=0)
-def layer_tensors(dec: Decoder, params: Tensors, x: jax.Array, tables: Tensors, quantized=None) -> Tensors:
-    """Every tensor of one layer for a batch of residuals (B, T, D); `quantized` = (scales, ranges) of the layer."""
-    q, r = quantized if quantized is not None else ({}, {})
-    edge = fake_quant_edge(q, r)
-    return jax.vmap(lambda x: evaluate(dec.layer, {"input.residual": x, **tables, **params}, edge))(x)
+Keep = Callable[[Graph], tuple[str, ...]]
+"""Chooses tensors of a graph by local name."""
 
 
-@partial(jax.jit, static_argnums=0)
-def negative_log_likelihood(dec: Decoder, params: Params, ids: jax.Array, scales: Scales | None = None) -> jax.Array:
-    """-log p(next token) at every position but the last: (B, T) ids to (B, T-1)."""
+@partial(jax.jit, static_argnums=(0, 1))
+def graph_tensors(graph: Graph, keep: tuple[str, ...], values: Tensors, params: Tensors) -> Tensors:
+    """The kept tensors of one graph in float, for a batch.
 
-    def one(ids: jax.Array) -> jax.Array:
-        return token_nll(forward(dec, params, ids, scales), ids)
+    Args:
+      values: inputs with a leading batch axis.
+      params: parameters and shared inputs, without one.
+    """
 
-    return jax.lax.map(one, ids)
+    def one(values: Tensors) -> Tensors:
+        env = evaluate(graph, {**values, **params})
+        return {name: env[name] for name in keep}
+
+    return jax.vmap(one)(values)
+
+
+def passes(dec: Decoder, params: Params, ids: jax.Array, keep: Keep) -> Iterator[tuple[Graph, int, Tensors]]:
+    """The kept tensors of a batch (B, T) of sequences in float, graph by graph and layer by layer."""
+    tables = shared_inputs(dec)
+    values: Tensors = {"ids": ids}
+    for graph in dec.graphs:
+        own = local(params, graph.prefix)
+        inputs = {t.name for t in graph.named("input")}
+        shared = {k: v for k, v in tables.items() if k in inputs}
+        out = graph.outputs[0]
+        names = tuple(dict.fromkeys((out, *keep(graph))))
+        for i in range(graph.layers):
+            here = {k: v[i] for k, v in own.items()} if graph.prefix == "layers." else own
+            env = graph_tensors(graph, names, values, here | shared)
+            yield graph, i, env
+            values = {"input.residual": env[out]}
 
 
 def token_nll(logits: jax.Array, ids: jax.Array) -> jax.Array:

@@ -237,15 +237,17 @@ class ModelWriter:
 
     def _write(self, file: ByteSink, embed_limit: int) -> None:
         contents = self._constants.contents
-        if sum(len(c) for c in contents) <= embed_limit:
-            file.write(self._flatbuffer([_EmbeddedBuffer(c) for c in contents]))
-            return
+        total = sum(len(c) for c in contents)
         # Offsets are stored at full width whatever their value: a first pass has the final length.
-        length = len(self._flatbuffer([_external_buffer(c, 1) for c in contents]))
+        length = len(self._flatbuffer([_external_buffer(c, 1) for c in contents], 2**16))
+        if total <= embed_limit:
+            # Room for all of it at once: a builder that has to grow copies everything it holds.
+            capacity = length + total + 2 * _ALIGNMENT * len(contents)
+            file.write(self._flatbuffer([_EmbeddedBuffer(c) for c in contents], capacity))
+            return
         offsets = _offsets([len(c) for c in contents], length)
-        header = self._flatbuffer(
-            [_external_buffer(c, o) for c, o in zip(contents, offsets, strict=True)]
-        )
+        buffers = [_external_buffer(c, o) for c, o in zip(contents, offsets, strict=True)]
+        header = self._flatbuffer(buffers, length)
         assert len(header) == length, "the flatbuffer's length depends on the value of an offset"
         file.write(header)
         position = length
@@ -255,7 +257,7 @@ class ModelWriter:
                 file.write(content)
                 position = offset + len(content)
 
-    def _flatbuffer(self, buffers: list[schema.BufferT]) -> memoryview:
+    def _flatbuffer(self, buffers: list[schema.BufferT], capacity: int) -> memoryview:
         model = schema.ModelT()
         model.version = 3
         model.description = self._description
@@ -263,8 +265,7 @@ class ModelWriter:
         model.subgraphs = [g._pack() for g in self._subgraphs]
         model.buffers = buffers
         model.signatureDefs = self._signatures
-        size = sum(len(b.content) for b in buffers if isinstance(b, _EmbeddedBuffer))
-        builder = flatbuffers.Builder(size + 2**16)
+        builder = flatbuffers.Builder(capacity)
         builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
         return memoryview(builder.Bytes)[builder.Head() :]
 

@@ -17,11 +17,13 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from qnpu_jax.accumulators import check, proved_bounds
 from qnpu_jax.config import BitPlan, ModelConfig, UserError
-from qnpu_jax.decoder import MASK_CODE, Decoder, decoder, layer_inputs, rope_tables, TABLE_SCALE
-from qnpu_jax.graph import Graph, TensorSpec
+from qnpu_jax.decoder import Decoder, decoder, layer_inputs
+from qnpu_jax.graph import Graph
 from qnpu_jax.ops import FullyConnected
-from qnpu_jax.quant import Scales, expand, quantize, resolve
+from qnpu_jax.quant import QParams, Scales, expand, quantize
+from qnpu_jax.resolve import resolve
 
 FORMAT = 1
 """Version of the stored form; a reader refuses any other."""
@@ -73,7 +75,8 @@ def freeze(dec: Decoder, params: dict[str, Any], free: Scales, prefix: tuple[int
       prefix: the token ids behind `layers.attn.prefix_*`.
 
     Raises:
-      UserError: a non-finite parameter or scale, a bias that does not fit its bits.
+      UserError: a non-finite parameter or scale, a bias that does not fit its bits, an accumulator that
+        can overflow (`accumulators`).
     """
     resolved = jax.tree.map(np.asarray, resolve(dec, free))
     scale = {n: np.asarray(q.scale, np.float32) for n, q in resolved.items()}
@@ -85,7 +88,32 @@ def freeze(dec: Decoder, params: dict[str, Any], free: Scales, prefix: tuple[int
     for graph in dec.graphs:
         _freeze_weights(graph, params, scale, zero_point, codes)
         _freeze_biases(graph, params, scale, zero_point, codes)
+    check(proved_bounds(dec, codes, zero_point))
     return IntegerModel(dec.config, dec.plan, tuple(prefix), codes, scale, zero_point)
+
+
+def dequantize(model: IntegerModel) -> dict[str, np.ndarray]:
+    """Real values (float32) of weights, biases and prefix K/V: code times scale.
+
+    With `activation_scales` they make the fake-quantized model that the integers came from.
+    """
+    out = {}
+    for graph in model.decoder(1).graphs:
+        for spec in graph.named("param"):
+            name = graph.prefix + spec.name
+            codes, scale = model.codes[name], model.scale[name]
+            scale = scale.reshape(scale.shape + (1,) * (codes.ndim - scale.ndim))
+            out[name] = (codes * scale.astype(np.float64)).astype(np.float32)
+    return out
+
+
+def activation_scales(model: IntegerModel) -> Scales:
+    """QParams of every activation and input, without those of parameters."""
+    return {
+        name: QParams(scale=scale, zero_point=model.zero_point[name].astype(np.float32))
+        for name, scale in model.scale.items()
+        if name not in model.codes
+    }
 
 
 def _layers(graph: Graph, x: np.ndarray) -> np.ndarray:

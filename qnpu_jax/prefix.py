@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from qnpu_jax.calibrate import passes
-from qnpu_jax.config import UserError
+from qnpu_jax.config import BitPlan, ModelConfig, UserError
 from qnpu_jax.decoder import decoder
-from qnpu_jax.config import BitPlan, ModelConfig
-from qnpu_jax.evaluate import Params, shared_inputs
+from qnpu_jax.evaluate import Params, passes
 
 OUTLIER_RATIO = 64.0
 """A token is an outlier where its largest activation exceeds this multiple of the median token's."""
 CANDIDATES = 4
 """How many outlier tokens are tried for each place of the prefix."""
+SEARCH_WINDOWS, SEARCH_TOKENS = 16, 64
+"""How much text candidates are compared on."""
 WATCHED = ("mlp.act", "mlp.residual")
 """Where massive activations are born (input of down) and where they live (the residual stream)."""
 
@@ -39,12 +39,19 @@ class PrefixReport:
 
 
 def find_prefix(
-    config: ModelConfig, plan: BitPlan, params: Params, windows: np.ndarray, bos: int | None, longest: int
-) -> tuple[Params, PrefixReport]:
-    """Chooses a prefix, and returns the parameters with its K/V in them.
+    config: ModelConfig,
+    plan: BitPlan,
+    params: Params,
+    windows: np.ndarray,
+    bos: int | None,
+    longest: int,
+) -> PrefixReport:
+    """Chooses a prefix.
 
-    Greedy: BOS first, then whichever of the most frequent outlier tokens lowers the worst ratio most, until no token
-    exceeds OUTLIER_RATIO times the median at any layer.
+    Greedy: BOS first, then whichever of the most frequent outlier tokens lowers the worst ratio most,
+    until no token exceeds OUTLIER_RATIO times the median at any layer. Candidates are
+    compared on the first SEARCH_TOKENS of SEARCH_WINDOWS windows, where outliers show; the verdict is
+    on all tokens of these windows.
 
     Args:
       windows: (N, T) ids of ordinary text, without BOS.
@@ -54,25 +61,29 @@ def find_prefix(
     Raises:
       UserError: `longest` tokens do not suffice.
     """
+    sample = windows[:SEARCH_WINDOWS, :SEARCH_TOKENS]
+
+    def outliers(tokens: tuple[int, ...], ids: np.ndarray) -> _Outliers:
+        with_prefix = add_prefix(config, plan, params, tokens) if tokens else params
+        return _outliers(config, plan, with_prefix, ids, len(tokens))
+
+    text = windows[:SEARCH_WINDOWS]
     tokens: tuple[int, ...] = ()
-    best = before = _outliers(config, plan, params, windows)
+    best = before = outliers(tokens, text)
     while best.ratio.max() > OUTLIER_RATIO and len(tokens) < longest:
         first = not tokens and bos is not None
         candidates = [bos] if first else best.tokens[:CANDIDATES]
-        trials = []
-        for candidate in candidates:
-            longer = (*tokens, int(candidate))
-            with_prefix = add_prefix(config, plan, params, longer)
-            found = _outliers(config, plan, with_prefix, windows, len(longer))
-            trials.append((found.ratio.max(), longer, found, with_prefix))
-        _, tokens, best, params = min(trials, key=lambda t: t[0])
+        longer = [(*tokens, int(c)) for c in candidates]
+        tokens = min(longer, key=lambda t: outliers(t, sample).ratio.max())
+        best = outliers(tokens, text)
     if (worst := best.ratio.max()) > OUTLIER_RATIO:
         raise UserError(
-            f"prefix {list(tokens)}: layer {int(best.ratio.argmax())} still has a token {worst:.0f} times the"
-            f" median; expected at most {OUTLIER_RATIO:.0f}; raise max_prefix in the recipe or set prefix to none"
+            f"prefix {list(tokens)}: layer {int(best.ratio.argmax())} still has a token {worst:.0f}"
+            f" times the median; expected at most {OUTLIER_RATIO:.0f}; raise max_prefix in the recipe"
+            ' or set its prefix to "none"'
         )
     ratios = (tuple(float(r) for r in o.ratio) for o in (before, best))
-    return params, PrefixReport(tokens, *ratios, before.peak, best.peak)
+    return PrefixReport(tokens, *ratios, before.peak, best.peak)
 
 
 @dataclass(frozen=True)
@@ -93,8 +104,8 @@ def _outliers(
     ratios = np.zeros(config.num_layers)
     peak = 0.0
     found: Counter[int] = Counter()
-    for graph, layer, env in passes(dec, params, ids, shared_inputs(dec)):
-        if graph is not dec.layer:
+    for graph, layer, env in passes(dec, params, ids, lambda g: WATCHED if g is dec.layer else ()):
+        if graph is dec.embed:
             continue
         peak = max(peak, float(jnp.abs(env["mlp.residual"]).max()))
         for name in WATCHED:
@@ -102,6 +113,8 @@ def _outliers(
             ratio = largest / np.median(largest)
             ratios[layer] = max(ratios[layer], ratio.max())
             found.update(windows[ratio > OUTLIER_RATIO].tolist())
+        if layer == config.num_layers - 1:
+            break  # the head is not looked at
     return _Outliers(ratios, peak, [token for token, _ in found.most_common()])
 
 
@@ -111,7 +124,7 @@ def add_prefix(config: ModelConfig, plan: BitPlan, params: Params, tokens: tuple
     dec = decoder(config, plan, len(tokens))
     ids = jnp.asarray(tokens, jnp.int32)[None]
     rows: dict[str, list[np.ndarray]] = {"k": [], "v": []}
-    for graph, _, env in passes(dec, params, ids, shared_inputs(dec)):
+    for graph, _, env in passes(dec, params, ids, lambda g: g.outputs):
         if graph is dec.layer:
             for letter, stack in rows.items():
                 stack.append(np.asarray(env[f"attn.{letter}_rows"][0]))

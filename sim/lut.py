@@ -215,8 +215,8 @@ def rsqrt_int8(
 def rsqrt_int16(scale: np.float32, output_scale: np.float32) -> np.ndarray:
     """RSQRT on int16: 513 samples over the whole int16 range, interpolated, hence poor below 128.
 
-    Code 0 reads the table like any other and gives about 1 / sqrt(scale / 2), less the table's
-    correction; negative codes, which the interpreter refuses, give 32767.
+    Codes 0 to 127 lie in the first interval, which starts at about 3/4 of the output's range at any
+    scale: results there mean nothing. Negative codes, which the interpreter refuses, give 32767.
 
     Reference: LiteRT tflite/kernels/elementwise.cc, `GenericPrepare`, `RsqrtEvalQuantizedInt16`.
     """

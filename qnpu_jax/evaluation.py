@@ -1,0 +1,86 @@
+"""Perplexity of any reading of a model: float, fake-quantized, simulated, LiteRT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qnpu_jax.config import BitPlan, ModelConfig
+from qnpu_jax.decoder import decoder
+from qnpu_jax.evaluate import Params, forward, token_nll
+from qnpu_jax.freeze import IntegerModel, activation_scales, dequantize
+
+Logits = Callable[[np.ndarray], Any]
+"""(T,) or (B, T) token ids to real logits (.., T, V)."""
+
+
+def perplexity(logits: Logits, windows: np.ndarray, batch: int | None = None, track: Any = None) -> float:
+    """exp(mean -log p(next token)) over the windows; the first token of each is not scored.
+
+    Args:
+      logits: the model.
+      windows: (N, T) ids.
+      batch: windows per call; None passes single windows (T,).
+      track: wraps the iteration, for a progress bar: (items, length).
+    """
+    starts: Iterable[int] = range(0, len(windows), batch or 1)
+    total = 0.0
+    for start in track(starts, len(range(0, len(windows), batch or 1))) if track else starts:
+        ids = windows[start : start + batch] if batch else windows[start]
+        total += float(_sum_nll(jnp.asarray(logits(ids)), jnp.asarray(ids, jnp.int32)))
+    return float(np.exp(total / (windows.shape[0] * (windows.shape[1] - 1))))
+
+
+@jax.jit
+def _sum_nll(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    flat = logits.reshape(-1, *logits.shape[-2:])
+    return jnp.sum(jax.vmap(token_nll)(flat, ids.reshape(-1, ids.shape[-1])))
+
+
+def float_logits(config: ModelConfig, plan: BitPlan, params: Params) -> Logits:
+    """The float model; with its prefix, where the parameters hold one."""
+    prefix = params.get("layers.attn.prefix_k")
+    length = 0 if prefix is None else prefix.shape[2]
+
+    def logits(ids: np.ndarray) -> jax.Array:
+        dec = decoder(config, plan, ids.shape[-1], length)
+        return _forward(dec, dict(params), jnp.asarray(ids, jnp.int32), None)
+
+    return logits
+
+
+def fake_quant_logits(model: IntegerModel) -> Logits:
+    """The model in float arithmetic, every tensor on its integer grid."""
+    params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
+    scales = jax.tree.map(jnp.asarray, activation_scales(model))
+
+    def logits(ids: np.ndarray) -> jax.Array:
+        dec = model.decoder(ids.shape[-1])
+        return _forward(dec, params, jnp.asarray(ids, jnp.int32), scales)
+
+    return logits
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(dec: Any, params: Params, ids: jax.Array, scales: Any) -> jax.Array:
+    def one(ids: jax.Array) -> jax.Array:
+        return forward(dec, params, ids, scales)
+
+    return jax.vmap(one)(ids) if ids.ndim == 2 else one(ids)
+
+
+def integer_logits(model: IntegerModel, run: Callable[[np.ndarray], Any]) -> Logits:
+    """Real logits of something that returns their codes (the simulator, LiteRT)."""
+    scale = np.float32(model.scale["head.logits"])
+    zero_point = np.int32(model.zero_point["head.logits"])
+
+    def logits(ids: np.ndarray) -> jax.Array:
+        codes = jnp.asarray(run(ids))
+        return (codes.astype(jnp.int32) - zero_point).astype(jnp.float32) * scale
+
+    return logits
