@@ -1,7 +1,8 @@
 """Perplexity of float, fake-quantized and simulated model, per recipe, without learning.
 
-Protocol: the text tokenized without special tokens, its first 65,536 tokens as 128 windows of 512, mean negative
-log-likelihood of the 511 next tokens of each, exponentiated. Calibration on another text.
+Protocol: the text tokenized without special tokens, its first 65,536 tokens as 128 windows of 512,
+mean negative log-likelihood of the 511 next tokens of each, exponentiated. Calibration on another
+text.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sim.run import compile_model, run
 from qnpu_jax import corpus, evaluation, models, pipeline
 from qnpu_jax.config import RECIPES, Recipe, UserError, load_recipe
+from sim.run import compile_model, run
 
 FLOAT = {"smollm2-135m": (30.03, 0.05)}
 """Perplexity of the float model and tolerance, by the protocol."""
@@ -61,11 +62,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
             params = pipeline.prepare(config, checkpoint.params, recipe)
         if not rows:
             logits = evaluation.float_logits(config, recipe.bits, params)
-            rows.append({"recipe": "float", "float": evaluation.perplexity(logits, held_out, args.batch)})
+            rows.append(
+                {"recipe": "float", "float": evaluation.perplexity(logits, held_out, args.batch)}
+            )
             print(rows[-1], flush=True)
         length = recipe.calibration_length
         calibration = windows(args.calibration, length, recipe.calibration_tokens // length)
-        rows.append(_row(recipe, config, params, calibration, held_out, tokenizer.bos_id, args.batch))
+        rows.append(
+            _row(recipe, config, params, calibration, held_out, tokenizer.bos_id, args.batch)
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -86,14 +91,21 @@ def _row(recipe, config, params, calibration, held_out, bos, batch) -> dict[str,
         "simulator": evaluation.integer_logits(model, simulate),
     }
     scores = {k: evaluation.perplexity(v, held_out, batch) for k, v in readings.items()}
-    return {"recipe": recipe.name, **scores, "prefix": list(model.prefix), "seconds": round(seconds, 1)}
+    return {
+        "recipe": recipe.name,
+        **scores,
+        "prefix": list(model.prefix),
+        "seconds": round(seconds, 1),
+    }
 
 
 def verdict(rows: list[dict[str, object]], model: str) -> list[str]:
     """What falls short of the goals."""
     short = []
     if model in FLOAT and abs(rows[0]["float"] - FLOAT[model][0]) > FLOAT[model][1]:
-        short.append(f"float {rows[0]['float']:.2f}, expected {FLOAT[model][0]} +- {FLOAT[model][1]}")
+        short.append(
+            f"float {rows[0]['float']:.2f}, expected {FLOAT[model][0]} +- {FLOAT[model][1]}"
+        )
     for row in rows[1:]:
         name, fake, simulated = row["recipe"], row["fake_quant"], row["simulator"]
         if name in GOALS and simulated > GOALS[name]:
@@ -117,14 +129,20 @@ def main() -> int:
     for row in rows[1:]:
         ratio = row["simulator"] / row["fake_quant"]
         print(
-            f"{row['recipe']:8} {row['float']:12.2f} {row['fake_quant']:11.2f} {row['simulator']:10.2f} {ratio:8.4f}"
+            f"{row['recipe']:8} {row['float']:12.2f} {row['fake_quant']:11.2f}"
+            f" {row['simulator']:10.2f} {ratio:8.4f}"
         )
     if args.json:
-        args.json.write_text(json.dumps({"device": str(jax.devices()[0]), "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"device": str(jax.devices()[0]), "rows": rows}, indent=1) + "\n"
+        )
     short = [] if args.quick else verdict(rows, args.model)
     last = rows[-1] if args.quick else next((r for r in rows if r["recipe"] == "w8a8"), rows[-1])
     print("".join(f"short of the goal: {s}\n" for s in short), end="")
-    print(f"{last['recipe']} on the integer simulator: perplexity {last['simulator']:.2f}, float {rows[0]['float']:.2f}")
+    print(
+        f"{last['recipe']} on the integer simulator: perplexity {last['simulator']:.2f}, float"
+        f" {rows[0]['float']:.2f}"
+    )
     return 1 if short else 0
 
 

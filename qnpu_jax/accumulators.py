@@ -1,8 +1,10 @@
-"""Proof that no accumulator overflows: the interval each can reach, from the actual integer weights.
+"""Proof that no accumulator overflows: the interval each can reach, from the actual integer
+weights.
 
 FULLY_CONNECTED: y_j = sum_k w_jk (x_k - z) + b_j with x_k - z in [lo, hi] lies in
-[P_j lo + N_j hi + b_j, P_j hi + N_j lo + b_j], P and N the sums of the positive and negative weights of row j. Both
-ends are reached by an input, so the bound is tight. BATCH_MATMUL: K max|x - z_x| max|y - z_y|.
+[P_j lo + N_j hi + b_j, P_j hi + N_j lo + b_j], P and N the sums of the positive and negative
+weights of row j. Both ends are reached by an input, so the bound is tight. BATCH_MATMUL: K max|x -
+z_x| max|y - z_y|.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from qnpu_jax.ops import BatchMatmul, FullyConnected, Requantize
 
 @dataclass(frozen=True)
 class Bound:
-    """The proved interval of one op's accumulator (codes), and the bits that hold it and that it has."""
+    """The proved interval of one op's accumulator (codes), and the bits that hold it and that it
+    has."""
 
     tensor: str
     low: int
@@ -112,7 +115,9 @@ def check(bounds: list[Bound]) -> None:
         if bound.needed > bound.available:
             reach = max(-bound.low, bound.high)
             raise UserError(
-                f"{bound.tensor}: its accumulator can reach {reach}, which needs {bound.needed} bits;"
-                f" expected at most {bound.available}; give {bound.tensor}.bias 64 bits in the bit plan"
+                f"{bound.tensor}: its accumulator can reach {reach}, which needs {bound.needed}"
+                " bits;"
+                f" expected at most {bound.available}; give {bound.tensor}.bias 64 bits in the"
+                " bit plan"
                 " or its input fewer"
             )

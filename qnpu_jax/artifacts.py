@@ -1,4 +1,5 @@
-"""Output folders: written beside their place and moved in whole, so that a killed run leaves nothing that loads."""
+"""Output folders: written beside their place and moved in whole, so that a killed run leaves
+nothing that loads."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def check_writable(out: Path, overwrite: bool) -> None:
         if not overwrite:
             raise UserError(f"{out}: not empty; expected a new or empty folder; use --overwrite")
         if not (out / REPORT).is_file():
-            raise UserError(f"{out}: holds no {REPORT}, so it is not ours to overwrite; choose another --out")
+            raise UserError(
+                f"{out}: holds no {REPORT}, so it is not ours to overwrite; choose another --out"
+            )
     parent = _existing_parent(out)
     if not os.access(parent, os.W_OK) or not parent.is_dir():
         raise UserError(f"{out}: {parent} is not writable; choose another --out")
@@ -45,7 +48,8 @@ def _existing_parent(path: Path) -> Path:
 
 @contextmanager
 def writing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends well and vanishes otherwise."""
+    """A folder to write into, which becomes `out` when the block ends well and vanishes
+    otherwise."""
     check_writable(out, overwrite)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +69,9 @@ def writing(out: Path, overwrite: bool) -> Iterator[Path]:
 def new_file(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when the block ends well and vanishes otherwise."""
     if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: its folder does not exist; expected an existing one; make it first")
+        raise UserError(
+            f"{path}: its folder does not exist; expected an existing one; make it first"
+        )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial

@@ -1,7 +1,8 @@
 """Ranges of activations from calibration text, chosen by tensor class; ranges of weights by row.
 
-Statistics are streamed: one batch of windows at a time through the float layers, and per tensor only minimum,
-maximum, moments and a histogram are kept, so memory does not grow with the amount of text.
+Statistics are streamed: one batch of windows at a time through the float layers, and per tensor
+only minimum, maximum, moments and a histogram are kept, so memory does not grow with the amount of
+text.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from qnpu_jax.quant import Scales, from_range
 from qnpu_jax.resolve import is_free
 
 BINS = 1 << 14
-"""Bins of a histogram: enough for 8 bins per code when the chosen range is an eighth of the observed one."""
+"""Bins of a histogram: enough for 8 bins per code when the chosen range is an eighth of the
+observed one."""
 
 
 @dataclass
 class Stats:
-    """What is kept of one tensor: bounds, moments, and counts of bins of width `width` centred on 0."""
+    """What is kept of one tensor: bounds, moments, and counts of bins of width `width` centred on
+    0."""
 
     low: float = np.inf
     high: float = -np.inf
@@ -39,7 +42,8 @@ class Stats:
     bins: np.ndarray | None = None
 
     def add(self, x: np.ndarray, histogram: bool) -> None:
-        """Takes values in; the histogram's width is a power of two that doubles when a value falls outside."""
+        """Takes values in; the histogram's width is a power of two that doubles when a value falls
+        outside."""
         x = np.asarray(x, np.float32).ravel()
         low, high = float(x.min()), float(x.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -81,7 +85,8 @@ def collect(
     batch: int = 8,
     track: Callable[[Iterable[int], int, str], Iterable[int]] = lambda items, _, __: items,
 ) -> Statistics:
-    """Statistics of every free activation over the windows, prefix K/V included in those of the caches.
+    """Statistics of every free activation over the windows, prefix K/V included in those of the
+    caches.
 
     Args:
       dec: staged for windows of T tokens.
@@ -108,7 +113,8 @@ def collect(
 def _members(graph: Graph) -> dict[str, list[str]]:
     """Free activations and the tensors whose values their range must cover.
 
-    Movement ops only copy, so the members that count are those that another op produces (the heads of `mixed`).
+    Movement ops only copy, so the members that count are those that another op produces (the heads
+    of `mixed`).
     """
     copies = {n.output for n in graph.nodes if tied_inputs(n.op, n.inputs)}
     out: dict[str, list[str]] = {}
@@ -135,7 +141,8 @@ def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
 
 
 def tensor_class(name: str, bits: int) -> str:
-    """`wide` (16 bits), `probs`, `cache`, `rotated` (near Gaussian after R1/R2) or `unrotated` (heavy tails)."""
+    """`wide` (16 bits), `probs`, `cache`, `rotated` (near Gaussian after R1/R2) or `unrotated`
+    (heavy tails)."""
     if bits > 8:
         return "wide"
     leaf = name.split(".", 1)[1]
@@ -147,12 +154,15 @@ def tensor_class(name: str, bits: int) -> str:
     return "rotated" if leaf in rotated else "unrotated"
 
 
-def initialize(dec: Decoder, stats: Statistics, recipe: Recipe) -> tuple[Scales, list[dict[str, object]]]:
+def initialize(
+    dec: Decoder, stats: Statistics, recipe: Recipe
+) -> tuple[Scales, list[dict[str, object]]]:
     """Scales of every free activation from its statistics, and one report row per tensor and layer.
 
-    16 bits: min-max. Attention probabilities: [0, 1]. Others by `recipe.activation_init`; `class` means the MSE
-    grid where massive tokens are out of the graph (a prefix) or the tensor is rotated, and min-max otherwise:
-    clipping an attention sink destroys the model (method.md, section 2).
+    16 bits: min-max. Attention probabilities: [0, 1]. Others by `recipe.activation_init`; `class`
+      means the MSE
+    grid where massive tokens are out of the graph (a prefix) or the tensor is rotated, and min-max
+    otherwise: clipping an attention sink destroys the model (method.md, section 2).
     """
     scales: Scales = {}
     report: list[dict[str, object]] = []
@@ -166,7 +176,9 @@ def initialize(dec: Decoder, stats: Statistics, recipe: Recipe) -> tuple[Scales,
                 kind = tensor_class(name, bits)
                 method = _method(kind, recipe, dec.prefix > 0)
                 ranges.append(_range(s, method, bits, quant.symmetric))
-                report.append({"tensor": name, "class": kind, "method": method, "low": s.low, "high": s.high})
+                report.append(
+                    {"tensor": name, "class": kind, "method": method, "low": s.low, "high": s.high}
+                )
             lo, hi = (np.asarray(v) for v in zip(*ranges, strict=True))
             q = from_range(lo, hi, np.asarray(quant.bits), quant.symmetric)
             layered = graph.prefix == "layers."
@@ -233,7 +245,8 @@ def _least(x, weight, lo, hi, bits: int, symmetric: bool) -> int:
 
 
 def weight_scales(dec: Decoder, params: Params, method: str) -> Scales:
-    """Symmetric scales of every weight: per output channel for linears, per tensor for the embedding table."""
+    """Symmetric scales of every weight: per output channel for linears, per tensor for the
+    embedding table."""
     scales: Scales = {}
     for graph in dec.graphs:
         for spec in graph.named("param"):

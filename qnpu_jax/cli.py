@@ -14,26 +14,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sim import run as simulator
 from qnpu_jax import artifacts, corpus, freeze, job, models, tflite
-from qnpu_jax.config import RECIPES, UserError, load_recipe
+from qnpu_jax.config import UserError, load_recipe
 from qnpu_jax.decoder import decoder
 from qnpu_jax.models import Tokenizer
 from qnpu_jax.pipeline import Clock
+from sim import run as simulator
+from sim.observe import observed_accumulators
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Turns a decoder LLM into an integer-only .tflite, proved in a bit-exact simulator.",
 )
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output folder.")]
-Text = Annotated[Path | None, typer.Option(help="Plain text or JSONL; default: Python's own documentation.")]
+Text = Annotated[
+    Path | None, typer.Option(help="Plain text or JSONL; default: Python's own documentation.")
+]
 
 
 class Simulated:
     """`job.Simulator` by `sim`."""
 
     def __init__(self, model: freeze.IntegerModel, tokens: int) -> None:
+        self._model = model
         self._program = simulator.compile_model(model, model.decoder(tokens), "litert_ref")
 
     def logits(self, ids: np.ndarray) -> Any:
@@ -43,16 +48,20 @@ class Simulated:
         kept = simulator.run(self._program, ids, keep=lambda _: True)
         return {name: np.asarray(codes) for name, codes in kept.items()}
 
-    def accumulators(self, ids: np.ndarray) -> Mapping[str, int]:
-        return simulator.observed_accumulators(self._program, ids)
+    def accumulators(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, int]:
+        return observed_accumulators(self._model, self._program.decoder, tensors)
 
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, a .gguf, a Hugging Face folder, or org/name.")],
+    model: Annotated[
+        str, typer.Argument(help="smollm2-135m, a .gguf, a Hugging Face folder, or org/name.")
+    ],
     out: Annotated[Path, typer.Option(help="Output folder, new or empty.")],
     recipe: Annotated[str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, or a JSON file.")] = "w8a8",
-    calibration: Annotated[Path | None, typer.Option(help="Plain text or JSONL; default: the model writes its own.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Plain text or JSONL; default: the model writes its own.")
+    ] = None,
     eval_text: Text = None,
     eval_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens scored.")] = 2048,
     prefill: Annotated[int, typer.Option(help="Static length of the signature, tokens.")] = 128,
@@ -64,7 +73,17 @@ def quantize(
         raise UserError(f"logits: {logits!r}; expected all or last")
     console = Console()
     clock = Clock()
-    request = job.Job(model, load_recipe(recipe), out, calibration, eval_text, prefill, logits, eval_tokens, overwrite)
+    request = job.Job(
+        model,
+        load_recipe(recipe),
+        out,
+        calibration,
+        eval_text,
+        prefill,
+        logits,
+        eval_tokens,
+        overwrite,
+    )
     with _progress() as progress:
         report = job.run(request, Simulated, clock, _tracker(progress))
     _print_report(console, report, out)
@@ -76,7 +95,8 @@ def verify(
     out: Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")],
     text: Text = None,
 ) -> None:
-    """Compares every tensor of out/model.tflite, in LiteRT's reference kernels, with the simulator's."""
+    """Compares every tensor of out/model.tflite, in LiteRT's reference kernels, with the
+    simulator's."""
     report = artifacts.read_report(out)
     model = freeze.load(out)
     tokenizer = Tokenizer.load(out / artifacts.TOKENIZER)
@@ -87,7 +107,8 @@ def verify(
     found = job.prove(model, out / artifacts.MODEL, window, Simulated, Clock())["verify"]
     console = Console()
     console.print(
-        f"{found['tensors']} tensors, {found['elements']} elements compared: {found['differing']} differ"
+        f"{found['tensors']} tensors, {found['elements']} elements compared:"
+        f" {found['differing']} differ"
     )
     _fail_on_difference(found)
 
@@ -124,13 +145,20 @@ def graph(
 
 
 @app.command(name="recipe")
-def show_recipe(name: Annotated[str, typer.Argument(help="A named recipe or a file.")] = "w8a8") -> None:
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="A named recipe or a file.")] = "w8a8",
+) -> None:
     """Prints a recipe as JSON, to start one's own from."""
     typer.echo(json.dumps(load_recipe(name).to_json(), indent=1))
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
@@ -142,24 +170,27 @@ def _tracker(progress: Progress) -> Any:
 
 
 def _print_report(console: Console, report: dict[str, Any], out: Path) -> None:
-    scores = Table(title=f"{report['model']['source']} {report['recipe']}: perplexity on {report['held_out']}")
+    scores = Table(
+        title=f"{report['model']['source']} {report['recipe']}: perplexity on {report['held_out']}"
+    )
     for name in report["perplexity"]:
         scores.add_column(name, justify="right")
     scores.add_row(*(f"{v:.2f}" for v in report["perplexity"].values()))
     console.print(scores)
-    stages = Table(title="seconds per stage")
-    for name in report["seconds"]:
-        stages.add_column(name, justify="right")
-    stages.add_row(*(f"{v:.1f}" for v in report["seconds"].values()))
+    stages = Table("stage", "seconds", box=None)
+    for name, seconds in report["seconds"].items():
+        stages.add_row(name, f"{seconds:.1f}")
+    stages.add_row("total", f"{sum(report['seconds'].values()):.1f}")
     console.print(stages)
     for line in _facts(report):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"wrote {out}", highlight=False)
 
 
 def _facts(report: dict[str, Any]) -> Iterable[str]:
     checked = report["verify"]
-    yield f"size                {report['bytes'] / 1e6:.1f} MB ({artifacts.MODEL}, prefill {report['prefill']})"
+    size = report["bytes"] / 1e6
+    yield f"size                {size:.1f} MB ({artifacts.MODEL}, prefill {report['prefill']})"
     prefix = report["prefix"]
     if prefix:
         yield (
@@ -173,7 +204,8 @@ def _facts(report: dict[str, Any]) -> Iterable[str]:
         f" {widest['available']} bits"
     )
     yield (
-        f"differing elements  {checked['differing']} of {checked['elements']} in {checked['tensors']}"
+        f"differing elements  {checked['differing']} of {checked['elements']} in"
+        f" {checked['tensors']}"
         " tensors (LiteRT reference kernels against the simulator)"
     )
 

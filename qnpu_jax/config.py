@@ -1,7 +1,7 @@
 """Everything a run is configured by: frozen dataclasses that read and write JSON.
 
-Nothing here computes. A model is a `ModelConfig`, a quantization is a `Recipe` (which holds a `BitPlan`),
-and both travel beside the files they produced.
+Nothing here computes. A model is a `ModelConfig`, a quantization is a `Recipe` (which holds a
+`BitPlan`), and both travel beside the files they produced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 
 class UserError(Exception):
-    """A mistake of the caller: the message names the file or tensor, expected, got, and the way out.
+    """A mistake of the caller: the message names the file or tensor, expected, got, and the way
+    out.
 
     The command line prints it as one line and exits with status 2.
     """
@@ -23,7 +24,8 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """RoPE frequency scaling. `linear` divides every frequency by `factor`; `llama3` only the low ones.
+    """RoPE frequency scaling. `linear` divides every frequency by `factor`; `llama3` only the low
+    ones.
 
     Reference: transformers/modeling_rope_utils.py, `_compute_llama3_parameters`.
     """
@@ -72,8 +74,9 @@ class ModelConfig:
 class QuantSpec:
     """How a tensor is quantized: what is known before any value is seen.
 
-    `bits` has one entry, or one per layer for tensors of the layer graph. `symmetric` fixes the zero point at 0.
-    `axis` is the channel axis of per-channel scales, None for one scale per tensor. 16-bit tensors are always
+    `bits` has one entry, or one per layer for tensors of the layer graph. `symmetric` fixes the
+    zero point at 0. `axis` is the channel axis of per-channel scales, None for one scale per
+    tensor. 16-bit tensors are always
     symmetric: int16 kernels take no zero point.
     """
 
@@ -86,8 +89,9 @@ class QuantSpec:
 class BitPlan:
     """Bits of every tensor: the first rule whose pattern matches the tensor's name decides.
 
-    Names are `embed.*`, `layers.<i>.*`, `head.*`; patterns are shell-style. A rule that matches no tensor is an
-    error (`check_used`): a misspelt pattern must not silently leave a tensor at the default.
+    Names are `embed.*`, `layers.<i>.*`, `head.*`; patterns are shell-style. A rule that matches no
+    tensor is an error (`check_used`): a misspelt pattern must not silently leave a tensor at the
+    default.
     """
 
     rules: tuple[tuple[str, int], ...]
@@ -100,7 +104,8 @@ class BitPlan:
         index = self.match(name)
         if index is None:
             raise UserError(
-                f"{name}: no rule of the bit plan matches; expected one, got {[p for p, _ in self.rules]};"
+                f"{name}: no rule of the bit plan matches; expected one, got"
+                f" {[p for p, _ in self.rules]};"
                 ' end the plan with a rule ["*", 8]'
             )
         return self.rules[index][1]
@@ -110,7 +115,8 @@ class BitPlan:
         for i, (pattern, bits) in enumerate(self.rules):
             if i not in used:
                 raise UserError(
-                    f"bit plan rule {pattern!r}: {bits}: matches no tensor that an earlier rule has not taken;"
+                    f"bit plan rule {pattern!r}: {bits}: matches no tensor that an earlier rule"
+                    " has not taken;"
                     " remove it or correct the pattern (`qnpu graph` prints every name)"
                 )
 
@@ -118,8 +124,9 @@ class BitPlan:
 def bit_plan(weights: int, activations: int) -> BitPlan:
     """The plan behind the named recipes: w<weights>a<activations>.
 
-    8-bit activations except the residual stream, norm internals, RoPE and scores (16); KV cache, embedding and
-    head weights always 8. With 16-bit activations FULLY_CONNECTED accumulates in 64 bits, because 32 can overflow.
+    8-bit activations except the residual stream, norm internals, RoPE and scores (16); KV cache,
+    embedding and head weights always 8. With 16-bit activations FULLY_CONNECTED accumulates in 64
+    bits, because 32 can overflow.
     """
     sixteen = ["*.residual", "*.norm.*", "*.rope.*", "*.scores", "*.masked", "*.softmax"]
     rules: list[tuple[str, int]] = [
@@ -144,8 +151,8 @@ class Recipe:
       rotation: `hadamard` merges random Hadamard R1 and R2 into the weights, `none` leaves them.
       prefix: `auto` searches outlier tokens and puts their K/V in the graph, `none` does not.
       max_prefix: the longest prefix the search may choose (tokens, BOS included).
-      activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma), `mse`, or `class`
-        (by tensor class, see `qnpu_jax.calibrate`). 16-bit tensors always take min-max.
+      activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma), `mse`, or
+        `class` (by tensor class, see `qnpu_jax.calibrate`). 16-bit tensors always take min-max.
       weight_init: per-channel range of weights: `minmax`, `sigma` or `mse`.
       calibration_tokens: tokens of calibration text used.
       calibration_length: tokens per calibration window, prefix not counted.
@@ -168,14 +175,21 @@ class Recipe:
 
     @staticmethod
     def from_json(data: dict[str, Any], source: str = "recipe") -> Recipe:
-        """Reads a recipe; raises UserError on an unknown key, a missing one or a value out of range."""
+        """Reads a recipe; raises UserError on an unknown key, a missing one or a value out of
+        range."""
         known = {f.name for f in dataclasses.fields(Recipe)}
         for key in data:
             if key not in known:
-                raise UserError(f"{source}: unknown key {key!r}; expected one of {sorted(known)}; remove or correct it")
+                raise UserError(
+                    f"{source}: unknown key {key!r}; expected one of {sorted(known)}; remove or"
+                    " correct it"
+                )
         for key in ("name", "bits"):
             if key not in data:
-                raise UserError(f"{source}: key {key!r} is missing; add it (see `qnpu recipe w8a8` for an example)")
+                raise UserError(
+                    f"{source}: key {key!r} is missing; add it (see `qnpu recipe w8a8` for an"
+                    " example)"
+                )
         recipe = Recipe(**{**data, "bits": _plan_from_json(data["bits"], source)})
         _check_choices(recipe, source)
         return recipe
@@ -183,11 +197,16 @@ class Recipe:
 
 def _plan_from_json(rules: Any, source: str) -> BitPlan:
     ok = isinstance(rules, list) and all(
-        isinstance(r, list) and len(r) == 2 and isinstance(r[0], str) and r[1] in (2, 4, 8, 16, 32, 64) for r in rules
+        isinstance(r, list)
+        and len(r) == 2
+        and isinstance(r[0], str)
+        and r[1] in (2, 4, 8, 16, 32, 64)
+        for r in rules
     )
     if not ok:
         raise UserError(
-            f'{source}: key "bits" must be a list of [pattern, bits] with bits in 2, 4, 8, 16, 32, 64; got {rules!r}'
+            f'{source}: key "bits" must be a list of [pattern, bits] with bits in 2, 4, 8, 16,'
+            f" 32, 64; got {rules!r}"
         )
     return BitPlan(tuple((str(p), int(b)) for p, b in rules))
 
@@ -222,7 +241,9 @@ def load_recipe(name: str) -> Recipe:
         return RECIPES[name]
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"{name}: no such recipe; expected one of {sorted(RECIPES)} or a JSON file that exists")
+        raise UserError(
+            f"{name}: no such recipe; expected one of {sorted(RECIPES)} or a JSON file that exists"
+        )
     try:
         data = json.loads(path.read_text())
     except ValueError as error:

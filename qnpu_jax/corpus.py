@@ -6,7 +6,8 @@ What is wrong with a file is said before any model runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -35,16 +36,14 @@ def read_text(path: str | Path) -> list[str]:
         not as above.
     """
     path = Path(path)
-    _check_file(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with _reading(path):
+            text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: byte {error.start} is not UTF-8 (0x{error.object[error.start]:02x}); expected"
             " plain text or JSON lines in UTF-8; convert it, for example with iconv"
         ) from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
     documents = _documents(path, text) if path.suffix.lower() in JSON_LINES else [text]
     if not any(document.strip() for document in documents):
         raise UserError(f"{path}: no text in it; expected at least one document; give another file")
@@ -105,11 +104,26 @@ def digest(path: str | Path) -> str:
       UserError: no such file, a folder, or not readable.
     """
     path = Path(path)
-    _check_file(path)
-    try:
+    with _reading(path):
         return sha256([path])
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what the system says of a file into a UserError."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; expected a file of text; name a file in it")
+        yield
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; expected plain text, or JSON lines (*.jsonl); check the path"
+        ) from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); expected a readable file; check"
+            " path, permissions and disk"
+        ) from None
 
 
 def _documents(path: Path, text: str) -> list[str]:
@@ -141,19 +155,3 @@ def _document(where: str, line: str) -> str:
             f" ({document[error.start]!a}); expected Unicode text; correct or remove the line"
         ) from None
     return document
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a file of text; name a file in it")
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file; expected plain text, or JSON lines (*.jsonl); check the path"
-        )
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path}: cannot be read ({error.strerror or error}); expected a readable file; check"
-        " permissions and disk"
-    )

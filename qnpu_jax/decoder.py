@@ -1,9 +1,10 @@
 """The decoder, written like a forward function and staged as three graphs: embed, one layer, head.
 
-Gamma, rotations and the attention scale are in the weights already (`qnpu_jax.rotate`): a norm here is
-x / sqrt(sum x^2 + D eps), scores are q k^T. Attention is staged per KV head, with the keys
+Gamma, rotations and the attention scale are in the weights already (`qnpu_jax.rotate`): a norm here
+is x / sqrt(sum x^2 + D eps), scores are q k^T. Attention is staged per KV head, with the keys
 [prefix | cache | new], because NPU compilers refuse the batched form at decode (npu.md, section 1).
-Letters: T tokens, S keys, D hidden, H heads, N KV heads, G = H/N, K head_dim, F intermediate, V vocabulary.
+Letters: T tokens, S keys, D hidden, H heads, N KV heads, G = H/N, K head_dim, F intermediate, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ TABLE_SCALE = 1 / 32767
 """Scale of the int16 RoPE tables: cos and sin use the whole code range."""
 MASK_SCALE = 1 / 16
 MASK_CODE = -32767
-"""A masked position adds MASK_SCALE * MASK_CODE = -2048 to its score. A power of two keeps the ADD's rescaling of
-the scores exact to 1/200 of a code."""
+"""A masked position adds MASK_SCALE * MASK_CODE = -2048 to its score. A power of two keeps the
+ADD's rescaling of the scores exact to 1/200 of a code."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Three graphs and the sizes they were staged for. The layer graph runs `config.num_layers` times."""
+    """Three graphs and the sizes they were staged for. The layer graph runs `config.num_layers`
+    times."""
 
     config: ModelConfig
     plan: BitPlan
@@ -86,19 +88,25 @@ def decoder(
     """Stages the graphs for `tokens` new positions after `prefix` constant and `cache` cached ones.
 
     Raises:
-      UserError: more positions than the model has, a tensor that no rule of the plan matches, or a rule that
+      UserError: more positions than the model has, a tensor that no rule of the plan matches, or a
+      rule that
         matches no tensor.
     """
     if (positions := prefix + cache + tokens) > config.max_positions:
         raise UserError(
-            f"length: prefix {prefix} + cache {cache} + {tokens} tokens = {positions} positions; expected at most"
+            f"length: prefix {prefix} + cache {cache} + {tokens} tokens = {positions} positions;"
+            " expected at most"
             f" the model's {config.max_positions}; choose a shorter length"
         )
     asked: list[str] = []
 
     def bits_of(where: str, layers: int):
         def bits(name: str) -> tuple[int, ...]:
-            names = [f"layers.{i}.{name}" for i in range(layers)] if where == "layers" else [f"{where}.{name}"]
+            names = (
+                [f"layers.{i}.{name}" for i in range(layers)]
+                if where == "layers"
+                else [f"{where}.{name}"]
+            )
             asked.extend(names)
             return tuple(plan.bits(n) for n in names)
 
@@ -151,7 +159,8 @@ def _eps(g: Builder, cfg: ModelConfig, bits: tuple[int, ...]) -> TensorSpec:
 def decoder_layer(
     g: Builder, cfg: ModelConfig, x: TensorSpec, env: LayerInputs, past: list[tuple[str, int]]
 ) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-    """x + attention(norm(x)), then + swiglu(norm(x)). Returns the residual and the new rows of keys and values."""
+    """x + attention(norm(x)), then + swiglu(norm(x)). Returns the residual and the new rows of keys
+    and values."""
     with g.scope("attn"):
         mixed, k_rows, v_rows = attention(g, cfg, rms_norm(g, x, env.eps), env, past)
         x = g.add("residual", Add(), x, mixed, symmetric=True)
@@ -163,8 +172,9 @@ def decoder_layer(
 def rms_norm(g: Builder, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
     """x / sqrt(sum(x^2) + D eps), of unit length (the factor sqrt(D) is in the weights).
 
-    A BATCH_MATMUL sums the squares in 64 bits and rounds once; sqrt before rsqrt halves the dynamic range that the
-    RSQRT table must cover (litert.md, section 2: below 0.6% error for rows 128 times smaller than the largest).
+    A BATCH_MATMUL sums the squares in 64 bits and rounds once; sqrt before rsqrt halves the dynamic
+    range that the RSQRT table must cover (litert.md, section 2: below 0.6% error for rows 128 times
+    smaller than the largest).
     """
     tokens, hidden = x.shape
     with g.scope("norm"):
@@ -178,7 +188,8 @@ def rms_norm(g: Builder, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
 
 
 def rope(g: Builder, name: str, x: TensorSpec, env: LayerInputs) -> TensorSpec:
-    """x cos + swap(x) sin, where swap exchanges the halves of each head; the sign is in the sin table."""
+    """x cos + swap(x) sin, where swap exchanges the halves of each head; the sign is in the sin
+    table."""
     tokens, heads, width = x.shape
     half = (tokens, heads, width // 2)
     with g.scope("rope"):
@@ -286,7 +297,8 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
 
 
 def rope_tables(cfg: ModelConfig, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """cos and signed sin for the positions, (T, 1, K) float32; the first half of sin is negative."""
+    """cos and signed sin for the positions, (T, 1, K) float32; the first half of sin is
+    negative."""
     angle = positions[:, None] * rope_frequencies(cfg)[None, :]
     cos, sin = np.cos(angle), np.sin(angle)
     cos = np.concatenate([cos, cos], axis=1)[:, None, :]
@@ -297,8 +309,8 @@ def rope_tables(cfg: ModelConfig, positions: np.ndarray) -> tuple[np.ndarray, np
 def causal_mask(tokens: int, prefix: int = 0, cache: int = 0, filled: int = 0) -> np.ndarray:
     """0 where a token may look, MASK_SCALE * MASK_CODE elsewhere; (T, 1, S) float32.
 
-    Keys are [prefix | cache | new]: the whole prefix, the first `filled` cache slots and new keys up to the token's
-    own are visible.
+    Keys are [prefix | cache | new]: the whole prefix, the first `filled` cache slots and new keys
+    up to the token's own are visible.
     """
     visible = np.zeros((tokens, prefix + cache + tokens), dtype=bool)
     visible[:, : prefix + filled] = True

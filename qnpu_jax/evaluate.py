@@ -1,7 +1,7 @@
 """One interpreter for float, fake-quantized and calibration passes: they differ only in the edge.
 
-An edge sees every tensor as it is produced (inputs and parameters included) and may replace it. `evaluate` returns
-every tensor by name; XLA drops those that nobody reads.
+An edge sees every tensor as it is produced (inputs and parameters included) and may replace it.
+`evaluate` returns every tensor by name; XLA drops those that nobody reads.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ def evaluate(graph: Graph, values: Tensors, edge: Edge = identity) -> Tensors:
     return env
 
 
-def fake_quant_edge(scales: Mapping[str, QParams], ranges: Mapping[str, tuple[jax.Array, jax.Array]]) -> Edge:
-    """Fake-quantizes every tensor that has an entry in `scales` (local names, one layer); leaves the others."""
+def fake_quant_edge(
+    scales: Mapping[str, QParams], ranges: Mapping[str, tuple[jax.Array, jax.Array]]
+) -> Edge:
+    """Fake-quantizes every tensor that has an entry in `scales` (local names, one layer); leaves
+    the others."""
 
     def edge(spec: TensorSpec, x: jax.Array) -> jax.Array:
         if spec.name not in scales:
@@ -58,7 +61,9 @@ def local(values: Mapping[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
-def ranges_of(graph: Graph, names: Mapping[str, object]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def ranges_of(
+    graph: Graph, names: Mapping[str, object]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Code ranges of the named tensors, with the layer axis in the layer graph only."""
     out = {}
     for name in names:
@@ -72,14 +77,18 @@ def shared_inputs(dec: Decoder, filled: int = 0) -> Tensors:
     return {k: jnp.asarray(v) for k, v in layer_inputs(dec, filled).items()}
 
 
-def forward(dec: Decoder, params: Params, ids: jax.Array, scales: Scales | None = None) -> jax.Array:
+def forward(
+    dec: Decoder, params: Params, ids: jax.Array, scales: Scales | None = None
+) -> jax.Array:
     """Logits (T, V) of one sequence: float without `scales`, fake-quantized with (`resolve`d ones).
 
-    The layer graph runs under `lax.scan` over stacked parameters and scales, rematerialised under autodiff.
+    The layer graph runs under `lax.scan` over stacked parameters and scales, rematerialised under
+    autodiff.
 
     Args:
       dec: staged for T tokens, no cache.
-      params: folded parameters by global name (`rotate.fold_norms`), prefix K/V included if dec has a prefix.
+      params: folded parameters by global name (`rotate.fold_norms`), prefix K/V included if dec has
+        a prefix.
       ids: (T,) int32.
       scales: QParams by global name; tensors without an entry stay in float.
     """
@@ -125,8 +134,11 @@ def graph_tensors(graph: Graph, keep: tuple[str, ...], values: Tensors, params: 
     return jax.vmap(one)(values)
 
 
-def passes(dec: Decoder, params: Params, ids: jax.Array, keep: Keep) -> Iterator[tuple[Graph, int, Tensors]]:
-    """The kept tensors of a batch (B, T) of sequences in float, graph by graph and layer by layer."""
+def passes(
+    dec: Decoder, params: Params, ids: jax.Array, keep: Keep
+) -> Iterator[tuple[Graph, int, Tensors]]:
+    """The kept tensors of a batch (B, T) of sequences in float, graph by graph and layer by
+    layer."""
     tables = shared_inputs(dec)
     values: Tensors = {"ids": ids}
     for graph in dec.graphs:

@@ -19,7 +19,9 @@ Logits = Callable[[np.ndarray], Any]
 """(T,) or (B, T) token ids to real logits (.., T, V)."""
 
 
-def perplexity(logits: Logits, windows: np.ndarray, batch: int | None = None, track: Any = None) -> float:
+def perplexity(
+    logits: Logits, windows: np.ndarray, batch: int | None = None, track: Any = None
+) -> float:
     """exp(mean -log p(next token)) over the windows; the first token of each is not scored.
 
     Args:

@@ -1,12 +1,12 @@
-"""Rounding, once: float parameters and scales become an `IntegerModel`, which the simulator and the writer read.
+"""Rounding, once: float parameters and scales become an `IntegerModel`, which the simulator and the
+writer read.
 
-Everything a device needs is in it: codes of weights, biases, tables and prefix, and scale and zero point of every
-tensor. Nothing in it depends on a sequence length.
+Everything a device needs is in it: codes of weights, biases, tables and prefix, and scale and zero
+point of every tensor. Nothing in it depends on a sequence length.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,8 @@ class IntegerModel:
     """A frozen quantized decoder.
 
     Attributes:
-      codes: integer codes by global name: weights (int8; 4-bit codes in int8 arrays), biases (int32 or int64),
-        prefix K/V (int8). Arrays of `layers.*` have a leading layer axis.
+      codes: integer codes by global name: weights (int8; 4-bit codes in int8 arrays), biases (int32
+        or int64), prefix K/V (int8). Arrays of `layers.*` have a leading layer axis.
       scale: float32 by global name of every quantized tensor: (L,) or (L, channels) in `layers.*`.
       zero_point: int32, of the same shapes without channels.
       prefix: token ids whose K/V are constants of the graph.
@@ -63,10 +63,13 @@ class IntegerModel:
         return codes
 
 
-def freeze(dec: Decoder, params: dict[str, Any], free: Scales, prefix: tuple[int, ...]) -> IntegerModel:
+def freeze(
+    dec: Decoder, params: dict[str, Any], free: Scales, prefix: tuple[int, ...]
+) -> IntegerModel:
     """Rounds weights, biases and prefix to codes at the given scales.
 
-    code = clip(round(w / s)), half to even; bias code = round(b / (s_x s_w)) with s_x s_w a float32 product.
+    code = clip(round(w / s)), half to even; bias code = round(b / (s_x s_w)) with s_x s_w a float32
+    product.
 
     Args:
       dec: staged for any length, with the prefix's.
@@ -75,7 +78,8 @@ def freeze(dec: Decoder, params: dict[str, Any], free: Scales, prefix: tuple[int
       prefix: the token ids behind `layers.attn.prefix_*`.
 
     Raises:
-      UserError: a non-finite parameter or scale, a bias that does not fit its bits, an accumulator that
+      UserError: a non-finite parameter or scale, a bias that does not fit its bits, an accumulator
+      that
         can overflow (`accumulators`).
     """
     resolved = jax.tree.map(np.asarray, resolve(dec, free))
@@ -83,7 +87,9 @@ def freeze(dec: Decoder, params: dict[str, Any], free: Scales, prefix: tuple[int
     zero_point = {n: np.asarray(np.rint(q.zero_point), np.int32) for n, q in resolved.items()}
     for name, s in scale.items():
         if not (np.isfinite(s).all() and (s > 0).all()):
-            raise UserError(f"{name}: scale must be finite and positive, got {s.ravel()[:4]}; calibrate again")
+            raise UserError(
+                f"{name}: scale must be finite and positive, got {s.ravel()[:4]}; calibrate again"
+            )
     codes: dict[str, np.ndarray] = {}
     for graph in dec.graphs:
         _freeze_weights(graph, params, scale, zero_point, codes)
@@ -167,24 +173,28 @@ def _freeze_biases(
         s_x = scale[x][..., None].astype(np.float64)
         scale[b] = (s_x * scale[w].astype(np.float64)).astype(np.float32)
         zero_point[b] = np.zeros_like(zero_point[x])
-        values = np.rint(_finite(b, np.asarray(params[b], np.float64)) / scale[b].astype(np.float64))
+        values = np.rint(
+            _finite(b, np.asarray(params[b], np.float64)) / scale[b].astype(np.float64)
+        )
         width = max(spec.quant.bits)
         if (worst := np.abs(values).max()) >= 2.0 ** (width - 1):
             raise UserError(
-                f"{b}: code {worst:.0f} does not fit {width} bits; give it 64 bits in the plan or a coarser input"
+                f"{b}: code {worst:.0f} does not fit {width} bits; give it 64 bits in the plan"
+                " or a coarser input"
             )
         codes[b] = values.astype(np.int32 if width == 32 else np.int64)
 
 
 def save(model: IntegerModel, folder: Path) -> None:
-    """Writes `integer_model.safetensors` (codes, scales, zero points) and `integer_model.json` (the rest)."""
+    """Writes `integer_model.safetensors` (codes, scales, zero points) and `integer_model.json` (the
+    rest)."""
     arrays = {
         **{f"codes/{n}": x for n, x in model.codes.items()},
         **{f"scale/{n}": x for n, x in model.scale.items()},
         **{f"zero_point/{n}": x for n, x in model.zero_point.items()},
     }
     arrays = {n: np.ascontiguousarray(x) for n, x in arrays.items()}
-    safetensors.numpy.save_file(arrays, folder / "integer_model.safetensors")
+    (folder / "integer_model.safetensors").write_bytes(safetensors.numpy.save(arrays))
     meta = {
         "format": FORMAT,
         "config": model.config.to_json(),

@@ -1,7 +1,9 @@
-"""The decoder as data: tensors, nodes, and a `Builder` that stages a forward function into a `Graph`.
+"""The decoder as data: tensors, nodes, and a `Builder` that stages a forward function into a
+`Graph`.
 
-A graph holds no arrays and is hashable, so it is a static argument of `jax.jit`. Tensor names are the one
-vocabulary shared by parameters, quantization parameters, the simulator, the .tflite file and every report.
+A graph holds no arrays and is hashable, so it is a static argument of `jax.jit`. Tensor names are
+the one vocabulary shared by parameters, quantization parameters, the simulator, the .tflite file
+and every report.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ from qnpu_jax.ops import (
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named tensor. `quant` is None for token ids only; `fixed` is the (scale, zero_point) of an input that
-    arrives quantized (RoPE tables, mask), None where it is calibrated, tied or derived."""
+    """A named tensor. `quant` is None for token ids only; `fixed` is the (scale, zero_point) of an
+    input that arrives quantized (RoPE tables, mask), None where it is calibrated, tied or
+    derived."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,7 +63,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in execution order. `prefix` is what precedes the names globally (`layers.` for the layer graph)."""
+    """Nodes in execution order. `prefix` is what precedes the names globally (`layers.` for the
+    layer graph)."""
 
     prefix: str
     tensors: tuple[TensorSpec, ...]
@@ -93,9 +97,11 @@ class Graph:
 
     @cached_property
     def ties(self) -> dict[str, str]:
-        """Root of every tensor: tensors of one root share scale and zero point (movement ops copy codes).
+        """Root of every tensor: tensors of one root share scale and zero point (movement ops copy
+        codes).
 
-        The root is the first member whose value is not itself a copy, so that it can be calibrated or derived.
+        The root is the first member whose value is not itself a copy, so that it can be calibrated
+        or derived.
         """
         parent = {t.name: t.name for t in self.tensors}
 
@@ -185,10 +191,12 @@ class Builder:
         return self._register(TensorSpec(name, shape, "param", quant))
 
     def add(self, name: str, op: Op, *inputs: TensorSpec, symmetric: bool = False) -> TensorSpec:
-        """Appends `name = op(inputs)`; operands narrower than the output are widened first (exactly).
+        """Appends `name = op(inputs)`; operands narrower than the output are widened first
+        (exactly).
 
         Raises:
-          UserError: the plan makes the output narrower than an operand, which only a requantize may do.
+          UserError: the plan makes the output narrower than an operand, which only a requantize may
+          do.
         """
         name = self._named(name)
         tied = tied_inputs(op, tuple(t.name for t in inputs))
@@ -222,8 +230,10 @@ class Builder:
             return x
         if any(have > want for have, want in zip(x.quant.bits, bits, strict=True)):
             raise UserError(
-                f"{self.prefix}{consumer}: the plan gives it fewer bits than its input {self.prefix}{x.name}"
-                f" ({max(x.quant.bits)}); expected at least as many; raise the one or lower the other"
+                f"{self.prefix}{consumer}: the plan gives it fewer bits than its input"
+                f" {self.prefix}{x.name}"
+                f" ({max(x.quant.bits)}); expected at least as many; raise the one or lower the"
+                " other"
             )
         name = f"{x.name}.i{max(bits)}"
         if name not in self._tensors:
@@ -243,7 +253,8 @@ class Builder:
 
 
 def is_identity(graph: Graph, node: Node, layer: int = 0) -> bool:
-    """True where a requantize changes nothing in this layer: equal widths, and no zero point to remove."""
+    """True where a requantize changes nothing in this layer: equal widths, and no zero point to
+    remove."""
     if not isinstance(constraint(node.op), Narrowed):
         return False
     source, target = graph[node.inputs[0]].quant, graph[node.output].quant
@@ -279,8 +290,6 @@ def _type(t: TensorSpec) -> str:
 
 def _call(graph: Graph, node: Node) -> str:
     attrs = [f"{k}={v}" for k, v in vars(node.op).items() if v is not False]
-    args = [
-        f"{n}:{_type(graph[n])}" if graph[n].kind == "param" else n for n in node.inputs
-    ]
+    args = [f"{n}:{_type(graph[n])}" if graph[n].kind == "param" else n for n in node.inputs]
     verb = re.sub(r"(?<!^)(?=[A-Z])", "_", type(node.op).__name__).lower()
     return f"{verb}({', '.join([*args, *attrs])})"

@@ -15,7 +15,18 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from qnpu_jax import accumulators, artifacts, corpus, evaluation, freeze, generate, models, pipeline, tflite, verify
+from qnpu_jax import (
+    accumulators,
+    artifacts,
+    corpus,
+    evaluation,
+    freeze,
+    generate,
+    models,
+    pipeline,
+    tflite,
+    verify,
+)
 from qnpu_jax.config import ModelConfig, Recipe, UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import is_identity
@@ -37,8 +48,8 @@ class Simulator(Protocol):
         """Codes of every tensor by global name."""
         ...
 
-    def accumulators(self, ids: np.ndarray) -> Mapping[str, int]:
-        """Largest absolute accumulator seen, by global name."""
+    def accumulators(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, int]:
+        """Largest absolute accumulator of a run that gave these tensors, by global name."""
         ...
 
 
@@ -142,7 +153,10 @@ def _calibration(
         texts = corpus.read_text(job.calibration)
         ids = corpus.tokenize(texts, tokenizer, config.vocab_size, source)
         windows = corpus.windows(ids, length, count, source)
-        return windows, {"calibration": job.calibration.name, "sha256": corpus.digest(job.calibration)}
+        return windows, {
+            "calibration": job.calibration.name,
+            "sha256": corpus.digest(job.calibration),
+        }
     windows = generate.calibration_windows(
         config, recipe.bits, params, tokenizer, count * length, length, recipe.seed,
         lambda steps, n: track(steps, n, "calibration text"),
@@ -189,11 +203,12 @@ def prove(
         runner = LiteRT(file, "ref", keep_tensors=True)
         simulator = simulate(model, runner.tokens)
         runner.run(ids)
-        comparison = verify.compare(runner.tensors(), simulator.tensors(ids), op_names(model, len(ids)))
+        tensors = simulator.tensors(ids)
+        comparison = verify.compare(runner.tensors(), tensors, op_names(model, len(ids)))
     with clock.stage("accumulators"):
         dec = model.decoder(len(ids))
         bounds = accumulators.proved_bounds(dec, model.codes, model.zero_point)
-        observed = simulator.accumulators(ids)
+        observed = simulator.accumulators(tensors)
     return {
         "verify": {
             "tensors": comparison.tensors,
@@ -209,7 +224,8 @@ def prove(
 
 
 def op_names(model: IntegerModel, tokens: int) -> dict[str, str]:
-    """The op behind every tensor of the written file, by global name; dropped identities left out."""
+    """The op behind every tensor of the written file, by global name; dropped identities left
+    out."""
     return {
         (f"layers.{i}.{node.output}" if graph.prefix == "layers." else graph.prefix + node.output):
         type(node.op).__name__

@@ -1,8 +1,9 @@
 """The closed set of operations, at the granularity of TFLite kernels.
 
-An op has one definition in real numbers (`eval_op`, here), one meaning on integers (`sim.run`), one spelling in a
-file (`qnpu_jax.tflite`), and one rule for the scale of its output (`constraint`). Each is a `match` over `Op` that
-ends in `assert_never`, so that an op which lacks one fails type checking.
+An op has one definition in real numbers (`eval_op`, here), one meaning on integers (`sim.run`), one
+spelling in a file (`qnpu_jax.tflite`), and one rule for the scale of its output (`constraint`).
+Each is a `match` over `Op` that ends in `assert_never`, so that an op which lacks one fails type
+checking.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Add:
 
 @dataclass(frozen=True)
 class AddMask:
-    """y = scores + mask, with an output scale so wide that a masked score lies at least `HEADROOM` below all others.
+    """y = scores + mask, with an output scale so wide that a masked score lies at least `HEADROOM`
+    below all others.
 
     The mask is 0 or about -2048; masked sums saturate at the lowest code. TFLite ADD.
     """
@@ -154,7 +156,9 @@ def eval_op(op: Op, *x: Array) -> Array:
         case Transpose(perm=perm):
             return jnp.transpose(x[0], perm)
         case Slice(begin=begin, size=size):
-            return jax.lax.slice(x[0], begin, tuple(b + s for b, s in zip(begin, size, strict=True)))
+            return jax.lax.slice(
+                x[0], begin, tuple(b + s for b, s in zip(begin, size, strict=True))
+            )
         case Concat(axis=axis):
             return jnp.concatenate(x, axis)
         case _:
@@ -162,9 +166,11 @@ def eval_op(op: Op, *x: Array) -> Array:
 
 
 HEADROOM = 10.0
-"""How far below every valid score a masked one lies (real units): the int16 SOFTMAX treats 10 and more alike.
+"""How far below every valid score a masked one lies (real units): the int16 SOFTMAX treats 10 and
+more alike.
 
-Reference: LiteRT tflite/kernels/internal/reference/softmax.h, `SoftmaxInt16` (table of exp on [-10, 0])."""
+Reference: LiteRT tflite/kernels/internal/reference/softmax.h, `SoftmaxInt16` (table of exp on [-10,
+0])."""
 
 
 @dataclass(frozen=True)
@@ -189,13 +195,15 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Narrowed:
-    """Requantize: free where it narrows; the input's scale with zero point 0 where it widens (exact: code q - z);
-    the input's scale and zero point where the widths are equal (an identity, which `freeze` drops)."""
+    """Requantize: free where it narrows; the input's scale with zero point 0 where it widens
+    (exact: code q - z); the input's scale and zero point where the widths are equal (an identity,
+    which `freeze` drops)."""
 
 
 @dataclass(frozen=True)
 class Masked:
-    """scale = scale(scores) + HEADROOM / 32767: the code range covers every score and HEADROOM below."""
+    """scale = scale(scores) + HEADROOM / 32767: the code range covers every score and HEADROOM
+    below."""
 
 
 Constraint = Free | Same | Fixed | Narrowed | Masked

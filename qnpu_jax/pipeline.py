@@ -1,4 +1,5 @@
-"""From a checkpoint to an `IntegerModel`: fold, rotate, prefix, calibrate, freeze. The stages of the main job."""
+"""From a checkpoint to an `IntegerModel`: fold, rotate, prefix, calibrate, freeze. The stages of
+the main job."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Attention sinks taken out of the graph: outlier tokens become a constant prefix of keys and values.
+"""Attention sinks taken out of the graph: outlier tokens become a constant prefix of keys and
+values.
 
-The first token of a sequence (and a few special ones) grows activations hundreds of times larger than all others,
-which no static scale can hold. Their K and V are computed once in float and stored as constants; every later token
-attends to them and grows no sink of its own (PrefixQuant, arXiv 2410.05265).
+The first token of a sequence (and a few special ones) grows activations hundreds of times larger
+than all others, which no static scale can hold. Their K and V are computed once in float and stored
+as constants; every later token attends to them and grows no sink of its own (PrefixQuant, arXiv
+2410.05265).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from qnpu_jax.decoder import decoder
 from qnpu_jax.evaluate import Params, passes
 
 OUTLIER_RATIO = 64.0
-"""A token is an outlier where its largest activation exceeds this multiple of the median token's."""
+"""A token is an outlier where its largest activation exceeds this multiple of the median
+token's."""
 CANDIDATES = 4
 """How many outlier tokens are tried for each place of the prefix."""
 SEARCH_WINDOWS, SEARCH_TOKENS = 16, 64
@@ -29,7 +32,8 @@ WATCHED = ("mlp.act", "mlp.residual")
 
 @dataclass(frozen=True)
 class PrefixReport:
-    """The chosen prefix and the largest ratio of a token's peak to the median, per layer, before and after."""
+    """The chosen prefix and the largest ratio of a token's peak to the median, per layer, before
+    and after."""
 
     tokens: tuple[int, ...]
     before: tuple[float, ...]
@@ -48,10 +52,10 @@ def find_prefix(
 ) -> PrefixReport:
     """Chooses a prefix.
 
-    Greedy: BOS first, then whichever of the most frequent outlier tokens lowers the worst ratio most,
-    until no token exceeds OUTLIER_RATIO times the median at any layer. Candidates are
-    compared on the first SEARCH_TOKENS of SEARCH_WINDOWS windows, where outliers show; the verdict is
-    on all tokens of these windows.
+    Greedy: BOS first, then whichever of the most frequent outlier tokens lowers the worst ratio
+    most, until no token exceeds OUTLIER_RATIO times the median at any layer. Candidates are
+    compared on the first SEARCH_TOKENS of SEARCH_WINDOWS windows, where outliers show; the verdict
+    is on all tokens of these windows.
 
     Args:
       windows: (N, T) ids of ordinary text, without BOS.
@@ -79,7 +83,8 @@ def find_prefix(
     if (worst := best.ratio.max()) > OUTLIER_RATIO:
         raise UserError(
             f"prefix {list(tokens)}: layer {int(best.ratio.argmax())} still has a token {worst:.0f}"
-            f" times the median; expected at most {OUTLIER_RATIO:.0f}; raise max_prefix in the recipe"
+            f" times the median; expected at most {OUTLIER_RATIO:.0f}; raise max_prefix in the"
+            " recipe"
             ' or set its prefix to "none"'
         )
     ratios = (tuple(float(r) for r in o.ratio) for o in (before, best))
@@ -88,8 +93,8 @@ def find_prefix(
 
 @dataclass(frozen=True)
 class _Outliers:
-    """Largest token peak over the median one per layer (L,), the largest residual, and the ids of outlier tokens,
-    most frequent first."""
+    """Largest token peak over the median one per layer (L,), the largest residual, and the ids of
+    outlier tokens, most frequent first."""
 
     ratio: np.ndarray
     peak: float
@@ -118,8 +123,11 @@ def _outliers(
     return _Outliers(ratios, peak, [token for token, _ in found.most_common()])
 
 
-def add_prefix(config: ModelConfig, plan: BitPlan, params: Params, tokens: tuple[int, ...]) -> Params:
-    """The parameters with `layers.attn.prefix_{k,v}` (L, N, P, K): K after RoPE and V of the prefix, in float."""
+def add_prefix(
+    config: ModelConfig, plan: BitPlan, params: Params, tokens: tuple[int, ...]
+) -> Params:
+    """The parameters with `layers.attn.prefix_{k,v}` (L, N, P, K): K after RoPE and V of the
+    prefix, in float."""
     params = {k: v for k, v in params.items() if ".prefix_" not in k}
     dec = decoder(config, plan, len(tokens))
     ids = jnp.asarray(tokens, jnp.int32)[None]

@@ -1,7 +1,8 @@
 """Quantizers: pure functions from real values to codes and back.
 
-xhat = (clip(round(x / s) + z, qmin, qmax) - z) s, s the scale, z the zero point (arXiv 2605.20295, eq. of the static
-quantizer). Tensors of the layer graph carry a leading layer axis: scales are (L,) or (L, channels).
+xhat = (clip(round(x / s) + z, qmin, qmax) - z) s, s the scale, z the zero point (arXiv 2605.20295,
+eq. of the static quantizer). Tensors of the layer graph carry a leading layer axis: scales are (L,)
+or (L, channels).
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ from qnpu_jax.graph import TensorSpec
 
 Array = jax.Array | np.ndarray
 Scales = dict[str, "QParams"]
-"""QParams by global name (`embed.*`, `layers.*`, `head.*`); those of `layers.*` have a leading layer axis."""
+"""QParams by global name (`embed.*`, `layers.*`, `head.*`); those of `layers.*` have a leading
+layer axis."""
 
 
 @flax.struct.dataclass(kw_only=True)
 class QParams:
-    """Scale (real units per code, float32, > 0) and zero point (code of real 0, integer-valued float32)."""
+    """Scale (real units per code, float32, > 0) and zero point (code of real 0, integer-valued
+    float32)."""
 
     scale: Any
     zero_point: Any
 
 
 def code_range(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
-    """qmin and qmax per layer (float32). Parameters leave the lowest code out, as LiteRT's weights must."""
+    """qmin and qmax per layer (float32). Parameters leave the lowest code out, as LiteRT's weights
+    must."""
     assert spec.quant is not None
     qmax = 2.0 ** (np.asarray(spec.quant.bits, np.float32) - 1) - 1
     qmin = -qmax if spec.kind == "param" else -qmax - 1
@@ -46,8 +50,9 @@ def fake_quant(
 ) -> jax.Array:
     """xhat = (clip(round(x/s) + z, qmin, qmax) - z) s, straight through.
 
-    Autodiff of this composition gives the published gradients (LSQ+, arXiv 2004.09576): dx = 1 inside and 0 outside
-    the range, ds = round(u) - u inside (u = x/s) and q - z at a bound, dz = 0 inside and -s outside.
+    Autodiff of this composition gives the published gradients (LSQ+, arXiv 2004.09576): dx = 1
+    inside and 0 outside the range, ds = round(u) - u inside (u = x/s) and q - z at a bound, dz = 0
+    inside and -s outside.
 
     Args:
       x: real values.
@@ -58,15 +63,19 @@ def fake_quant(
     return (q - zero_point) * scale
 
 
-def quantize(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: TensorSpec, layer: int = 0):
-    """Codes of x: clip(round(x / s) + z), rounded half to even in float64. Shapes as `fake_quant`; int64."""
+def quantize(
+    x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: TensorSpec, layer: int = 0
+):
+    """Codes of x: clip(round(x / s) + z), rounded half to even in float64. Shapes as `fake_quant`;
+    int64."""
     qmin, qmax = (int(r[layer]) for r in code_range(spec))
     q = np.rint(np.asarray(x, np.float64) / np.asarray(scale, np.float64)) + zero_point
     return np.clip(q, qmin, qmax).astype(np.int64)
 
 
 def expand(scale: Array, spec: TensorSpec) -> Array:
-    """A per-channel vector reshaped to broadcast along the tensor's channel axis; scalars as they are."""
+    """A per-channel vector reshaped to broadcast along the tensor's channel axis; scalars as they
+    are."""
     if spec.quant is None or spec.quant.axis is None:
         return scale
     shape = [1] * len(spec.shape)
@@ -88,7 +97,8 @@ def from_range(lo: Array, hi: Array, bits: Array, symmetric: bool, narrow: bool 
     qmin = -qmax if narrow else -qmax - 1
     even = np.logical_or(symmetric, np.asarray(bits) >= 16)
     scale = np.where(even, np.maximum(-lo, hi) / qmax, (hi - lo) / (qmax - qmin))
-    scale = np.maximum(scale, np.finfo(np.float32).tiny * 2.0**40)  # an all-zero tensor: any scale will do
+    scale = np.maximum(
+        scale, np.finfo(np.float32).tiny * 2.0**40
+    )  # an all-zero tensor: any scale will do
     zero_point = np.where(even, 0.0, np.clip(np.rint(qmin - lo / scale), qmin, qmax))
     return QParams(scale=scale.astype(np.float32), zero_point=zero_point.astype(np.float32))
-

@@ -1,12 +1,11 @@
 """Scale ties as data: from the free scales to those of every quantization point.
 
-An optimizer or a calibration sees only the free ones; what movement ops copy, kernels fix and widening keeps is
-filled in here, from `ops.constraint`.
+An optimizer or a calibration sees only the free ones; what movement ops copy, kernels fix and
+widening keeps is filled in here, from `ops.constraint`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +19,8 @@ from qnpu_jax.quant import QParams, Scales
 
 
 def is_free(graph: Graph, name: str) -> bool:
-    """True for the tensors whose scale and zero point someone must choose: the rest is tied, fixed or derived."""
+    """True for the tensors whose scale and zero point someone must choose: the rest is tied, fixed
+    or derived."""
     if graph.ties[name] != name or graph[name].quant is None:
         return False
     if graph[name].kind != "activation":
@@ -46,20 +46,25 @@ def _follows(graph: Graph, node: Node) -> list[bool]:
 
 
 def resolve(dec: Decoder, free: Scales) -> Scales:
-    """Scale and zero point of every quantization point, from the free ones: ties, fixed and derived filled in.
+    """Scale and zero point of every quantization point, from the free ones: ties, fixed and derived
+    filled in.
 
-    Traceable: the free scales may be tracers. Biases are left out; `freeze` derives theirs (scale sx sw).
+    Traceable: the free scales may be tracers. Biases are left out; `freeze` derives theirs (scale
+    sx sw).
 
     Args:
       free: QParams by global name for every tensor with `is_free`.
 
     Returns:
-      QParams by global name; (L,) arrays in `layers.*`, scalars elsewhere, (.., channels) for weights.
+      QParams by global name; (L,) arrays in `layers.*`, scalars elsewhere, (.., channels) for
+      weights.
     """
     embed = _resolve_graph(dec.embed, free, {})
     first = embed["residual"]
     out = free["layers.mlp.residual"]
-    into = jax.tree.map(lambda a, b: jnp.concatenate([jnp.reshape(jnp.asarray(a), (1,)), b[:-1]]), first, out)
+    into = jax.tree.map(
+        lambda a, b: jnp.concatenate([jnp.reshape(jnp.asarray(a), (1,)), b[:-1]]), first, out
+    )
     layer = _resolve_graph(dec.layer, free, {"input.residual": into})
     last = jax.tree.map(lambda a: a[-1], layer["mlp.residual"])
     head = _resolve_graph(dec.head, free, {"input.residual": last})
@@ -68,7 +73,8 @@ def resolve(dec: Decoder, free: Scales) -> Scales:
 
 
 def _resolve_graph(graph: Graph, free: Scales, known: Scales) -> Scales:
-    """Local names. Tensors are visited in graph order, roots of tie classes before their members are needed."""
+    """Local names. Tensors are visited in graph order, roots of tie classes before their members
+    are needed."""
     done = dict(known)
     producer = {n.output: n for n in graph.nodes}
 

@@ -1,4 +1,5 @@
-"""An `IntegerModel` written as a .tflite: every op of the graphs spelled as a LiteRT operator, layers unrolled.
+"""An `IntegerModel` written as a .tflite: every op of the graphs spelled as a LiteRT operator,
+layers unrolled.
 
 Tensors keep their names (`layers.3.attn.q`), scales and zero points exactly as frozen.
 """
@@ -60,17 +61,14 @@ def write(
     build(model, tokens, logits).write(path)
 
 
-def build(
-    model: IntegerModel, tokens: int, logits: Literal["all", "last"] = "all"
-) -> ModelWriter:
+def build(model: IntegerModel, tokens: int, logits: Literal["all", "last"] = "all") -> ModelWriter:
     """The model of `write`, in memory."""
     dec = model.decoder(tokens, logits=logits)
     writer = ModelWriter()
     subgraph = writer.add_subgraph("main")
     ids = subgraph.add_tensor("ids", (tokens,), "int32")
     shared = {
-        name: _shared(subgraph, dec.layer[name], codes)
-        for name, codes in model.inputs(dec).items()
+        name: _shared(subgraph, dec.layer[name], codes) for name, codes in model.inputs(dec).items()
     }
     values = {"ids": ids}
     for graph in dec.graphs:
@@ -109,7 +107,9 @@ class _Emitter:
             env[node.output] = self._tensor(self.graph[node.output], None)
             code, options, extra = spell(node.op, self.graph, node)
             constants = [
-                self.subgraph.add_tensor(f"{self._global(node.output)}/{i}", c.shape, "int32", data=c)
+                self.subgraph.add_tensor(
+                    f"{self._global(node.output)}/{i}", c.shape, "int32", data=c
+                )
                 for i, c in enumerate(extra)
             ]
             inputs = [env[n] for n in node.inputs]

@@ -30,7 +30,8 @@ class Difference:
 
     def __str__(self) -> str:
         return (
-            f"{self.tensor} ({self.op}): {self.count} of {self.size} differ, by at most {self.largest};"
+            f"{self.tensor} ({self.op}): {self.count} of {self.size} differ, by at most"
+            f" {self.largest};"
             f" first at {list(self.index)}: LiteRT {self.expected}, simulator {self.got}"
         )
 
@@ -79,7 +80,16 @@ def compare(
 
 def _difference(name: str, op: str, a: np.ndarray, b: np.ndarray) -> Difference | None:
     if a.shape != b.shape or a.dtype != b.dtype:
-        return Difference(name, f"{op}, {a.dtype}{a.shape} against {b.dtype}{b.shape}", a.size, a.size, 0, (), 0, 0)
+        return Difference(
+            name,
+            f"{op}, {a.dtype}{a.shape} against {b.dtype}{b.shape}",
+            a.size,
+            a.size,
+            0,
+            (),
+            0,
+            0,
+        )
     distance = np.abs(a.astype(np.int64) - b.astype(np.int64))
     count = int(np.count_nonzero(distance))
     if count == 0:

@@ -61,11 +61,17 @@ def quantize_multiplier(real: np.ndarray | float) -> tuple[np.ndarray, np.ndarra
     )
 
 
-def srdhm(a: Codes, b: Codes) -> Codes:
-    """Saturating rounding doubling high multiply: round(a b / 2^31), ties upwards.
+def _high_multiply(a: Codes, b: Codes) -> Codes:
+    """round(a b / 2^31), ties upwards, as int64.
 
     The reference adds a nudge and truncates; that is a floor of (ab + 2^30) / 2^31, which is one
     shift.
+    """
+    return (wide(a) * wide(b) + np.int64(2**30)) >> np.int64(31)
+
+
+def srdhm(a: Codes, b: Codes) -> Codes:
+    """Saturating rounding doubling high multiply: round(a b / 2^31), ties upwards.
 
     Args:
       a, b: int32, broadcasting; (-2^31)^2 alone saturates, to 2^31 - 1.
@@ -75,7 +81,7 @@ def srdhm(a: Codes, b: Codes) -> Codes:
 
     Reference: gemmlowp fixedpoint/fixedpoint.h, `SaturatingRoundingDoublingHighMul`.
     """
-    high = (wide(a) * wide(b) + np.int64(2**30)) >> np.int64(31)
+    high = _high_multiply(a, b)
     return (high - (high == np.int64(2**31)).astype(np.int64)).astype(np.int32)
 
 
@@ -112,7 +118,9 @@ def multiply_by_quantized_multiplier(x: Codes, multiplier: Codes, shift: Codes) 
     """
     zero = np.int32(0)
     left = shift * (shift > zero).astype(np.int32)
-    return rounding_divide_by_pot(srdhm(x << left, multiplier), left - shift)
+    # srdhm without its saturation, which takes two negative factors.
+    high = _high_multiply(x << left, multiplier).astype(np.int32)
+    return rounding_divide_by_pot(high, left - shift)
 
 
 def multiply_by_quantized_multiplier_64(x: Codes, multiplier: Codes, shift: Codes) -> Codes:
@@ -170,7 +178,9 @@ def round_half_away(x: Codes) -> Codes:
 
     Adding one half before truncation would round 0.49999999999999994 up.
     """
-    truncated = np.trunc(x) if isinstance(x, np.ndarray) else jnp.trunc(x)
+    if not isinstance(x, np.ndarray):
+        return jax.lax.round(x, jax.lax.RoundingMethod.AWAY_FROM_ZERO)
+    truncated = np.trunc(x)
     rest = (x - truncated) * x.dtype.type(2)
     return (
         truncated

@@ -136,6 +136,7 @@ def batch_matmul(
     adj_y: bool = False,
     x_is_byte: bool = False,
     y_is_byte: bool = False,
+    y_is_symmetric: bool = False,
 ) -> Array:
     """z = clip(rescale((x - x_zero_point)(y - y_zero_point)) + zero_point), batch by batch.
 
@@ -146,8 +147,9 @@ def batch_matmul(
       y: (B, K, N), or (B, N, K) with adj_y; of x's type.
       c: from `prepare_batch_matmul`.
       adj_y: y is transposed.
-      x_is_byte, y_is_byte: the caller knows that every int16 code of the operand lies in [-128,
-        127]: fewer dots.
+      x_is_byte, y_is_byte: the caller knows that the int16 operand was widened from int8: adding
+        the zero point that `c` has for it gives the int8 codes back, and one dot does.
+      y_is_symmetric: the caller knows that `c.y_zero_point` is 0.
 
     Returns:
       (B, M, N) codes of x's type.
@@ -155,26 +157,15 @@ def batch_matmul(
     Reference: LiteRT reference/batch_matmul.h, `BatchMatMul` (FullyConnectedParams).
     """
     k_axis = 2 if adj_y else 1
-    if x.dtype == jnp.int8:
-        acc = _matmul_int8(x, y, c, k_axis)
-    elif x.shape[1] == 1 and y.shape[3 - k_axis] == 1:
+    if x.dtype == jnp.int16 and x.shape[1] == y.shape[3 - k_axis] == 1:
         acc = _row_products(x, y)
     else:
-        acc = _matmul_int16(x, y, k_axis, x_is_byte, y_is_byte)
+        acc = _matmul(
+            _digits(x, c.x_zero_point, x_is_byte),
+            _digits(y, None if y_is_symmetric else c.y_zero_point, y_is_byte),
+            k_axis,
+        )
     return saturate(rescale(acc, c.scale) + _row(c.zero_point, 0), x.dtype)
-
-
-def _matmul_int8(x: Array, y: Array, c: BatchMatmulConstants, k_axis: int) -> Array:
-    # (x - a)(y - b) summed over K: dot(x, y) - a sum(y) - b sum(x) + K a b, equal modulo 2^32.
-    a, b = _row(c.x_zero_point, 0), _row(c.y_zero_point, 0)
-    sum_x = jnp.sum(x, 2, dtype=jnp.int32)[:, :, None]
-    sum_y = jnp.sum(y, k_axis, dtype=jnp.int32)[:, None, :]
-    return (
-        _dot(x, y, (((2,), (k_axis,)), ((0,), (0,))))
-        - a * sum_y
-        - b * sum_x
-        + a * b * np.int32(x.shape[2])
-    )
 
 
 def _row_products(x: Array, y: Array) -> Array:
@@ -184,37 +175,55 @@ def _row_products(x: Array, y: Array) -> Array:
     return jnp.sum(wide(x.reshape(b, k)) * wide(y.reshape(b, k)), 1)[:, None, None]
 
 
-def _matmul_int16(x: Array, y: Array, k_axis: int, x_is_byte: bool, y_is_byte: bool) -> Array:
-    # With x = 256 h + l + 128: sums over K of byte products, and of each operand once for every
-    # 128.
-    dims = (((2,), (k_axis,)), ((0,), (0,)))
-    xs, x_rest = _digits(x, x_is_byte)
-    ys, y_rest = _digits(y, y_is_byte)
-    acc = jnp.asarray(x_rest * y_rest * x.shape[2], jnp.int64)
-    for x_weight, x_byte in xs:
-        for y_weight, y_byte in ys:
-            acc = acc + wide(_dot(x_byte, y_byte, dims)) * np.int64(x_weight * y_weight)
-    if y_rest:
-        acc = (
-            acc
-            + np.int64(y_rest)
-            * (jnp.sum(x, 2, dtype=jnp.int64) - np.int64(x_rest * x.shape[2]))[:, :, None]
-        )
-    if x_rest:
-        acc = (
-            acc
-            + np.int64(x_rest)
-            * (jnp.sum(y, k_axis, dtype=jnp.int64) - np.int64(y_rest * x.shape[2]))[:, None, :]
-        )
-    return acc
+class _Digits(NamedTuple):
+    """An operand as sum of weight * byte, plus a constant (None: 0)."""
+
+    terms: list[tuple[int, Array]]
+    rest: Array | None
 
 
-def _digits(x: Array, is_byte: bool) -> tuple[list[tuple[int, Array]], int]:
-    """x as a sum of weight * int8 plus a constant."""
-    if is_byte:
-        return [(1, x.astype(jnp.int8))], 0
+def _digits(x: Array, zero_point: Leaf | None, is_byte: bool) -> _Digits:
+    """int8 codes less their zero point, or int16 codes; one byte if they came from int8, else
+    two."""
+    if x.dtype == jnp.int8 or is_byte:
+        if zero_point is None:
+            return _Digits([(1, x.astype(jnp.int8))], None)
+        zero = _row(zero_point, 0)
+        codes = x if x.dtype == jnp.int8 else (x + zero.astype(jnp.int16)).astype(jnp.int8)
+        return _Digits([(1, codes)], -zero)
     high, low = _bytes(x)
-    return [(256, high), (1, low)], 128
+    return _Digits([(256, high), (1, low)], jnp.int32(128))
+
+
+def _matmul(x: _Digits, y: _Digits, k_axis: int) -> Array:
+    """Sum of products over K: int32 of two operands of one byte, else int64."""
+    # With x = X + a and y = Y + b: xy = XY + a Y + b (X + a), summed over K.
+    narrow = len(x.terms) == len(y.terms) == 1
+    size = x.terms[0][1].shape[2]
+    # So many |products| <= 255^2 fit 31 bits: an int32 sum of int16 codes is the 64-bit one.
+    assert size * 255**2 < 2**31
+    dtype = jnp.int32 if narrow else jnp.int64
+
+    def total(digits: _Digits, axis: int) -> Array:
+        return sum(
+            jnp.asarray(weight, dtype) * jnp.sum(byte, axis, dtype=jnp.int32).astype(dtype)
+            for weight, byte in digits.terms
+        )
+
+    dims = (((2,), (k_axis,)), ((0,), (0,)))
+    acc = sum(
+        jnp.asarray(x_weight * y_weight, dtype) * _dot(x_byte, y_byte, dims).astype(dtype)
+        for x_weight, x_byte in x.terms
+        for y_weight, y_byte in y.terms
+    )
+    if x.rest is not None:
+        acc += x.rest.astype(dtype) * total(y, k_axis)[:, None, :]
+    if y.rest is not None:
+        x_total = total(x, 2)
+        if x.rest is not None:
+            x_total += x.rest.astype(dtype) * size
+        acc += y.rest.astype(dtype) * x_total[:, :, None]
+    return acc
 
 
 def _bytes(x: Array) -> tuple[Array, Array]:

@@ -74,6 +74,9 @@ def prepare_batch_matmul(
 ) -> BatchMatmulConstants:
     """Constants of `kernels.batch_matmul`: factor double(f32(sx sy)) / double(s) in every profile.
 
+    Args:
+      x_zero_point, y_zero_point: of an int16 operand that was widened from int8, those it had.
+
     Reference: LiteRT kernels/kernel_util.cc, `GetQuantizedConvolutionMultipler`.
     """
     real = np.float64(x_scale * y_scale) / np.float64(scale)

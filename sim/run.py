@@ -124,7 +124,18 @@ def _same_bits(graph: Graph, layer: int) -> int:
     return next(i for i in range(layer + 1) if all(b[i] == b[layer] for b in bits))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+_OPTIONS = {
+    "xla_disable_hlo_passes": "cse_barrier_expander,tree_reduction_rewriter",
+    "xla_cpu_prefer_vector_width": 512,
+}
+"""XLA removes the barriers of `run_graph` before it fuses; this pass does it. Speed only: bits do not depend on it."""
+
+
+_TOKENS = 512
+"""Of a batch, so many tokens are computed at a time: enough for the dots, few enough for caches."""
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=_OPTIONS)
 def _run_layer(
     graph: Graph, layer: int, kept: tuple[str, ...], codes: Codes, constants: dict[str, Any], values: Codes
 ) -> Codes:
@@ -132,8 +143,11 @@ def _run_layer(
         env = run_graph(graph, layer, {**codes, **values}, constants)
         return {n: env[n] for n in kept}
 
-    batched = next(iter(values.values())).ndim > len(graph[next(iter(values))].shape)
-    return jax.vmap(one)(values) if batched else one(values)
+    name, first = next(iter(values.items()))
+    tokens, *rest = graph[name].shape
+    if first.ndim == 1 + len(rest):
+        return one(values)
+    return jax.lax.map(one, values, batch_size=max(1, _TOKENS // tokens))
 
 
 def run_graph(graph: Graph, layer: int, values: Codes, constants: Mapping[str, Any]) -> Codes:
@@ -141,7 +155,11 @@ def run_graph(graph: Graph, layer: int, values: Codes, constants: Mapping[str, A
     env = dict(values)
     for node in graph.nodes:
         x = [env[n] for n in node.inputs]
-        env[node.output] = x[0] if is_identity(graph, node, layer) else run_op(graph, node, layer, x, constants.get(node.output))
+        if is_identity(graph, node, layer):
+            env[node.output] = x[0]
+        else:
+            y = run_op(graph, node, layer, x, constants.get(node.output))
+            env[node.output] = jax.lax.optimization_barrier(y)
     return env
 
 
@@ -153,9 +171,16 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
         case FullyConnected():
             return kernels.fully_connected(x[0], x[1], constants)
         case BatchMatmul(adj_y=adj_y):
-            small = [_fits_byte(graph, node, n, layer) for n in node.inputs]
+            narrow = [narrow_source(graph, n, layer) for n in node.inputs]
+            y = graph[narrow[1]].quant
             return kernels.batch_matmul(
-                x[0], x[1], constants, adj_y=adj_y, x_is_byte=small[0], y_is_byte=small[1]
+                x[0],
+                x[1],
+                constants,
+                adj_y=adj_y,
+                x_is_byte=narrow[0] != node.inputs[0],
+                y_is_byte=narrow[1] != node.inputs[1],
+                y_is_symmetric=y is not None and y.symmetric,
             )
         case Add() | AddMask():
             return kernels.add(x[0], x[1], constants)
@@ -186,13 +211,15 @@ def dtype_of(spec: TensorSpec, layer: int) -> np.dtype:
     return np.dtype(np.int8 if spec.quant.bits[layer] <= 8 else np.int16)
 
 
-def _fits_byte(graph: Graph, node: Node, name: str, layer: int) -> bool:
-    """True where `name` is a symmetric 8-bit tensor widened to 16: its codes fit in int8 by construction."""
+def narrow_source(graph: Graph, name: str, layer: int) -> str:
+    """The 8-bit tensor that `name` was widened from (code - zero point, exactly), or `name`."""
     producer = next((n for n in graph.nodes if n.output == name), None)
     if producer is None or not isinstance(producer.op, Requantize):
-        return False
-    source = graph[producer.inputs[0]].quant
-    return source is not None and source.bits[layer] == 8 and source.symmetric
+        return name
+    source, target = graph[producer.inputs[0]].quant, graph[name].quant
+    assert source is not None and target is not None
+    widens = source.bits[layer] == 8 and target.bits[layer] == 16
+    return producer.inputs[0] if widens else name
 
 
 def _codes_of(model: IntegerModel, graph: Graph, layer: int, shared: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -230,7 +257,8 @@ def _prepare(graph: Graph, node: Node, layer: int, codes: dict[str, np.ndarray],
                 profile, dtype, codes[names[1]], codes[names[2]], *pair(names[0]), scale(names[1]), *pair(out)
             )
         case BatchMatmul():
-            return prepare.prepare_batch_matmul(dtype, *pair(names[0]), *pair(names[1]), *pair(out))
+            x, y = (pair(narrow_source(graph, n, layer)) for n in names)  # widening keeps the scale
+            return prepare.prepare_batch_matmul(dtype, *x, *y, *pair(out))
         case Add() | AddMask():
             return prepare.prepare_add(dtype, *pair(names[0]), *pair(names[1]), *pair(out))
         case Mul():

@@ -18,8 +18,8 @@ LEVELS = {
         "ops config",
         "graph",
         "quant decoder rotate",
-        "evaluate prefix freeze models generate calibrate flatbuffer",
-        "train weights precision tflite npu evaluation report verify pipeline",
+        "evaluate prefix freeze models generate corpus calibrate resolve accumulators flatbuffer op_version",
+        "train weights precision tflite litert artifacts npu evaluation report verify pipeline job",
         "cli",
         "__init__",  # a table of contents: no module imports it
     ])
