@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def _graph_bounds(
     layered = graph.prefix == "layers."
     producer = {n.output: n for n in graph.nodes}
 
-    def at(values: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    def at(values: Mapping[str, np.ndarray], name: str) -> Any:
         array = values[graph.prefix + name]
         return array[layer] if layered else array
 

@@ -281,12 +281,14 @@ def _weight_bound(w: np.ndarray, bits: int, method: str) -> np.ndarray:
             mean, std = w.mean(axis=1), w.std(axis=1)
             return np.minimum(np.abs(mean) + 3 * std, peak)
         case "mse":
-            return np.asarray(_mse_bound(jnp.asarray(w), jnp.asarray(peak), 2.0 ** (bits - 1) - 1))
+            return np.asarray(
+                _mse_bound(jnp.asarray(w), jnp.asarray(peak), jnp.float32(2 ** (bits - 1) - 1))
+            )
     raise AssertionError(method)
 
 
 @jax.jit
-def _mse_bound(w: jax.Array, peak: jax.Array, qmax: float) -> jax.Array:
+def _mse_bound(w: jax.Array, peak: jax.Array, qmax: jax.Array) -> jax.Array:
     """The shrink of `peak` in 1% steps from 30% that minimises sum (w_q - w)^2 of each row."""
 
     def error(shrink: jax.Array) -> jax.Array:

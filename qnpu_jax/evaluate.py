@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,11 @@ from qnpu_jax.graph import Graph, TensorSpec
 from qnpu_jax.ops import eval_op
 from qnpu_jax.quant import QParams, Scales, code_range, expand, fake_quant
 
-Tensors = dict[str, jax.Array]
+T = TypeVar("T")
+Tensors = dict[str, Any]
 Params = Mapping[str, jax.Array | np.ndarray]
+Bounds = tuple[Any, Any]
+"""qmin and qmax: float32 scalars, or (L,) arrays."""
 Edge = Callable[[TensorSpec, jax.Array], jax.Array]
 
 
@@ -37,9 +41,7 @@ def evaluate(graph: Graph, values: Tensors, edge: Edge = identity) -> Tensors:
     return env
 
 
-def fake_quant_edge(
-    scales: Mapping[str, QParams], ranges: Mapping[str, tuple[jax.Array, jax.Array]]
-) -> Edge:
+def fake_quant_edge(scales: Mapping[str, QParams], ranges: Mapping[str, Bounds]) -> Edge:
     """Fake-quantizes every tensor that has an entry in `scales` (local names, one layer); leaves
     the others."""
 
@@ -47,23 +49,19 @@ def fake_quant_edge(
         if spec.name not in scales:
             return x
         q = scales[spec.name]
+        scale, zero_point = expand(q.scale, spec), expand(q.zero_point, spec)
         qmin, qmax = ranges[spec.name]
-        scale, zero_point = (jnp.asarray(expand(v, spec)) for v in (q.scale, q.zero_point))
-        if scale.ndim:
-            return fake_quant(x, *jnp.broadcast_arrays(scale, jnp.asarray(zero_point)), qmin, qmax)
         return fake_quant(x, scale, zero_point, qmin, qmax)
 
     return edge
 
 
-def local(values: Mapping[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
+def local(values: Mapping[str, T], prefix: str) -> dict[str, T]:
     """The entries under `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
-def ranges_of(
-    graph: Graph, names: Mapping[str, object]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def ranges_of(graph: Graph, names: Mapping[str, object]) -> dict[str, Bounds]:
     """Code ranges of the named tensors, with the layer axis in the layer graph only."""
     out = {}
     for name in names:

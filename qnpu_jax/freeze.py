@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from qnpu_jax.accumulators import check, proved_bounds
 from qnpu_jax.config import BitPlan, ModelConfig, UserError
 from qnpu_jax.decoder import Decoder, decoder, layer_inputs
+from qnpu_jax.evaluate import Params
 from qnpu_jax.graph import Graph
 from qnpu_jax.ops import FullyConnected
 from qnpu_jax.quant import QParams, Scales, expand, quantize
@@ -63,9 +64,7 @@ class IntegerModel:
         return codes
 
 
-def freeze(
-    dec: Decoder, params: dict[str, Any], free: Scales, prefix: tuple[int, ...]
-) -> IntegerModel:
+def freeze(dec: Decoder, params: Params, free: Scales, prefix: tuple[int, ...]) -> IntegerModel:
     """Rounds weights, biases and prefix to codes at the given scales.
 
     code = clip(round(w / s)), half to even; bias code = round(b / (s_x s_w)) with s_x s_w a float32
@@ -138,7 +137,7 @@ def _finite(name: str, x: np.ndarray) -> np.ndarray:
 
 def _freeze_weights(
     graph: Graph,
-    params: dict[str, Any],
+    params: Params,
     scale: dict[str, np.ndarray],
     zero_point: dict[str, np.ndarray],
     codes: dict[str, np.ndarray],
@@ -159,7 +158,7 @@ def _freeze_weights(
 
 def _freeze_biases(
     graph: Graph,
-    params: dict[str, Any],
+    params: Params,
     scale: dict[str, np.ndarray],
     zero_point: dict[str, np.ndarray],
     codes: dict[str, np.ndarray],

@@ -75,9 +75,8 @@ def find_prefix(
     tokens: tuple[int, ...] = ()
     best = before = outliers(tokens, text)
     while best.ratio.max() > OUTLIER_RATIO and len(tokens) < longest:
-        first = not tokens and bos is not None
-        candidates = [bos] if first else best.tokens[:CANDIDATES]
-        longer = [(*tokens, int(c)) for c in candidates]
+        candidates = best.tokens[:CANDIDATES] if tokens or bos is None else [bos]
+        longer: list[tuple[int, ...]] = [(*tokens, c) for c in candidates]
         tokens = min(longer, key=lambda t: outliers(t, sample).ratio.max())
         best = outliers(tokens, text)
     if (worst := best.ratio.max()) > OUTLIER_RATIO:
@@ -87,8 +86,8 @@ def find_prefix(
             " recipe"
             ' or set its prefix to "none"'
         )
-    ratios = (tuple(float(r) for r in o.ratio) for o in (before, best))
-    return PrefixReport(tokens, *ratios, before.peak, best.peak)
+    ratios = [tuple(float(r) for r in o.ratio) for o in (before, best)]
+    return PrefixReport(tokens, ratios[0], ratios[1], before.peak, best.peak)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import numpy as np
 
 from qnpu_jax.graph import TensorSpec
 
-Array = jax.Array | np.ndarray
+Array = Any
+"""A NumPy or JAX array, or a NumPy scalar."""
 Scales = dict[str, "QParams"]
 """QParams by global name (`embed.*`, `layers.*`, `head.*`); those of `layers.*` have a leading
 layer axis."""
@@ -46,7 +47,7 @@ def round_ste(x: jax.Array) -> jax.Array:
 
 
 def fake_quant(
-    x: jax.Array, scale: jax.Array, zero_point: jax.Array, qmin: jax.Array, qmax: jax.Array
+    x: jax.Array, scale: Array, zero_point: Array, qmin: Array, qmax: Array
 ) -> jax.Array:
     """xhat = (clip(round(x/s) + z, qmin, qmax) - z) s, straight through.
 
@@ -64,8 +65,8 @@ def fake_quant(
 
 
 def quantize(
-    x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: TensorSpec, layer: int = 0
-):
+    x: Array, scale: Array, zero_point: Array, spec: TensorSpec, layer: int = 0
+) -> np.ndarray:
     """Codes of x: clip(round(x / s) + z), rounded half to even in float64. Shapes as `fake_quant`;
     int64."""
     qmin, qmax = (int(r[layer]) for r in code_range(spec))

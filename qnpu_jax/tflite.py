@@ -70,12 +70,13 @@ def build(model: IntegerModel, tokens: int, logits: Literal["all", "last"] = "al
     shared = {
         name: _shared(subgraph, dec.layer[name], codes) for name, codes in model.inputs(dec).items()
     }
-    values = {"ids": ids}
+    values, out = {"ids": ids}, ids
     for graph in dec.graphs:
         for layer in range(graph.layers):
             env = _Emitter(model, subgraph, graph, layer).emit(values | shared)
-            values = {"input.residual": env[graph.outputs[0]]}
-    subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": env[graph.outputs[0]]})
+            out = env[graph.outputs[0]]
+            values = {"input.residual": out}
+    subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": out})
     return writer
 
 

@@ -4,6 +4,6 @@
     program = compile_model(model, model.decoder(tokens=128), "litert_ref")
     codes = run(program, ids, keep=lambda name: name.startswith("layers.0."))
 
-It sees op types, graphs and frozen integers, never the float definitions: shared rounding code would
-hide shared mistakes.
+It sees op types, graphs and frozen integers, never the float definitions: shared rounding code
+would hide shared mistakes.
 """

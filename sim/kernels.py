@@ -157,6 +157,8 @@ def batch_matmul(
     Reference: LiteRT reference/batch_matmul.h, `BatchMatMul` (FullyConnectedParams).
     """
     k_axis = 2 if adj_y else 1
+    # |codes - zero point| <= 255: a sum of so few products fits 31 bits, whatever x's type.
+    small = x_is_byte and y_is_byte and x.shape[2] * 255**2 < 2**31
     if x.dtype == jnp.int16 and x.shape[1] == y.shape[3 - k_axis] == 1:
         acc = _row_products(x, y)
     else:
@@ -164,6 +166,7 @@ def batch_matmul(
             _digits(x, c.x_zero_point, x_is_byte),
             _digits(y, None if y_is_symmetric else c.y_zero_point, y_is_byte),
             k_axis,
+            jnp.int32 if x.dtype == jnp.int8 or small else jnp.int64,
         )
     return saturate(rescale(acc, c.scale) + _row(c.zero_point, 0), x.dtype)
 
@@ -176,54 +179,43 @@ def _row_products(x: Array, y: Array) -> Array:
 
 
 class _Digits(NamedTuple):
-    """An operand as sum of weight * byte, plus a constant (None: 0)."""
+    """An operand less its zero point: a sum of weight * int8, plus a rest (None: 0)."""
 
     terms: list[tuple[int, Array]]
     rest: Array | None
 
 
 def _digits(x: Array, zero_point: Leaf | None, is_byte: bool) -> _Digits:
-    """int8 codes less their zero point, or int16 codes; one byte if they came from int8, else
-    two."""
-    if x.dtype == jnp.int8 or is_byte:
-        if zero_point is None:
-            return _Digits([(1, x.astype(jnp.int8))], None)
-        zero = _row(zero_point, 0)
-        codes = x if x.dtype == jnp.int8 else (x + zero.astype(jnp.int16)).astype(jnp.int8)
-        return _Digits([(1, codes)], -zero)
-    high, low = _bytes(x)
-    return _Digits([(256, high), (1, low)], jnp.int32(128))
+    """One term for int8 codes, which int16 ones are again with their zero point (None: 0) added;
+    else two."""
+    if x.dtype == jnp.int16 and not is_byte:
+        high, low = _bytes(x)
+        return _Digits([(256, high), (1, low)], jnp.int32(128))
+    if zero_point is None:
+        return _Digits([(1, x.astype(jnp.int8))], None)
+    zero = _row(zero_point, 0)
+    codes = x if x.dtype == jnp.int8 else (x + zero.astype(jnp.int16)).astype(jnp.int8)
+    return _Digits([(1, codes)], -zero)
 
 
-def _matmul(x: _Digits, y: _Digits, k_axis: int) -> Array:
-    """Sum of products over K: int32 of two operands of one byte, else int64."""
-    # With x = X + a and y = Y + b: xy = XY + a Y + b (X + a), summed over K.
-    narrow = len(x.terms) == len(y.terms) == 1
-    size = x.terms[0][1].shape[2]
-    # So many |products| <= 255^2 fit 31 bits: an int32 sum of int16 codes is the 64-bit one.
-    assert size * 255**2 < 2**31
-    dtype = jnp.int32 if narrow else jnp.int64
+def _matmul(x: _Digits, y: _Digits, k_axis: int, dtype: type) -> Array:
+    """Sums over K of products of two operands, as int32 (wraps) or int64."""
+
+    def weighted(parts: list[tuple[int, Array]]) -> Array:
+        return sum(jnp.asarray(weight, dtype) * part.astype(dtype) for weight, part in parts)
 
     def total(digits: _Digits, axis: int) -> Array:
-        return sum(
-            jnp.asarray(weight, dtype) * jnp.sum(byte, axis, dtype=jnp.int32).astype(dtype)
-            for weight, byte in digits.terms
-        )
+        return weighted([(w, jnp.sum(codes, axis, dtype=jnp.int32)) for w, codes in digits.terms])
 
+    # With x = X + a and y = Y + b: xy = XY + a Y + b (X + a), summed over K.
+    assert x.rest is not None  # known to be 0 for y only
     dims = (((2,), (k_axis,)), ((0,), (0,)))
-    acc = sum(
-        jnp.asarray(x_weight * y_weight, dtype) * _dot(x_byte, y_byte, dims).astype(dtype)
-        for x_weight, x_byte in x.terms
-        for y_weight, y_byte in y.terms
-    )
-    if x.rest is not None:
-        acc += x.rest.astype(dtype) * total(y, k_axis)[:, None, :]
-    if y.rest is not None:
-        x_total = total(x, 2)
-        if x.rest is not None:
-            x_total += x.rest.astype(dtype) * size
-        acc += y.rest.astype(dtype) * x_total[:, :, None]
-    return acc
+    products = [(v * w, _dot(p, q, dims)) for v, p in x.terms for w, q in y.terms]
+    acc = weighted(products) + x.rest.astype(dtype) * total(y, k_axis)[:, None, :]
+    if y.rest is None:
+        return acc
+    size = jnp.asarray(x.terms[0][1].shape[2], dtype)
+    return acc + y.rest.astype(dtype) * (total(x, 2) + size * x.rest.astype(dtype))[:, :, None]
 
 
 def _bytes(x: Array) -> tuple[Array, Array]:

@@ -38,7 +38,7 @@ def observed_accumulators(
 def _largest(
     model: IntegerModel, graph: Graph, layer: int, node: Node, tensors: Mapping[str, np.ndarray]
 ) -> int:
-    def at(values: dict[str, np.ndarray], name: str) -> np.ndarray:
+    def at(values: dict[str, np.ndarray], name: str) -> Any:
         array = values[graph.prefix + name]
         return array[layer] if graph.prefix == "layers." else array
 

@@ -1,14 +1,15 @@
 """The simulator: an `IntegerModel` executed on integers, every tensor by name.
 
-One compiled layer serves all layers: what differs between them (weights, multipliers, tables) is an argument. Bits
-are part of the compiled program, so a model of mixed precision compiles one layer per pattern of bits.
+One compiled layer serves all layers: what differs between them (weights, multipliers, tables) is an
+argument. Bits are part of the compiled program, so a model of mixed precision compiles one layer
+per pattern of bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any, assert_never
 
 import jax
@@ -87,12 +88,20 @@ def run(program: Program, ids: Any, keep: Callable[[str], bool] = lambda _: Fals
     """
     out: Codes = {}
     for graph, layer, env in steps(program, ids, keep):
-        out.update({global_name(graph, layer, n): x for n, x in env.items() if n in graph.outputs or keep(global_name(graph, layer, n))})
+        out.update(
+            {
+                global_name(graph, layer, n): x
+                for n, x in env.items()
+                if n in graph.outputs or keep(global_name(graph, layer, n))
+            }
+        )
     return {n: x for n, x in out.items() if n == "head.logits" or keep(n)}
 
 
-def steps(program: Program, ids: Any, keep: Callable[[str], bool]) -> Iterator[tuple[Graph, int, Codes]]:
-    """Graph by graph and layer by layer: the outputs and the kept tensors of each, by local name."""
+def steps(
+    program: Program, ids: Any, keep: Callable[[str], bool]
+) -> Iterator[tuple[Graph, int, Codes]]:
+    """Graph by graph and layer by layer: its output and the kept tensors, by local name."""
     with jax.enable_x64():
         values: Codes = {"ids": jnp.asarray(ids, jnp.int32)}
         x = None
@@ -107,7 +116,7 @@ def steps(program: Program, ids: Any, keep: Callable[[str], bool]) -> Iterator[t
                     and (t.name in graph.outputs[:1] or keep(global_name(graph, layer, t.name)))
                 )
                 like = _same_bits(graph, layer)
-                env = _run_layer(graph, like, kept, codes[layer], constants[layer], values)
+                env = _compiled_layer()(graph, like, kept, codes[layer], constants[layer], values)
                 yield graph, layer, env
                 x = env[graph.outputs[0]]
                 values = {"input.residual": x}
@@ -124,34 +133,48 @@ def _same_bits(graph: Graph, layer: int) -> int:
     return next(i for i in range(layer + 1) if all(b[i] == b[layer] for b in bits))
 
 
-_OPTIONS = {
+_CPU_OPTIONS = {
     "xla_disable_hlo_passes": "cse_barrier_expander,tree_reduction_rewriter",
     "xla_cpu_prefer_vector_width": 512,
 }
-"""XLA removes the barriers of `run_graph` before it fuses; this pass does it. Speed only: bits do not depend on it."""
-
+"""Two passes of XLA's CPU compiler cost half of the speed, and bits depend on none of this. One
+removes the barriers of `run_graph` before fusion, which then computes a tensor anew for each of its
+readers; the other cuts integer reductions into windows that it does not vectorize."""
 
 _TOKENS = 512
 """Of a batch, so many tokens are computed at a time: enough for the dots, few enough for caches."""
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=_OPTIONS)
+@cache
+def _compiled_layer() -> Callable[..., Codes]:
+    options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
+    return jax.jit(_run_layer, static_argnums=(0, 1, 2), compiler_options=options)
+
+
 def _run_layer(
-    graph: Graph, layer: int, kept: tuple[str, ...], codes: Codes, constants: dict[str, Any], values: Codes
+    graph: Graph,
+    layer: int,
+    kept: tuple[str, ...],
+    codes: Codes,
+    constants: dict[str, Any],
+    values: Codes,
 ) -> Codes:
     def one(values: Codes) -> Codes:
         env = run_graph(graph, layer, {**codes, **values}, constants)
         return {n: env[n] for n in kept}
 
     name, first = next(iter(values.items()))
-    tokens, *rest = graph[name].shape
-    if first.ndim == 1 + len(rest):
+    shape = graph[name].shape
+    if first.ndim == len(shape):
         return one(values)
-    return jax.lax.map(one, values, batch_size=max(1, _TOKENS // tokens))
+    return jax.lax.map(one, values, batch_size=max(1, _TOKENS // shape[0]))
 
 
 def run_graph(graph: Graph, layer: int, values: Codes, constants: Mapping[str, Any]) -> Codes:
-    """Every tensor of one sequence by local name, from codes of inputs and parameters."""
+    """Every tensor of one sequence by local name, from codes of inputs and parameters.
+
+    A barrier after every op keeps XLA from computing it again in each op that reads it.
+    """
     env = dict(values)
     for node in graph.nodes:
         x = [env[n] for n in node.inputs]
@@ -222,8 +245,12 @@ def narrow_source(graph: Graph, name: str, layer: int) -> str:
     return producer.inputs[0] if widens else name
 
 
-def _codes_of(model: IntegerModel, graph: Graph, layer: int, shared: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    own = {t.name: _at(model.codes[graph.prefix + t.name], graph, layer) for t in graph.named("param")}
+def _codes_of(
+    model: IntegerModel, graph: Graph, layer: int, shared: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    own = {
+        t.name: _at(model.codes[graph.prefix + t.name], graph, layer) for t in graph.named("param")
+    }
     return own | {t.name: shared[t.name] for t in graph.named("input") if t.name in shared}
 
 
@@ -248,13 +275,29 @@ def _constants_of(
     }
 
 
-def _prepare(graph: Graph, node: Node, layer: int, codes: dict[str, np.ndarray], profile: Profile, scale, pair) -> Any:
+def _prepare(
+    graph: Graph,
+    node: Node,
+    layer: int,
+    codes: dict[str, np.ndarray],
+    profile: Profile,
+    scale: Callable[[str], Any],
+    pair: Callable[[str], tuple[Any, int]],
+) -> Any:
     names, out = node.inputs, node.output
-    dtype = None if graph[names[0]].quant is None else dtype_of(graph[names[0]], layer)
+    if isinstance(node.op, Embedding | Reshape | Transpose | Slice | Concat):
+        return None
+    dtype = dtype_of(graph[names[0]], layer)
     match node.op:
         case FullyConnected():
             return prepare.prepare_fully_connected(
-                profile, dtype, codes[names[1]], codes[names[2]], *pair(names[0]), scale(names[1]), *pair(out)
+                profile,
+                dtype,
+                codes[names[1]],
+                codes[names[2]],
+                *pair(names[0]),
+                scale(names[1]),
+                *pair(out),
             )
         case BatchMatmul():
             x, y = (pair(narrow_source(graph, n, layer)) for n in names)  # widening keeps the scale
@@ -270,9 +313,7 @@ def _prepare(graph: Graph, node: Node, layer: int, codes: dict[str, np.ndarray],
         case Softmax():
             return prepare.prepare_softmax_int16(scale(names[0]))
         case Logistic() | Sqrt() | Rsqrt():
-            kind = type(node.op).__name__.lower()
+            kind: Any = type(node.op).__name__.lower()
             return prepare.prepare_unary(kind, profile, dtype, *pair(names[0]), *pair(out))
-        case Embedding() | Reshape() | Transpose() | Slice() | Concat():
-            return None
         case _:
             assert_never(node.op)

@@ -1,0 +1,40 @@
+"""The Flax module is the same function as `evaluate.forward`."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qnpu_jax import freeze, models, pipeline
+from qnpu_jax.config import Recipe, bit_plan
+from qnpu_jax.decoder import decoder
+from qnpu_jax.evaluate import forward
+from qnpu_jax.module import QuantDecoder, parameter_shapes, variables
+
+GOLDEN = Path(__file__).parent / "golden" / "gqa_llama3"
+RECIPE = Recipe(name="test", bits=bit_plan(8, 8), prefix="none")
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 96, 12), jnp.int32)
+
+
+def test_float_and_fake_quantized_logits_equal_forward():
+    config, raw = models.load_params(GOLDEN)
+    params = pipeline.prepare(config, raw, RECIPE)
+    windows = np.random.default_rng(1).integers(0, 96, (4, 12)).astype(np.int32)
+    model = pipeline.quantize(config, params, RECIPE, windows, None).model
+    scales = jax.tree.map(jnp.asarray, freeze.activation_scales(model))
+    dec = decoder(config, RECIPE.bits, 12)
+    module = QuantDecoder(config, RECIPE.bits)
+    for s in (None, scales):
+        expected = forward(dec, params, IDS, s)
+        assert np.array_equal(module.apply(variables(params, s), IDS), expected)
+    quantized = module.apply(variables(params, scales), IDS)
+    assert not np.array_equal(quantized, module.apply(variables(params), IDS))
+
+
+def test_init_makes_the_graphs_parameters():
+    config, _ = models.load_params(GOLDEN)
+    made = QuantDecoder(config, RECIPE.bits, prefix=3).init(jax.random.key(0), IDS)["params"]
+    expected = parameter_shapes(decoder(config, RECIPE.bits, 12, 3))
+    assert {n: x.shape for n, x in made.items()} == expected
+    assert expected["layers.attn.prefix_k"] == (2, 2, 3, 24)

@@ -1,0 +1,89 @@
+"""Tiny decoders for tests: the golden models, prepared and quantized, and text made of random
+tokens."""
+
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from qnpu_jax.calibrate import collect, initialize, weight_scales
+from qnpu_jax.config import RECIPES, BitPlan, ModelConfig, Recipe
+from qnpu_jax.decoder import decoder
+from qnpu_jax.freeze import IntegerModel, freeze
+from qnpu_jax.models import load_params
+from qnpu_jax.pipeline import prepare
+from qnpu_jax.prefix import add_prefix
+from qnpu_jax.quant import Scales
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = ("mha_tied", "gqa_llama3", "mqa_linear_bias")
+PREFIX = (1, 7)
+TOKENS = 24
+
+MIXED = BitPlan(
+    (
+        ("layers.1.mlp.act", 16),
+        ("layers.1.mlp.down", 16),
+        ("layers.1.mlp.down.bias", 64),
+        *RECIPES["w8a8"].bits.rules,
+    )
+)
+"""One layer's wide MLP: what mixed precision does, with an accumulator of its own width."""
+PLANS: dict[str, BitPlan] = {n: r.bits for n, r in RECIPES.items()} | {"mixed": MIXED}
+
+SMOLLM2 = ModelConfig(
+    family="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_positions=8192,
+    rope_theta=100000.0,
+    tie_embeddings=True,
+)
+"""SmolLM2-135M-Instruct; `test_parity` holds it against the file."""
+
+
+def printed_graphs() -> str:
+    """What tests/golden/layer_w8a8.txt holds."""
+    dec = decoder(SMOLLM2, RECIPES["w8a8"].bits, tokens=128, prefix=2)
+    return "\n\n".join(map(str, dec.graphs)) + "\n"
+
+
+def recipe(plan: str) -> Recipe:
+    return Recipe(name=plan, bits=PLANS[plan])
+
+
+def random_ids(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Token ids of the golden vocabulary."""
+    return np.random.default_rng(seed).integers(0, 96, shape).astype(np.int32)
+
+
+@functools.cache
+def prepared(name: str, plan: str = "w8a8"):
+    """Config and folded, rotated parameters."""
+    config, params = load_params(GOLDEN / name)
+    return config, prepare(config, params, recipe(plan))
+
+
+@functools.cache
+def calibrated(name: str, plan: str, prefix: tuple[int, ...] = PREFIX):
+    """Decoder, float parameters with the prefix, free scales."""
+    config, params = prepared(name)
+    if prefix:
+        params = add_prefix(config, PLANS[plan], params, prefix)
+    dec = decoder(config, PLANS[plan], TOKENS, len(prefix))
+    scales, _ = initialize(dec, collect(dec, params, random_ids((4, TOKENS))), recipe(plan))
+    free: Scales = scales | weight_scales(dec, params, "mse")
+    return dec, {n: jnp.asarray(x) for n, x in params.items()}, free
+
+
+@functools.cache
+def quantized(name: str, plan: str, prefix: tuple[int, ...] = PREFIX) -> IntegerModel:
+    """A golden model, calibrated on random tokens and frozen."""
+    dec, params, free = calibrated(name, plan, prefix)
+    return freeze(dec, params, free, prefix)
