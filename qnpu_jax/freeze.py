@@ -53,6 +53,16 @@ class IntegerModel:
         """The graphs for `tokens` new positions after the prefix and `cache` slots."""
         return decoder(self.config, self.plan, tokens, len(self.prefix), cache, logits)
 
+    def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
+        """Codes of a graph's parameters in one layer, by local name: int8, biases as wide as the
+        plan has them in this layer (the stack of all layers is as wide as the widest)."""
+        codes = {}
+        for spec in graph.named("param"):
+            assert spec.quant is not None
+            own = _layers(graph, self.codes[graph.prefix + spec.name])[layer]
+            codes[spec.name] = own.astype(np.int32) if spec.quant.bits[layer] == 32 else own
+        return codes
+
     def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
         """int16 codes of the inputs that all layers share, by local name."""
         real = layer_inputs(dec, filled)
@@ -175,13 +185,13 @@ def _freeze_biases(
         values = np.rint(
             _finite(b, np.asarray(params[b], np.float64)) / scale[b].astype(np.float64)
         )
-        width = max(spec.quant.bits)
-        if (worst := np.abs(values).max()) >= 2.0 ** (width - 1):
-            raise UserError(
-                f"{b}: code {worst:.0f} does not fit {width} bits; give it 64 bits in the plan"
-                " or a coarser input"
-            )
-        codes[b] = values.astype(np.int32 if width == 32 else np.int64)
+        for bits, layer in zip(spec.quant.bits, _layers(graph, values), strict=True):
+            if (worst := np.abs(layer).max()) >= 2.0 ** (bits - 1):
+                raise UserError(
+                    f"{b}: code {worst:.0f} does not fit {bits} bits; give it 64 bits in the plan"
+                    " or a coarser input"
+                )
+        codes[b] = values.astype(np.int32 if max(spec.quant.bits) == 32 else np.int64)
 
 
 def save(model: IntegerModel, folder: Path) -> None:

@@ -99,14 +99,14 @@ class _Emitter:
     def emit(self, env: dict[str, int]) -> dict[str, int]:
         """Tensor indices by local name; `env` holds those of the inputs."""
         env = dict(env)
-        for spec in self.graph.named("param"):
-            env[spec.name] = self._tensor(spec, self._at(self.model.codes, spec.name))
+        for name, codes in self.model.constants(self.graph, self.layer).items():
+            env[name] = self._tensor(self.graph[name], codes)
         for node in self.graph.nodes:
             if is_identity(self.graph, node, self.layer):
                 env[node.output] = env[node.inputs[0]]
                 continue
             env[node.output] = self._tensor(self.graph[node.output], None)
-            code, options, extra = spell(node.op, self.graph, node)
+            code, options, extra = spell(node.op, self.graph, node, self.layer)
             constants = [
                 self.subgraph.add_tensor(
                     f"{self._global(node.output)}/{i}", c.shape, "int32", data=c
@@ -141,7 +141,7 @@ class _Emitter:
         )
 
 
-def spell(op: Op, graph: Graph, node: Node) -> tuple[int, Any, list[np.ndarray]]:
+def spell(op: Op, graph: Graph, node: Node, layer: int) -> tuple[int, Any, list[np.ndarray]]:
     """Operator code, options, and int32 constant operands of an op.
 
     Reference: google-ai-edge/LiteRT, tflite/converter/schema/schema.fbs; litert.md, section 1.
@@ -153,7 +153,7 @@ def spell(op: Op, graph: Graph, node: Node) -> tuple[int, Any, list[np.ndarray]]
             options.axis = 0
             return code.GATHER, options, []
         case FullyConnected():
-            return code.FULLY_CONNECTED, _fully_connected(graph, node), []
+            return code.FULLY_CONNECTED, _fully_connected(graph, node, layer), []
         case BatchMatmul(adj_y=adj_y):
             options = schema.BatchMatMulOptionsT()
             options.adjY = adj_y
@@ -193,13 +193,13 @@ def spell(op: Op, graph: Graph, node: Node) -> tuple[int, Any, list[np.ndarray]]
             assert_never(op)
 
 
-def _fully_connected(graph: Graph, node: Node) -> Any:
+def _fully_connected(graph: Graph, node: Node, layer: int) -> Any:
     options = schema.FullyConnectedOptionsT()
     options.keepNumDims = True
     bias = graph[node.inputs[2]].quant
     assert bias is not None
     # Read by int16 kernels only; left unset, the reference kernel takes an int32 bias for int64.
     options.quantizedBiasType = (
-        schema.TensorType.INT64 if max(bias.bits) == 64 else schema.TensorType.INT32
+        schema.TensorType.INT64 if bias.bits[layer] == 64 else schema.TensorType.INT32
     )
     return options

@@ -202,7 +202,8 @@ def _matmul(x: _Digits, y: _Digits, k_axis: int, dtype: type) -> Array:
     """Sums over K of products of two operands, as int32 (wraps) or int64."""
 
     def weighted(parts: list[tuple[int, Array]]) -> Array:
-        return sum(jnp.asarray(weight, dtype) * part.astype(dtype) for weight, part in parts)
+        terms = (jnp.asarray(weight, dtype) * part.astype(dtype) for weight, part in parts)
+        return sum(terms, start=jnp.zeros((), dtype))
 
     def total(digits: _Digits, axis: int) -> Array:
         return weighted([(w, jnp.sum(codes, axis, dtype=jnp.int32)) for w, codes in digits.terms])

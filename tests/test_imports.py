@@ -19,7 +19,7 @@ LEVELS = {
         "graph",
         "quant decoder rotate",
         "evaluate prefix freeze models generate corpus calibrate resolve accumulators flatbuffer op_version",
-        "train weights precision tflite litert artifacts module npu evaluation report verify pipeline job",
+        "tflite litert evaluation verify artifacts module pipeline job",
         "cli",
         "__init__",  # a table of contents: no module imports it
     ])

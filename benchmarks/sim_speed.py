@@ -1,0 +1,243 @@
+"""Speed and memory of the integer simulator beside the float32 model and LiteRT's interpreter.
+
+Protocol: SmolLM2-135M is quantized once per recipe, then everything runs in turn in one process,
+prefill with the logits of all positions, and the medians are compared: `evaluate.forward` under jit
+in float32, the simulator in both profiles, and LiteRT's reference kernels (BUILTIN_REF) on the
+.tflite of the same integers. Peak memory is that of a process of its own that loads a model and
+runs it once at the longest length.
+
+Exit code: 0 the goals hold, 1 they do not, 2 it could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qnpu_jax import corpus, freeze, models, pipeline, tflite
+from qnpu_jax.config import RECIPES, UserError, load_recipe
+from qnpu_jax.evaluate import forward
+from qnpu_jax.litert import LiteRT
+from sim.numerics import PROFILES
+from sim.run import compile_model, run
+
+MODEL = "smollm2-135m"
+MIN_TIMES_REFERENCE, MIN_TIMES_FLOAT, MAX_MEMORY = 10.0, 0.5, 1.5
+"""Goals of `litert_ref` for the recipes below: tokens/s against BUILTIN_REF and float32, and peak
+memory against float32."""
+GOALS = ("w8a8", "w4a8")
+FLOAT, REFERENCE = "float32", "BUILTIN_REF"
+
+
+@dataclass
+class Row:
+    """Measurements of one reader at one length and batch; `seconds` grows by one per round."""
+
+    recipe: str
+    reader: str
+    tokens: int
+    batch: int
+    call: Callable[[], Any]
+    seconds: list[float]
+
+    @property
+    def rate(self) -> float:
+        """Median tokens per second."""
+        return self.tokens * self.batch / float(np.median(self.seconds))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", nargs="+", default=list(GOALS), choices=list(RECIPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="w8a8, 128 tokens: below a minute")
+    args = parser.parse_args()
+    if args.quick:
+        args.recipe, args.tokens, args.batch, args.repeats = ["w8a8"], [128], [1], 3
+    return args
+
+
+def quantize(recipes: list[str]) -> tuple[dict[str, freeze.IntegerModel], dict[str, jax.Array]]:
+    """The integers of each recipe, and the float parameters that the first was made from.
+
+    Little calibration: ranges change codes, not speed.
+    """
+    checkpoint = models.load(MODEL)
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    ids = corpus.tokenize([corpus.default_text()], tokenizer, config.vocab_size, "default text")
+    windows = corpus.windows(ids, 128, 4, "default text")
+    params = pipeline.prepare(config, checkpoint.params, load_recipe(recipes[0]))
+    made = {
+        name: pipeline.quantize(
+            config, params, replace(load_recipe(name), weight_init="minmax"), windows,
+            tokenizer.bos_id,
+        )
+        for name in recipes
+    }  # fmt: skip
+    return {name: q.model for name, q in made.items()}, dict(made[recipes[0]].params)
+
+
+@partial(jax.jit, static_argnums=0)
+def float_logits(dec: Any, params: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
+    """A batch goes through in parts of 512 tokens, as in the simulator."""
+    one = partial(forward, dec, params)
+    return (
+        one(ids) if ids.ndim == 1 else jax.lax.map(one, ids, batch_size=max(1, 512 // dec.tokens))
+    )
+
+
+def rows_of(
+    tokens: int,
+    batches: list[int],
+    integers: dict[str, freeze.IntegerModel],
+    params: dict[str, jax.Array],
+    folder: Path,
+) -> Iterator[Row]:
+    """Everything that runs at one length."""
+    rng = np.random.default_rng(0)
+    dec = next(iter(integers.values())).decoder(tokens)
+    interpreters, programs = {}, {}
+    for name, model in integers.items():
+        path = folder / f"{name}_{tokens}.tflite"
+        tflite.write(model, path, tokens)
+        interpreters[name] = LiteRT(path)
+        for profile in PROFILES:
+            programs[name, profile] = compile_model(model, model.decoder(tokens), profile)
+    for batch in batches:
+        shape = (tokens,) if batch == 1 else (batch, tokens)
+        ids = rng.integers(0, dec.config.vocab_size, shape, np.int32)
+        yield Row(
+            "-", FLOAT, tokens, batch, partial(float_logits, dec, params, jnp.asarray(ids)), []
+        )
+        for (name, profile), program in programs.items():
+            yield Row(name, profile, tokens, batch, partial(run, program, ids), [])
+        if batch == 1:
+            for name, interpreter in interpreters.items():
+                yield Row(name, REFERENCE, tokens, 1, partial(interpreter.run, ids), [])
+
+
+def measure(rows: list[Row], repeats: int) -> None:
+    """Rounds in turn, after one that compiles; the interpreter, slow and steady, runs less often."""
+    for repeat in range(-1, repeats):
+        for row in rows:
+            if row.reader == REFERENCE and not 0 <= repeat < 3:
+                continue
+            start = time.perf_counter()
+            jax.block_until_ready(row.call())
+            if repeat >= 0:
+                row.seconds.append(time.perf_counter() - start)
+
+
+def peak_memory(reader: str, folder: Path, tokens: int, recipe: str) -> float:
+    """MiB at the peak of this process, which loads a model and runs it once; Linux only."""
+    ids = np.zeros(tokens, np.int32)
+    model = freeze.load(folder / recipe)
+    if reader == FLOAT:
+        dec = model.decoder(tokens)
+        del model
+        with np.load(folder / "float.npz") as stored:
+            params = {name: jnp.asarray(stored[name]) for name in stored.files}
+        jax.block_until_ready(float_logits(dec, params, jnp.asarray(ids)))
+    else:
+        program = compile_model(model, model.decoder(tokens), "litert_ref")
+        jax.block_until_ready(run(program, ids))
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    return int(peak[1]) / 1024
+
+
+def memory(
+    integers: dict[str, freeze.IntegerModel],
+    params: dict[str, jax.Array],
+    folder: Path,
+    tokens: int,
+) -> dict[str, float]:
+    """Peak MiB by recipe, and of the float model."""
+    np.savez(folder / "float.npz", **{name: np.asarray(x) for name, x in params.items()})
+    for name, model in integers.items():
+        (folder / name).mkdir()
+        freeze.save(model, folder / name)
+    found = {}
+    for name in (FLOAT, *integers):
+        recipe = next(iter(integers)) if name == FLOAT else name
+        # A new process per model: a peak never falls.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[name] = pool.apply(peak_memory, (name, folder, tokens, recipe))
+    return found
+
+
+def report(rows: list[Row], peaks: dict[str, float]) -> list[str]:
+    """Prints the tables; returns what falls short, and last the headline."""
+    floats = {(r.tokens, r.batch): r.rate for r in rows if r.reader == FLOAT}
+    references = {(r.recipe, r.tokens): r.rate for r in rows if r.reader == REFERENCE}
+    short, against_float, against_reference = [], [], []
+    print(
+        f"{'recipe':7} {'reader':12} {'T':>4} {'batch':>5} {'tokens/s':>9} {'/float32':>9} {'/REF':>7}"
+    )
+    for r in rows:
+        times_float = r.rate / floats[r.tokens, r.batch]
+        times = r.rate / references[r.recipe, r.tokens] if r.recipe != "-" else float("nan")
+        print(
+            f"{r.recipe:7} {r.reader:12} {r.tokens:4} {r.batch:5} {r.rate:9.0f} {times_float:9.2f}"
+            f" {times:7.1f}"
+        )
+        if r.reader == "litert_ref" and r.recipe in GOALS:
+            against_float.append(times_float)
+            against_reference.append(times)
+            where = f"{r.recipe} T={r.tokens} batch {r.batch}"
+            if times_float < MIN_TIMES_FLOAT:
+                short.append(f"{where}: {times_float:.2f}x float32, expected {MIN_TIMES_FLOAT}")
+            if times < MIN_TIMES_REFERENCE:
+                short.append(f"{where}: {times:.1f}x {REFERENCE}, expected {MIN_TIMES_REFERENCE}")
+    ratios = {name: peak / peaks[FLOAT] for name, peak in peaks.items()}
+    for name, peak in peaks.items():
+        print(f"peak memory {name:8} {peak:6.0f} MiB {ratios[name]:5.2f}x float32")
+        if name in GOALS and ratios[name] > MAX_MEMORY:
+            short.append(
+                f"{name}: {ratios[name]:.2f}x the memory of float32, expected {MAX_MEMORY}"
+            )
+    print("".join(f"short of the goal: {s}\n" for s in short), end="")
+    if against_float:
+        print(
+            f"the simulator (litert_ref) runs at {min(against_float):.2f} to"
+            f" {max(against_float):.2f} times float32 JAX and {min(against_reference):.1f} to"
+            f" {max(against_reference):.1f} times {REFERENCE}, bit for bit its results; goals"
+            f" {'missed' if short else 'met'}"
+        )
+    return short
+
+
+def main() -> int:
+    args = arguments()
+    try:
+        integers, params = quantize(args.recipe)
+        rows: list[Row] = []
+        with tempfile.TemporaryDirectory() as name:
+            for tokens in args.tokens:
+                part = list(rows_of(tokens, args.batch, integers, params, Path(name)))
+                measure(part, args.repeats)
+                rows += [replace(r, call=lambda: None) for r in part]  # frees the models
+            peaks = memory(integers, params, Path(name), max(args.tokens))
+    except (UserError, OSError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 1 if report(rows, peaks) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
