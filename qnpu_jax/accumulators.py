@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from qnpu_jax.config import UserError
 from qnpu_jax.decoder import Decoder
@@ -92,8 +93,10 @@ def _graph_bounds(
                 pass
 
 
-def _linear(w: np.ndarray, b: np.ndarray, low: int, high: int) -> tuple[int, int]:
-    """Smallest and largest accumulator over all rows. Shapes: w (N, K), b (N,)."""
+def _linear(
+    w: Int[np.ndarray, "n k"], b: Int[np.ndarray, " n"], low: int, high: int
+) -> tuple[int, int]:
+    """Smallest and largest accumulator over all rows."""
     positive = np.where(w > 0, w, 0).sum(axis=1, dtype=np.int64)
     negative = w.sum(axis=1, dtype=np.int64) - positive
     ends = (positive * low + negative * high + b, positive * high + negative * low + b)

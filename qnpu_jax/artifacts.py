@@ -3,12 +3,14 @@ nothing that loads."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,43 @@ MODEL = "model.tflite"
 REPORT = "report.json"
 RECIPE = "recipe.json"
 TOKENIZER = "tokenizer"
+FILES = {MODEL, REPORT, RECIPE, TOKENIZER, "integer_model.json", "integer_model.safetensors"}
+"""All that an output folder holds."""
+
+FORMAT = 1
+"""Version of the folder; a reader refuses any other."""
+
+WIDTH = 100
+"""Of lines in our JSON files."""
 
 
 def check_writable(out: Path, overwrite: bool) -> None:
     """Raises UserError where `out` cannot be made: call it before the work, not after.
 
-    Only a folder of ours is ever replaced, so that `--overwrite --out ~` harms nobody.
+    Only a folder that holds our files and no others is ever replaced: `--overwrite --out ~` harms
+    nobody.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; expected a folder; choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UserError(f"{out}: not empty; expected a new or empty folder; use --overwrite")
-        if not (out / REPORT).is_file():
-            raise UserError(
-                f"{out}: holds no {REPORT}, so it is not ours to overwrite; choose another --out"
-            )
-    parent = _existing_parent(out)
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise UserError(f"{out}: {parent} is not writable; choose another --out")
+    with _system_errors(out):
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: is a file; expected a folder; choose another --out")
+        if out.is_dir() and (held := {p.name for p in out.iterdir()}):
+            _check_ours(out, held, overwrite)
+        parent = next(p for p in out.resolve().parents if p.exists())
+        if not parent.is_dir():
+            raise UserError(f"{out}: {parent} is a file; expected a folder; choose another --out")
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".qnpu"):
+            pass  # to try is the only sure test: root, quotas, read-only disks
 
 
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute().parent
-    while not path.exists():
-        path = path.parent
-    return path
+def _check_ours(out: Path, held: set[str], overwrite: bool) -> None:
+    if not overwrite:
+        raise UserError(f"{out}: not empty; expected a new or empty folder; use --overwrite")
+    if REPORT not in held or held - FILES:
+        what = f"holds {min(held - FILES)}" if held - FILES else f"holds no {REPORT}"
+        raise UserError(
+            f"{out}: {what}, so it is not ours to overwrite; expected an output folder of"
+            " `qnpu quantize` and nothing else in it; choose another --out"
+        )
 
 
 @contextmanager
@@ -51,53 +64,84 @@ def writing(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends well and vanishes
     otherwise."""
     check_writable(out, overwrite)
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{out.name}.*.partial"):
-        if not _alive(stale.name.split(".")[-2]):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        _replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    out = out.resolve()
+    made = [p for p in out.parents if not p.exists()]
+    with _system_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(out)
+        partial.mkdir()
+        try:
+            yield partial
+            _replace(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):  # not empty: all went well
+                for folder in made:
+                    folder.rmdir()
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when the block ends well and vanishes otherwise."""
-    if not path.absolute().parent.is_dir():
+    with _system_errors(path):
+        if path.exists():
+            raise UserError(f"{path}: exists; expected a new file; choose another name")
+        if not path.absolute().parent.is_dir():
+            raise UserError(
+                f"{path}: its folder does not exist; expected an existing one; make it first"
+            )
+        partial = _partial(path)
+        try:
+            yield partial
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says while `path` is written into a UserError."""
+    try:
+        yield
+    except OSError as error:
         raise UserError(
-            f"{path}: its folder does not exist; expected an existing one; make it first"
-        )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            f"{path}: cannot be written ({error.strerror or error}); expected room and permission;"
+            " check the disk, or choose another place"
+        ) from None
 
 
-def _alive(pid: str) -> bool:
+def _partial(path: Path) -> Path:
+    """Where to write what becomes `path`: a hidden name beside it, which tells our process.
+
+    Removes what processes that no longer live left there.
+    """
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = stale.name.split(".")[-2]
+        if pid.isdecimal() and not _another_lives(int(pid)):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _another_lives(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # of an earlier process, as happens in containers
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
 def _replace(partial: Path, out: Path) -> None:
+    """Moves `partial` to `out`. A run killed between the two moves leaves the old folder as
+    .<out>.<pid>.old, which goes when the next one succeeds."""
     if out.exists():
-        old = out.parent / f".{out.name}.{os.getpid()}.old.partial"
-        out.rename(old)
-        partial.rename(out)
+        out.rename(out.with_name(f".{out.name}.{os.getpid()}.old"))
+    partial.rename(out)
+    for old in out.parent.glob(f".{glob.escape(out.name)}.*.old"):
         shutil.rmtree(old)
-    else:
-        partial.rename(out)
 
 
 def digest(path: Path) -> str:
@@ -106,35 +150,74 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder and below, by relative path."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return {p.relative_to(folder).as_posix(): digest(p) for p in files}
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Indented JSON with a final newline."""
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    """`layout` in a file."""
+    path.write_text(layout(data) + "\n")
+
+
+def layout(value: Any, newline: str = "\n") -> str:
+    """JSON to be read by people: what fits in a line is one, and so is any list of numbers.
+
+    Args:
+      newline: what begins a line, with the indentation of the value.
+    """
+    line = json.dumps(value)
+    numbers = isinstance(value, list | tuple) and all(isinstance(x, int | float) for x in value)
+    short = len(newline) + len(line) <= WIDTH
+    if short or numbers or not isinstance(value, dict | list | tuple):
+        return line
+    children = value.values() if isinstance(value, dict) else value
+    inner = newline + " "
+    parts = [layout(child, inner) for child in children]
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {part}" for key, part in zip(value, parts, strict=True)]
+    return line[0] + inner + ("," + inner).join(parts) + newline + line[-1]
 
 
 def read_report(out: Path) -> dict[str, Any]:
-    """The report of an output folder, after checking that model.tflite is the file it speaks of.
+    """The report of an output folder, after checking that its files are those it speaks of.
 
     Raises:
-      UserError: no such folder, a damaged report, or a model that was changed or cut short since.
+      UserError: no such folder, a damaged report or one of another version, or a file that was
+        changed or cut short since.
     """
     path = out / REPORT
     try:
         report = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}: missing; expected an output folder of `qnpu quantize`; run it first"
         ) from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run `qnpu quantize` again") from None
-    if not isinstance(report, dict) or not isinstance(report.get("sha256"), dict):
-        raise UserError(f"{path}: holds no hashes of the output; run `qnpu quantize` again")
-    for name, expected in report["sha256"].items():
-        file = out / name
-        if not file.is_file():
-            raise UserError(f"{file}: missing; run `qnpu quantize` again")
-        if (got := digest(file)) != expected:
-            raise UserError(
-                f"{file}: changed or damaged: SHA-256 {got[:12]}, expected {expected[:12]};"
-                " run `qnpu quantize` again"
-            )
+        raise UserError(
+            f"{path}: cannot be read ({error}); expected JSON; run `qnpu quantize` again"
+        ) from None
+    if not isinstance(report, dict) or report.get("format") != FORMAT:
+        got = report.get("format") if isinstance(report, dict) else type(report).__name__
+        raise UserError(
+            f"{path}: format {got}; expected {FORMAT}; run `qnpu quantize` again, with this version"
+        )
+    hashes = report.get("sha256")
+    if not isinstance(hashes, dict) or MODEL not in hashes:
+        raise UserError(
+            f"{path}: no hash of {MODEL}; expected those of all files; run `qnpu quantize` again"
+        )
+    for name, expected in hashes.items():
+        _check_file(out / name, expected)
     return report
+
+
+def _check_file(path: Path, expected: Any) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; expected by {REPORT}; run `qnpu quantize` again")
+    if (got := digest(path)) != expected:
+        raise UserError(
+            f"{path}: changed or damaged: SHA-256 {got[:12]}..., expected {str(expected)[:12]}...;"
+            " run `qnpu quantize` again"
+        )

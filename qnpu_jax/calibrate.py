@@ -14,6 +14,7 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from qnpu_jax.config import Recipe
 from qnpu_jax.decoder import Decoder
@@ -81,7 +82,7 @@ Statistics = dict[str, list[Stats]]
 def collect(
     dec: Decoder,
     params: Params,
-    windows: np.ndarray,
+    windows: Int[np.ndarray, "n t"],
     batch: int = 8,
     track: Callable[[Iterable[int], int, str], Iterable[int]] = lambda items, _, __: items,
 ) -> Statistics:
@@ -271,7 +272,9 @@ def weight_scales(dec: Decoder, params: Params, method: str) -> Scales:
     return scales
 
 
-def _weight_bound(w: np.ndarray, bits: int, method: str) -> np.ndarray:
+def _weight_bound(
+    w: Float[np.ndarray, "rows k"], bits: int, method: str
+) -> Float[np.ndarray, " rows"]:
     """max |w| that the code range shall cover, per row of w (rows, K)."""
     peak = np.abs(w).max(axis=1)
     match method:
@@ -288,7 +291,9 @@ def _weight_bound(w: np.ndarray, bits: int, method: str) -> np.ndarray:
 
 
 @jax.jit
-def _mse_bound(w: jax.Array, peak: jax.Array, qmax: jax.Array) -> jax.Array:
+def _mse_bound(
+    w: Float[Array, "rows k"], peak: Float[Array, " rows"], qmax: Float[Array, ""]
+) -> Float[Array, " rows"]:
     """The shrink of `peak` in 1% steps from 30% that minimises sum (w_q - w)^2 of each row."""
 
     def error(shrink: jax.Array) -> jax.Array:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from typer.exceptions import TyperException
 
-from qnpu_jax import artifacts, corpus, freeze, job, models, tflite
+from qnpu_jax import artifacts, freeze, job, models
 from qnpu_jax.config import UserError, load_recipe
 from qnpu_jax.decoder import decoder
-from qnpu_jax.models import Tokenizer
 from qnpu_jax.pipeline import Clock
 from sim import run as simulator
 from sim.observe import observed_accumulators
@@ -27,19 +35,113 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Turns a decoder LLM into an integer-only .tflite, proved in a bit-exact simulator.",
+    epilog="Exit status: 0; 1 where simulator and LiteRT differ; 2 for a mistake in the input.",
 )
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output folder.")]
-Text = Annotated[
-    Path | None, typer.Option(help="Plain text or JSONL; default: Python's own documentation.")
+Model = Annotated[
+    str, typer.Argument(help="smollm2-135m, a .gguf file, a Hugging Face folder, or org/name.")
 ]
+Folder = Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")]
+RecipeName = Annotated[
+    str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, or a JSON file (see `qnpu recipe`).")
+]
+Prefill = Annotated[int, typer.Option(help="Tokens that the signature takes.")]
+Logits = Annotated[str, typer.Option(help="Positions to give logits of: all or last.")]
+EvalText = Annotated[
+    Path | None, typer.Option(help="Held-out text or JSONL; without it, Python's documentation.")
+]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Output folder, new or empty.")],
+    recipe: RecipeName = "w8a8",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text or JSONL; without it, the model writes its own.")
+    ] = None,
+    eval_text: EvalText = None,
+    eval_tokens: Annotated[int, typer.Option(help="Held-out tokens to score.")] = 2048,
+    prefill: Prefill = 128,
+    logits: Logits = "all",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output folder.")
+    ] = False,
+) -> None:
+    """Quantizes a model, writes it, and proves it.
+
+    Every tensor of the file, run by LiteRT, must equal the simulator's in every element.
+    """
+    request = job.Job(
+        model=model,
+        recipe=load_recipe(recipe),
+        out=out,
+        calibration=calibration,
+        eval_text=eval_text,
+        prefill=prefill,
+        logits=logits,  # type: ignore[arg-type]  # any string until the job checks it
+        eval_tokens=eval_tokens,
+        overwrite=overwrite,
+    )
+    with Display() as clock:
+        report = job.run(request, Simulated, clock, clock.track)
+    _print_report(report)
+    typer.echo(f"wrote {out}")
+    _fail_on_difference(report["verify"])
+
+
+@app.command()
+def verify(folder: Folder, text: EvalText = None) -> None:
+    """Compares every tensor of a folder's model.tflite, run by LiteRT, with the simulator's."""
+    with Display() as clock:
+        found = job.check(folder, text, Simulated, clock)["verify"]
+    typer.echo(_verdict(found))
+    _fail_on_difference(found)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    file: Annotated[Path, typer.Argument(help="The .tflite to write.")],
+    prefill: Prefill = 128,
+    logits: Logits = "all",
+) -> None:
+    """Writes the model of a folder again, with a signature of another length."""
+    with Display() as clock, clock.stage("write"):
+        job.export(folder, file, prefill, logits)  # type: ignore[arg-type]
+    typer.echo(f"wrote {file}, {_megabytes(file.stat().st_size)}")
+
+
+@app.command()
+def graph(
+    model: Model = "smollm2-135m",
+    recipe: RecipeName = "w8a8",
+    prefill: Prefill = 128,
+    prefix: Annotated[int, typer.Option(help="Tokens of constant keys and values.")] = 2,
+) -> None:
+    """Prints the quantized decoder: embed graph, one layer, head graph."""
+    plan = load_recipe(recipe).bits
+    config = models.load_params(model)[0]
+    for part in decoder(config, plan, prefill, prefix).graphs:
+        typer.echo(str(part))
+
+
+@app.command(name="recipe")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="A named recipe or a file.")] = "w8a8",
+) -> None:
+    """Prints a recipe as JSON, to start one's own from."""
+    typer.echo(artifacts.layout(load_recipe(name).to_json()))
 
 
 class Simulated:
     """`job.Simulator` by `sim`."""
 
-    def __init__(self, model: freeze.IntegerModel, tokens: int) -> None:
+    def __init__(
+        self, model: freeze.IntegerModel, tokens: int, logits: job.Positions = "all"
+    ) -> None:
         self._model = model
-        self._program = simulator.compile_model(model, model.decoder(tokens), "litert_ref")
+        dec = model.decoder(tokens, logits=logits)
+        self._program = simulator.compile_model(model, dec, "litert_ref")
 
     def logits(self, ids: np.ndarray) -> Any:
         return simulator.run(self._program, ids)["head.logits"]
@@ -52,161 +154,100 @@ class Simulated:
         return observed_accumulators(self._model, self._program.decoder, tensors)
 
 
-@app.command()
-def quantize(
-    model: Annotated[
-        str, typer.Argument(help="smollm2-135m, a .gguf, a Hugging Face folder, or org/name.")
-    ],
-    out: Annotated[Path, typer.Option(help="Output folder, new or empty.")],
-    recipe: Annotated[str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, or a JSON file.")] = "w8a8",
-    calibration: Annotated[
-        Path | None, typer.Option(help="Plain text or JSONL; default: the model writes its own.")
-    ] = None,
-    eval_text: Text = None,
-    eval_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens scored.")] = 2048,
-    prefill: Annotated[int, typer.Option(help="Static length of the signature, tokens.")] = 128,
-    logits: Annotated[str, typer.Option(help="Logits of `all` positions, or the `last`.")] = "all",
-    overwrite: Overwrite = False,
-) -> None:
-    """Quantizes a model, writes it, and proves that simulator and LiteRT agree on every element."""
-    if logits not in ("all", "last"):
-        raise UserError(f"logits: {logits!r}; expected all or last")
-    console = Console()
-    clock = Clock()
-    request = job.Job(
-        model,
-        load_recipe(recipe),
-        out,
-        calibration,
-        eval_text,
-        prefill,
-        logits,
-        eval_tokens,
-        overwrite,
-    )
-    with _progress() as progress:
-        report = job.run(request, Simulated, clock, _tracker(progress))
-    _print_report(console, report, out)
-    _fail_on_difference(report["verify"])
+class Display(Clock):
+    """A clock that shows the running stage on stderr, where that is a terminal."""
 
-
-@app.command()
-def verify(
-    out: Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")],
-    text: Text = None,
-) -> None:
-    """Compares every tensor of out/model.tflite, in LiteRT's reference kernels, with the
-    simulator's."""
-    report = artifacts.read_report(out)
-    model = freeze.load(out)
-    tokenizer = Tokenizer.load(out / artifacts.TOKENIZER)
-    texts = [corpus.default_text()] if text is None else corpus.read_text(text)
-    source = "pydoc_data.topics" if text is None else str(text)
-    ids = corpus.tokenize(texts, tokenizer, model.config.vocab_size, source)
-    window = corpus.windows(ids, report["prefill"], 1, source)[0]
-    found = job.prove(model, out / artifacts.MODEL, window, Simulated, Clock())["verify"]
-    console = Console()
-    console.print(
-        f"{found['tensors']} tensors, {found['elements']} elements compared:"
-        f" {found['differing']} differ"
-    )
-    _fail_on_difference(found)
-
-
-@app.command()
-def export(
-    out: Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")],
-    file: Annotated[Path, typer.Argument(help="The .tflite to write.")],
-    prefill: Annotated[int, typer.Option(help="Static length of the signature, tokens.")] = 128,
-    logits: Annotated[str, typer.Option(help="Logits of `all` positions, or the `last`.")] = "all",
-) -> None:
-    """Writes the frozen model of a folder again, with another prefill length."""
-    if logits not in ("all", "last"):
-        raise UserError(f"logits: {logits!r}; expected all or last")
-    if file.exists():
-        raise UserError(f"{file}: exists; expected a new file; choose another name")
-    artifacts.read_report(out)
-    with artifacts.new_file(file) as partial:
-        tflite.write(freeze.load(out), partial, prefill, logits)
-    Console().print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
-
-
-@app.command()
-def graph(
-    model: Annotated[str, typer.Argument(help="As for quantize.")] = "smollm2-135m",
-    recipe: Annotated[str, typer.Option(help="As for quantize.")] = "w8a8",
-    prefill: Annotated[int, typer.Option(help="Tokens.")] = 128,
-    prefix: Annotated[int, typer.Option(help="Tokens of constant keys and values.")] = 2,
-) -> None:
-    """Prints the quantized decoder: embed graph, one layer, head graph."""
-    config = models.load_params(model)[0]
-    for part in decoder(config, load_recipe(recipe).bits, prefill, prefix).graphs:
-        typer.echo(str(part))
-
-
-@app.command(name="recipe")
-def show_recipe(
-    name: Annotated[str, typer.Argument(help="A named recipe or a file.")] = "w8a8",
-) -> None:
-    """Prints a recipe as JSON, to start one's own from."""
-    typer.echo(json.dumps(load_recipe(name).to_json(), indent=1))
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description:20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def _tracker(progress: Progress) -> Any:
-    def track(items: Iterable[Any], length: int, what: str) -> Iterable[Any]:
-        return progress.track(items, total=length, description=what)
-
-    return track
-
-
-def _print_report(console: Console, report: dict[str, Any], out: Path) -> None:
-    scores = Table(
-        title=f"{report['model']['source']} {report['recipe']}: perplexity on {report['held_out']}"
-    )
-    for name in report["perplexity"]:
-        scores.add_column(name, justify="right")
-    scores.add_row(*(f"{v:.2f}" for v in report["perplexity"].values()))
-    console.print(scores)
-    stages = Table("stage", "seconds", box=None)
-    for name, seconds in report["seconds"].items():
-        stages.add_row(name, f"{seconds:.1f}")
-    stages.add_row("total", f"{sum(report['seconds'].values()):.1f}")
-    console.print(stages)
-    for line in _facts(report):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"wrote {out}", highlight=False)
-
-
-def _facts(report: dict[str, Any]) -> Iterable[str]:
-    checked = report["verify"]
-    size = report["bytes"] / 1e6
-    yield f"size                {size:.1f} MB ({artifacts.MODEL}, prefill {report['prefill']})"
-    prefix = report["prefix"]
-    if prefix:
-        yield (
-            f"prefix              tokens {list(prefix['tokens'])}: largest token over the median"
-            f" {max(prefix['before']):.0f} -> {max(prefix['after']):.0f}, residual peak"
-            f" {prefix['peak_before']:.0f} -> {prefix['peak_after']:.0f}"
+    def __init__(self) -> None:
+        super().__init__()
+        console = Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:16}"),
+            BarColumn(24),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
-    widest = max(report["accumulators"], key=lambda b: b["needed"] - b["available"])
-    yield (
-        f"accumulators        none can overflow; closest {widest['tensor']}: {widest['needed']} of"
-        f" {widest['available']} bits"
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage: its bar only pulses, until `track` knows how many steps there are."""
+        self._task = self._progress.add_task(name, total=None)
+        try:
+            with super().stage(name):
+                yield
+        finally:
+            self._progress.remove_task(self._task)
+
+    def track(self, items: Iterable[Any], length: int, what: str) -> Iterable[Any]:
+        """Shows the running stage's steps."""
+        self._progress.update(self._task, description=what)
+        return self._progress.track(items, total=length, task_id=self._task)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{report['model']}, {report['recipe']}", title_justify="left", show_header=False
     )
-    yield (
-        f"differing elements  {checked['differing']} of {checked['elements']} in"
-        f" {checked['tensors']}"
-        " tensors (LiteRT reference kernels against the simulator)"
+    for group in _rows(report):
+        for name, what, value in group:
+            table.add_row(name, what, value)
+        table.add_section()
+    Console(soft_wrap=False).print(table)
+
+
+def _rows(report: dict[str, Any]) -> Iterator[list[tuple[str, str, str]]]:
+    """The groups of the table: name, what, value."""
+    held_out, seconds, prefix = report["held_out"], report["seconds"], report["prefix"]
+    scores = [("", name, f"{value:.2f}") for name, value in report["perplexity"].items()]
+    text = f"{held_out['tokens']:,} tokens of {held_out['source']}"
+    yield [("perplexity", "on", text), *scores]
+    checked, closest = report["verify"], report["accumulators"]["closest"]
+    yield [
+        ("differing", "elements", f"{checked['differing']:,} of {checked['elements']:,}"),
+        ("", "tensors", f"{len(checked['differences']):,} of {checked['tensors']:,}"),
+        ("", "between", "simulator and LiteRT's reference kernels"),
+    ]
+    yield [
+        ("size", artifacts.MODEL, _megabytes(report["bytes"])),
+        ("", "signature", f"prefill of {report['prefill']} tokens, logits {report['logits']}"),
+    ]
+    yield [
+        ("accumulators", "overflow", "none can, by proof from the weights"),
+        ("", "closest", f"{closest['needed']} of {closest['available']} bits: {closest['tensor']}"),
+    ]
+    if prefix:
+        before, after = max(prefix["before"]), max(prefix["after"])
+        yield [
+            ("prefix", "tokens", f"{', '.join(map(str, prefix['tokens'])) or 'none needed'}"),
+            ("", "outliers", f"{before:.0f} -> {after:.0f} times the median token"),
+        ]
+    taken = [*seconds.items(), ("total", sum(seconds.values()))]
+    times = [("", stage, f"{value:.1f}") for stage, value in taken]
+    yield [("seconds", *times[0][1:]), *times[1:]]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    return (
+        f"{found['differing']:,} of {found['elements']:,} elements differ, in"
+        f" {len(found['differences']):,} of {found['tensors']:,} tensors"
+        " (simulator against LiteRT's reference kernels)"
     )
 
 
@@ -217,14 +258,30 @@ def _fail_on_difference(found: dict[str, Any]) -> None:
         raise typer.Exit(1)
 
 
+INTERRUPTED = 130
+"""What Ctrl-C makes of the exit status (128 + SIGINT)."""
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2."""
     try:
-        app(standalone_mode=True)
+        status = app(standalone_mode=False, prog_name="qnpu")
+        if status == INTERRUPTED:
+            _complain("interrupted, nothing is left behind")
     except UserError as error:
-        sys.exit(_one_line(error))
+        status = _complain(str(error))
+    except TyperException as error:  # a misspelt option, a missing argument
+        message = error.format_message().rstrip(".")
+        status = _complain(f"{message}; see `qnpu --help`") if message else 2
+    except OSError as error:
+        status = _complain(f"{error.filename}: {error.strerror or error}; check the file")
+    sys.exit(status)
 
 
-def _one_line(error: UserError) -> int:
-    print(" ".join(f"qnpu: {error}".split()), file=sys.stderr)
+def _complain(message: str) -> int:
+    print("qnpu:", *message.split(), file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -190,9 +190,8 @@ class Recipe:
                     f"{source}: key {key!r} is missing; add it (see `qnpu recipe w8a8` for an"
                     " example)"
                 )
-        recipe = Recipe(**{**data, "bits": _plan_from_json(data["bits"], source)})
-        _check_choices(recipe, source)
-        return recipe
+        _check_values(data, source)
+        return Recipe(**{**data, "bits": _plan_from_json(data["bits"], source)})
 
 
 def _plan_from_json(rules: Any, source: str) -> BitPlan:
@@ -206,7 +205,7 @@ def _plan_from_json(rules: Any, source: str) -> BitPlan:
     if not ok:
         raise UserError(
             f'{source}: key "bits" must be a list of [pattern, bits] with bits in 2, 4, 8, 16,'
-            f" 32, 64; got {rules!r}"
+            f" 32, 64; got {rules!r}; correct it"
         )
     return BitPlan(tuple((str(p), int(b)) for p, b in rules))
 
@@ -217,17 +216,30 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "activation_init": ("minmax", "sigma", "mse", "class"),
     "weight_init": ("minmax", "sigma", "mse"),
 }
-_AT_LEAST = {"max_prefix": 1, "calibration_tokens": 1, "calibration_length": 8, "seed": 0}
+_RANGES = {
+    "max_prefix": (1, 2**31),
+    "calibration_tokens": (1, 2**31),
+    "calibration_length": (8, 2**31),
+    "seed": (0, 2**32),  # what a key of jax.random holds
+}
+"""Least value, and one more than the largest."""
 
 
-def _check_choices(recipe: Recipe, source: str) -> None:
+def _check_values(data: dict[str, Any], source: str) -> None:
+    if not isinstance(data["name"], str):
+        raise UserError(f"{source}: name must be a string; got {data['name']!r}; correct it")
     for key, choices in _CHOICES.items():
-        if (got := getattr(recipe, key)) not in choices:
-            raise UserError(f"{source}: {key} must be one of {list(choices)}; got {got!r}")
-    for key, low in _AT_LEAST.items():
-        got = getattr(recipe, key)
-        if not isinstance(got, int) or isinstance(got, bool) or got < low:
-            raise UserError(f"{source}: {key} must be an integer of at least {low}; got {got!r}")
+        if key in data and data[key] not in choices:
+            raise UserError(
+                f"{source}: {key} must be one of {list(choices)}; got {data[key]!r}; correct it"
+            )
+    for key, (low, end) in _RANGES.items():
+        got = data.get(key, low)
+        if not isinstance(got, int) or isinstance(got, bool) or not low <= got < end:
+            raise UserError(
+                f"{source}: {key} must be an integer from {low} to {end - 1}; got {got!r};"
+                " correct it"
+            )
 
 
 RECIPES: dict[str, Recipe] = {

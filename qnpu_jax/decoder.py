@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float32, Float64, Int
 
 from qnpu_jax.config import BitPlan, ModelConfig, UserError
 from qnpu_jax.graph import Builder, Graph, TensorSpec
@@ -276,7 +277,7 @@ def swiglu(g: Builder, cfg: ModelConfig, x: TensorSpec) -> TensorSpec:
     return g.fully_connected("down", g.add("act", Mul(), silu, up), cfg.hidden_size)
 
 
-def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
+def rope_frequencies(cfg: ModelConfig) -> Float64[np.ndarray, " half"]:
     """Angles per position, (K/2,) float64, with linear or llama3 scaling.
 
     Reference: transformers/modeling_rope_utils.py, `_compute_linear_scaling_rope_parameters`,
@@ -296,7 +297,9 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
     return (1 - blend) * frequency / scaling.factor + blend * frequency
 
 
-def rope_tables(cfg: ModelConfig, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(
+    cfg: ModelConfig, positions: Int[np.ndarray, " t"]
+) -> tuple[Float32[np.ndarray, "t 1 k"], Float32[np.ndarray, "t 1 k"]]:
     """cos and signed sin for the positions, (T, 1, K) float32; the first half of sin is
     negative."""
     angle = positions[:, None] * rope_frequencies(cfg)[None, :]
@@ -306,7 +309,9 @@ def rope_tables(cfg: ModelConfig, positions: np.ndarray) -> tuple[np.ndarray, np
     return cos.astype(np.float32), sin.astype(np.float32)
 
 
-def causal_mask(tokens: int, prefix: int = 0, cache: int = 0, filled: int = 0) -> np.ndarray:
+def causal_mask(
+    tokens: int, prefix: int = 0, cache: int = 0, filled: int = 0
+) -> Float32[np.ndarray, "t 1 s"]:
     """0 where a token may look, MASK_SCALE * MASK_CODE elsewhere; (T, 1, S) float32.
 
     Keys are [prefix | cache | new]: the whole prefix, the first `filled` cache slots and new keys

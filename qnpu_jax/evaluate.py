@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from qnpu_jax.decoder import Decoder, layer_inputs
 from qnpu_jax.graph import Graph, TensorSpec
@@ -76,9 +77,10 @@ def shared_inputs(dec: Decoder, filled: int = 0) -> Tensors:
 
 
 def forward(
-    dec: Decoder, params: Params, ids: jax.Array, scales: Scales | None = None
-) -> jax.Array:
-    """Logits (T, V) of one sequence: float without `scales`, fake-quantized with (`resolve`d ones).
+    dec: Decoder, params: Params, ids: Int[Array, " t"], scales: Scales | None = None
+) -> Float[Array, "rows v"]:
+    """Logits (T, V), of a `last` decoder (1, V): float without `scales`, fake-quantized with
+    (`resolve`d ones).
 
     The layer graph runs under `lax.scan` over stacked parameters and scales, rematerialised under
     autodiff.
@@ -152,7 +154,7 @@ def passes(
             values = {"input.residual": env[out]}
 
 
-def token_nll(logits: jax.Array, ids: jax.Array) -> jax.Array:
+def token_nll(logits: Float[Array, "t v"], ids: Int[Array, " t"]) -> Float[Array, " t-1"]:
     """-log softmax(logits[t])[ids[t+1]]: (T, V) and (T,) to (T-1,)."""
     log_p = jax.nn.log_softmax(logits[:-1], axis=-1)
     return -jnp.take_along_axis(log_p, ids[1:, None], axis=-1)[:, 0]

@@ -91,7 +91,9 @@ def freeze(dec: Decoder, params: Params, free: Scales, prefix: tuple[int, ...]) 
       that
         can overflow (`accumulators`).
     """
-    resolved = jax.tree.map(np.asarray, resolve(dec, free))
+    # Logits of the last position alone have one tensor more, which these scales must know too.
+    every = decoder(dec.config, dec.plan, dec.tokens, dec.prefix, dec.cache, "last")
+    resolved = jax.tree.map(np.asarray, resolve(every, free))
     scale = {n: np.asarray(q.scale, np.float32) for n, q in resolved.items()}
     zero_point = {n: np.asarray(np.rint(q.zero_point), np.int32) for n, q in resolved.items()}
     for name, s in scale.items():
@@ -124,10 +126,11 @@ def dequantize(model: IntegerModel) -> dict[str, np.ndarray]:
 
 def activation_scales(model: IntegerModel) -> Scales:
     """QParams of every activation and input, without those of parameters."""
+    names = [g.prefix + t.name for g in model.decoder(1).graphs for t in g.tensors]
     return {
-        name: QParams(scale=scale, zero_point=model.zero_point[name].astype(np.float32))
-        for name, scale in model.scale.items()
-        if name not in model.codes
+        name: QParams(scale=model.scale[name], zero_point=model.zero_point[name].astype(np.float32))
+        for name in names
+        if name in model.scale and name not in model.codes
     }
 
 
@@ -202,7 +205,7 @@ def save(model: IntegerModel, folder: Path) -> None:
         **{f"scale/{n}": x for n, x in model.scale.items()},
         **{f"zero_point/{n}": x for n, x in model.zero_point.items()},
     }
-    arrays = {n: np.ascontiguousarray(x) for n, x in arrays.items()}
+    arrays = {n: np.asarray(x, order="C") for n, x in arrays.items()}  # keeps 0-d arrays 0-d
     (folder / "integer_model.safetensors").write_bytes(safetensors.numpy.save(arrays))
     meta = {
         "format": FORMAT,

@@ -83,6 +83,13 @@ class Graph:
     def _index(self) -> dict[str, TensorSpec]:
         return {t.name: t for t in self.tensors}
 
+    def __hash__(self) -> int:
+        return self._hash  # every jitted call asks for it
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.prefix, self.tensors, self.nodes, self.outputs))
+
     def __getitem__(self, name: str) -> TensorSpec:
         return self._index[name]
 
@@ -114,15 +121,21 @@ class Graph:
         order = {t.name: i for i, t in enumerate(self.tensors)}
 
         def rank(name: str) -> tuple[bool, bool, int]:
-            copies = name in producer and isinstance(constraint(producer[name].op), Same)
+            node = producer.get(name)
+            copies = node is not None and (
+                isinstance(constraint(node.op), Same) or self._unchanged(node)
+            )
             return (copies, self[name].kind == "param", order[name])
 
         for node in self.nodes:
-            unchanged = all(is_identity(self, node, i) for i in range(self.layers))
-            for name in node.inputs if unchanged else tied_inputs(node.op, node.inputs):
+            tied = node.inputs if self._unchanged(node) else tied_inputs(node.op, node.inputs)
+            for name in tied:
                 a, b = sorted((find(name), find(node.output)), key=rank)
                 parent[b] = a
         return {name: find(name) for name in parent}
+
+    def _unchanged(self, node: Node) -> bool:
+        return all(is_identity(self, node, i) for i in range(self.layers))
 
     def __str__(self) -> str:
         return "\n".join(_print(self))

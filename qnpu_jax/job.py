@@ -1,17 +1,19 @@
 """The main job: a model in, a proved integer .tflite out, with every number that the user is told.
 
-The simulator comes in as an argument (`Simulator`): this package never imports it.
+The simulator comes in as an argument (`Simulate`): this package never imports it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,20 +30,26 @@ from qnpu_jax import (
     verify,
 )
 from qnpu_jax.config import ModelConfig, Recipe, UserError
+from qnpu_jax.decoder import decoder
+from qnpu_jax.evaluate import Params
 from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.graph import is_identity
+from qnpu_jax.graph import TensorSpec, is_identity
 from qnpu_jax.litert import LiteRT
 from qnpu_jax.models import Checkpoint, Tokenizer
 from qnpu_jax.pipeline import Clock, Track
 
 PACKAGES = ("qnpu", "jax", "jaxlib", "numpy", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers")
 
+Positions = Literal["all", "last"]
+"""Of which positions a signature gives logits."""
 
+
+@runtime_checkable
 class Simulator(Protocol):
     """A simulated model of one length."""
 
     def logits(self, ids: np.ndarray) -> Any:
-        """Codes of the logits, (T, V) for ids (T,)."""
+        """Codes of the logits, (T or 1, V) for ids (T,)."""
         ...
 
     def tensors(self, ids: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -53,7 +61,7 @@ class Simulator(Protocol):
         ...
 
 
-Simulate = Callable[[IntegerModel, int], Simulator]
+Simulate = Callable[[IntegerModel, int, Positions], Simulator]
 """Makes the simulator of a model for a length."""
 
 
@@ -76,9 +84,21 @@ class Job:
     calibration: Path | None = None
     eval_text: Path | None = None
     prefill: int = 128
-    logits: Literal["all", "last"] = "all"
+    logits: Positions = "all"
     eval_tokens: int = 2048
     overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows (N, T) of token ids, and where they are from: a name and a hash of the source."""
+
+    source: str
+    sha256: str
+    windows: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        return {"source": self.source, "sha256": self.sha256, "tokens": self.windows.size}
 
 
 def run(job: Job, simulate: Simulate, clock: Clock, track: Track) -> dict[str, Any]:
@@ -87,96 +107,165 @@ def run(job: Job, simulate: Simulate, clock: Clock, track: Track) -> dict[str, A
     Raises:
       UserError: any mistake of the caller; nothing is left behind then.
     """
-    artifacts.check_writable(job.out, job.overwrite)
-    if job.prefill < 2:
-        raise UserError(f"prefill: {job.prefill} is too short; expected at least 2 tokens")
+    _check_request(job)
+    recipe = job.recipe
     with clock.stage("load"):
         checkpoint = models.load(job.model)
-        _check_length(checkpoint.config, job)
-        held_out, eval_source = _held_out(job, checkpoint)
+        config, bos = checkpoint.config, checkpoint.tokenizer.bos_id
+        _check_model(config, job)
+        held_out = _held_out(job, checkpoint)
+        calibration = _calibration(job, checkpoint)
     with clock.stage("fold, rotate"):
-        params = pipeline.prepare(checkpoint.config, checkpoint.params, job.recipe)
-    with clock.stage("calibration text"):
-        windows, source = _calibration(job, checkpoint, params, track)
-    quantized = pipeline.quantize(
-        checkpoint.config, params, job.recipe, windows, checkpoint.tokenizer.bos_id, clock, track
-    )
+        params = pipeline.prepare(config, checkpoint.params, recipe)
+    if calibration is None:
+        with clock.stage("calibration text"):
+            calibration = _generate(job, checkpoint, params, track)
+    made = pipeline.quantize(config, params, recipe, calibration.windows, bos, clock, track)
     with artifacts.writing(job.out, job.overwrite) as folder:
         with clock.stage("write"):
-            _write(folder, quantized.model, checkpoint.tokenizer, job, source)
+            _write(folder, made.model, job, checkpoint, calibration, held_out)
         report = {
-            "model": {"source": checkpoint.source, "sha256": checkpoint.sha256},
-            "recipe": job.recipe.name,
+            "format": artifacts.FORMAT,
+            "model": checkpoint.source,
+            "recipe": recipe.name,
             "prefill": job.prefill,
             "logits": job.logits,
-            "held_out": eval_source,
-            "prefix": dataclasses.asdict(quantized.prefix) if quantized.prefix else None,
-            "ranges": quantized.ranges,
-            **prove(quantized.model, folder / artifacts.MODEL, held_out[0], simulate, clock),
-            "perplexity": _perplexities(job, quantized, folder, held_out, simulate, clock, track),
             "bytes": (folder / artifacts.MODEL).stat().st_size,
+            "calibration": calibration.to_json(),
+            "held_out": held_out.to_json(),
+            **_measure(job, made, folder, held_out.windows, simulate, clock, track),
             "seconds": {k: round(v, 2) for k, v in clock.seconds.items()},
+            "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
+            "ranges": _columns(made.ranges),
+            "sha256": artifacts.digests(folder),
         }
-        files = [p for p in sorted(folder.iterdir()) if p.is_file()]
-        report["sha256"] = {p.name: artifacts.digest(p) for p in files}
         artifacts.write_json(folder / artifacts.REPORT, report)
     return report
 
 
-def _check_length(config: ModelConfig, job: Job) -> None:
-    longest = job.recipe.max_prefix if job.recipe.prefix == "auto" else 0
-    if job.prefill + longest > config.max_positions:
+def _check_request(job: Job) -> None:
+    """What can be wrong before the model is read, which takes a while."""
+    _check_signature(job.prefill, job.logits)
+    if job.eval_tokens < job.prefill:
         raise UserError(
-            f"prefill: {job.prefill} tokens and a prefix of up to {longest}; expected at most the"
-            f" model's {config.max_positions} positions; choose a shorter --prefill"
+            f"eval-tokens: {job.eval_tokens} is less than one window; expected at least the"
+            f" prefill length {job.prefill}; raise --eval-tokens or choose a shorter --prefill"
         )
+    artifacts.check_writable(job.out, job.overwrite)
+    for path in (job.calibration, job.eval_text):
+        if path is not None:
+            corpus.read_text(path)
 
 
-def _held_out(job: Job, checkpoint: Checkpoint) -> tuple[np.ndarray, str]:
-    if job.eval_text is None:
-        texts, source = [corpus.default_text()], "pydoc_data.topics"
-    else:
-        texts, source = corpus.read_text(job.eval_text), str(job.eval_text)
-    ids = corpus.tokenize(texts, checkpoint.tokenizer, checkpoint.config.vocab_size, source)
-    count = max(1, job.eval_tokens // job.prefill)
-    return corpus.windows(ids, job.prefill, count, source), Path(source).name
+def _check_signature(prefill: int, logits: str) -> None:
+    if prefill < 2:
+        raise UserError(f"prefill: {prefill} is too short; expected at least 2; raise --prefill")
+    if logits not in ("all", "last"):
+        raise UserError(f"logits: got {logits!r}; expected all or last; correct --logits")
 
 
-def _calibration(
-    job: Job, checkpoint: Checkpoint, params: Any, track: Track
-) -> tuple[np.ndarray, dict[str, str]]:
-    recipe, config, tokenizer = job.recipe, checkpoint.config, checkpoint.tokenizer
+def _check_model(config: ModelConfig, job: Job) -> None:
+    """What a recipe and a length ask of a model."""
+    longest = job.recipe.max_prefix if job.recipe.prefix == "auto" else 0
+    lengths = {"prefill": job.prefill, "calibration_length": job.recipe.calibration_length}
+    for name, length in lengths.items():
+        if length + longest > config.max_positions:
+            raise UserError(
+                f"{name}: {length} tokens after a prefix of up to {longest}; expected at most the"
+                f" model's {config.max_positions} positions; choose a shorter {name}"
+            )
+    for graph in decoder(config, job.recipe.bits, job.prefill, longest).graphs:
+        for spec in graph.tensors:
+            _check_bits(graph.prefix, spec)
+
+
+def _check_bits(prefix: str, spec: TensorSpec) -> None:
+    """Kernels take 4 or 8-bit weights, 32 or 64-bit biases and 8 or 16-bit activations; what enters
+    an activation as a constant (embedding, prefix) is stored in 8 bits."""
+    match spec.kind, spec.name.rpartition(".")[2]:
+        case "param", "bias":
+            allowed = (32, 64)
+        case "param", "weight" if prefix != "embed.":
+            allowed = (4, 8)
+        case "param", _:
+            allowed = (8,)
+        case _:
+            allowed = (8, 16)
+    for bits in spec.quant.bits if spec.quant else ():
+        if bits not in allowed:
+            raise UserError(
+                f"{prefix}{spec.name}: the bit plan gives it {bits} bits; expected"
+                f" {' or '.join(map(str, allowed))}; correct the rule that matches it"
+            )
+
+
+def _held_out(job: Job, checkpoint: Checkpoint) -> Text:
+    count = job.eval_tokens // job.prefill
+    return _text(job.eval_text, checkpoint.tokenizer, checkpoint.config, job.prefill, count)
+
+
+def _calibration(job: Job, checkpoint: Checkpoint) -> Text | None:
+    if job.calibration is None:
+        return None
+    count, length = _calibration_shape(job.recipe)
+    return _text(job.calibration, checkpoint.tokenizer, checkpoint.config, length, count)
+
+
+def _calibration_shape(recipe: Recipe) -> tuple[int, int]:
+    """Windows, and tokens of each."""
     length = recipe.calibration_length
-    count = max(1, recipe.calibration_tokens // length)
-    if job.calibration is not None:
-        source = str(job.calibration)
-        texts = corpus.read_text(job.calibration)
-        ids = corpus.tokenize(texts, tokenizer, config.vocab_size, source)
-        windows = corpus.windows(ids, length, count, source)
-        return windows, {
-            "calibration": job.calibration.name,
-            "sha256": corpus.digest(job.calibration),
-        }
+    return max(1, recipe.calibration_tokens // length), length
+
+
+def _text(
+    path: Path | None, tokenizer: Tokenizer, config: ModelConfig, length: int, count: int
+) -> Text:
+    """Windows of a file, by default of Python's documentation."""
+    if path is None:
+        name = source = "pydoc_data.topics"
+        texts = [corpus.default_text()]
+        sha256 = hashlib.sha256(texts[0].encode()).hexdigest()
+    else:
+        name, source = path.name, str(path)
+        texts, sha256 = corpus.read_text(path), corpus.digest(path)
+    ids = corpus.tokenize(texts, tokenizer, config.vocab_size, source)
+    return Text(name, sha256, corpus.windows(ids, length, count, source))
+
+
+def _generate(job: Job, checkpoint: Checkpoint, params: Params, track: Track) -> Text:
+    count, length = _calibration_shape(job.recipe)
     windows = generate.calibration_windows(
-        config, recipe.bits, params, tokenizer, count * length, length, recipe.seed,
-        lambda steps, n: track(steps, n, "calibration text"),
+        checkpoint.config, job.recipe.bits, params, checkpoint.tokenizer,
+        count * length, length, job.recipe.seed, _steps(track, "calibration text"),
     )  # fmt: skip
-    return windows, {"calibration": "generated by the model"}
+    return Text("written by the model", hashlib.sha256(windows.tobytes()).hexdigest(), windows)
+
+
+def _steps(track: Track, what: str) -> Callable[[Iterable[int], int], Iterable[int]]:
+    return lambda steps, length: track(steps, length, what)
 
 
 def _write(
-    folder: Path, model: IntegerModel, tokenizer: Tokenizer, job: Job, source: dict[str, str]
+    folder: Path,
+    model: IntegerModel,
+    job: Job,
+    checkpoint: Checkpoint,
+    calibration: Text,
+    held_out: Text,
 ) -> None:
     freeze.save(model, folder)
-    tokenizer.save(folder / artifacts.TOKENIZER)
+    checkpoint.tokenizer.save(folder / artifacts.TOKENIZER)
     tflite.write(model, folder / artifacts.MODEL, job.prefill, job.logits)
-    versions = {p: _version(p) for p in PACKAGES}
     settings = {
         "recipe": job.recipe.to_json(),
         "prefill": job.prefill,
         "logits": job.logits,
-        "inputs": source,
-        "versions": {"python": platform.python_version(), **versions},
+        "inputs": {
+            "model": {"source": checkpoint.source, "sha256": checkpoint.sha256},
+            "calibration": calibration.to_json(),
+            "held_out": held_out.to_json(),
+        },
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
     }
     artifacts.write_json(folder / artifacts.RECIPE, settings)
 
@@ -188,27 +277,68 @@ def _version(package: str) -> str | None:
         return None
 
 
-def prove(
-    model: IntegerModel, file: Path, ids: np.ndarray, simulate: Simulate, clock: Clock
+def _measure(
+    job: Job,
+    made: pipeline.Quantized,
+    folder: Path,
+    windows: np.ndarray,
+    simulate: Simulate,
+    clock: Clock,
+    track: Track,
 ) -> dict[str, Any]:
-    """Compares every tensor of the file, in LiteRT's reference kernels, with the simulator's.
-
-    Args:
-      ids: (T,) real text of the file's length.
-
-    Returns:
-      Report entries `verify` (tensors, elements, differing, differences) and `accumulators`.
-    """
+    """Report entries of the proof, and `perplexity` of the four readings of the model."""
+    model, file = made.model, folder / artifacts.MODEL
     with clock.stage("verify"):
         runner = LiteRT(file, "ref", keep_tensors=True)
-        simulator = simulate(model, runner.tokens)
+        simulator = simulate(model, job.prefill, job.logits)
+    proof = prove(model, runner, simulator, windows[0], clock)
+    if job.logits == "last":  # scoring needs every position, which this file does not give
+        with clock.stage("write"):
+            file = folder / "all-positions.tflite"
+            tflite.write(model, file, job.prefill)
+            runner = LiteRT(file, "ref")
+            file.unlink()
+        simulator = simulate(model, job.prefill, "all")
+    readings: dict[str, evaluation.Logits] = {
+        "float": evaluation.float_logits(model.config, model.plan, made.params),
+        "fake-quant": evaluation.fake_quant_logits(model),
+        "simulator": evaluation.integer_logits(model, simulator.logits),
+        "LiteRT": evaluation.integer_logits(model, runner.run),
+    }
+    scores = {}
+    for name, logits in readings.items():
+        with clock.stage(f"score {name}"):
+            progress = _steps(track, f"score {name}")
+            scores[name] = evaluation.perplexity(logits, windows, track=progress)
+    return {"perplexity": scores, **proof}
+
+
+def prove(
+    model: IntegerModel, runner: LiteRT, simulator: Simulator, ids: np.ndarray, clock: Clock
+) -> dict[str, Any]:
+    """Compares every tensor of a file, in LiteRT's reference kernels, with the simulator's.
+
+    Args:
+      runner: of the file, with its tensors kept.
+      simulator: of the same length and positions.
+      ids: (T,) real text.
+
+    Returns:
+      Report entries `verify` (tensors, elements, differing, differences) and `accumulators`: proved
+      bounds (codes, bits) and the largest that this run saw.
+    """
+    with clock.stage("verify"):
         runner.run(ids)
         tensors = simulator.tensors(ids)
-        comparison = verify.compare(runner.tensors(), tensors, op_names(model, len(ids)))
+        comparison = verify.compare(
+            runner.tensors(), tensors, op_names(model, len(ids), runner.logits)
+        )
     with clock.stage("accumulators"):
-        dec = model.decoder(len(ids))
+        dec = model.decoder(len(ids), logits=runner.logits)
         bounds = accumulators.proved_bounds(dec, model.codes, model.zero_point)
-        observed = simulator.accumulators(tensors)
+        seen = simulator.accumulators(tensors)
+    rows = [dataclasses.asdict(b) | {"needed": b.needed, "seen": seen[b.tensor]} for b in bounds]
+    closest = min(rows, key=lambda row: row["available"] - row["needed"])
     return {
         "verify": {
             "tensors": comparison.tensors,
@@ -216,52 +346,64 @@ def prove(
             "differing": comparison.differing,
             "differences": [str(d) for d in comparison.differences],
         },
-        "accumulators": [
-            {**dataclasses.asdict(b), "needed": b.needed, "observed": observed.get(b.tensor)}
-            for b in bounds
-        ],
+        "accumulators": {"closest": closest, "all": _columns(rows)},
     }
 
 
-def op_names(model: IntegerModel, tokens: int) -> dict[str, str]:
+def op_names(model: IntegerModel, tokens: int, logits: Positions = "all") -> dict[str, str]:
     """The op behind every tensor of the written file, by global name; dropped identities left
     out."""
     return {
         (f"layers.{i}.{node.output}" if graph.prefix == "layers." else graph.prefix + node.output):
         type(node.op).__name__
-        for graph in model.decoder(tokens).graphs
+        for graph in model.decoder(tokens, logits=logits).graphs
         for i in range(graph.layers)
         for node in graph.nodes
         if not is_identity(graph, node, i)
     }  # fmt: skip
 
 
-def _perplexities(
-    job: Job,
-    quantized: pipeline.Quantized,
-    folder: Path,
-    windows: np.ndarray,
-    simulate: Simulate,
-    clock: Clock,
-    track: Track,
-) -> dict[str, float]:
-    model, plan = quantized.model, job.recipe.bits
-    file = folder / artifacts.MODEL
-    if job.logits == "last":  # scoring needs every position, which this file does not give
-        file = folder / "all-positions.tflite"
-        tflite.write(model, file, job.prefill)
-    runner = LiteRT(file, "ref")
-    readings: dict[str, evaluation.Logits] = {
-        "float": evaluation.float_logits(model.config, plan, quantized.params),
-        "fake-quant": evaluation.fake_quant_logits(model),
-        "simulator": evaluation.integer_logits(model, simulate(model, job.prefill).logits),
-        "LiteRT": evaluation.integer_logits(model, runner.run),
+def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows with a "tensor" each as columns by tensor: one value per layer, or one where all agree.
+
+    A report with a row for every layer would be thousands of lines.
+    """
+    table: dict[str, dict[str, list[Any]]] = {}
+    for row in rows:
+        columns = table.setdefault(re.sub(r"^layers\.\d+\.", "layers.", row["tensor"]), {})
+        for key, value in row.items():
+            if key != "tensor":
+                short = float(f"{value:.5g}") if isinstance(value, float) else value
+                columns.setdefault(key, []).append(short)
+    return {
+        name: {k: v[0] if len(set(v)) == 1 else v for k, v in columns.items()}
+        for name, columns in table.items()
     }
-    scores = {}
-    for name, logits in readings.items():
-        with clock.stage(f"score {name}"):
-            progress = lambda items, n, name=name: track(items, n, f"score {name}")  # noqa: E731
-            scores[name] = evaluation.perplexity(logits, windows, track=progress)
-    if job.logits == "last":
-        file.unlink()
-    return scores
+
+
+def check(out: Path, text: Path | None, simulate: Simulate, clock: Clock) -> dict[str, Any]:
+    """`prove` for a folder that `run` wrote, on any text.
+
+    Raises:
+      UserError: not such a folder, a file of it changed since, or the text is too short.
+    """
+    artifacts.read_report(out)
+    with clock.stage("load"):
+        model = freeze.load(out)
+        runner = LiteRT(out / artifacts.MODEL, "ref", keep_tensors=True)
+        tokenizer = Tokenizer.load(out / artifacts.TOKENIZER)
+        ids = _text(text, tokenizer, model.config, runner.tokens, 1).windows[0]
+        simulator = simulate(model, runner.tokens, runner.logits)
+    return prove(model, runner, simulator, ids, clock)
+
+
+def export(out: Path, file: Path, prefill: int, logits: Positions) -> None:
+    """Writes the model of a folder that `run` wrote to `file`, for another length.
+
+    Raises:
+      UserError: not such a folder, `file` exists, or the model has fewer positions.
+    """
+    _check_signature(prefill, logits)
+    with artifacts.new_file(file) as partial:
+        artifacts.read_report(out)
+        tflite.write(freeze.load(out), partial, prefill, logits)

@@ -65,6 +65,11 @@ class LiteRT:
         """The static length T."""
         return int(self._input["shape"][0])
 
+    @property
+    def logits(self) -> Literal["all", "last"]:
+        """Whether it gives logits of all positions, or of the last only."""
+        return "all" if self._output["shape"][0] == self.tokens else "last"
+
     def run(self, ids: np.ndarray) -> np.ndarray:
         """Codes of the logits (T or 1, V) for ids (T,)."""
         self._interpreter.set_tensor(self._input["index"], np.asarray(ids, np.int32))

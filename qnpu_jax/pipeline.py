@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from qnpu_jax.calibrate import collect, initialize, weight_scales
 from qnpu_jax.config import ModelConfig, Recipe
@@ -71,7 +72,7 @@ def quantize(
     config: ModelConfig,
     params: Params,
     recipe: Recipe,
-    windows: np.ndarray,
+    windows: Int[np.ndarray, "n t"],
     bos: int | None,
     clock: Clock | None = None,
     track: Track = untracked,

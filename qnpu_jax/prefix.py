@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from qnpu_jax.config import BitPlan, ModelConfig, UserError
 from qnpu_jax.decoder import decoder
@@ -46,7 +47,7 @@ def find_prefix(
     config: ModelConfig,
     plan: BitPlan,
     params: Params,
-    windows: np.ndarray,
+    windows: Int[np.ndarray, "n t"],
     bos: int | None,
     longest: int,
 ) -> PrefixReport:

@@ -41,27 +41,29 @@ def code_range(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
     return qmin.astype(np.float32), qmax.astype(np.float32)
 
 
-def round_ste(x: jax.Array) -> jax.Array:
-    """round(x), half to even, with the gradient of the identity."""
-    return x + jax.lax.stop_gradient(jnp.round(x) - x)
-
-
 def fake_quant(
     x: jax.Array, scale: Array, zero_point: Array, qmin: Array, qmax: Array
 ) -> jax.Array:
     """xhat = (clip(round(x/s) + z, qmin, qmax) - z) s, straight through.
 
-    Autodiff of this composition gives the published gradients (LSQ+, arXiv 2004.09576): dx = 1
-    inside and 0 outside the range, ds = round(u) - u inside (u = x/s) and q - z at a bound, dz = 0
-    inside and -s outside.
+    Its gradients are the published ones (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576): where the
+    code is in the range dx = 1, ds = round(u) - u (u = x/s) and dz = 0; where it is clipped dx = 0,
+    ds = q - z and dz = -s.
 
     Args:
       x: real values.
       scale, zero_point: broadcastable to x.
       qmin, qmax: the code range, broadcastable to x.
     """
-    q = jnp.clip(round_ste(x / scale) + zero_point, qmin, qmax)
-    return (q - zero_point) * scale
+    q = jnp.round(x / scale)
+    low, high = qmin - zero_point, qmax - zero_point
+    # Autodiff of the equation would sum ds as the difference of two sums up to 2^16 times larger,
+    # and halve every gradient on the outermost codes (jnp.clip).
+    step = jax.lax.stop_gradient((q * scale - x) / scale)
+    clipped = jnp.where(q < low, low * scale, high * scale)
+    y = jnp.where((q < low) | (q > high), clipped, x + step * scale)
+    exact = jax.lax.stop_gradient(jnp.clip(q, low, high) * scale)
+    return exact + (y - jax.lax.stop_gradient(y))
 
 
 def quantize(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qnpu_jax.config import UserError
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -55,41 +57,37 @@ def compare(
     got: Mapping[str, np.ndarray],
     ops: Mapping[str, str],
 ) -> Comparison:
-    """Compares every tensor in `expected` that an op makes with the tensor of that name in `got`.
+    """Compares the tensors that ops make, every one of them.
 
     Args:
-      expected: names and codes; names without an op (constants, inputs) are passed over.
-      got: codes by name.
-      ops: the op that makes each tensor, by name; each must appear in `expected`, or be an identity
-        that the writer dropped, which its consumers then cover.
+      expected: names and codes by LiteRT; names without an op (constants, inputs) are passed over.
+      got: codes by the simulator, by name.
+      ops: the op that makes each tensor, by name, without identities that the writer dropped.
 
     Raises:
-      KeyError: `got` lacks a tensor.
+      UserError: a tensor of `ops` that either lacks, or of another shape or type: the two did not
+        run the same model.
     """
-    tensors = elements = 0
+    missing = dict(ops)
+    elements = 0
     differences = []
     for name, a in expected:
         if name not in ops:
             continue
-        tensors, elements = tensors + 1, elements + a.size
-        found = _difference(name, ops[name], a, np.asarray(got[name]))
-        if found is not None:
+        missing.pop(name, None)
+        if name not in got:
+            raise _not_the_same(name, ops[name], _kind(a), "nothing")
+        elements += a.size
+        if found := _difference(name, ops[name], a, np.asarray(got[name])):
             differences.append(found)
-    return Comparison(tensors, elements, tuple(differences))
+    for name, op in missing.items():
+        raise _not_the_same(name, op, "nothing", _kind(got[name]) if name in got else "nothing")
+    return Comparison(len(ops), elements, tuple(differences))
 
 
 def _difference(name: str, op: str, a: np.ndarray, b: np.ndarray) -> Difference | None:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return Difference(
-            name,
-            f"{op}, {a.dtype}{a.shape} against {b.dtype}{b.shape}",
-            a.size,
-            a.size,
-            0,
-            (),
-            0,
-            0,
-        )
+    if _kind(a) != _kind(b):
+        raise _not_the_same(name, op, _kind(a), _kind(b))
     distance = np.abs(a.astype(np.int64) - b.astype(np.int64))
     count = int(np.count_nonzero(distance))
     if count == 0:
@@ -97,4 +95,15 @@ def _difference(name: str, op: str, a: np.ndarray, b: np.ndarray) -> Difference 
     first = tuple(int(i) for i in np.argwhere(distance)[0])
     return Difference(
         name, op, count, a.size, int(distance.max()), first, int(a[first]), int(b[first])
+    )
+
+
+def _kind(x: np.ndarray) -> str:
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def _not_the_same(tensor: str, op: str, a: str, b: str) -> UserError:
+    return UserError(
+        f"{tensor} ({op}): LiteRT has {a}, the simulator {b}; expected the same; the .tflite is of"
+        " another model: write it again with `qnpu quantize` or `qnpu export`"
     )

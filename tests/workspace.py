@@ -1,13 +1,18 @@
 """A tiny Hugging Face folder with a real tokenizer: the command line's whole job in seconds."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from model_files import write_model
 
-from qnpu_jax.config import ModelConfig
+import qnpu_jax
+from qnpu_jax import cli, job
+from qnpu_jax.config import RECIPES, ModelConfig, load_recipe
 from qnpu_jax.corpus import default_text
 from qnpu_jax.models.huggingface import read_config
 from qnpu_jax.models.llama import expected_tensors
@@ -26,6 +31,50 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
+PREFILL, EVAL_TOKENS = 16, 32
+QUANTIZE = (
+    f"quantize model --recipe recipe.json --calibration text.txt --out out --prefill {PREFILL}"
+    f" --eval-tokens {EVAL_TOKENS}"
+).split()
+"""What was asked of `workspace`'s out/."""
+
+
+def workspace(folder: Path) -> Path:
+    """A folder with model/, recipe.json, text.txt and out/, made when first asked for."""
+    if not folder.exists():
+        write_inputs(folder)
+        job.run(request(folder), cli.Simulated, cli.Clock(), lambda steps, *_: steps)
+    return folder
+
+
+def request(folder: Path, **changes) -> job.Job:
+    """QUANTIZE, as the command line passes it on."""
+    settings = {
+        "model": str(folder / "model"),
+        "recipe": load_recipe(str(folder / "recipe.json")),
+        "out": folder / "out",
+        "calibration": folder / "text.txt",
+        "prefill": PREFILL,
+        "eval_tokens": EVAL_TOKENS,
+    }
+    return job.Job(**settings | changes)
+
+
+def write_inputs(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tiny_model(folder / "model")
+    recipe = RECIPES["w8a8"].to_json() | {"calibration_tokens": 128, "calibration_length": 32}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "text.txt").write_text(default_text()[50_000:60_000])
+    return folder
+
+
+def start(*args: str, cwd: Path, **options) -> subprocess.Popen[str]:
+    """The command line in a process of its own, 80 columns wide."""
+    env = {**os.environ, "PYTHONPATH": str(Path(qnpu_jax.__file__).parents[1]), "COLUMNS": "80"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-m", "qnpu_jax.cli", *args]
+    return subprocess.Popen(command, cwd=cwd, env=env, text=True, **pipes | options)
 
 
 def write_tiny_model(folder: Path, vocab_size: int = VOCAB) -> Path:
