@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace) -> int:
     total = 0
     for name in args.recipes:
         recipe = dataclasses.replace(load_recipe(name), prefix="none" if args.quick else "auto")
-        windows = corpus.windows(ids[4096:], 128, 8, "text")
+        windows = corpus.windows(ids, 256, 16, "text")
         model = pipeline.quantize(config, params, recipe, windows, tokenizer.bos_id).model
         for length in args.lengths:
             start = time.perf_counter()

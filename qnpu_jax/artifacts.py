@@ -7,9 +7,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,24 @@ def layout(value: Any, newline: str = "\n") -> str:
     if isinstance(value, dict):
         parts = [f"{json.dumps(key)}: {part}" for key, part in zip(value, parts, strict=True)]
     return line[0] + inner + ("," + inner).join(parts) + newline + line[-1]
+
+
+def columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows with a "tensor" each as columns by tensor: one value per layer, or one where all agree.
+
+    A report with a row for every layer would be thousands of lines.
+    """
+    table: dict[str, dict[str, list[Any]]] = {}
+    for row in rows:
+        columns = table.setdefault(re.sub(r"^layers\.\d+\.", "layers.", row["tensor"]), {})
+        for key, value in row.items():
+            if key != "tensor":
+                short = float(f"{value:.5g}") if isinstance(value, float) else value
+                columns.setdefault(key, []).append(short)
+    return {
+        name: {k: v[0] if len(set(v)) == 1 else v for k, v in columns.items()}
+        for name, columns in table.items()
+    }
 
 
 def read_report(out: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ RecipeName = Annotated[
     str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, or a JSON file (see `qnpu recipe`).")
 ]
 Prefill = Annotated[int, typer.Option(help="Tokens that the signature takes.")]
-Logits = Annotated[str, typer.Option(help="Positions to give logits of: all or last.")]
+Logits = Annotated[job.Positions, typer.Option(help="Positions to give logits of.")]
 EvalText = Annotated[
     Path | None, typer.Option(help="Held-out text or JSONL; without it, Python's documentation.")
 ]
@@ -78,7 +78,7 @@ def quantize(
         calibration=calibration,
         eval_text=eval_text,
         prefill=prefill,
-        logits=logits,  # type: ignore[arg-type]  # any string until the job checks it
+        logits=logits,
         eval_tokens=eval_tokens,
         overwrite=overwrite,
     )
@@ -107,7 +107,7 @@ def export(
 ) -> None:
     """Writes the model of a folder again, with a signature of another length."""
     with Display() as clock, clock.stage("write"):
-        job.export(folder, file, prefill, logits)  # type: ignore[arg-type]
+        job.export(folder, file, prefill, logits)
     typer.echo(f"wrote {file}, {_megabytes(file.stat().st_size)}")
 
 
@@ -271,7 +271,7 @@ def main() -> None:
     except UserError as error:
         status = _complain(str(error))
     except TyperException as error:  # a misspelt option, a missing argument
-        message = error.format_message().rstrip(".")
+        message = error.format_message().rstrip(".?")
         status = _complain(f"{message}; see `qnpu --help`") if message else 2
     except OSError as error:
         status = _complain(f"{error.filename}: {error.strerror or error}; check the file")

@@ -163,7 +163,7 @@ class Recipe:
     bits: BitPlan
     rotation: Literal["hadamard", "none"] = "hadamard"
     prefix: Literal["auto", "none"] = "auto"
-    max_prefix: int = 4
+    max_prefix: int = 6
     activation_init: Literal["minmax", "sigma", "mse", "class"] = "class"
     weight_init: Literal["minmax", "sigma", "mse"] = "mse"
     calibration_tokens: int = 8192

@@ -222,14 +222,15 @@ def load(folder: Path) -> IntegerModel:
     Raises:
       UserError: a missing, truncated or foreign file.
     """
-    path = folder / "integer_model.json"
+    path, tensors = folder / "integer_model.json", folder / "integer_model.safetensors"
+    for file in (path, tensors):
+        if not file.is_file():
+            raise UserError(
+                f"{file}: missing; expected an output folder of `qnpu quantize`; run it again"
+            )
     try:
         meta = json.loads(path.read_text())
-        arrays = safetensors.numpy.load_file(folder / "integer_model.safetensors")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{error.filename}: missing; expected an output folder of `qnpu quantize`; run it again"
-        ) from None
+        arrays = safetensors.numpy.load_file(tensors)
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged ({error}); run `qnpu quantize` again") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
@@ -239,8 +240,21 @@ def load(folder: Path) -> IntegerModel:
     def group(kind: str) -> dict[str, np.ndarray]:
         return {n.split("/", 1)[1]: x for n, x in arrays.items() if n.startswith(kind + "/")}
 
-    plan = BitPlan(tuple((str(p), int(b)) for p, b in meta["bits"]))
-    config = ModelConfig.from_json(meta["config"])
-    return IntegerModel(
-        config, plan, tuple(meta["prefix"]), group("codes"), group("scale"), group("zero_point")
+    try:
+        plan = BitPlan(tuple((str(p), int(b)) for p, b in meta["bits"]))
+        config, prefix = ModelConfig.from_json(meta["config"]), tuple(meta["prefix"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); run `qnpu quantize` again") from None
+    model = IntegerModel(
+        config, plan, prefix, group("codes"), group("scale"), group("zero_point")
     )
+    for graph in model.decoder(1).graphs:
+        for spec in graph.tensors:
+            kinds = ("codes",) * (spec.kind == "param") + ("scale", "zero_point")
+            for name in (f"{kind}/{graph.prefix}{spec.name}" for kind in kinds):
+                if spec.quant is not None and name not in arrays:
+                    raise UserError(
+                        f"{tensors}: has no {name}, which {path.name} speaks of; the two are not of"
+                        " one run; run `qnpu quantize` again"
+                    )
+    return model

@@ -27,16 +27,16 @@ from qnpu_jax import (
     models,
     pipeline,
     tflite,
-    verify,
 )
 from qnpu_jax.config import ModelConfig, Recipe, UserError
 from qnpu_jax.decoder import decoder
 from qnpu_jax.evaluate import Params
 from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.graph import TensorSpec, is_identity
+from qnpu_jax.graph import TensorSpec
 from qnpu_jax.litert import LiteRT
 from qnpu_jax.models import Checkpoint, Tokenizer
 from qnpu_jax.pipeline import Clock, Track
+from qnpu_jax.verify import compare, op_names
 
 PACKAGES = ("qnpu", "jax", "jaxlib", "numpy", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers")
 
@@ -136,7 +136,7 @@ def run(job: Job, simulate: Simulate, clock: Clock, track: Track) -> dict[str, A
             **_measure(job, made, folder, held_out.windows, simulate, clock, track),
             "seconds": {k: round(v, 2) for k, v in clock.seconds.items()},
             "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
-            "ranges": _columns(made.ranges),
+            "ranges": artifacts.columns(made.ranges),
             "sha256": artifacts.digests(folder),
         }
         artifacts.write_json(folder / artifacts.REPORT, report)
@@ -145,7 +145,7 @@ def run(job: Job, simulate: Simulate, clock: Clock, track: Track) -> dict[str, A
 
 def _check_request(job: Job) -> None:
     """What can be wrong before the model is read, which takes a while."""
-    _check_signature(job.prefill, job.logits)
+    _check_prefill(job.prefill)
     if job.eval_tokens < job.prefill:
         raise UserError(
             f"eval-tokens: {job.eval_tokens} is less than one window; expected at least the"
@@ -157,11 +157,9 @@ def _check_request(job: Job) -> None:
             corpus.read_text(path)
 
 
-def _check_signature(prefill: int, logits: str) -> None:
+def _check_prefill(prefill: int) -> None:
     if prefill < 2:
         raise UserError(f"prefill: {prefill} is too short; expected at least 2; raise --prefill")
-    if logits not in ("all", "last"):
-        raise UserError(f"logits: got {logits!r}; expected all or last; correct --logits")
 
 
 def _check_model(config: ModelConfig, job: Job) -> None:
@@ -176,7 +174,8 @@ def _check_model(config: ModelConfig, job: Job) -> None:
             )
     for graph in decoder(config, job.recipe.bits, job.prefill, longest).graphs:
         for spec in graph.tensors:
-            _check_bits(graph.prefix, spec)
+            if not re.search(r"\.i\d+$", spec.name):  # widened for a tensor that is checked too
+                _check_bits(graph.prefix, spec)
 
 
 def _check_bits(prefix: str, spec: TensorSpec) -> None:
@@ -330,9 +329,7 @@ def prove(
     with clock.stage("verify"):
         runner.run(ids)
         tensors = simulator.tensors(ids)
-        comparison = verify.compare(
-            runner.tensors(), tensors, op_names(model, len(ids), runner.logits)
-        )
+        comparison = compare(runner.tensors(), tensors, op_names(model, len(ids), runner.logits))
     with clock.stage("accumulators"):
         dec = model.decoder(len(ids), logits=runner.logits)
         bounds = accumulators.proved_bounds(dec, model.codes, model.zero_point)
@@ -346,38 +343,7 @@ def prove(
             "differing": comparison.differing,
             "differences": [str(d) for d in comparison.differences],
         },
-        "accumulators": {"closest": closest, "all": _columns(rows)},
-    }
-
-
-def op_names(model: IntegerModel, tokens: int, logits: Positions = "all") -> dict[str, str]:
-    """The op behind every tensor of the written file, by global name; dropped identities left
-    out."""
-    return {
-        (f"layers.{i}.{node.output}" if graph.prefix == "layers." else graph.prefix + node.output):
-        type(node.op).__name__
-        for graph in model.decoder(tokens, logits=logits).graphs
-        for i in range(graph.layers)
-        for node in graph.nodes
-        if not is_identity(graph, node, i)
-    }  # fmt: skip
-
-
-def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rows with a "tensor" each as columns by tensor: one value per layer, or one where all agree.
-
-    A report with a row for every layer would be thousands of lines.
-    """
-    table: dict[str, dict[str, list[Any]]] = {}
-    for row in rows:
-        columns = table.setdefault(re.sub(r"^layers\.\d+\.", "layers.", row["tensor"]), {})
-        for key, value in row.items():
-            if key != "tensor":
-                short = float(f"{value:.5g}") if isinstance(value, float) else value
-                columns.setdefault(key, []).append(short)
-    return {
-        name: {k: v[0] if len(set(v)) == 1 else v for k, v in columns.items()}
-        for name, columns in table.items()
+        "accumulators": {"closest": closest, "all": artifacts.columns(rows)},
     }
 
 
@@ -403,7 +369,7 @@ def export(out: Path, file: Path, prefill: int, logits: Positions) -> None:
     Raises:
       UserError: not such a folder, `file` exists, or the model has fewer positions.
     """
-    _check_signature(prefill, logits)
+    _check_prefill(prefill)
     with artifacts.new_file(file) as partial:
         artifacts.read_report(out)
         tflite.write(freeze.load(out), partial, prefill, logits)

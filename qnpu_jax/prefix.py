@@ -24,9 +24,10 @@ OUTLIER_RATIO = 64.0
 """A token is an outlier where its largest activation exceeds this multiple of the median
 token's."""
 CANDIDATES = 4
-"""How many outlier tokens are tried for each place of the prefix."""
-SEARCH_WINDOWS, SEARCH_TOKENS = 16, 64
-"""How much text candidates are compared on."""
+"""How many tokens of each kind are tried for each place of the prefix."""
+SEARCH_WINDOWS, SEARCH_TOKENS = 16, 1024
+"""The verdict is on this many windows; candidates are compared on the first tokens of each, this
+many altogether."""
 WATCHED = ("mlp.act", "mlp.residual")
 """Where massive activations are born (input of down) and where they live (the residual stream)."""
 
@@ -53,10 +54,11 @@ def find_prefix(
 ) -> PrefixReport:
     """Chooses a prefix.
 
-    Greedy: BOS first, then whichever of the most frequent outlier tokens lowers the worst ratio
-    most, until no token exceeds OUTLIER_RATIO times the median at any layer. Candidates are
-    compared on the first SEARCH_TOKENS of SEARCH_WINDOWS windows, where outliers show; the verdict
-    is on all tokens of these windows.
+    Greedy: BOS first, then whichever candidate lowers the worst ratio most, until no token exceeds
+    OUTLIER_RATIO times the median at any layer. Candidates are the most frequent tokens that are
+    outliers still or were at first, and the most frequent tokens of the text: a common token can
+    take a sink that rare ones compete for. They are compared on the start of the windows, where
+    outliers show; the verdict is on all of their tokens.
 
     Args:
       windows: (N, T) ids of ordinary text, without BOS.
@@ -66,17 +68,19 @@ def find_prefix(
     Raises:
       UserError: `longest` tokens do not suffice.
     """
-    sample = windows[:SEARCH_WINDOWS, :SEARCH_TOKENS]
 
     def outliers(tokens: tuple[int, ...], ids: np.ndarray) -> _Outliers:
         with_prefix = add_prefix(config, plan, params, tokens) if tokens else params
         return _outliers(config, plan, with_prefix, ids, len(tokens))
 
     text = windows[:SEARCH_WINDOWS]
+    sample = text[:, : SEARCH_TOKENS // len(text)]
+    frequent = [token for token, _ in Counter(text.ravel().tolist()).most_common()]
     tokens: tuple[int, ...] = ()
     best = before = outliers(tokens, text)
     while best.ratio.max() > OUTLIER_RATIO and len(tokens) < longest:
-        candidates = best.tokens[:CANDIDATES] if tokens or bos is None else [bos]
+        pools = (best.tokens, before.tokens, frequent) if tokens or bos is None else ([bos],)
+        candidates = dict.fromkeys(c for pool in pools for c in pool[:CANDIDATES])
         longer: list[tuple[int, ...]] = [(*tokens, c) for c in candidates]
         tokens = min(longer, key=lambda t: outliers(t, sample).ratio.max())
         best = outliers(tokens, text)
@@ -84,8 +88,7 @@ def find_prefix(
         raise UserError(
             f"prefix {list(tokens)}: layer {int(best.ratio.argmax())} still has a token {worst:.0f}"
             f" times the median; expected at most {OUTLIER_RATIO:.0f}; raise max_prefix in the"
-            " recipe"
-            ' or set its prefix to "none"'
+            ' recipe, give more calibration text, or set prefix to "none"'
         )
     ratios = [tuple(float(r) for r in o.ratio) for o in (before, best)]
     return PrefixReport(tokens, ratios[0], ratios[1], before.peak, best.peak)

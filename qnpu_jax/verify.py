@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from qnpu_jax.config import UserError
+from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.graph import is_identity
 
 
 @dataclass(frozen=True)
@@ -107,3 +110,18 @@ def _not_the_same(tensor: str, op: str, a: str, b: str) -> UserError:
         f"{tensor} ({op}): LiteRT has {a}, the simulator {b}; expected the same; the .tflite is of"
         " another model: write it again with `qnpu quantize` or `qnpu export`"
     )
+
+
+def op_names(
+    model: IntegerModel, tokens: int, logits: Literal["all", "last"] = "all"
+) -> dict[str, str]:
+    """The op behind every tensor of the written file, by global name; dropped identities left
+    out."""
+    return {
+        (f"layers.{i}.{node.output}" if graph.prefix == "layers." else graph.prefix + node.output):
+        type(node.op).__name__
+        for graph in model.decoder(tokens, logits=logits).graphs
+        for i in range(graph.layers)
+        for node in graph.nodes
+        if not is_identity(graph, node, i)
+    }  # fmt: skip

@@ -12,6 +12,7 @@ import flax.struct
 import hypothesis
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -39,3 +40,11 @@ def _dataclass(cls=None, /, *, original=flax.struct.dataclass, **kwargs):
 assert not {"qnpu_jax", "sim"} & sys.modules.keys(), "imported before the hook that checks them"
 flax.struct.dataclass = _dataclass
 jaxtyping.install_import_hook(["qnpu_jax", "sim"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M as w8a8 (`tiny.Real`), made once for all slow tests."""
+    import tiny  # imports the packages: not before the hook
+
+    return tiny.quantize_smollm2()

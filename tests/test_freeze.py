@@ -91,7 +91,7 @@ def test_freezing_the_dequantized_model_gives_the_same_codes(plan):
 @plans
 def test_every_tensor_has_scale_and_zero_point(plan):
     model = tiny.quantized("gqa_llama3", plan)
-    dec = model.decoder(8)
+    dec = model.decoder(8, logits="last")  # one tensor more than with all logits
     names = {g.prefix + t.name for g in dec.graphs for t in g.tensors if t.quant is not None}
     assert model.scale.keys() == model.zero_point.keys() == names
     assert all(s.dtype == np.float32 for s in model.scale.values())
@@ -104,7 +104,7 @@ def test_every_tensor_has_scale_and_zero_point(plan):
                 wide = np.asarray(t.quant.bits) >= 16
                 assert not np.any(rows(graph, zero)[wide]), t.name
                 assert not (t.quant.symmetric and np.any(zero)), t.name
-    assert activation_scales(model).keys() == names - model.codes.keys()
+    assert activation_scales(model).keys() == names - model.codes.keys() - {"head.last"}
 
 
 def test_shared_inputs_are_codes_of_their_values():
@@ -190,7 +190,7 @@ def test_a_description_without_a_key_is_refused(stored, key):
 def test_tensors_of_another_model_are_refused(stored):
     foreign = {"model.embed_tokens.weight": np.zeros(3, np.float32)}
     safetensors.numpy.save_file(foreign, stored / FILES[1])
-    with pytest.raises(UserError, match="codes/embed.weight"):
+    with pytest.raises(UserError, match=r"has no codes/embed\.weight"):
         load(stored)
 
 
@@ -231,7 +231,7 @@ def test_a_bias_that_does_not_fit_is_refused_in_its_own_layer():
     bias = np.array(params["layers.mlp.down.bias"])
     for layer, fits in ((1, True), (2, False)):
         big = bias.copy()
-        big[layer, 0] = 1e6
+        big[layer, 0] = 1e9
         with_bias = dict(params) | {"layers.mlp.down.bias": big}
         if fits:
             codes = freeze(dec, with_bias, free, tiny.PREFIX).codes["layers.mlp.down.bias"]

@@ -2,17 +2,17 @@
 tokens."""
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from qnpu_jax import corpus, models, pipeline
 from qnpu_jax.calibrate import collect, initialize, weight_scales
 from qnpu_jax.config import RECIPES, BitPlan, ModelConfig, Recipe
 from qnpu_jax.decoder import decoder
 from qnpu_jax.freeze import IntegerModel, freeze
-from qnpu_jax.models import load_params
-from qnpu_jax.pipeline import prepare
 from qnpu_jax.prefix import add_prefix
 from qnpu_jax.quant import Scales
 
@@ -66,8 +66,8 @@ def random_ids(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 @functools.cache
 def prepared(name: str, plan: str = "w8a8"):
     """Config and folded, rotated parameters."""
-    config, params = load_params(GOLDEN / name)
-    return config, prepare(config, params, recipe(plan))
+    config, params = models.load_params(GOLDEN / name)
+    return config, pipeline.prepare(config, params, recipe(plan))
 
 
 @functools.cache
@@ -87,3 +87,25 @@ def quantized(name: str, plan: str, prefix: tuple[int, ...] = PREFIX) -> Integer
     """A golden model, calibrated on random tokens and frozen."""
     dec, params, free = calibrated(name, plan, prefix)
     return freeze(dec, params, free, prefix)
+
+
+@dataclass(frozen=True)
+class Real:
+    """SmolLM2-135M, quantized; `windows` (N, 64) is text that did not calibrate it."""
+
+    checkpoint: models.Checkpoint
+    quantized: pipeline.Quantized
+    windows: np.ndarray
+
+
+def quantize_smollm2() -> Real:
+    """w8a8, calibrated on 1,024 tokens of the default text."""
+    checkpoint = models.load("smollm2-135m")
+    config = checkpoint.config
+    text = corpus.default_text()[:40_000]
+    ids = corpus.tokenize([text], checkpoint.tokenizer, config.vocab_size, "default text")
+    params = pipeline.prepare(config, checkpoint.params, recipe("w8a8"))
+    calibration = corpus.windows(ids[:1024], 256, 4, "default text")
+    bos = checkpoint.tokenizer.bos_id
+    quantized = pipeline.quantize(config, params, recipe("w8a8"), calibration, bos)
+    return Real(checkpoint, quantized, corpus.windows(ids[1024:], 64, 8, "default text"))

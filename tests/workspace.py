@@ -69,12 +69,13 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
-def start(*args: str, cwd: Path, **options) -> subprocess.Popen[str]:
+def start(*args: str, cwd: Path, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """The command line in a process of its own, 80 columns wide."""
     env = {**os.environ, "PYTHONPATH": str(Path(qnpu_jax.__file__).parents[1]), "COLUMNS": "80"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "qnpu_jax.cli", *args]
-    return subprocess.Popen(command, cwd=cwd, env=env, text=True, **pipes | options)
+    return subprocess.Popen(
+        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=stderr
+    )
 
 
 def write_tiny_model(folder: Path, vocab_size: int = VOCAB) -> Path:

@@ -1,0 +1,374 @@
+"""The command as a user meets it: what is printed, and what is refused and how."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from model_files import read_model, write_gguf, write_model
+from workspace import PREFILL, QUANTIZE, workspace
+
+from qnpu_jax import artifacts, cli, freeze
+from qnpu_jax.config import RECIPES
+from qnpu_jax.litert import LiteRT
+
+Command = Callable[..., tuple[int, str, str]]
+RULES = RECIPES["w8a8"].to_json()["bits"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return workspace(tmp_path_factory.getbasetemp() / "tiny")
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    """A working folder with a copy of all that a run takes and gives."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def qnpu(monkeypatch, capfd) -> Command:
+    """The command in this process: status, stdout, stderr."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qnpu", *args])
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(qnpu, here) -> Callable[..., str]:
+    """The one line that a mistake gives; nothing else is printed, and no file appears."""
+
+    def call(*args: str) -> str:
+        before = sorted(here.rglob("*"))
+        status, out, err = qnpu(*args)
+        assert (status, out) == (2, "")
+        assert err.startswith("qnpu: ") and err.count("\n") == 1
+        assert sorted(here.rglob("*")) == before
+        return err.removeprefix("qnpu: ").rstrip("\n")
+
+    return call
+
+
+def quantize(*changes: str) -> list[str]:
+    """QUANTIZE into new/, with other options after it."""
+    return [*QUANTIZE, "--out", "new", *changes]
+
+
+# What a user reads.
+
+
+def test_help(qnpu):
+    status, out, _ = qnpu("--help")
+    assert status == 0
+    for command in ("quantize", "verify", "export", "graph", "recipe"):
+        assert f"│ {command}" in out
+        status, text, _ = qnpu(command, "--help")
+        assert status == 0
+        assert f"Usage: qnpu {command}" in text
+        assert max(map(len, (out + text).splitlines())) <= 80
+    assert "Exit status" in out
+    assert qnpu()[0] == 2
+
+
+def test_quantize_prints_one_table(qnpu, here):
+    status, out, err = qnpu(*quantize())
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    rows = [[c.strip() for c in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    table = {row[1]: row[2] for row in rows}
+    report = json.loads((here / "new" / "report.json").read_text())
+    for name, score in report["perplexity"].items():
+        assert table[name] == f"{score:.2f}"
+    assert table["elements"] == f"0 of {report['verify']['elements']:,}"
+    assert table["on"] == "32 tokens of pydoc_data.topics"
+    assert table["model.tflite"] == "0.1 MB"
+    assert {"load", "calibrate", "verify", "score LiteRT", "total"} < table.keys()
+    assert out.endswith("wrote new\n")
+
+
+def test_overwrite_replaces(qnpu, here):
+    before = (here / "out" / "model.tflite").read_bytes()
+    status, _, err = qnpu(*QUANTIZE, "--overwrite", "--prefill", "8")
+    assert (status, err) == (0, "")
+    assert (here / "out" / "model.tflite").read_bytes() != before
+    assert LiteRT(here / "out" / "model.tflite").tokens == 8
+    assert not list(here.glob(".*"))
+
+
+def test_recipe_and_graph(qnpu, here):
+    status, out, _ = qnpu("recipe", "w4a8")
+    assert status == 0
+    assert json.loads(out)["name"] == "w4a8"
+    (here / "own.json").write_text(out)
+    status, out, _ = qnpu("graph", "model", "--recipe", "own.json", "--prefill", "4")
+    assert status == 0
+    assert "fully_connected(input, q.weight:i4[32,32]" in out.replace("attn.", "")
+
+
+# verify.
+
+
+def test_verify(qnpu, here):
+    status, out, err = qnpu("verify", "out", "--text", "text.txt")
+    assert (status, err) == (0, "")
+    elements = json.loads((here / "out" / "report.json").read_text())["verify"]["elements"]
+    assert out.startswith(f"0 of {elements:,} elements differ, in 0 of ")
+
+
+def rehash(out: Path) -> None:
+    """As if the files had been written as they are now."""
+    report = json.loads((out / "report.json").read_text())
+    (out / "report.json").unlink()
+    report["sha256"] = artifacts.digests(out)
+    (out / "report.json").write_text(json.dumps(report))
+
+
+def test_verify_finds_one_changed_weight(qnpu, here):
+    file = here / "out" / "model.tflite"
+    model = freeze.load(here / "out")
+    weight = model.codes["layers.mlp.up.weight"][1].tobytes()
+    data = bytearray(file.read_bytes())
+    assert data.count(weight) == 1
+    data[data.index(weight) + 5 * 32] ^= 0x40  # of row 5, so of output channel 5
+    file.write_bytes(data)
+    rehash(here / "out")
+    status, out, err = qnpu("verify", "out")
+    assert status == 1
+    lines = err.splitlines()
+    first, rest = lines[0], lines[1:]
+    found = re.fullmatch(
+        rf"layers\.1\.mlp\.up \(FullyConnected\): (\d+) of {PREFILL * 64} differ, by at most (\d+);"
+        r" first at \[(\d+), 5\]: LiteRT (-?\d+), simulator (-?\d+)",
+        first,
+    )
+    assert found, first
+    count, largest, token, *codes = map(int, found.groups())
+    assert 0 < count <= PREFILL
+    assert 0 < abs(codes[0] - codes[1]) <= largest
+    assert token < PREFILL
+    # What follows from it differs too, and nothing before it.
+    assert "layers.1.mlp.act (Mul)" in err
+    assert not [line for line in rest if "layers.0" in line or "layers.1.attn" in line]
+    assert f"elements differ, in {len(lines)} of " in out
+
+
+def test_verify_finds_another_model(qnpu, refused, here):
+    shutil.copy(here / "out" / "model.tflite", here / "kept")
+    (here / "out" / "model.tflite").unlink()
+    assert qnpu("export", "out", "out/model.tflite", "--prefill", "8")[0] == 2  # now incomplete
+    shutil.move(here / "kept", here / "out" / "model.tflite")
+    changed = here / "out" / "integer_model.json"
+    changed.write_text(changed.read_text().replace('"format": 1', '"format": 2'))
+    rehash(here / "out")
+    expected = "integer_model.json: format 2, expected 1; run `qnpu quantize` again"
+    assert expected in refused("verify", "out")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.tflite", "integer_model.safetensors", "tokenizer/tokenizer.json"]
+)
+@pytest.mark.parametrize("command", ["verify out", "export out new.tflite"])
+def test_damage_is_seen_by_hash(refused, here, name, command):
+    file = here / "out" / name
+    file.write_bytes(file.read_bytes()[:-100])
+    said = refused(*command.split())
+    assert said.startswith(f"out/{name}: changed or damaged: SHA-256 ")
+
+
+def test_not_an_output_folder(refused):
+    expected = "model/report.json: missing; expected an output folder of `qnpu quantize`; run it"
+    assert refused("verify", "model").startswith(expected)
+    assert refused("export", "model", "new.tflite").startswith(expected)
+    assert refused("verify", "nowhere").startswith("nowhere/report.json: missing")
+
+
+def test_text_too_short_to_verify(refused, here):
+    (here / "short.txt").write_text("short")
+    assert "short.txt: 4 tokens are too few; expected at least 16 (one window)" in refused(
+        "verify", "out", "--text", "short.txt"
+    )
+
+
+# export.
+
+
+def test_export(qnpu, here):
+    status, out, err = qnpu("export", "out", "m.tflite", "--prefill", "24", "--logits", "last")
+    assert (status, out, err) == (0, "wrote m.tflite, 0.1 MB\n", "")
+    runner = LiteRT(here / "m.tflite")
+    ids = np.arange(24, dtype=np.int32)
+    expected = cli.Simulated(freeze.load(here / "out"), 24, "last").logits(ids)
+    np.testing.assert_array_equal(runner.run(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("text.txt", "text.txt: exists; expected a new file; choose another name"),
+        ("no/m.tflite", "no/m.tflite: its folder does not exist; expected an existing one; make"),
+        ("m.tflite --prefill 1", "prefill: 1 is too short; expected at least 2"),
+        ("m.tflite --prefill 513", "513 positions; expected at most the model's 512"),
+        ("m.tflite --logits first", "'first' is not one of 'all', 'last'; see `qnpu --help`"),
+    ],
+)
+def test_export_refused(refused, args, message):
+    assert message in refused("export", "out", *args.split())
+
+
+# quantize refuses.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--recipe w9a9", "w9a9: no such recipe; expected one of ['w4a16', 'w4a8',"),
+        ("--prefill 1", "prefill: 1 is too short; expected at least 2; raise --prefill"),
+        ("--prefill 600 --eval-tokens 600", "prefill: 600 tokens after a prefix of up to 4;"),
+        ("--prefill 33", "eval-tokens: 32 is less than one window; expected at least"),
+        ("--logits most", "'--logits': Value error, 'most' is not one of 'all', 'last'; see"),
+        ("--calibration no.txt", "no.txt: no such file; expected plain text, or JSON lines"),
+        ("--eval-text no.txt", "no.txt: no such file"),
+        ("--calibration model", "model: is a folder; expected a file of text"),
+        ("--out out", "out: not empty; expected a new or empty folder; use --overwrite"),
+        ("--out text.txt", "text.txt: is a file; expected a folder; choose another --out"),
+        ("--out text.txt/new", "/text.txt is a file; expected a folder; choose another --out"),
+        ("--out model --overwrite", "so it is not ours to overwrite; expected an output folder"),
+        ("--colour", "No such option: --colour"),
+        ("--prefill many", "Invalid value for '--prefill'"),
+    ],
+)
+def test_bad_option(refused, args, message):
+    assert message in refused(*quantize(*args.split()))
+
+
+def test_missing_and_unknown_arguments(refused):
+    assert refused("quantize", "model") == "Missing option '--out'; see `qnpu --help`"
+    assert refused("quantize", "--out", "new") == "Missing argument 'model'; see `qnpu --help`"
+    assert refused("quantise").startswith("No such command 'quantise'")
+    assert refused("quantize", "nowhere", "--out", "new").startswith(
+        "nowhere: no such file or folder; expected a Hugging Face folder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 1}, "recipe.json: unknown key 'seeds'; expected one of ["),
+        ({"rotation": "givens"}, "recipe.json: rotation must be one of ['hadamard', 'none']; got"),
+        ({"calibration_tokens": -1}, "recipe.json: calibration_tokens must be an integer from 1"),
+        ({"bits": [["*", 5]]}, 'recipe.json: key "bits" must be a list of [pattern, bits]'),
+        ({"bits": [["layers.9.*", 8], *RULES]}, "bit plan rule 'layers.9.*': 8: matches no"),
+        ({"calibration_length": 512}, "calibration_length: 512 tokens after a prefix of up to 4;"),
+    ],
+)
+def test_bad_recipe(refused, here, change, message):
+    recipe = json.loads((here / "recipe.json").read_text())
+    (here / "recipe.json").write_text(json.dumps(recipe | change))
+    assert message in refused(*quantize())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "given.txt: no text in it; expected at least one document"),
+        ("a few words", "given.txt: 9 tokens are too few; expected at least"),
+        ("\xff", "given.txt: byte 0 is not UTF-8 (0xff)"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--calibration", "--eval-text"])
+def test_bad_text(refused, here, option, text, message):
+    (here / "given.txt").write_bytes(text.encode("latin-1"))
+    assert message in refused(*quantize(option, "given.txt"))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder: Path, **change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def add_tokens(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text())
+    extra = {**data["added_tokens"][0], "id": 320, "content": "<extra>"}
+    data["added_tokens"].append(extra)
+    file.write_text(json.dumps(data))
+
+
+WEIGHT = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            "model: expected *.safetensors, got none; convert with transformers",
+        ),
+        (
+            lambda f: truncate(f / "model.safetensors"),
+            "model.safetensors: truncated: tensor ",
+        ),
+        (
+            lambda f: change_config(f, architectures=["MambaForCausalLM"], model_type="mamba"),
+            "config.json: architecture 'MambaForCausalLM' (model_type 'mamba') is unknown",
+        ),
+        (
+            lambda f: change_config(f, intermediate_size=65),
+            "expected shape [65, 32] from the configuration, got [64, 32]; take weights and",
+        ),
+        (
+            lambda f: change_tensors(f, lambda t: t.pop(WEIGHT)),
+            f"model: tensor {WEIGHT} is missing; expected shape [32, 64]",
+        ),
+        (
+            lambda f: change_tensors(f, lambda t: t[WEIGHT].__setitem__((0, 0), np.nan)),
+            f"model.safetensors: tensor {WEIGHT} holds 1 NaN or Inf of 2048 values",
+        ),
+        (
+            lambda f: change_tensors(f, lambda t: t[WEIGHT].__setitem__((3, 1), -np.inf)),
+            "holds 1 NaN or Inf of 2048 values; expected finite weights; get the checkpoint again",
+        ),
+        (
+            add_tokens,
+            "model: the tokenizer has token ids up to 320, outside the model's vocabulary",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_model(refused, here, damage, message):
+    damage(here / "model")
+    assert message in refused(*quantize())
+
+
+def test_truncated_gguf(refused, here):
+    truncate(write_gguf(here / "m.gguf", "mha_tied"))
+    said = refused("quantize", "m.gguf", "--out", "new")
+    assert said.startswith("m.gguf: ")
+
+
+def test_model_without_a_tokenizer(refused, here):
+    write_model(here / "bare", *read_model("mha_tied"))
+    assert refused("quantize", "bare", "--out", "new").startswith("bare: tokenizer.json is missing")

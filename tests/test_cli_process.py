@@ -1,0 +1,115 @@
+"""The command in a process of its own: same bytes, killed, interrupted, and on a real model."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from workspace import QUANTIZE, request, start, workspace, write_inputs
+
+from qnpu_jax import cli, job
+from qnpu_jax.config import UserError
+from qnpu_jax.corpus import default_text
+from qnpu_jax.pipeline import Clock
+
+
+@contextlib.contextmanager
+def running(*args: str, cwd: Path, stderr: int = subprocess.PIPE) -> Iterator:
+    process = start(*args, cwd=cwd, stderr=stderr)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def wait_for(condition: Callable[[], object], process) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("it never came to that")
+
+
+def test_another_process_gives_the_same_bytes(tmp_path, tmp_path_factory):
+    made = workspace(tmp_path_factory.getbasetemp() / "tiny")
+    with running(*QUANTIZE, "--out", str(tmp_path / "new"), cwd=made) as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "perplexity" in out
+    for name in ("model.tflite", "integer_model.safetensors", "integer_model.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (made / "out" / name).read_bytes()
+
+
+def test_killed_while_it_writes(tmp_path):
+    write_inputs(tmp_path)
+    with running(*QUANTIZE, cwd=tmp_path) as process:
+        wait_for(lambda: list(tmp_path.glob(".out.*.partial/model.tflite")), process)
+        process.kill()
+        process.wait()
+    (left,) = tmp_path.glob(".out.*.partial")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"report\.json: missing"):
+        job.check(left, None, cli.Simulated, Clock())
+    job.run(request(tmp_path), cli.Simulated, Clock(), lambda steps, *_: steps)
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "recipe.json", "text.txt"}
+    assert job.check(tmp_path / "out", None, cli.Simulated, Clock())["verify"]["differing"] == 0
+
+
+def test_interrupted(tmp_path):
+    """Ctrl-C on a terminal, where the running stage is shown."""
+    write_inputs(tmp_path)
+    screen, terminal = os.openpty()
+    with running(*QUANTIZE, cwd=tmp_path, stderr=terminal) as process:
+        os.close(terminal)
+        shown = b""
+        while b"calibrate" not in shown:
+            shown += os.read(screen, 4096)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # Linux's way to say that the other side has closed
+            while data := os.read(screen, 4096):
+                shown += data
+        out, _ = process.communicate()
+    os.close(screen)
+    assert process.returncode == 130
+    assert out == ""
+    assert b"elapsed" in shown
+    last = shown.decode().rstrip("\r\n").rpartition("\n")[2].split("\r")[-1]
+    assert last.endswith("qnpu: interrupted, nothing is left behind")
+    assert b"Traceback" not in shown
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "recipe.json", "text.txt"}
+
+
+@pytest.mark.slow
+def test_first_command_of_the_readme(tmp_path):
+    (tmp_path / "text.txt").write_text(default_text()[200_000:])
+    command = ["quantize", "smollm2-135m", "--recipe", "w8a8", "--out", "out/"]
+    less = ["--calibration", "text.txt", "--eval-tokens", "256"]
+    with running(*command, *less, cwd=tmp_path) as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verify"]["differing"] == 0
+    assert report["verify"]["elements"] > 100_000_000
+    scores = report["perplexity"]
+    assert scores["LiteRT"] == pytest.approx(scores["simulator"], rel=1e-6)
+    assert scores["simulator"] < 2 * scores["float"]
+    assert report["prefix"]["tokens"][0] == 1  # BOS
+    assert (tmp_path / "out" / "report.json").stat().st_size < 100_000
+    for line in (
+        f"│ simulator        │ {scores['simulator']:.2f}",
+        f"│ elements         │ 0 of {report['verify']['elements']:,}",
+        f"│ model.tflite     │ {report['bytes'] / 1e6:.1f} MB",
+        "│ total            │ ",
+    ):
+        assert line in out
+    assert max(map(len, out.splitlines())) <= 80
