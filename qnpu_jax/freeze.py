@@ -245,9 +245,7 @@ def load(folder: Path) -> IntegerModel:
         config, prefix = ModelConfig.from_json(meta["config"]), tuple(meta["prefix"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error!r}); run `qnpu quantize` again") from None
-    model = IntegerModel(
-        config, plan, prefix, group("codes"), group("scale"), group("zero_point")
-    )
+    model = IntegerModel(config, plan, prefix, group("codes"), group("scale"), group("zero_point"))
     for graph in model.decoder(1).graphs:
         for spec in graph.tensors:
             kinds = ("codes",) * (spec.kind == "param") + ("scale", "zero_point")

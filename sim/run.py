@@ -254,7 +254,7 @@ def _codes_of(
     return own | {t.name: shared[t.name] for t in graph.named("input") if t.name in shared}
 
 
-def _at(array: np.ndarray, graph: Graph, layer: int) -> np.ndarray:
+def _at(array: np.ndarray, graph: Graph, layer: int) -> Any:
     return array[layer] if graph.prefix == "layers." else array[()]
 
 

@@ -84,8 +84,11 @@ def test_an_input_reaches_the_bound_of_every_linear(plan):
                 best = np.where(w > 0, limit - 1, -limit)  # codes that make each row largest
                 worst = np.where(w > 0, -limit, limit - 1)
                 largest, smallest = (
-                    int((((x - zero) * w).sum(1) + b).max() if x is best else
-                        (((x - zero) * w).sum(1) + b).min())
+                    int(
+                        (((x - zero) * w).sum(1) + b).max()
+                        if x is best
+                        else (((x - zero) * w).sum(1) + b).min()
+                    )
                     for x in (best, worst)
                 )
                 where = f"layers.{layer}." if graph.prefix == "layers." else graph.prefix

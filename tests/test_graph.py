@@ -46,7 +46,8 @@ def test_equal_decoders_are_one_static_argument_of_jit():
 def test_operands_are_widened_once_and_keep_their_symmetry():
     bits = {"x": (8, 8), "z": (8, 8), "y": (8, 16), "sum": (8, 16), "product": (8, 16)}
     g = builder(bits)
-    x, z = g.input("x", (4, 3)), g.add("z", Mul(), g.input("y", (4, 3), bits=(8, 8)), g._tensors["x"])
+    x = g.input("x", (4, 3))
+    z = g.add("z", Mul(), g.input("y", (4, 3), bits=(8, 8)), x)
     total = g.add("sum", Add(), x, z)
     g.add("product", Mul(), z, total)
     graph = g.finish(total)

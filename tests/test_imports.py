@@ -18,7 +18,8 @@ LEVELS = {
         "ops config",
         "graph",
         "quant decoder rotate",
-        "evaluate prefix freeze models generate corpus calibrate resolve accumulators flatbuffer op_version",
+        "evaluate prefix freeze models generate corpus calibrate resolve accumulators"
+        " flatbuffer op_version",
         "tflite litert evaluation verify artifacts module pipeline job",
         "cli",
         "__init__",  # a table of contents: no module imports it

@@ -1,4 +1,4 @@
-"""Quantizers: their grid, their error and their gradients, against the formulas they are named by."""
+"""Quantizers: their grid, their error and their gradients, against the published formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ def test_per_channel_scales_broadcast_along_their_axis():
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_the_scale_gradient_of_a_tensor_does_not_cancel(bits):
-    """ds sums values below 1/2; summed as two totals of codes it was wrong by a sixth at 16 bits."""
+    """ds sums values below 1/2; summed as two totals of codes it was a sixth off at 16 bits."""
     rng = np.random.default_rng(bits)
     x, g = rng.normal(size=(2, 256, 576)).astype(np.float32)
     qmax = np.float32(2 ** (bits - 1) - 1)

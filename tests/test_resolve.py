@@ -108,7 +108,7 @@ def test_an_identity_keeps_scale_and_zero_point(plan):
 
 @plans
 def test_fixed_outputs_and_masked_scores(plan):
-    dec, _, scales = resolved(plan)
+    _, _, scales = resolved(plan)
     for i in range(2):
         scores, masked, softmax = (
             scales[f"layers.attn.kv{i}.{n}"] for n in ("scores", "masked", "softmax")

@@ -105,7 +105,7 @@ def quantize_smollm2() -> Real:
     text = corpus.default_text()[:40_000]
     ids = corpus.tokenize([text], checkpoint.tokenizer, config.vocab_size, "default text")
     params = pipeline.prepare(config, checkpoint.params, recipe("w8a8"))
-    calibration = corpus.windows(ids[:1024], 256, 4, "default text")
+    calibration = corpus.windows(ids[:1024], 128, 8, "default text")
     bos = checkpoint.tokenizer.bos_id
     quantized = pipeline.quantize(config, params, recipe("w8a8"), calibration, bos)
     return Real(checkpoint, quantized, corpus.windows(ids[1024:], 64, 8, "default text"))
