@@ -248,9 +248,7 @@ def narrow_source(graph: Graph, name: str, layer: int) -> str:
 def _codes_of(
     model: IntegerModel, graph: Graph, layer: int, shared: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    own = {
-        t.name: _at(model.codes[graph.prefix + t.name], graph, layer) for t in graph.named("param")
-    }
+    own = model.constants(graph, layer)
     return own | {t.name: shared[t.name] for t in graph.named("input") if t.name in shared}
 
 

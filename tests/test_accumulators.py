@@ -18,7 +18,7 @@ from qnpu_jax.ops import BatchMatmul, FullyConnected
 from qnpu_jax.quant import QParams
 from qnpu_jax.resolve import is_free
 from sim.observe import observed_accumulators
-from sim.run import compile_model, run
+from sim.run import compile_model, global_name, run
 
 plans = pytest.mark.parametrize("plan", tiny.PLANS)
 
@@ -51,9 +51,8 @@ def test_there_is_a_bound_for_every_product_of_every_layer():
     names = set()
     for graph in dec.graphs:
         for layer in range(graph.layers):
-            where = f"layers.{layer}." if graph.prefix == "layers." else graph.prefix
             products = (n for n in graph.nodes if isinstance(n.op, FullyConnected | BatchMatmul))
-            names |= {where + n.output for n in products}
+            names |= {global_name(graph, layer, n.output) for n in products}
     assert bounds_of("mqa_linear_bias", "w8a8").keys() == names
     assert len(names) == 3 * (7 + 2 + 2) + 2
 
@@ -69,30 +68,19 @@ def test_an_input_reaches_the_bound_of_every_linear(plan):
             for node in graph.nodes:
                 if not isinstance(node.op, FullyConnected):
                     continue
-                quant = graph[node.inputs[0]].quant
-                assert quant is not None
+                x = node.inputs[0]
                 w, b = (model.constants(graph, layer)[n].astype(np.int64) for n in node.inputs[1:])
-                zero = model.zero_point[graph.prefix + node.inputs[0]]
-                zero = int(zero[layer]) if graph.prefix == "layers." else int(zero)
-                limit = 2 ** (quant.bits[layer] - 1)
-                # 16-bit inputs that come from 8 bits hold code - zero point: no wider than those.
-                narrow = any(
-                    n.output == node.inputs[0] and graph[n.inputs[0]].quant.bits[layer] == 8
-                    for n in graph.nodes
-                )
-                assert not narrow or quant.bits[layer] == 8
-                best = np.where(w > 0, limit - 1, -limit)  # codes that make each row largest
-                worst = np.where(w > 0, -limit, limit - 1)
-                largest, smallest = (
-                    int(
-                        (((x - zero) * w).sum(1) + b).max()
-                        if x is best
-                        else (((x - zero) * w).sum(1) + b).min()
-                    )
-                    for x in (best, worst)
-                )
-                where = f"layers.{layer}." if graph.prefix == "layers." else graph.prefix
-                bound = bounds[where + node.output]
+                zero = model.zero_point[graph.prefix + x]
+                zero = int(zero[layer] if zero.ndim else zero)
+                limit = 2 ** (tiny.bits_of(graph, x, layer) - 1)
+
+                def acc(codes, w=w, b=b, zero=zero):
+                    """One input per row of w."""
+                    return ((codes - zero) * w).sum(1) + b
+
+                largest = acc(np.where(w > 0, limit - 1, -limit)).max()
+                smallest = acc(np.where(w > 0, -limit, limit - 1)).min()
+                bound = bounds[global_name(graph, layer, node.output)]
                 assert (bound.low, bound.high) == (smallest, largest)
                 reached += 1
     assert reached == 3 * 7 + 1

@@ -237,7 +237,7 @@ def test_export_refused(refused, args, message):
     [
         ("--recipe w9a9", "w9a9: no such recipe; expected one of ['w4a16', 'w4a8',"),
         ("--prefill 1", "prefill: 1 is too short; expected at least 2; raise --prefill"),
-        ("--prefill 600 --eval-tokens 600", "prefill: 600 tokens after a prefix of up to 4;"),
+        ("--prefill 600 --eval-tokens 600", "prefill: 600 tokens after a prefix of up to 6;"),
         ("--prefill 33", "eval-tokens: 32 is less than one window; expected at least"),
         ("--logits most", "'--logits': Value error, 'most' is not one of 'all', 'last'; see"),
         ("--calibration no.txt", "no.txt: no such file; expected plain text, or JSON lines"),
@@ -272,7 +272,7 @@ def test_missing_and_unknown_arguments(refused):
         ({"calibration_tokens": -1}, "recipe.json: calibration_tokens must be an integer from 1"),
         ({"bits": [["*", 5]]}, 'recipe.json: key "bits" must be a list of [pattern, bits]'),
         ({"bits": [["layers.9.*", 8], *RULES]}, "bit plan rule 'layers.9.*': 8: matches no"),
-        ({"calibration_length": 512}, "calibration_length: 512 tokens after a prefix of up to 4;"),
+        ({"calibration_length": 512}, "calibration_length: 512 tokens after a prefix of up to 6;"),
     ],
 )
 def test_bad_recipe(refused, here, change, message):

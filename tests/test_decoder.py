@@ -106,7 +106,7 @@ def test_logits_after_a_prefix_are_those_of_the_whole_sequence(name):
     prefix = (1, 7, 3)
     ids = tiny.random_ids((10,))
     got = logits_of(config, add_prefix(config, PLAN, params, prefix), ids)
-    whole = logits_of(config, params, np.concatenate([np.int32(prefix), ids]))
+    whole = logits_of(config, params, np.concatenate([np.asarray(prefix, np.int32), ids]))
     # The same float32 sums, over keys in two arrays instead of one.
     assert relative_error(got, whole[len(prefix) :]) <= 1e-5
     assert relative_error(got, logits_of(config, params, ids)) > 1e-2, "the prefix had no effect"

@@ -14,6 +14,7 @@ from qnpu_jax.config import BitPlan, UserError
 from qnpu_jax.freeze import activation_scales, dequantize, freeze, load, save
 from qnpu_jax.graph import Graph
 from qnpu_jax.ops import FullyConnected
+from qnpu_jax.quant import QParams
 
 plans = pytest.mark.parametrize("plan", tiny.PLANS)
 FILES = ("integer_model.json", "integer_model.safetensors")
@@ -218,7 +219,8 @@ def test_values_that_are_not_finite_are_refused_by_name(name, value):
 def test_a_scale_that_is_no_scale_is_refused_by_name(value):
     dec, params, free = tiny.calibrated("gqa_llama3", "w8a8")
     name = "layers.mlp.gate"
-    q = free[name].replace(scale=np.float32([0.1, value]))
+    scale = np.asarray([0.1, value], np.float32)
+    q = QParams(scale=scale, zero_point=free[name].zero_point)
     with pytest.raises(UserError, match=r"layers\.mlp\.gate: scale must be finite and positive"):
         freeze(dec, params, free | {name: q}, tiny.PREFIX)
 

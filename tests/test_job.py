@@ -240,13 +240,13 @@ def test_refused_before_the_model_is_touched(folder, tmp_path, monkeypatch):
     bits = "the bit plan gives it"
     few = "tokens are too few; expected at least"
     for changes, message in [
-        ({"prefill": 600, "eval_tokens": 600}, "prefill: 600 tokens after a prefix of up to 4;"),
+        ({"prefill": 600, "eval_tokens": 600}, "prefill: 600 tokens after a prefix of up to 6;"),
         ({"calibration": tmp_path / "short.txt"}, f"short.txt: 8 {few} 32 (one window)"),
         ({"eval_text": tmp_path / "short.txt"}, f"short.txt: 8 {few} {PREFILL} (one window)"),
     ]:
         assert message in refused(dataclasses.replace(asked, **changes))
     long = dataclasses.replace(asked.recipe, calibration_length=509)
-    assert "calibration_length: 509 tokens after a prefix of up to 4; expected at most" in refused(
+    assert "calibration_length: 509 tokens after a prefix of up to 6; expected at most" in refused(
         dataclasses.replace(asked, recipe=long)
     )
     for pattern, width, message in [

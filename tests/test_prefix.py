@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ CONSTANT, IS_SINK, TRIGGER = 0, 1, 2
 massive activation."""
 
 
-def sink_model() -> dict[str, np.ndarray]:
+def sink_model() -> dict[str, jax.Array]:
     """Folded parameters of a layer in which SINK and DECOY grow massive activations, unless they
     see a SINK before themselves.
 

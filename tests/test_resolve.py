@@ -58,7 +58,7 @@ def test_free_scales_are_taken_as_they_are(plan):
             for layer in range(graph.layers):
                 node = producer.get(name)
                 if node is not None and isinstance(node.op, Requantize):
-                    source, target = (graph[n].quant.bits[layer] for n in (node.inputs[0], name))
+                    source, target = (tiny.bits_of(graph, n, layer) for n in (node.inputs[0], name))
                     if source <= target and (source < target or is_identity(graph, node, layer)):
                         continue  # this layer's follows from its input, whatever was chosen
                 for a, b in zip(
@@ -85,7 +85,7 @@ def test_widening_keeps_the_scale_and_removes_the_zero_point(plan):
     dec, _, scales = resolved(plan)
     widened = moved = 0
     for graph, layer, node in nodes(dec, Requantize):
-        source, target = (graph[n].quant.bits[layer] for n in (node.inputs[0], node.output))
+        source, target = (tiny.bits_of(graph, n, layer) for n in (node.inputs[0], node.output))
         if source < target:
             old, new = (at(scales, graph, layer, n) for n in (node.inputs[0], node.output))
             assert new == (old[0], 0)
@@ -122,7 +122,7 @@ def test_fixed_outputs_and_masked_scores(plan):
     np.testing.assert_array_equal(sigmoid.scale, np.float32(1 / 256 if eight else 1 / 32768))
     np.testing.assert_array_equal(sigmoid.zero_point, -128 if eight else 0)
     for name, scale in (("rope.cos", 1 / 32767), ("mask", 1 / 16)):
-        np.testing.assert_array_equal(scales[f"layers.{name}"].scale, np.float32([scale] * 2))
+        np.testing.assert_array_equal(scales[f"layers.{name}"].scale, np.float32(scale))
 
 
 @plans

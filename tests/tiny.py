@@ -13,6 +13,7 @@ from qnpu_jax.calibrate import collect, initialize, weight_scales
 from qnpu_jax.config import RECIPES, BitPlan, ModelConfig, Recipe
 from qnpu_jax.decoder import decoder
 from qnpu_jax.freeze import IntegerModel, freeze
+from qnpu_jax.graph import Graph
 from qnpu_jax.prefix import add_prefix
 from qnpu_jax.quant import Scales
 
@@ -52,6 +53,12 @@ def printed_graphs() -> str:
     """What tests/golden/layer_w8a8.txt holds."""
     dec = decoder(SMOLLM2, RECIPES["w8a8"].bits, tokens=128, prefix=2)
     return "\n\n".join(map(str, dec.graphs)) + "\n"
+
+
+def bits_of(graph: Graph, name: str, layer: int) -> int:
+    quant = graph[name].quant
+    assert quant is not None
+    return quant.bits[layer]
 
 
 def recipe(plan: str) -> Recipe:
