@@ -11,13 +11,14 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from qnpu_jax import corpus, evaluation, models, pipeline
-from qnpu_jax.config import RECIPES, Recipe, UserError, load_recipe
+from qnpu_jax.config import RECIPES, UserError, load_recipe
 from sim.run import compile_model, run
 
 FLOAT = {"smollm2-135m": (30.03, 0.05)}
@@ -37,7 +38,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--json", type=Path, help="write the table here too")
-    parser.add_argument("--quick", action="store_true", help="w8a8 on 2 windows: does it work?")
+    parser.add_argument(
+        "--quick", action="store_true", help="w8a8, 2 windows, no prefix: does it work?"
+    )
     return parser.parse_args()
 
 
@@ -56,7 +59,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     for name in args.recipes:
         recipe = load_recipe(name)
         if args.quick:
-            recipe = Recipe(**{**vars(recipe), "calibration_tokens": 1024})
+            recipe = replace(recipe, calibration_tokens=1024, prefix="none")
         if rotation != (recipe.rotation, recipe.seed):
             rotation = (recipe.rotation, recipe.seed)
             params = pipeline.prepare(config, checkpoint.params, recipe)
