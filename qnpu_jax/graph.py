@@ -221,6 +221,8 @@ class Builder:
             quant = QuantSpec(self.bits(name), symmetric)
         if isinstance(op, _UNIFORM):
             inputs = tuple(self._widen(t, quant.bits, name) for t in inputs)
+        if isinstance(op, FullyConnected):
+            self._check_bias(inputs[0], inputs[2])
         shapes = (
             jax.ShapeDtypeStruct(t.shape, jnp.int32 if t.quant is None else jnp.float32)
             for t in inputs
@@ -236,6 +238,17 @@ class Builder:
         weight = self.param(f"{name}.weight", (features, x.shape[-1]), axis=0)
         bias = self.param(f"{name}.bias", (features,), axis=0)
         return self.add(name, FullyConnected(), x, weight, bias, symmetric=symmetric)
+
+    def _check_bias(self, x: TensorSpec, bias: TensorSpec) -> None:
+        """Raises UserError for a 64-bit bias of an 8-bit input: LiteRT would read it as 32 bits."""
+        assert x.quant is not None and bias.quant is not None
+        for i, (bits, wide) in enumerate(zip(x.quant.bits, bias.quant.bits, strict=True)):
+            if bits <= 8 and wide > 32:
+                where = f"layers.{i}." if self.prefix == "layers." else self.prefix
+                raise UserError(
+                    f"{where}{bias.name}: the plan gives it {wide} bits; expected 32 beside an"
+                    f" input of {bits}; correct the rule that matches it"
+                )
 
     def _widen(self, x: TensorSpec, bits: tuple[int, ...], consumer: str) -> TensorSpec:
         assert x.quant is not None
