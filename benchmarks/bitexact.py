@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qnpu_jax import corpus, models, pipeline, tflite, verify
-from qnpu_jax.config import RECIPES, UserError, load_recipe
+from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.job import op_names
+from qnpu_jax.learn.stages import Text
 from qnpu_jax.litert import LiteRT
 from qnpu_jax.ops import FullyConnected, Sqrt
+from qnpu_jax.recipes import RECIPES, load_recipe
+from qnpu_jax.verify import op_names
 from sim.run import Program, compile_model, global_name, run, run_op
 
 
@@ -109,7 +111,7 @@ def measure(args: argparse.Namespace) -> int:
     for name in args.recipes:
         recipe = dataclasses.replace(load_recipe(name), prefix="none" if args.quick else "auto")
         windows = corpus.windows(ids, 256, 16, "text")
-        model = pipeline.quantize(config, params, recipe, windows, tokenizer.bos_id).model
+        model = pipeline.quantize(config, params, recipe, Text.of(windows), tokenizer.bos_id).model
         for length in args.lengths:
             start = time.perf_counter()
             row = compare(model, np.asarray(ids[:length], np.int32))

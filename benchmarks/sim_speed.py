@@ -30,10 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from qnpu_jax import corpus, models, pipeline, tflite
-from qnpu_jax.config import RECIPES, UserError, load_recipe
+from qnpu_jax.config import UserError
 from qnpu_jax.evaluate import Params, forward
 from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.learn.stages import Text
 from qnpu_jax.litert import LiteRT
+from qnpu_jax.recipes import RECIPES, load_recipe
 from sim.numerics import PROFILES
 from sim.run import compile_model, run
 
@@ -87,7 +89,9 @@ def quantize(recipes: list[str], quick: bool) -> tuple[dict[str, IntegerModel], 
     ids = corpus.tokenize([corpus.default_text()], tokenizer, config.vocab_size, "default text")
     windows = corpus.windows(ids, 128, 4, "default text")
     params = pipeline.prepare(config, checkpoint.params, chosen[0])
-    made = [pipeline.quantize(config, params, r, windows, tokenizer.bos_id) for r in chosen]
+    made = [
+        pipeline.quantize(config, params, r, Text.of(windows), tokenizer.bos_id) for r in chosen
+    ]
     return {r.name: q.model for r, q in zip(chosen, made, strict=True)}, made[0].params
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -24,13 +24,21 @@ from qnpu_jax.ops import BatchMatmul, FullyConnected, Requantize
 
 @dataclass(frozen=True)
 class Bound:
-    """The proved interval of one op's accumulator (codes), and the bits that hold it and that it
-    has."""
+    """The proved interval of one op's accumulator.
+
+    Attributes:
+      tensor: the op's output, by global name with the layer's number.
+      low, high: in codes; an input reaches each.
+      available: bits of the accumulator.
+      input_bits: of the op's first input, widened where the plan has it so.
+    """
 
     tensor: str
+    op: Literal["FULLY_CONNECTED", "BATCH_MATMUL"]
     low: int
     high: int
     available: int
+    input_bits: int
 
     @property
     def needed(self) -> int:
@@ -81,14 +89,16 @@ def _graph_bounds(
         match node.op:
             case FullyConnected():
                 x, w, b = node.inputs
-                bias, available = at(codes, b), _bits(graph[b], layer)
-                low, high = _linear(at(codes, w), bias, *interval(x))
-                yield Bound(name, low, high, available)
+                bits, available = (_bits(graph[n], layer) for n in (x, b))
+                low, high = _linear(at(codes, w), at(codes, b), *interval(x))
+                yield Bound(name, "FULLY_CONNECTED", low, high, available, bits)
             case BatchMatmul():
                 x, y = node.inputs
                 largest = [max(abs(v) for v in interval(n)) for n in (x, y)]
                 reach = largest[0] * largest[1] * graph[x].shape[2]
-                yield Bound(name, -reach, reach, 32 if _bits(graph[x], layer) <= 8 else 64)
+                bits = _bits(graph[x], layer)
+                available = 32 if bits <= 8 else 64
+                yield Bound(name, "BATCH_MATMUL", -reach, reach, available, bits)
             case _:
                 pass
 
@@ -118,10 +128,20 @@ def check(bounds: list[Bound]) -> None:
     for bound in bounds:
         if bound.needed > bound.available:
             reach = max(-bound.low, bound.high)
+            match bound.op:
+                case "FULLY_CONNECTED":
+                    way_out = wider_linear(bound.tensor, bound.input_bits)
+                case "BATCH_MATMUL":
+                    way_out = f"choose a shorter length, or give {bound.tensor} 16 bits"
             raise UserError(
                 f"{bound.tensor}: its accumulator can reach {reach}, which needs {bound.needed}"
-                " bits;"
-                f" expected at most {bound.available}; give {bound.tensor}.bias 64 bits in the"
-                " bit plan"
-                " or its input fewer"
+                f" bits; expected at most {bound.available}; {way_out} in the bit plan"
             )
+
+
+def wider_linear(tensor: str, input_bits: int) -> str:
+    """What gives a linear a 64-bit accumulator: its bias is as wide as that, and LiteRT reads a
+    64-bit bias beside a 16-bit input only, which a 16-bit output brings about."""
+    bias = "head.bias" if tensor == "head.logits" else f"{tensor}.bias"
+    wide = f"give {tensor} 16 bits and" if input_bits <= 8 else "give"
+    return f"{wide} {bias} 64 bits"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -37,7 +38,7 @@ def check_writable(out: Path, overwrite: bool) -> None:
     Only a folder that holds our files and no others is ever replaced: `--overwrite --out ~` harms
     nobody.
     """
-    with _system_errors(out):
+    with system_errors(out):
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is a file; expected a folder; choose another --out")
         if out.is_dir() and (held := {p.name for p in out.iterdir()}):
@@ -67,7 +68,7 @@ def writing(out: Path, overwrite: bool) -> Iterator[Path]:
     check_writable(out, overwrite)
     out = out.resolve()
     made = [p for p in out.parents if not p.exists()]
-    with _system_errors(out):
+    with system_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(out)
         partial.mkdir()
@@ -84,7 +85,7 @@ def writing(out: Path, overwrite: bool) -> Iterator[Path]:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when the block ends well and vanishes otherwise."""
-    with _system_errors(path):
+    with system_errors(path):
         if path.exists():
             raise UserError(f"{path}: exists; expected a new file; choose another name")
         if not path.absolute().parent.is_dir():
@@ -100,7 +101,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _system_errors(path: Path) -> Iterator[None]:
+def system_errors(path: Path) -> Iterator[None]:
     """Turns what the system says while `path` is written into a UserError."""
     try:
         yield
@@ -227,16 +228,30 @@ def read_report(out: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: no hash of {MODEL}; expected those of all files; run `qnpu quantize` again"
         )
-    for name, expected in hashes.items():
-        _check_file(out / name, expected)
+    check_files(out, hashes, f"by {REPORT}", "run `qnpu quantize` again")
     return report
 
 
-def _check_file(path: Path, expected: Any) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: missing; expected by {REPORT}; run `qnpu quantize` again")
-    if (got := digest(path)) != expected:
-        raise UserError(
-            f"{path}: changed or damaged: SHA-256 {got[:12]}..., expected {str(expected)[:12]}...;"
-            " run `qnpu quantize` again"
-        )
+def check_files(folder: Path, hashes: Mapping[str, Any], by: str, way_out: str) -> None:
+    """Raises UserError for a file that is missing or not as it was: `digests` undone.
+
+    Args:
+      by: who expects it.
+    """
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; expected {by}; {way_out}")
+        if (got := digest(path)) != expected:
+            raise UserError(
+                f"{path}: changed or damaged: SHA-256 {got[:12]}..., expected"
+                f" {str(expected)[:12]}...; {way_out}"
+            )
+
+
+def version(package: str) -> str | None:
+    """Of an installed package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qnpu_jax.config import Recipe
 from qnpu_jax.decoder import Decoder
 from qnpu_jax.evaluate import Params, Tensors, passes
 from qnpu_jax.graph import Graph
@@ -46,15 +46,23 @@ class Stats:
         """Takes values in; the histogram's width is a power of two that doubles when a value falls
         outside."""
         x = np.asarray(x, np.float32).ravel()
-        low, high = float(x.min()), float(x.max())
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        self.count += x.size
-        self.total += float(x.sum(dtype=np.float64))
-        self.squares += float(np.dot(x, x))
+        low, high, total, squares = x.min(), x.max(), x.sum(dtype=np.float64), np.dot(x, x)
+        self.merge(x.size, [low, high, total, squares])
         if histogram:
-            self._count(x, max(-low, high))
+            bins = self.widen(float(max(-low, high)))
+            index = np.floor(x * np.float32(1 / self.width)).astype(np.int32) + BINS // 2
+            bins += np.bincount(index, minlength=BINS)
 
-    def _count(self, x: np.ndarray, bound: float) -> None:
+    def merge(self, count: int, moments: Any) -> None:
+        """Takes in smallest, largest, sum and sum of squares of `count` values."""
+        low, high, total, squares = (float(m) for m in moments)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.count += count
+        self.total += total
+        self.squares += squares
+
+    def widen(self, bound: float) -> np.ndarray:
+        """The histogram, with room for values up to `bound` on either side."""
         if self.bins is None:
             self.bins = np.zeros(BINS, np.int64)
             self.width = 2.0 ** np.ceil(np.log2(max(bound, 1e-30) * 2.0 / BINS) + 1e-9)
@@ -63,8 +71,7 @@ class Stats:
             self.bins = np.zeros(BINS, np.int64)
             self.bins[BINS // 4 : BINS // 4 + BINS // 2] = folded
             self.width *= 2
-        index = np.floor(x * np.float32(1 / self.width)).astype(np.int32) + BINS // 2
-        self.bins += np.bincount(index, minlength=BINS)
+        return self.bins
 
     @property
     def mean(self) -> float:
@@ -85,6 +92,7 @@ def collect(
     windows: Int[np.ndarray, "n t"],
     batch: int = 8,
     track: Callable[[Iterable[int], int, str], Iterable[int]] = lambda items, _, __: items,
+    scales: Scales | None = None,
 ) -> Statistics:
     """Statistics of every free activation over the windows, prefix K/V included in those of the
     caches.
@@ -95,12 +103,13 @@ def collect(
       windows: (N, T) token ids.
       batch: windows per pass.
       track: wraps the iteration, for a progress bar: (items, length, what).
+      scales: what is quantized meanwhile (resolved), nothing by default.
     """
     stats: Statistics = {}
     starts = range(0, len(windows), batch)
     for start in track(starts, len(starts), "calibrate"):
         ids = jnp.asarray(windows[start : start + batch], jnp.int32)
-        for graph, layer, env in passes(dec, params, ids, _produced):
+        for graph, layer, env in passes(dec, params, ids, _produced, scales):
             _record(stats, graph, layer, env)
     for spec in dec.layer.named("param"):
         name = "layers." + dec.layer.ties[spec.name]
@@ -131,14 +140,56 @@ def _produced(graph: Graph) -> tuple[str, ...]:
 
 
 def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
+    """Takes a layer's tensors in. They are summed and counted where they are: to fetch them would
+    take most of the time."""
+    rows: dict[str, Stats] = {}  # by member
+    narrow: dict[str, jax.Array] = {}
+    moments = jax.device_get(_moments({name: env[name] for name in _produced(graph)}))
     for root, members in _members(graph).items():
-        rows = stats.setdefault(graph.prefix + root, [])
-        if len(rows) == layer:
-            rows.append(Stats())
+        kept = stats.setdefault(graph.prefix + root, [])
+        if len(kept) == layer:
+            kept.append(Stats())
         quant = graph[root].quant
         assert quant is not None
         for name in members:
-            rows[layer].add(np.asarray(env[name]), histogram=quant.bits[layer] <= 8)
+            rows[name] = kept[layer]
+            kept[layer].merge(env[name].size, moments[name])
+            if quant.bits[layer] <= 8:
+                narrow[name] = env[name]
+                kept[layer].widen(float(np.abs(moments[name][:2]).max()))
+    widths = {name: np.float32(rows[name].width) for name in narrow}
+    for name, counts in jax.device_get(_counts(narrow, widths)).items():
+        rows[name].bins += counts
+
+
+@jax.jit
+def _moments(tensors: Tensors) -> Tensors:
+    """Smallest, largest, sum and sum of squares of each."""
+    return jax.tree.map(
+        lambda x: jnp.stack([x.min(), x.max(), x.sum(), jnp.square(x).sum()]), tensors
+    )
+
+
+@jax.jit
+def _counts(tensors: Tensors, widths: Tensors) -> Tensors:
+    """Values of each tensor in each of BINS bins of its width, centred on 0."""
+
+    def count(x: Array, width: Array) -> Array:
+        index = jnp.floor(x.ravel() * (1 / width)).astype(jnp.int32) + BINS // 2
+        return jnp.zeros(BINS, jnp.int32).at[index].add(1)
+
+    return jax.tree.map(count, tensors, widths)
+
+
+_ROTATED = {
+    "layers.attn.input",
+    "layers.attn.v",
+    "layers.attn.kv0.mixed",
+    "layers.attn.o",
+    "layers.mlp.input",
+    "layers.mlp.down",
+    "head.input",
+}
 
 
 def tensor_class(name: str, bits: int) -> str:
@@ -146,24 +197,31 @@ def tensor_class(name: str, bits: int) -> str:
     (heavy tails)."""
     if bits > 8:
         return "wide"
-    leaf = name.split(".", 1)[1]
-    if leaf.endswith(".probs"):
+    if name.endswith(".probs"):
         return "probs"
-    if leaf in ("attn.k_cache", "attn.v_cache"):
+    if name in ("layers.attn.k_cache", "layers.attn.v_cache"):
         return "cache"
-    rotated = ("attn.input", "mlp.input", "input", "attn.v", "attn.kv0.mixed", "attn.o", "mlp.down")
-    return "rotated" if leaf in rotated else "unrotated"
+    return "rotated" if is_rotated(name) else "unrotated"
+
+
+def is_rotated(name: str) -> bool:
+    """True for free activations in a rotated basis: inputs of the linears but down's, outputs of
+    v, o and down (Quant.npu's rotated tensors)."""
+    return name in _ROTATED
 
 
 def initialize(
-    dec: Decoder, stats: Statistics, recipe: Recipe
+    dec: Decoder, stats: Statistics, method: str, tame: bool
 ) -> tuple[Scales, list[dict[str, object]]]:
     """Scales of every free activation from its statistics, and one report row per tensor and layer.
 
-    16 bits: min-max. Attention probabilities: [0, 1]. Others by `recipe.activation_init`; `class`
-      means the MSE
-    grid where massive tokens are out of the graph (a prefix) or the tensor is rotated, and min-max
-    otherwise: clipping an attention sink destroys the model (method.md, section 2).
+    16 bits: min-max. Attention probabilities: [0, 1]. Others by `method`; `class` means the MSE
+    grid where massive tokens are out of the graph or the tensor is rotated, and min-max otherwise:
+    clipping an attention sink destroys the model (SmolLM2-135M: perplexity 19,752).
+
+    Args:
+      method: as `recipes.Recipe.activation_init`.
+      tame: a prefix keeps massive tokens out of the graph.
     """
     scales: Scales = {}
     report: list[dict[str, object]] = []
@@ -175,10 +233,10 @@ def initialize(
             ranges = []
             for bits, s in zip(quant.bits, stats[name], strict=True):
                 kind = tensor_class(name, bits)
-                method = _method(kind, recipe, dec.prefix > 0)
-                ranges.append(_range(s, method, bits, quant.symmetric))
+                chosen = _method(kind, method, tame)
+                ranges.append(_range(s, chosen, bits, quant.symmetric))
                 report.append(
-                    {"tensor": name, "class": kind, "method": method, "low": s.low, "high": s.high}
+                    {"tensor": name, "class": kind, "method": chosen, "low": s.low, "high": s.high}
                 )
             lo, hi = (np.asarray(v) for v in zip(*ranges, strict=True))
             q = from_range(lo, hi, np.asarray(quant.bits), quant.symmetric)
@@ -187,14 +245,16 @@ def initialize(
     return scales, report
 
 
-def _method(kind: str, recipe: Recipe, prefix: bool) -> str:
+def _method(kind: str, asked: str, tame: bool) -> str:
     if kind == "wide":
         return "minmax"
     if kind == "probs":
         return "unit"
-    if recipe.activation_init != "class":
-        return recipe.activation_init
-    return "mse" if prefix or kind == "rotated" else "minmax"
+    if asked == "sigma-rotated":
+        return "sigma" if kind == "rotated" else "minmax"
+    if asked != "class":
+        return asked
+    return "mse" if tame or kind == "rotated" else "minmax"
 
 
 def _range(s: Stats, method: str, bits: int, symmetric: bool) -> tuple[float, float]:

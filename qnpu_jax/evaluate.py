@@ -7,8 +7,9 @@ An edge sees every tensor as it is produced (inputs and parameters included) and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +43,15 @@ def evaluate(graph: Graph, values: Tensors, edge: Edge = identity) -> Tensors:
     return env
 
 
-def fake_quant_edge(scales: Mapping[str, QParams], ranges: Mapping[str, Bounds]) -> Edge:
+def fake_quant_edge(
+    scales: Mapping[str, QParams], ranges: Mapping[str, Bounds], masked: bool = True
+) -> Edge:
     """Fake-quantizes every tensor that has an entry in `scales` (local names, one layer); leaves
-    the others."""
+    the others.
+
+    Args:
+      masked: no gradient to clipped values, as in `quant.fake_quant`.
+    """
 
     def edge(spec: TensorSpec, x: jax.Array) -> jax.Array:
         if spec.name not in scales:
@@ -52,9 +59,27 @@ def fake_quant_edge(scales: Mapping[str, QParams], ranges: Mapping[str, Bounds])
         q = scales[spec.name]
         scale, zero_point = expand(q.scale, spec), expand(q.zero_point, spec)
         qmin, qmax = ranges[spec.name]
-        return fake_quant(x, scale, zero_point, qmin, qmax)
+        return fake_quant(x, scale, zero_point, qmin, qmax, masked=masked)
 
     return edge
+
+
+def measured(edge: Edge, errors: list[jax.Array]) -> Edge:
+    """`edge`, which also appends each tensor's relative squared error, sum (xhat - x)^2 / sum x^2.
+
+    Relative, because the sums of squares of two tensors differ by up to 10^6. Its gradient reaches
+    scales, not what made x.
+    """
+
+    def record(spec: TensorSpec, x: jax.Array) -> jax.Array:
+        y = edge(spec, x)
+        if y is not x and jnp.issubdtype(x.dtype, jnp.floating):
+            source = jax.lax.stop_gradient(x)
+            error = jnp.sum(jnp.square(edge(spec, source) - source))
+            errors.append(error / (jnp.sum(jnp.square(source)) + jnp.float32(1e-12)))
+        return y
+
+    return record
 
 
 def local(values: Mapping[str, T], prefix: str) -> dict[str, T]:
@@ -76,14 +101,92 @@ def shared_inputs(dec: Decoder, filled: int = 0) -> Tensors:
     return {k: jnp.asarray(v) for k, v in layer_inputs(dec, filled).items()}
 
 
+Prepare = Callable[[Graph, Tensors], Tensors]
+"""From what `params` holds of a graph (local names, one layer) to the graph's parameters."""
+
+
+def stored(_: Graph, values: Tensors) -> Tensors:
+    """Parameters as they are stored."""
+    return values
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a forward pass reads a model. Holds tracers under jit, so it is made inside.
+
+    Attributes:
+      params: by global name; entries of `layers.*` have a leading layer axis.
+      scales: QParams by global name; tensors without an entry stay in float.
+      ranges: code ranges of the tensors in `scales` by global name; None takes the decoder's, as
+        constants of the compiled program.
+      prepare: what makes parameters of them (learning merges rotations here).
+      masked: as in `quant.fake_quant`.
+      measure: sum up the local errors too (`measured`).
+    """
+
+    params: Mapping[str, Any]
+    scales: Scales
+    ranges: Mapping[str, Bounds] | None = None
+    prepare: Prepare = stored
+    masked: bool = True
+    measure: bool = False
+
+    def whole(self, graph: Graph) -> tuple[Tensors, Edge]:
+        """Parameters and edge of a graph without layers."""
+        edge = fake_quant_edge(*self.quant(graph), self.masked)
+        return self.prepare(graph, local(self.params, graph.prefix)), edge
+
+
+    def quant(self, graph: Graph) -> tuple[dict[str, QParams], dict[str, Bounds]]:
+        """Scales and code ranges by local name."""
+        q = local(self.scales, graph.prefix)
+        if self.ranges is None:
+            return q, ranges_of(graph, q)
+        known = local(self.ranges, graph.prefix)
+        return q, {name: known[name] for name in q}
+
+
+class Hidden(NamedTuple):
+    """What the layers make of a sequence: the residual stream after each, (L, T, D), and the sum
+    of local errors, () (0 unless measured)."""
+
+    residuals: Float[Array, "l t d"]
+    error: Float[Array, ""]
+
+
+def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
+    """Embedding and layers: the layer graph runs under `lax.scan` over stacked parameters and
+    scales, rematerialised under autodiff."""
+    tables = shared_inputs(dec)
+
+    @jax.checkpoint
+    def step(x: jax.Array, layer) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        p, q, r = layer
+        edge = fake_quant_edge(q, r, reading.masked)
+        errors: list[jax.Array] = [jnp.float32(0)]
+        edge = measured(edge, errors) if reading.measure else edge
+        values = {"input.residual": x, **tables, **reading.prepare(dec.layer, p)}
+        x = evaluate(dec.layer, values, edge)["mlp.residual"]
+        return x, (x, sum(errors[1:], errors[0]))
+
+    values, edge = reading.whole(dec.embed)
+    x = evaluate(dec.embed, {"ids": ids, **values}, edge)["residual"]
+    layers = (local(reading.params, "layers."), *reading.quant(dec.layer))
+    _, (residuals, errors) = jax.lax.scan(step, x, layers)
+    return Hidden(residuals, jnp.sum(errors))
+
+
+def head(dec: Decoder, values: Tensors, edge: Edge, x: Float[Array, "t d"]) -> Float[Array, "r v"]:
+    """Logits of the last layer's residual stream, with what `Reading.whole(dec.head)` gives."""
+    eps = shared_inputs(dec)["norm.eps"]
+    return evaluate(dec.head, {"input.residual": x, "norm.eps": eps, **values}, edge)["logits"]
+
+
 def forward(
     dec: Decoder, params: Params, ids: Int[Array, " t"], scales: Scales | None = None
 ) -> Float[Array, "rows v"]:
     """Logits (T, V), of a `last` decoder (1, V): float without `scales`, fake-quantized with
     (`resolve`d ones).
-
-    The layer graph runs under `lax.scan` over stacked parameters and scales, rematerialised under
-    autodiff.
 
     Args:
       dec: staged for T tokens, no cache.
@@ -92,26 +195,8 @@ def forward(
       ids: (T,) int32.
       scales: QParams by global name; tensors without an entry stay in float.
     """
-    scales = scales or {}
-    tables = shared_inputs(dec)
-
-    def run(graph: Graph, values: Tensors, q: Mapping[str, QParams], r) -> Tensors:
-        return evaluate(graph, values, fake_quant_edge(q, r))
-
-    def whole(graph: Graph, values: Tensors) -> Tensors:
-        q = local(scales, graph.prefix)
-        return run(graph, {**values, **local(params, graph.prefix)}, q, ranges_of(graph, q))
-
-    @jax.checkpoint
-    def step(x: jax.Array, layer) -> tuple[jax.Array, None]:
-        p, q, r = layer
-        env = run(dec.layer, {"input.residual": x, **tables, **p}, q, r)
-        return env["mlp.residual"], None
-
-    x = whole(dec.embed, {"ids": ids})["residual"]
-    q = local(scales, "layers.")
-    x, _ = jax.lax.scan(step, x, (local(params, "layers."), q, ranges_of(dec.layer, q)))
-    return whole(dec.head, {"input.residual": x, "norm.eps": tables["norm.eps"]})["logits"]
+    reading = Reading(params, scales or {})
+    return head(dec, *reading.whole(dec.head), hidden(dec, reading, ids).residuals[-1])
 
 
 Keep = Callable[[Graph], tuple[str, ...]]
@@ -119,37 +204,52 @@ Keep = Callable[[Graph], tuple[str, ...]]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def graph_tensors(graph: Graph, keep: tuple[str, ...], values: Tensors, params: Tensors) -> Tensors:
-    """The kept tensors of one graph in float, for a batch.
+def graph_tensors(
+    graph: Graph, keep: tuple[str, ...], values: Tensors, params: Tensors, quant: Any = ({}, {})
+) -> Tensors:
+    """The kept tensors of one graph for a batch.
 
     Args:
       values: inputs with a leading batch axis.
       params: parameters and shared inputs, without one.
+      quant: QParams and code ranges of the tensors to fake-quantize, one layer's.
     """
 
     def one(values: Tensors) -> Tensors:
-        env = evaluate(graph, {**values, **params})
+        env = evaluate(graph, {**values, **params}, fake_quant_edge(*quant))
         return {name: env[name] for name in keep}
 
     return jax.vmap(one)(values)
 
 
 def passes(
-    dec: Decoder, params: Params, ids: jax.Array, keep: Keep
+    dec: Decoder,
+    params: Params,
+    ids: jax.Array,
+    keep: Keep,
+    scales: Scales | None = None,
+    tables: Tensors | None = None,
 ) -> Iterator[tuple[Graph, int, Tensors]]:
-    """The kept tensors of a batch (B, T) of sequences in float, graph by graph and layer by
-    layer."""
-    tables = shared_inputs(dec)
+    """The kept tensors of a batch (B, T) of sequences, graph by graph and layer by layer.
+
+    Args:
+      scales: as in `forward`: float without, and for every tensor that has none.
+      tables: in place of `shared_inputs(dec)`.
+    """
+    tables = shared_inputs(dec) if tables is None else tables
     values: Tensors = {"ids": ids}
     for graph in dec.graphs:
-        own = local(params, graph.prefix)
+        own, q = local(params, graph.prefix), local(scales or {}, graph.prefix)
+        quant = (q, ranges_of(graph, q))
         inputs = {t.name for t in graph.named("input")}
         shared = {k: v for k, v in tables.items() if k in inputs}
         out = graph.outputs[0]
         names = tuple(dict.fromkeys((out, *keep(graph))))
         for i in range(graph.layers):
-            here = {k: v[i] for k, v in own.items()} if graph.prefix == "layers." else own
-            env = graph_tensors(graph, names, values, here | shared)
+            here = (own, quant)
+            if graph.prefix == "layers.":
+                here = jax.tree.map(lambda a, i=i: a[i], here)
+            env = graph_tensors(graph, names, values, here[0] | shared, here[1])
             yield graph, i, env
             values = {"input.residual": env[out]}
 

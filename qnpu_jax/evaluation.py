@@ -1,8 +1,10 @@
-"""Perplexity of any reading of a model: float, fake-quantized, simulated, LiteRT."""
+"""Perplexity of any reading of a model (float, fake-quantized, simulated, LiteRT), and how far the
+predictions of two readings lie apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,10 +32,8 @@ def perplexity(
       batch: windows per call; None passes single windows (T,).
       track: wraps the iteration, for a progress bar: (items, length).
     """
-    starts: Iterable[int] = range(0, len(windows), batch or 1)
     total = 0.0
-    for start in track(starts, len(range(0, len(windows), batch or 1))) if track else starts:
-        ids = windows[start : start + batch] if batch else windows[start]
+    for ids in _batches(windows, batch, track):
         total += float(_sum_nll(jnp.asarray(logits(ids)), jnp.asarray(ids, jnp.int32)))
     return float(np.exp(total / (windows.shape[0] * (windows.shape[1] - 1))))
 
@@ -42,6 +42,68 @@ def perplexity(
 def _sum_nll(logits: jax.Array, ids: jax.Array) -> jax.Array:
     flat = logits.reshape(-1, *logits.shape[-2:])
     return jnp.sum(jax.vmap(token_nll)(flat, ids.reshape(-1, ids.shape[-1])))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a reading's predictions lie from another's, over positions.
+
+    Attributes:
+      kl: mean KL(reference || other) in nats, 0 or more.
+      top1: fraction of positions where both find the same token most likely, 0 to 1.
+    """
+
+    kl: float
+    top1: float
+
+
+def divergence(
+    reference: Logits,
+    other: Logits,
+    windows: np.ndarray,
+    batch: int | None = None,
+    track: Any = None,
+) -> Divergence:
+    """KL(p || q) = sum_v p_v log(p_v / q_v), and agreement of argmax, over all positions.
+
+    Of equal largest logits, which integers often have, the first counts, as in a greedy decoder.
+
+    Args:
+      reference: the model that gives p.
+      other: the model that gives q.
+      windows: (N, T) ids; the last position of each counts too, since no next token is needed.
+      batch: windows per call; None passes single windows (T,).
+      track: wraps the iteration, for a progress bar: (items, length).
+    """
+    kl, same = 0.0, 0
+    for ids in _batches(windows, batch, track):
+        kl_sum, same_sum = _compare(jnp.asarray(reference(ids)), jnp.asarray(other(ids)))
+        kl += float(kl_sum)
+        same += int(same_sum)
+    return Divergence(kl / windows.size, same / windows.size)
+
+
+@jax.jit
+def _compare(p_logits: jax.Array, q_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over positions of KL in nats, and of equal argmax.
+
+    As sum p = sum q = 1, KL = sum p (e^-d - 1 + d) with d = log p - log q. No term is negative, and
+    errors of the normalisers cancel to first order: sum p d alone would lose a small KL in the
+    rounding of terms that are larger and of both signs.
+    """
+    log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (p_logits, q_logits))
+    p, q, d = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
+    # Where q is far larger, e^-d overflows but p e^-d = q does not; without p, q is all that stays.
+    near = p * (jnp.expm1(-jnp.maximum(d, -1.0)) + d)
+    terms = jnp.where(p == 0, q, jnp.where(d < -1.0, q - p + p * d, near))
+    same = jnp.argmax(p_logits, axis=-1) == jnp.argmax(q_logits, axis=-1)
+    return jnp.sum(terms), jnp.sum(same)
+
+
+def _batches(windows: np.ndarray, batch: int | None, track: Any) -> Iterator[np.ndarray]:
+    starts: Iterable[int] = range(0, len(windows), batch or 1)
+    for start in track(starts, len(range(0, len(windows), batch or 1))) if track else starts:
+        yield windows[start : start + batch] if batch else windows[start]
 
 
 def float_logits(config: ModelConfig, plan: BitPlan, params: Params) -> Logits:

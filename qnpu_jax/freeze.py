@@ -1,13 +1,14 @@
 """Rounding, once: float parameters and scales become an `IntegerModel`, which the simulator and the
 writer read.
 
-Everything a device needs is in it: codes of weights, biases, tables and prefix, and scale and zero
-point of every tensor. Nothing in it depends on a sequence length.
+Everything a device needs is in it: codes of weights, biases and prefix, and scale and zero point of
+every tensor. Nothing in it depends on a sequence length.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from qnpu_jax.accumulators import check, proved_bounds
+from qnpu_jax.accumulators import check, proved_bounds, wider_linear
 from qnpu_jax.config import BitPlan, ModelConfig, UserError
 from qnpu_jax.decoder import Decoder, decoder, layer_inputs
 from qnpu_jax.evaluate import Params
-from qnpu_jax.graph import Graph
+from qnpu_jax.graph import Graph, Node, TensorSpec
 from qnpu_jax.ops import FullyConnected
 from qnpu_jax.quant import QParams, Scales, expand, quantize
 from qnpu_jax.resolve import resolve
@@ -74,23 +75,53 @@ class IntegerModel:
         return codes
 
 
+def check_bits(dec: Decoder) -> None:
+    """Raises UserError for a tensor whose bits no kernel has.
+
+    Kernels take 4 or 8-bit weights, 32 or 64-bit biases and 8 or 16-bit activations; what enters an
+    activation as a constant (embedding, prefix) is stored in 8 bits.
+    """
+    for graph in dec.graphs:
+        for spec in graph.tensors:
+            if re.search(r"\.i\d+$", spec.name):
+                continue  # widened for a tensor that is checked too
+            allowed = _allowed_bits(graph.prefix, spec)
+            for bits in spec.quant.bits if spec.quant else ():
+                if bits not in allowed:
+                    raise UserError(
+                        f"{graph.prefix}{spec.name}: the bit plan gives it {bits} bits; expected"
+                        f" {' or '.join(map(str, allowed))}; correct the rule that matches it"
+                    )
+
+
+def _allowed_bits(prefix: str, spec: TensorSpec) -> tuple[int, ...]:
+    match spec.kind, spec.name.rpartition(".")[2]:
+        case "param", "bias":
+            return (32, 64)
+        case "param", "weight" if prefix != "embed.":
+            return (4, 8)
+        case "param", _:
+            return (8,)
+        case _:
+            return (8, 16)
+
+
 def freeze(dec: Decoder, params: Params, free: Scales, prefix: tuple[int, ...]) -> IntegerModel:
     """Rounds weights, biases and prefix to codes at the given scales.
 
-    code = clip(round(w / s)), half to even; bias code = round(b / (s_x s_w)) with s_x s_w a float32
-    product.
+    code = clip(round(w / s)), half to even; bias code = round(b / (s_x s_w)), s_x s_w in float32.
 
     Args:
       dec: staged for any length, with the prefix's.
       params: folded float parameters by global name.
-      free: QParams of every free tensor (`quant.is_free`).
+      free: QParams of every free tensor (`resolve.is_free`).
       prefix: the token ids behind `layers.attn.prefix_*`.
 
     Raises:
-      UserError: a non-finite parameter or scale, a bias that does not fit its bits, an accumulator
-      that
-        can overflow (`accumulators`).
+      UserError: bits that no kernel has (`check_bits`), a non-finite parameter or scale, a bias
+        that does not fit its bits, an accumulator that can overflow (`accumulators`).
     """
+    check_bits(dec)
     # Logits of the last position alone have one tensor more, which these scales must know too.
     every = decoder(dec.config, dec.plan, dec.tokens, dec.prefix, dec.cache, "last")
     resolved = jax.tree.map(np.asarray, resolve(every, free))
@@ -188,13 +219,27 @@ def _freeze_biases(
         values = np.rint(
             _finite(b, np.asarray(params[b], np.float64)) / scale[b].astype(np.float64)
         )
-        for bits, layer in zip(spec.quant.bits, _layers(graph, values), strict=True):
-            if (worst := np.abs(layer).max()) >= 2.0 ** (bits - 1):
-                raise UserError(
-                    f"{b}: code {worst:.0f} does not fit {bits} bits; give it 64 bits in the plan"
-                    " or a coarser input"
-                )
+        _check_bias_codes(graph, node, values)
         codes[b] = values.astype(np.int32 if max(spec.quant.bits) == 32 else np.int64)
+
+
+def _check_bias_codes(graph: Graph, node: Node, values: np.ndarray) -> None:
+    """Raises UserError for codes (L, out), or (out,), that their bits do not hold."""
+    x, _, b = (graph[n].quant for n in node.inputs)
+    assert x is not None and b is not None
+    for i, codes in enumerate(_layers(graph, values)):
+        if (worst := np.abs(codes).max()) >= 2.0 ** (b.bits[i] - 1):
+            where = f"layers.{i}." if graph.prefix == "layers." else graph.prefix
+            way_out = (
+                f"{wider_linear(where + node.output, x.bits[i])} in the bit plan"
+                if b.bits[i] == 32 and worst < 2.0**63
+                else f"a scale of {where}{node.inputs[0]} or {where}{node.inputs[1]} is next to 0;"
+                " check them for values that are all 0"
+            )
+            raise UserError(
+                f"{where}{node.inputs[2]}: code {worst:.0f} does not fit {b.bits[i]} bits;"
+                f" {way_out}"
+            )
 
 
 def save(model: IntegerModel, folder: Path) -> None:

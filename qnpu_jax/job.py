@@ -1,68 +1,61 @@
 """The main job: a model in, a proved integer .tflite out, with every number that the user is told.
 
-The simulator comes in as an argument (`Simulate`): this package never imports it.
+The simulator comes in as an argument (`proof.Simulate`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import platform
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from qnpu_jax import (
-    accumulators,
     artifacts,
     corpus,
     evaluation,
     freeze,
-    generate,
     models,
     pipeline,
+    texts,
     tflite,
 )
-from qnpu_jax.config import ModelConfig, Recipe, UserError
+from qnpu_jax.config import ModelConfig, UserError
 from qnpu_jax.decoder import decoder
-from qnpu_jax.evaluate import Params
 from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.graph import TensorSpec
+from qnpu_jax.learn.stages import Store, schedule
+from qnpu_jax.learn.train import History
 from qnpu_jax.litert import LiteRT
 from qnpu_jax.models import Checkpoint, Tokenizer
-from qnpu_jax.pipeline import Clock, Track
-from qnpu_jax.verify import compare, op_names
+from qnpu_jax.pipeline import Clock
+from qnpu_jax.proof import Positions, Simulate, bound, prove
+from qnpu_jax.recipes import EFFORTS, Effort, Recipe
+from qnpu_jax.texts import Texts
 
-PACKAGES = ("qnpu", "jax", "jaxlib", "numpy", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers")
-
-Positions = Literal["all", "last"]
-"""Of which positions a signature gives logits."""
-
-
-@runtime_checkable
-class Simulator(Protocol):
-    """A simulated model of one length."""
-
-    def logits(self, ids: np.ndarray) -> Any:
-        """Codes of the logits, (T or 1, V) for ids (T,)."""
-        ...
-
-    def tensors(self, ids: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Codes of every tensor by global name."""
-        ...
-
-    def accumulators(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, int]:
-        """Largest absolute accumulator of a run that gave these tensors, by global name."""
-        ...
+PACKAGES = (
+    "qnpu", "jax", "jaxlib", "numpy", "optax", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers"
+)  # fmt: skip
+POINTS = 200
+"""Losses of a stage in the report: of longer stages, means over equal numbers of steps."""
 
 
-Simulate = Callable[[IntegerModel, int, Positions], Simulator]
-"""Makes the simulator of a model for a length."""
+class Observer(Clock):
+    """Who watches a run; this one only keeps the time."""
+
+    def track(self, items: Iterable[Any], length: int, what: str) -> Iterable[Any]:
+        """Wraps an iteration of known length."""
+        return items
+
+    def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
+        """After every step of learning: the loss, and the best held-out KL so far."""
+
+    def say(self, message: str) -> None:
+        """What the user should know at once."""
 
 
 @dataclass(frozen=True)
@@ -71,76 +64,171 @@ class Job:
 
     Attributes:
       model: a name or path that `models.load` takes.
-      calibration: text or JSONL; None lets the model write its own.
-      eval_text: held-out text; None takes `pydoc_data.topics`.
+      effort: how much is learned.
+      calibration: text or JSONL, also learned from; None lets the model write its own.
+      eval_text: text that is scored; None takes `pydoc_data.topics`.
       prefill: static length of the signature.
       logits: of all positions, or of the last only.
-      eval_tokens: held-out tokens scored, at least one window.
+      eval_tokens: tokens scored, at least one window.
+      checkpoints: where learning is kept until the job is done; None takes <out>.checkpoints.
     """
 
     model: str
     recipe: Recipe
     out: Path
+    effort: Effort = EFFORTS["none"]
     calibration: Path | None = None
     eval_text: Path | None = None
     prefill: int = 128
     logits: Positions = "all"
     eval_tokens: int = 2048
     overwrite: bool = False
+    checkpoints: Path | None = None
+
+    def learning(self) -> Effort | None:
+        """The effort, None where the recipe learns nothing at it."""
+        return self.effort if any(n for _, n in schedule(self.recipe, self.effort)) else None
+
+    def checkpoint_folder(self) -> Path:
+        if self.checkpoints is not None:
+            return self.checkpoints
+        out = self.out if self.out.name not in ("", "..") else self.out.resolve()
+        return out.with_name(f"{out.name}.checkpoints")
 
 
-@dataclass(frozen=True)
-class Text:
-    """Windows (N, T) of token ids, and where they are from: a name and a hash of the source."""
-
-    source: str
-    sha256: str
-    windows: np.ndarray
-
-    def to_json(self) -> dict[str, Any]:
-        return {"source": self.source, "sha256": self.sha256, "tokens": self.windows.size}
-
-
-def run(job: Job, simulate: Simulate, clock: Clock, track: Track) -> dict[str, Any]:
+def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
     """Quantizes, writes, proves and measures; returns the report, which is also in the folder.
 
     Raises:
-      UserError: any mistake of the caller; nothing is left behind then.
+      UserError: any mistake of the caller. Nothing is left behind then but checkpoints, where
+        something was learned: the same job goes on from them.
     """
     _check_request(job)
     recipe = job.recipe
-    with clock.stage("load"):
+    with watch.stage("load"):
         checkpoint = models.load(job.model)
         config, bos = checkpoint.config, checkpoint.tokenizer.bos_id
         _check_model(config, job)
-        held_out = _held_out(job, checkpoint)
-        calibration = _calibration(job, checkpoint)
-    with clock.stage("fold, rotate"):
+        _check_checkpoints(job, _asked(job) | _found(checkpoint))
+        scored, held_out = texts.scored_and_judged(
+            job.eval_text, checkpoint, job.prefill, job.eval_tokens, job.learning()
+        )
+        found = None
+        if job.calibration is not None:
+            found = texts.given(job.calibration, checkpoint, recipe, job.learning())
+    with watch.stage("fold, rotate"):
         params = pipeline.prepare(config, checkpoint.params, recipe)
-    if calibration is None:
-        with clock.stage("calibration text"):
-            calibration = _generate(job, checkpoint, params, track)
-    made = pipeline.quantize(config, params, recipe, calibration.windows, bos, clock, track)
-    with artifacts.writing(job.out, job.overwrite) as folder:
-        with clock.stage("write"):
-            _write(folder, made.model, job, checkpoint, calibration, held_out)
-        report = {
-            "format": artifacts.FORMAT,
-            "model": checkpoint.source,
-            "recipe": recipe.name,
-            "prefill": job.prefill,
-            "logits": job.logits,
-            "bytes": (folder / artifacts.MODEL).stat().st_size,
-            "calibration": calibration.to_json(),
-            "held_out": held_out.to_json(),
-            **_measure(job, made, folder, held_out.windows, simulate, clock, track),
-            "seconds": {k: round(v, 2) for k, v in clock.seconds.items()},
-            "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
-            "ranges": artifacts.columns(made.ranges),
-            "sha256": artifacts.digests(folder),
-        }
-        artifacts.write_json(folder / artifacts.REPORT, report)
+    if found is None:
+        with watch.stage("calibration text"):
+            found = texts.written(
+                checkpoint, params, recipe, job.learning(), _steps(watch, "calibration text")
+            )
+    text = Texts(scored, *found, held_out)
+    with _kept(job, checkpoint, text, watch) as store:
+        made = pipeline.quantize(
+            config, params, recipe, text.windows(), bos, job.effort, store, watch, watch.track,
+            watch.learned,
+        )  # fmt: skip
+        with artifacts.writing(job.out, job.overwrite) as folder:
+            with watch.stage("write"):
+                _write(folder, made.model, job, checkpoint, text)
+            report = _report(job, checkpoint, text, made, folder, simulate, watch)
+            artifacts.write_json(folder / artifacts.REPORT, report)
     return report
+
+
+@contextmanager
+def _kept(job: Job, checkpoint: Checkpoint, text: Texts, watch: Observer) -> Iterator[Store | None]:
+    """Where learning is kept while the block runs; gone when it ends well, or before a first
+    checkpoint."""
+    if job.learning() is None:
+        yield None
+        return
+    from qnpu_jax.learn.checkpoints import Checkpoints  # orbax takes a second to import
+
+    folder = job.checkpoint_folder()
+    store = Checkpoints(folder, _asked(job) | _found(checkpoint) | text.digests())
+    if kept := resumes(job):
+        watch.say(f"goes on from stage {kept[0]}, step {kept[1]}, as kept in {folder}")
+    else:
+        watch.say(f"learns, and keeps checkpoints in {folder} until it is done")
+    try:
+        yield store
+    except BaseException:
+        if not resumes(job):
+            store.remove()
+        raise
+    store.remove()
+
+
+def resumes(job: Job) -> tuple[int, int] | None:
+    """Stage (from 1) and step that the same job would go on from, None where nothing is kept."""
+    if job.learning() is None:
+        return None
+    from qnpu_jax.learn.checkpoints import last
+
+    found = last(job.checkpoint_folder())
+    return (found[0] + 1, found[1]) if found else None
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """What decides what is learned, as far as the caller said it."""
+    return {"recipe": job.recipe.to_json(), "effort": dataclasses.asdict(job.effort)}
+
+
+def _found(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The same, of the model."""
+    return {"model": checkpoint.sha256, "config": dataclasses.asdict(checkpoint.config)}
+
+
+def _report(
+    job: Job,
+    checkpoint: Checkpoint,
+    text: Texts,
+    made: pipeline.Quantized,
+    folder: Path,
+    simulate: Simulate,
+    watch: Observer,
+) -> dict[str, Any]:
+    return {
+        "format": artifacts.FORMAT,
+        "model": checkpoint.source,
+        "recipe": job.recipe.name,
+        "effort": job.effort.name,
+        "prefill": job.prefill,
+        "logits": job.logits,
+        "bytes": (folder / artifacts.MODEL).stat().st_size,
+        **text.to_json(),
+        **_measure(job, made, folder, text.scored.windows, simulate, watch),
+        "seconds": {k: round(v, 2) for k, v in watch.seconds.items()},
+        "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
+        "learned": _learned(job, made.histories),
+        "ranges": artifacts.columns(made.ranges),
+        "sha256": artifacts.digests(folder),
+    }
+
+
+def _learned(job: Job, histories: list[History]) -> list[dict[str, Any]]:
+    """One entry per stage that learned: losses (means of `every` steps) and held-out KLs."""
+    planned = [(i, n) for i, (_, n) in enumerate(schedule(job.recipe, job.effort)) if n]
+    out = []
+    for (stage, steps), history in zip(planned, histories, strict=True):
+        every = max(1, -(-len(history.loss) // POINTS))
+        parts = [history.loss[i : i + every] for i in range(0, len(history.loss), every)]
+        out.append({
+            "stage": stage + 1,
+            "steps": steps,
+            "taken": len(history.loss),
+            "every": every,
+            "loss": [_short(sum(part) / len(part)) for part in parts],
+            "evaluated": [step for step, _ in history.held_out],
+            "held_out_kl": [_short(kl) for _, kl in history.held_out],
+        })  # fmt: skip
+    return out
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.5g}")
 
 
 def _check_request(job: Job) -> None:
@@ -152,9 +240,25 @@ def _check_request(job: Job) -> None:
             f" prefill length {job.prefill}; raise --eval-tokens or choose a shorter --prefill"
         )
     artifacts.check_writable(job.out, job.overwrite)
+    _check_checkpoints(job, _asked(job))
     for path in (job.calibration, job.eval_text):
         if path is not None:
             corpus.read_text(path)
+
+
+def _check_checkpoints(job: Job, inputs: dict[str, Any]) -> None:
+    """As far as one can say before everything is read."""
+    if job.learning() is None:
+        return
+    from qnpu_jax.learn.checkpoints import check  # orbax takes a second to import
+
+    folder, out = job.checkpoint_folder().resolve(), job.out.resolve()
+    if out in (folder, *folder.parents) or folder in out.parents:
+        raise UserError(
+            f"{job.checkpoints}: overlaps with the output folder {job.out}; expected a folder"
+            " beside it; choose another --checkpoints"
+        )
+    check(job.checkpoint_folder(), inputs)
 
 
 def _check_prefill(prefill: int) -> None:
@@ -165,83 +269,22 @@ def _check_prefill(prefill: int) -> None:
 def _check_model(config: ModelConfig, job: Job) -> None:
     """What a recipe and a length ask of a model."""
     longest = job.recipe.max_prefix if job.recipe.prefix == "auto" else 0
-    lengths = {"prefill": job.prefill, "calibration_length": job.recipe.calibration_length}
-    for name, length in lengths.items():
+    length = job.recipe.calibration_length
+    asked = [("prefill", job.prefill), ("calibration_length", length)]
+    if effort := job.learning():
+        asked.append((f"effort {effort.name}", effort.length))
+    for name, length in asked:
         if length + longest > config.max_positions:
             raise UserError(
                 f"{name}: {length} tokens after a prefix of up to {longest}; expected at most the"
-                f" model's {config.max_positions} positions; choose a shorter {name}"
+                f" model's {config.max_positions} positions; choose"
+                f" {'another effort' if 'effort' in name else f'a shorter {name}'}"
             )
-    for graph in decoder(config, job.recipe.bits, job.prefill, longest).graphs:
-        for spec in graph.tensors:
-            if not re.search(r"\.i\d+$", spec.name):  # widened for a tensor that is checked too
-                _check_bits(graph.prefix, spec)
+    freeze.check_bits(decoder(config, job.recipe.bits, job.prefill, longest))
 
 
-def _check_bits(prefix: str, spec: TensorSpec) -> None:
-    """Kernels take 4 or 8-bit weights, 32 or 64-bit biases and 8 or 16-bit activations; what enters
-    an activation as a constant (embedding, prefix) is stored in 8 bits."""
-    match spec.kind, spec.name.rpartition(".")[2]:
-        case "param", "bias":
-            allowed = (32, 64)
-        case "param", "weight" if prefix != "embed.":
-            allowed = (4, 8)
-        case "param", _:
-            allowed = (8,)
-        case _:
-            allowed = (8, 16)
-    for bits in spec.quant.bits if spec.quant else ():
-        if bits not in allowed:
-            raise UserError(
-                f"{prefix}{spec.name}: the bit plan gives it {bits} bits; expected"
-                f" {' or '.join(map(str, allowed))}; correct the rule that matches it"
-            )
-
-
-def _held_out(job: Job, checkpoint: Checkpoint) -> Text:
-    count = job.eval_tokens // job.prefill
-    return _text(job.eval_text, checkpoint.tokenizer, checkpoint.config, job.prefill, count)
-
-
-def _calibration(job: Job, checkpoint: Checkpoint) -> Text | None:
-    if job.calibration is None:
-        return None
-    count, length = _calibration_shape(job.recipe)
-    return _text(job.calibration, checkpoint.tokenizer, checkpoint.config, length, count)
-
-
-def _calibration_shape(recipe: Recipe) -> tuple[int, int]:
-    """Windows, and tokens of each."""
-    length = recipe.calibration_length
-    return max(1, recipe.calibration_tokens // length), length
-
-
-def _text(
-    path: Path | None, tokenizer: Tokenizer, config: ModelConfig, length: int, count: int
-) -> Text:
-    """Windows of a file, by default of Python's documentation."""
-    if path is None:
-        name = source = "pydoc_data.topics"
-        texts = [corpus.default_text()]
-        sha256 = hashlib.sha256(texts[0].encode()).hexdigest()
-    else:
-        name, source = path.name, str(path)
-        texts, sha256 = corpus.read_text(path), corpus.digest(path)
-    ids = corpus.tokenize(texts, tokenizer, config.vocab_size, source)
-    return Text(name, sha256, corpus.windows(ids, length, count, source))
-
-
-def _generate(job: Job, checkpoint: Checkpoint, params: Params, track: Track) -> Text:
-    count, length = _calibration_shape(job.recipe)
-    windows = generate.calibration_windows(
-        checkpoint.config, job.recipe.bits, params, checkpoint.tokenizer,
-        count * length, length, job.recipe.seed, _steps(track, "calibration text"),
-    )  # fmt: skip
-    return Text("written by the model", hashlib.sha256(windows.tobytes()).hexdigest(), windows)
-
-
-def _steps(track: Track, what: str) -> Callable[[Iterable[int], int], Iterable[int]]:
-    return lambda steps, length: track(steps, length, what)
+def _steps(watch: Observer, what: str) -> Callable[[Iterable[int], int], Iterable[int]]:
+    return lambda steps, length: watch.track(steps, length, what)
 
 
 def _write(
@@ -249,31 +292,25 @@ def _write(
     model: IntegerModel,
     job: Job,
     checkpoint: Checkpoint,
-    calibration: Text,
-    held_out: Text,
+    text: Texts,
 ) -> None:
     freeze.save(model, folder)
     checkpoint.tokenizer.save(folder / artifacts.TOKENIZER)
     tflite.write(model, folder / artifacts.MODEL, job.prefill, job.logits)
     settings = {
-        "recipe": job.recipe.to_json(),
+        **_asked(job),
         "prefill": job.prefill,
         "logits": job.logits,
         "inputs": {
             "model": {"source": checkpoint.source, "sha256": checkpoint.sha256},
-            "calibration": calibration.to_json(),
-            "held_out": held_out.to_json(),
+            **text.to_json(),
         },
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: artifacts.version(p) for p in PACKAGES},
+        },
     }
     artifacts.write_json(folder / artifacts.RECIPE, settings)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _measure(
@@ -282,69 +319,33 @@ def _measure(
     folder: Path,
     windows: np.ndarray,
     simulate: Simulate,
-    clock: Clock,
-    track: Track,
+    watch: Observer,
 ) -> dict[str, Any]:
     """Report entries of the proof, and `perplexity` of the four readings of the model."""
     model, file = made.model, folder / artifacts.MODEL
-    with clock.stage("verify"):
+    with watch.stage("verify"):
         runner = LiteRT(file, "ref", keep_tensors=True)
         simulator = simulate(model, job.prefill, job.logits)
-    proof = prove(model, runner, simulator, windows[0], clock)
+    proof = prove(model, runner, simulator, windows[0], watch)
     if job.logits == "last":  # scoring needs every position, which this file does not give
-        with clock.stage("write"):
+        with watch.stage("write"):
             file = folder / "all-positions.tflite"
             tflite.write(model, file, job.prefill)
             runner = LiteRT(file, "ref")
             file.unlink()
         simulator = simulate(model, job.prefill, "all")
     readings: dict[str, evaluation.Logits] = {
-        "float": evaluation.float_logits(model.config, model.plan, made.params),
+        "float": evaluation.float_logits(model.config, model.plan, made.reference),
         "fake-quant": evaluation.fake_quant_logits(model),
         "simulator": evaluation.integer_logits(model, simulator.logits),
         "LiteRT": evaluation.integer_logits(model, runner.run),
     }
     scores = {}
     for name, logits in readings.items():
-        with clock.stage(f"score {name}"):
-            progress = _steps(track, f"score {name}")
+        with watch.stage(f"score {name}"):
+            progress = _steps(watch, f"score {name}")
             scores[name] = evaluation.perplexity(logits, windows, track=progress)
     return {"perplexity": scores, **proof}
-
-
-def prove(
-    model: IntegerModel, runner: LiteRT, simulator: Simulator, ids: np.ndarray, clock: Clock
-) -> dict[str, Any]:
-    """Compares every tensor of a file, in LiteRT's reference kernels, with the simulator's.
-
-    Args:
-      runner: of the file, with its tensors kept.
-      simulator: of the same length and positions.
-      ids: (T,) real text.
-
-    Returns:
-      Report entries `verify` (tensors, elements, differing, differences) and `accumulators`: proved
-      bounds (codes, bits) and the largest that this run saw.
-    """
-    with clock.stage("verify"):
-        runner.run(ids)
-        tensors = simulator.tensors(ids)
-        comparison = compare(runner.tensors(), tensors, op_names(model, len(ids), runner.logits))
-    with clock.stage("accumulators"):
-        dec = model.decoder(len(ids), logits=runner.logits)
-        bounds = accumulators.proved_bounds(dec, model.codes, model.zero_point)
-        seen = simulator.accumulators(tensors)
-    rows = [dataclasses.asdict(b) | {"needed": b.needed, "seen": seen[b.tensor]} for b in bounds]
-    closest = min(rows, key=lambda row: row["available"] - row["needed"])
-    return {
-        "verify": {
-            "tensors": comparison.tensors,
-            "elements": comparison.elements,
-            "differing": comparison.differing,
-            "differences": [str(d) for d in comparison.differences],
-        },
-        "accumulators": {"closest": closest, "all": artifacts.columns(rows)},
-    }
 
 
 def check(out: Path, text: Path | None, simulate: Simulate, clock: Clock) -> dict[str, Any]:
@@ -358,7 +359,8 @@ def check(out: Path, text: Path | None, simulate: Simulate, clock: Clock) -> dic
         model = freeze.load(out)
         runner = LiteRT(out / artifacts.MODEL, "ref", keep_tensors=True)
         tokenizer = Tokenizer.load(out / artifacts.TOKENIZER)
-        ids = _text(text, tokenizer, model.config, runner.tokens, 1).windows[0]
+        read = texts.tokenized(text, tokenizer, model.config.vocab_size)
+        ids = read.first(runner.tokens, runner.tokens).windows[0]
         simulator = simulate(model, runner.tokens, runner.logits)
     return prove(model, runner, simulator, ids, clock)
 
@@ -367,9 +369,12 @@ def export(out: Path, file: Path, prefill: int, logits: Positions) -> None:
     """Writes the model of a folder that `run` wrote to `file`, for another length.
 
     Raises:
-      UserError: not such a folder, `file` exists, or the model has fewer positions.
+      UserError: not such a folder, `file` exists, the model has fewer positions, or an accumulator
+        can overflow at that length.
     """
     _check_prefill(prefill)
     with artifacts.new_file(file) as partial:
         artifacts.read_report(out)
-        tflite.write(freeze.load(out), partial, prefill, logits)
+        model = freeze.load(out)
+        bound(model, prefill, logits)
+        tflite.write(model, partial, prefill, logits)

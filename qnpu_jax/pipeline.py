@@ -1,5 +1,4 @@
-"""From a checkpoint to an `IntegerModel`: fold, rotate, prefix, calibrate, freeze. The stages of
-the main job."""
+"""From a checkpoint to an `IntegerModel`: fold, rotate, prefix, calibrate, learn, freeze."""
 
 from __future__ import annotations
 
@@ -10,15 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Int
 
 from qnpu_jax.calibrate import collect, initialize, weight_scales
-from qnpu_jax.config import ModelConfig, Recipe
+from qnpu_jax.config import ModelConfig
 from qnpu_jax.decoder import decoder
+from qnpu_jax.equivalent import channel_peaks, scale, smoothquant
 from qnpu_jax.evaluate import Params
 from qnpu_jax.freeze import IntegerModel, freeze
+from qnpu_jax.learn.stages import Report, Store, Text, learn
+from qnpu_jax.learn.train import History
 from qnpu_jax.prefix import PrefixReport, add_prefix, find_prefix
+from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.rotate import fold_norms, random_rotation, rotate
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -49,15 +50,20 @@ class Quantized:
 
     Attributes:
       model: the frozen integers.
-      params: folded, rotated float parameters, with the prefix's K/V.
+      params: float parameters that were frozen: rotated, with the prefix's K/V and all that was
+        learned (where weights or biases learned, no longer the float model).
+      reference: parameters of the float model, with the prefix's K/V.
       prefix: how the prefix was chosen, None without one.
       ranges: one row per calibrated tensor and layer.
+      histories: losses of each stage that learned.
     """
 
     model: IntegerModel
     params: Params
+    reference: Params
     prefix: PrefixReport | None
     ranges: list[dict[str, object]]
+    histories: list[History] = field(default_factory=list)
 
 
 def prepare(config: ModelConfig, params: Params, recipe: Recipe) -> Params:
@@ -72,34 +78,48 @@ def quantize(
     config: ModelConfig,
     params: Params,
     recipe: Recipe,
-    windows: Int[np.ndarray, "n t"],
+    text: Text,
     bos: int | None,
+    effort: Effort = EFFORTS["none"],
+    store: Store | None = None,
     clock: Clock | None = None,
     track: Track = untracked,
+    report: Report = lambda *_: None,
 ) -> Quantized:
-    """Calibrates and freezes prepared parameters.
+    """Calibrates, learns and freezes prepared parameters.
 
     Args:
       params: from `prepare`.
-      windows: (N, T) calibration ids, without BOS.
+      text: windows of ids, without BOS.
       bos: the id sequences start with, which starts the prefix.
+      effort: how much is learned; by default nothing is.
+      store: of checkpoints.
+      report: called after every step of learning.
 
     Raises:
-      UserError: no prefix tames the outliers, an accumulator can overflow, non-finite values.
+      UserError: an accumulator can overflow, non-finite values, learning diverged.
     """
     clock = clock or Clock()
-    report = None
+    params = dict(params)
+    found = None
     if recipe.prefix == "auto":
         with clock.stage("prefix"):
-            report = find_prefix(config, recipe.bits, params, windows, bos, recipe.max_prefix)
-            if report.tokens:
-                params = add_prefix(config, recipe.bits, params, report.tokens)
-    tokens = report.tokens if report else ()
-    dec = decoder(config, recipe.bits, windows.shape[1], len(tokens))
+            found = find_prefix(
+                config, recipe.bits, params, text.calibration, bos, recipe.max_prefix
+            )
+            if found.tokens:
+                params = add_prefix(config, recipe.bits, params, found.tokens)
+    tokens, tame = (found.tokens, found.ok) if found else ((), False)
+    dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
     with clock.stage("calibrate"):
-        stats = collect(dec, params, windows, track=track)
-        activations, ranges = initialize(dec, stats, recipe)
+        if recipe.smooth:
+            peaks = channel_peaks(dec, params, text.calibration)
+            params = scale(config, params, smoothquant(config, params, peaks, recipe.smooth))
+        stats = collect(dec, params, text.calibration, track=track)
+        activations, ranges = initialize(dec, stats, recipe.activation_init, tame)
         free = activations | weight_scales(dec, params, recipe.weight_init)
+    with clock.stage("learn"):
+        made = learn(dec, recipe, effort, params, free, text, tame, store, report)
     with clock.stage("freeze"):
-        model = freeze(dec, params, free, tokens)
-    return Quantized(model, params, report, ranges)
+        model = freeze(dec, made.params, made.free, tokens)
+    return Quantized(model, made.params, params, found, ranges, made.histories)

@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from qnpu_jax.config import BitPlan, ModelConfig, UserError
+from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.decoder import decoder
-from qnpu_jax.evaluate import Params, passes
+from qnpu_jax.evaluate import Params, passes, shared_inputs
+from qnpu_jax.graph import Graph
 
 OUTLIER_RATIO = 64.0
 """A token is an outlier where its largest activation exceeds this multiple of the median
@@ -34,14 +36,22 @@ WATCHED = ("mlp.act", "mlp.residual")
 
 @dataclass(frozen=True)
 class PrefixReport:
-    """The chosen prefix and the largest ratio of a token's peak to the median, per layer, before
-    and after."""
+    """The chosen prefix and what it does.
+
+    Attributes:
+      tokens: ids; none where the text has no outliers, or where every prefix makes them worse.
+      before, after: largest ratio of a token's peak to the median token's, per layer.
+      peak_before, peak_after: largest absolute value of the residual stream.
+      ok: no token exceeds OUTLIER_RATIO times the median after the prefix. Where False, static
+        scales must hold outliers: warn, and clip nothing.
+    """
 
     tokens: tuple[int, ...]
     before: tuple[float, ...]
     after: tuple[float, ...]
     peak_before: float
     peak_after: float
+    ok: bool
 
 
 def find_prefix(
@@ -55,43 +65,46 @@ def find_prefix(
     """Chooses a prefix.
 
     Greedy: BOS first, then whichever candidate lowers the worst ratio most, until no token exceeds
-    OUTLIER_RATIO times the median at any layer. Candidates are the most frequent tokens that are
-    outliers still or were at first, and the most frequent tokens of the text: a common token can
-    take a sink that rare ones compete for. They are compared on the start of the windows, where
-    outliers show; the verdict is on all of their tokens.
+    OUTLIER_RATIO times the median at any layer. Where `longest` tokens do not suffice (`ok` is
+    False then), the step with the lowest worst ratio counts, no prefix at all included.
+
+    Candidates are the most frequent tokens that are outliers still or were at first, and the most
+    frequent tokens of the text: a common token can take a sink that rare ones compete for. They are
+    compared on the start of the windows, where outliers show; the verdict is on all of their
+    tokens.
 
     Args:
       windows: (N, T) ids of ordinary text, without BOS.
       bos: the id a sequence starts with, None where the model has none.
       longest: at most this many tokens.
-
-    Raises:
-      UserError: `longest` tokens do not suffice.
     """
 
     def outliers(tokens: tuple[int, ...], ids: np.ndarray) -> _Outliers:
-        with_prefix = add_prefix(config, plan, params, tokens) if tokens else params
-        return _outliers(config, plan, with_prefix, ids, len(tokens))
+        return _outliers(config, plan, params, ids, tokens, longest)
 
     text = windows[:SEARCH_WINDOWS]
     sample = text[:, : SEARCH_TOKENS // len(text)]
     frequent = [token for token, _ in Counter(text.ravel().tolist()).most_common()]
     tokens: tuple[int, ...] = ()
-    best = before = outliers(tokens, text)
-    while best.ratio.max() > OUTLIER_RATIO and len(tokens) < longest:
-        pools = (best.tokens, before.tokens, frequent) if tokens or bos is None else ([bos],)
+    last = before = outliers(tokens, text)
+    best = (tokens, before)
+    while last.ratio.max() > OUTLIER_RATIO and len(tokens) < longest:
+        pools = (last.tokens, before.tokens, frequent) if tokens or bos is None else ([bos],)
         candidates = dict.fromkeys(c for pool in pools for c in pool[:CANDIDATES])
         longer: list[tuple[int, ...]] = [(*tokens, c) for c in candidates]
         tokens = min(longer, key=lambda t: outliers(t, sample).ratio.max())
-        best = outliers(tokens, text)
-    if (worst := best.ratio.max()) > OUTLIER_RATIO:
-        raise UserError(
-            f"prefix {list(tokens)}: layer {int(best.ratio.argmax())} still has a token {worst:.0f}"
-            f" times the median; expected at most {OUTLIER_RATIO:.0f}; raise max_prefix in the"
-            ' recipe, give more calibration text, or set prefix to "none"'
-        )
-    ratios = [tuple(float(r) for r in o.ratio) for o in (before, best)]
-    return PrefixReport(tokens, ratios[0], ratios[1], before.peak, best.peak)
+        last = outliers(tokens, text)
+        if last.ratio.max() < best[1].ratio.max():
+            best = (tokens, last)
+    tokens, after = best
+    return PrefixReport(
+        tokens=tokens,
+        before=tuple(map(float, before.ratio)),
+        after=tuple(map(float, after.ratio)),
+        peak_before=before.peak,
+        peak_after=after.peak,
+        ok=bool(after.ratio.max() <= OUTLIER_RATIO),
+    )
 
 
 @dataclass(frozen=True)
@@ -105,14 +118,28 @@ class _Outliers:
 
 
 def _outliers(
-    config: ModelConfig, plan: BitPlan, params: Params, windows: np.ndarray, prefix: int = 0
+    config: ModelConfig,
+    plan: BitPlan,
+    params: Params,
+    windows: np.ndarray,
+    tokens: tuple[int, ...],
+    slots: int,
 ) -> _Outliers:
-    dec = decoder(config, plan, windows.shape[1], prefix)
+    """Of the windows after a prefix, which takes the first of `slots` places; the mask hides the
+    others, so that prefixes of all lengths share one compiled layer."""
+    dec = decoder(config, plan, windows.shape[1], slots)
+    past = decoder(config, plan, windows.shape[1], cache=slots)
+    tables = shared_inputs(past, filled=len(tokens))
+    params = {**params, **_rows(config, plan, params, tokens, slots)}
     ids = jnp.asarray(windows, jnp.int32)
     ratios = np.zeros(config.num_layers)
     peak = 0.0
     found: Counter[int] = Counter()
-    for graph, layer, env in passes(dec, params, ids, lambda g: WATCHED if g is dec.layer else ()):
+
+    def watched(graph: Graph) -> tuple[str, ...]:
+        return WATCHED if graph is dec.layer else ()
+
+    for graph, layer, env in passes(dec, params, ids, watched, tables=tables):
         if graph is dec.embed:
             continue
         peak = max(peak, float(jnp.abs(env["mlp.residual"]).max()))
@@ -131,12 +158,22 @@ def add_prefix(
 ) -> Params:
     """The parameters with `layers.attn.prefix_{k,v}` (L, N, P, K): K after RoPE and V of the
     prefix, in float."""
+    rows = _rows(config, plan, params, tokens, len(tokens))
+    return {**params, **{name: np.asarray(x) for name, x in rows.items()}}
+
+
+def _rows(
+    config: ModelConfig, plan: BitPlan, params: Params, tokens: tuple[int, ...], slots: int
+) -> dict[str, jax.Array]:
+    """`layers.attn.prefix_{k,v}` with `slots` places, the tokens in the first: tokens that follow
+    change nothing of those before."""
     params = {k: v for k, v in params.items() if ".prefix_" not in k}
-    dec = decoder(config, plan, len(tokens))
-    ids = jnp.asarray(tokens, jnp.int32)[None]
-    rows: dict[str, list[np.ndarray]] = {"k": [], "v": []}
-    for graph, _, env in passes(dec, params, ids, lambda g: g.outputs):
+    dec = decoder(config, plan, slots)
+    ids = np.zeros((1, slots), np.int32)
+    ids[0, : len(tokens)] = tokens
+    rows: dict[str, list[jax.Array]] = {"k": [], "v": []}
+    for graph, _, env in passes(dec, params, jnp.asarray(ids), lambda g: g.outputs):
         if graph is dec.layer:
             for letter, stack in rows.items():
-                stack.append(np.asarray(env[f"attn.{letter}_rows"][0]))
-    return {**params, **{f"layers.attn.prefix_{x}": np.stack(stack) for x, stack in rows.items()}}
+                stack.append(env[f"attn.{letter}_rows"][0])
+    return {f"layers.attn.prefix_{x}": jnp.stack(stack) for x, stack in rows.items()}

@@ -8,7 +8,8 @@ channel over all channels, which narrows the ranges that static quantization mus
 
 Two steps, in this order: `fold_norms` turns a checkpoint into the graph's parameters, `rotate`
 turns those into others of the same function. Products are taken in float64, one layer or one block
-of rows at a time, and stored as `dtype`.
+of rows at a time, and stored as `dtype`. `rotated` is the rule of one parameter, which learning
+traces in float32 and `rotate` applies in float64.
 
 Names: V vocabulary, D hidden size, F intermediate size, L layers, H query heads, KV key/value
 heads, K head size. A linear is y = W x + b with W (out, in), layers stacked on a leading axis.
@@ -20,7 +21,9 @@ section 3; Ashkboos et al., QuaRot (arXiv 2404.00456), sections 3 and 4.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+import jax
 import numpy as np
 from flax import struct
 from jax import Array
@@ -29,6 +32,8 @@ from numpy.typing import DTypeLike
 
 from qnpu_jax.config import ModelConfig, UserError
 
+A = TypeVar("A", Array, np.ndarray)
+"""Of one kind throughout a call: float64 of NumPy (merging) or traced float32 of JAX (learning)."""
 Params = Mapping[str, Array | np.ndarray]
 Seed = int | Sequence[int]
 Matrix64 = Float64[np.ndarray, "n n"]
@@ -44,6 +49,8 @@ _LINEARS = {
     "layers.mlp.down": None,
 }
 _NORMS = ("layers.attn.norm", "layers.mlp.norm", "head.norm")
+_TABLES = ("embed.weight", "head.weight")
+_PREFIX = ("layers.attn.prefix_k", "layers.attn.prefix_v")
 _ROWS = 8192  # rows of the embedding and the head that are float64 at a time
 _ORTHOGONAL = 1e-4  # largest |R R^T - I| of a rotation; float32 rounding stays far below it
 
@@ -178,7 +185,7 @@ def random_rotation(config: ModelConfig, seed: int) -> Rotation:
 # --- parameters: fold, then rotate ---
 
 
-def _by_layer(
+def by_layer(
     stack: Array | np.ndarray, merge: Callable[[int, np.ndarray], np.ndarray], dtype: DTypeLike
 ) -> np.ndarray:
     """merge(i, stack[i]) for every layer i, in float64, stored as `dtype`. Shapes do not change."""
@@ -208,6 +215,14 @@ def _check_names(params: Params, required: set[str], optional: set[str], way_out
         raise UserError(
             f"{min(unknown)}: not expected; expected {sorted(required | optional)}; {way_out}"
         )
+
+
+def check_folded(params: Params) -> None:
+    """Raises UserError unless these are the parameters of `fold_norms`, with or without prefix
+    K/V."""
+    linears = {f"{name}.{suffix}" for name in _LINEARS for suffix in ("weight", "bias")}
+    required = {*linears, *_TABLES, "head.bias"}
+    _check_names(params, required, set(_PREFIX), "call `fold_norms` first")
 
 
 def _check_checkpoint(config: ModelConfig, params: Params) -> None:
@@ -249,9 +264,9 @@ def fold_norms(
         scale = config.head_dim**-0.5 if name == "layers.attn.q" else 1.0
         columns = np.full(config.num_layers, scale) if norm is None else gamma[norm] * scale
         weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
-        out[f"{name}.weight"] = _by_layer(weight, lambda i, w, c=columns: w * c[i], dtype)
+        out[f"{name}.weight"] = by_layer(weight, lambda i, w, c=columns: w * c[i], dtype)
         bias = np.zeros(weight.shape[:2]) if bias is None else bias
-        out[f"{name}.bias"] = _by_layer(bias, lambda _, b, s=scale: b * s, dtype)
+        out[f"{name}.bias"] = by_layer(bias, lambda _, b, s=scale: b * s, dtype)
     head = params["embed.weight" if config.tie_embeddings else "head.weight"]
     out["head.weight"] = _by_rows(head, lambda w: w * gamma["head.norm"], dtype)
     out["head.bias"] = np.zeros(config.vocab_size, dtype)
@@ -275,27 +290,54 @@ def _orthogonal(name: str, r: np.ndarray, order: int) -> Matrix64:
     return r
 
 
-def _rotated(
-    name: str,
-    x: Float64[np.ndarray, "*out D_in"],
-    r1: Float64[np.ndarray, "D D"],
-    r2: Float64[np.ndarray, "K K"],
-) -> Float64[np.ndarray, "*out D_in"]:
-    """One weight (out, in) or bias (out,) of one layer, merged as `rotate` says."""
-    k = len(r2)
-    match name.removeprefix("layers."):
-        case "attn.q.weight" | "attn.k.weight" | "mlp.gate.weight" | "mlp.up.weight":
+@jax.default_matmul_precision("highest")  # TF32, what a GPU would take, is worth 10 bits
+def rotated(
+    name: str, x: Float[A, "*out n"], r1: Float[A, "D D"], r2: Float[A, "K K"] | None = None
+) -> Float[A, "*out n"]:
+    """One parameter of the graph after the rotation, as `rotate` says: of one layer in `layers.*`.
+
+    NumPy float64 or JAX float32, traced or not: arrays of one kind in, one of that kind out.
+
+    Args:
+      name: global, `layers.attn.q.weight`.
+      x: a weight (out, in), a bias (out,), a block of rows of `embed.weight` or `head.weight`, or
+        `layers.attn.prefix_{k,v}` (N, P, K).
+      r2: of this layer; `embed.*` and `head.*` have none.
+
+    Raises:
+      UserError: no parameter of the graph has this name.
+    """
+    match name:
+        case "embed.weight" | "head.weight" | "layers.attn.q.weight" | "layers.attn.k.weight":
             return x @ r1
-        case "attn.v.weight":
-            return (r2.T @ (x @ r1).reshape(-1, k, len(r1))).reshape(x.shape)
-        case "attn.v.bias":
-            return (x.reshape(-1, k) @ r2).reshape(x.shape)
-        case "attn.o.weight":
-            return r1.T @ (x.reshape(len(r1), -1, k) @ r2).reshape(x.shape)
-        case "mlp.down.weight" | "attn.o.bias" | "mlp.down.bias":
+        case "layers.mlp.gate.weight" | "layers.mlp.up.weight":
+            return x @ r1
+        case "layers.mlp.down.weight" | "layers.attn.o.bias" | "layers.mlp.down.bias":
             return r1.T @ x
-        case _:  # biases of q, k, gate, up: neither side of the sum is rotated
+        case "layers.attn.q.bias" | "layers.attn.k.bias" | "layers.attn.prefix_k" | "head.bias":
             return x
+        case "layers.mlp.gate.bias" | "layers.mlp.up.bias":
+            return x
+    if r2 is None:
+        raise UserError(f"{name}: expected R2 of its layer, got None; pass `r2`")
+    return _rotated_values(name, x, r1, r2)
+
+
+def _rotated_values(
+    name: str, x: Float[A, "*out n"], r1: Float[A, "D D"], r2: Float[A, "K K"]
+) -> Float[A, "*out n"]:
+    """`rotated` of what makes values or reads them."""
+    k = len(r2)
+    match name.removeprefix("layers.attn."):
+        case "v.weight":
+            return (r2.T @ (x @ r1).reshape(-1, k, len(r1))).reshape(x.shape)
+        case "v.bias":
+            return (x.reshape(-1, k) @ r2).reshape(x.shape)
+        case "prefix_v":
+            return x @ r2
+        case "o.weight":
+            return r1.T @ (x.reshape(len(r1), -1, k) @ r2).reshape(x.shape)
+    raise UserError(f"{name}: not expected; expected a parameter of `fold_norms` or the prefix's")
 
 
 def rotate(
@@ -304,21 +346,21 @@ def rotate(
     """The parameters of the same function with residual stream x R1 and values v R2_i.
 
     E <- E R1; q, k, gate, up, head: W <- W R1; v: W <- R2_i^T W R1, b <- R2_i^T b for each KV head;
-    o: W <- R1^T W blockdiag(R2_i), b <- R1^T b; down: W <- R1^T W, b <- R1^T b.
+    o: W <- R1^T W blockdiag(R2_i), b <- R1^T b; down: W <- R1^T W, b <- R1^T b; values of a prefix:
+    V <- V R2_i.
 
     Args:
-      params: the output of `fold_norms` (or of `rotate`: rotations compose).
+      params: the output of `fold_norms` (or of `rotate`: rotations compose), with the prefix's K
+        and V or without.
       dtype: stored type; products are float64.
 
     Raises:
       UserError: R1 or an R2_i is not orthogonal or has the wrong shape; parameters are not those of
-      `fold_norms`.
+        `fold_norms`.
 
     Reference: SpinQuant (arXiv 2405.16406), figure 1 and section 3.1.
     """
-    layer_names = [f"{name}.{suffix}" for name in _LINEARS for suffix in ("weight", "bias")]
-    required = {*layer_names, "embed.weight", "head.weight", "head.bias"}
-    _check_names(params, required, set(), "call `fold_norms` first")
+    check_folded(params)
     r1 = _orthogonal("R1", np.asarray(rotation.r1), config.hidden_size)
     if len(rotation.r2) != config.num_layers:
         raise UserError(f"R2: expected one per layer, {config.num_layers}, got {len(rotation.r2)}")
@@ -328,8 +370,8 @@ def rotate(
     ]
 
     out = {"head.bias": np.asarray(params["head.bias"]).astype(dtype)}
-    for name in ("embed.weight", "head.weight"):
-        out[name] = _by_rows(params[name], lambda rows: rows @ r1, dtype)
-    for name in layer_names:
-        out[name] = _by_layer(params[name], lambda i, x, n=name: _rotated(n, x, r1, r2[i]), dtype)
+    for name in _TABLES:
+        out[name] = _by_rows(params[name], lambda rows, n=name: rotated(n, rows, r1), dtype)
+    for name in (n for n in params if n.startswith("layers.")):
+        out[name] = by_layer(params[name], lambda i, x, n=name: rotated(n, x, r1, r2[i]), dtype)
     return out

@@ -31,19 +31,44 @@ def bounds_of(name: str, plan: str) -> dict[str, Bound]:
 
 @given(st.integers(-(2**70), 0), st.integers(0, 2**70))
 def test_needed_bits_are_the_fewest_that_hold_the_interval(low, high):
-    n = Bound("x", low, high, 32).needed
+    n = Bound("x", "FULLY_CONNECTED", low, high, 32, 8).needed
     assert -(2 ** (n - 1)) <= low and high <= 2 ** (n - 1) - 1
     assert n == 1 or low < -(2 ** (n - 2)) or high > 2 ** (n - 2) - 1
 
 
 @pytest.mark.parametrize(("low", "high", "fits"), [(-(2**31), 2**31 - 1, True), (0, 2**31, False)])
 def test_check_stops_at_one_beyond_32_bits(low, high, fits):
-    bound = Bound("layers.3.mlp.down", low, high, 32)
+    bound = Bound("layers.3.mlp.down", "FULLY_CONNECTED", low, high, 32, 16)
     if fits:
         check([bound])
     else:
         with pytest.raises(UserError, match=r"^layers\.3\.mlp\.down: .* 2147483648, .* 33 bits"):
             check([bound])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "op", "input_bits", "way_out"),
+    [
+        ("layers.3.mlp.down", "FULLY_CONNECTED", 16, "give layers.3.mlp.down.bias 64 bits"),
+        (
+            "layers.3.mlp.down",
+            "FULLY_CONNECTED",
+            8,
+            "give layers.3.mlp.down 16 bits and layers.3.mlp.down.bias 64 bits",
+        ),
+        ("head.logits", "FULLY_CONNECTED", 8, "give head.logits 16 bits and head.bias 64 bits"),
+        (
+            "layers.0.attn.kv1.mixed",
+            "BATCH_MATMUL",
+            8,
+            "choose a shorter length, or give layers.0.attn.kv1.mixed 16 bits",
+        ),
+    ],
+)
+def test_the_way_out_is_one_that_the_kernels_have(tensor, op, input_bits, way_out):
+    with pytest.raises(UserError) as error:
+        check([Bound(tensor, op, 0, 2**31, 32, input_bits)])
+    assert str(error.value).endswith(f"; {way_out} in the bit plan")
 
 
 def test_there_is_a_bound_for_every_product_of_every_layer():
@@ -55,6 +80,15 @@ def test_there_is_a_bound_for_every_product_of_every_layer():
             names |= {global_name(graph, layer, n.output) for n in products}
     assert bounds_of("mqa_linear_bias", "w8a8").keys() == names
     assert len(names) == 3 * (7 + 2 + 2) + 2
+
+
+@plans
+def test_bounds_know_their_op_and_the_width_of_its_input(plan):
+    """LiteRT's 64-bit accumulators go with 16-bit inputs."""
+    for bound in bounds_of("mqa_linear_bias", plan).values():
+        assert bound.available == {8: 32, 16: 64}[bound.input_bits]
+        product = bound.tensor.endswith((".squares", ".scores", ".mixed"))
+        assert bound.op == ("BATCH_MATMUL" if product else "FULLY_CONNECTED")
 
 
 @plans

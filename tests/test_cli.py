@@ -13,9 +13,11 @@ import safetensors.numpy
 from model_files import read_model, write_gguf, write_model
 from workspace import PREFILL, QUANTIZE, workspace
 
-from qnpu_jax import artifacts, cli, freeze
-from qnpu_jax.config import RECIPES
+from qnpu_jax import artifacts, cli, freeze, job
+from qnpu_jax.cli.commands import Simulated
+from qnpu_jax.cli.display import Display, print_report
 from qnpu_jax.litert import LiteRT
+from qnpu_jax.recipes import RECIPES, load_recipe
 
 Command = Callable[..., tuple[int, str, str]]
 RULES = RECIPES["w8a8"].to_json()["bits"]
@@ -109,6 +111,57 @@ def test_overwrite_replaces(qnpu, here):
     assert not list(here.glob(".*"))
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_printed_as_it_is_read(qnpu, tmp_path, name):
+    status, out, _ = qnpu("recipe", name)
+    assert status == 0
+    (tmp_path / "own.json").write_text(out)
+    assert load_recipe(str(tmp_path / "own.json")) == RECIPES[name]
+
+
+def report_of(made: Path, **changes) -> dict:
+    return json.loads((made / "out" / "report.json").read_text()) | changes
+
+
+def test_what_learning_did_is_in_the_table(made, capfd):
+    stage = {"steps": 60, "taken": 40, "held_out_kl": [0.25, 0.125, 0.13]}
+    learned = [{"stage": i, **stage} for i in (1, 3)]
+    print_report(report_of(made, effort="fast", learned=learned))
+    shown = capfd.readouterr().out
+    assert "│ learning     │ effort " in shown
+    assert "stage 3" in shown
+    assert "40 of 60 steps, held-out KL 0.25 -> 0.125" in shown
+
+
+def test_a_prefix_that_does_not_help_is_a_warning(made, monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "80")
+    prefix = {"tokens": [], "before": [70.4, 3.0], "after": [70.4, 3.0], "ok": False}
+    print_report(report_of(made, prefix=prefix))
+    shown = capfd.readouterr().out
+    assert "none helps" in shown
+    text = " ".join(re.sub("[│\n]", " ", shown).split())
+    assert "no prefix tames the outliers: 70 times the median token; ranges by min-max" in text
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_learning_in_lines(monkeypatch, capfd):
+    """Where stderr is no terminal: the first step, the last one, and every half minute."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Display() as display, display.stage("learn"):
+        for step in range(41, 61):  # resumed after step 40
+            display.learned(1, step, 60, 1 / step, 0.125)
+            now[0] += 10
+    assert capfd.readouterr().err.splitlines() == [
+        "qnpu: learning, stage 2: step 41 of 60, loss 0.02439, held-out KL 0.125, ...",
+        *(
+            f"qnpu: learning, stage 2: step {n} of 60, loss {1 / n:.4g}, held-out KL 0.125,"
+            f" {10 * (60 - n)} s left"
+            for n in (44, 47, 50, 53, 56, 59, 60)
+        ),
+    ]
+
+
 def test_recipe_and_graph(qnpu, here):
     status, out, _ = qnpu("recipe", "w4a8")
     assert status == 0
@@ -166,6 +219,16 @@ def test_verify_finds_one_changed_weight(qnpu, here):
     assert f"elements differ, in {len(lines)} of " in out
 
 
+def test_verify_names_the_first_differences(qnpu, here, monkeypatch):
+    lines = [*"abcdefghijklmnopqrstuvwxy"]
+    found = {"tensors": 30, "elements": 300, "differing": 50, "differences": lines}
+    monkeypatch.setattr(job, "check", lambda *_: {"verify": found})
+    status, out, err = qnpu("verify", "out")
+    assert status == 1
+    assert err.splitlines() == [*lines[:20], "... and 5 more"]
+    assert out.startswith("50 of 300 elements differ, in 25 of 30 tensors")
+
+
 def test_verify_finds_another_model(qnpu, refused, here):
     shutil.copy(here / "out" / "model.tflite", here / "kept")
     (here / "out" / "model.tflite").unlink()
@@ -211,7 +274,7 @@ def test_export(qnpu, here):
     assert (status, out, err) == (0, "wrote m.tflite, 0.1 MB\n", "")
     runner = LiteRT(here / "m.tflite")
     ids = np.arange(24, dtype=np.int32)
-    expected = cli.Simulated(freeze.load(here / "out"), 24, "last").logits(ids)
+    expected = Simulated(freeze.load(here / "out"), 24, "last").logits(ids)
     np.testing.assert_array_equal(runner.run(ids), expected)
 
 
@@ -235,7 +298,7 @@ def test_export_refused(refused, args, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--recipe w9a9", "w9a9: no such recipe; expected one of ['w4a16', 'w4a8',"),
+        ("--recipe w9a9", "w9a9: no such recipe; expected one of ['w8a8', 'w8a16',"),
         ("--prefill 1", "prefill: 1 is too short; expected at least 2; raise --prefill"),
         ("--prefill 600 --eval-tokens 600", "prefill: 600 tokens after a prefix of up to 6;"),
         ("--prefill 33", "eval-tokens: 32 is less than one window; expected at least"),
@@ -247,6 +310,26 @@ def test_export_refused(refused, args, message):
         ("--out text.txt", "text.txt: is a file; expected a folder; choose another --out"),
         ("--out text.txt/new", "/text.txt is a file; expected a folder; choose another --out"),
         ("--out model --overwrite", "so it is not ours to overwrite; expected an output folder"),
+        ("--effort most", "'most' is not one of 'none', 'fast', 'full'; see `qnpu --help`"),
+        (
+            "--effort fast --checkpoints model",
+            "model: holds no run.json, so it is not ours to write to; expected a new or empty",
+        ),
+        ("--effort fast --checkpoints text.txt", "text.txt: is a file; expected a folder; choose"),
+        (
+            "--effort fast --checkpoints new/kept",
+            "new/kept: overlaps with the output folder",
+        ),
+        ("--effort fast --checkpoints new", "new: overlaps with the output folder new; expected"),
+        (
+            "--effort fast --out new/er --checkpoints new",
+            "new: overlaps with the output folder",
+        ),
+        (
+            "--effort full",
+            "effort full: 512 tokens after a prefix of up to 6; expected at most the",
+        ),
+        ("--effort fast --eval-tokens 400000", "tokens of pydoc_data.topics reach into its end,"),
         ("--colour", "No such option: --colour"),
         ("--prefill many", "Invalid value for '--prefill'"),
     ],

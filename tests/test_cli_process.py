@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 from workspace import QUANTIZE, request, start, workspace, write_inputs
 
-from qnpu_jax import cli, job
+from qnpu_jax import job
+from qnpu_jax.cli.commands import Simulated
 from qnpu_jax.config import UserError
 from qnpu_jax.corpus import default_text
-from qnpu_jax.pipeline import Clock
 
 
 @contextlib.contextmanager
@@ -59,10 +60,10 @@ def test_killed_while_it_writes(tmp_path):
     (left,) = tmp_path.glob(".out.*.partial")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"report\.json: missing"):
-        job.check(left, None, cli.Simulated, Clock())
-    job.run(request(tmp_path), cli.Simulated, Clock(), lambda steps, *_: steps)
+        job.check(left, None, Simulated, job.Observer())
+    job.run(request(tmp_path), Simulated, job.Observer())
     assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "recipe.json", "text.txt"}
-    assert job.check(tmp_path / "out", None, cli.Simulated, Clock())["verify"]["differing"] == 0
+    assert job.check(tmp_path / "out", None, Simulated, job.Observer())["verify"]["differing"] == 0
 
 
 def test_interrupted(tmp_path):
@@ -87,6 +88,68 @@ def test_interrupted(tmp_path):
     assert last.endswith("qnpu: interrupted, nothing is left behind")
     assert b"Traceback" not in shown
     assert {p.name for p in tmp_path.iterdir()} == {"model", "recipe.json", "text.txt"}
+
+
+def test_interrupted_while_it_imports(tmp_path):
+    """The first two seconds of any command."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("the system does not show what a process has imported")
+    with running(*QUANTIZE, cwd=tmp_path) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        wait_for(lambda: "jaxlib" in maps.read_text(), process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert err == "qnpu: interrupted, nothing is left behind\n"
+
+
+def learning(folder: Path) -> list[str]:
+    """A command that learns in two stages."""
+    write_inputs(folder)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    stages = [{"learn": [["biases", 0.0003]], "share": 0.5}] * 2
+    (folder / "recipe.json").write_text(json.dumps(recipe | {"stages": stages}))
+    return [*QUANTIZE, "--effort", "fast"]
+
+
+@pytest.mark.slow
+def test_killed_while_it_learns(tmp_path):
+    """Killed in the first stage, interrupted in the second: the bytes of a run that was not."""
+    command = learning(tmp_path)
+    with running(*command, "--out", "whole", cwd=tmp_path) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    lines = err.splitlines()
+    assert lines[0] == "qnpu: learns, and keeps checkpoints in whole.checkpoints until it is done"
+    assert lines[1].startswith("qnpu: learning, stage 1: step 1 of 30, loss ")
+    assert re.fullmatch(r"qnpu: learning, stage 2: step 30 of 30, .*, 0 s left", lines[-1])
+    assert "│ stage 2          │ 30 of 30 steps, held-out KL " in out
+
+    kept = tmp_path / "out.checkpoints"
+    with running(*command, cwd=tmp_path) as process:
+        wait_for(lambda: (kept / "stage0-10.json").exists(), process)
+        process.kill()
+        process.wait()
+    with running(*command, cwd=tmp_path) as process:
+        wait_for(lambda: (kept / "stage1-5.json").exists(), process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert re.match(r"qnpu: goes on from stage 1, step \d+, as kept in out.checkpoints\n", err)
+    last = err.splitlines()[-1]
+    goes_on = re.fullmatch(
+        r"qnpu: interrupted; the same command goes on from stage 2, step (\d+), kept in"
+        r" out\.checkpoints",
+        last,
+    )
+    assert goes_on, last
+    with running(*command, cwd=tmp_path) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"goes on from stage 2, step {goes_on[1]}, as kept in out.checkpoints\n" in err
+    assert not kept.exists()
+    for name in ("model.tflite", "integer_model.safetensors", "integer_model.json", "recipe.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.slow

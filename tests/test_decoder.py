@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import tiny
 
-from qnpu_jax.config import RECIPES, RopeScaling
+from qnpu_jax.config import RopeScaling
 from qnpu_jax.decoder import causal_mask, decoder, layer_inputs, rope_frequencies, rope_tables
 from qnpu_jax.evaluate import evaluate, forward, local
 from qnpu_jax.evaluation import float_logits
 from qnpu_jax.models import load_params
 from qnpu_jax.prefix import add_prefix
+from qnpu_jax.recipes import RECIPES
 from qnpu_jax.rotate import (
     Rotation,
     fold_norms,

@@ -11,7 +11,8 @@ import safetensors.numpy
 import tiny
 
 from qnpu_jax.config import BitPlan, UserError
-from qnpu_jax.freeze import activation_scales, dequantize, freeze, load, save
+from qnpu_jax.decoder import decoder
+from qnpu_jax.freeze import activation_scales, check_bits, dequantize, freeze, load, save
 from qnpu_jax.graph import Graph
 from qnpu_jax.ops import FullyConnected
 from qnpu_jax.quant import QParams
@@ -241,6 +242,55 @@ def test_a_bias_that_does_not_fit_is_refused_in_its_own_layer():
         else:
             with pytest.raises(UserError, match="does not fit 32 bits"):
                 freeze(dec, with_bias, free, tiny.PREFIX)
+
+
+@pytest.mark.parametrize(
+    ("bias", "linear"),
+    [("layers.mlp.down.bias", "layers.1.mlp.down"), ("head.bias", "head.logits")],
+)
+def test_the_way_out_for_a_bias_beside_an_8_bit_input_is_one(bias, linear):
+    dec, params, free = changed(bias, 1e9)
+    wide = bias.replace("layers.", "layers.1.")
+    way_out = f"; give {linear} 16 bits and {wide} 64 bits in the bit plan"
+    with pytest.raises(UserError, match=rf"^{wide}: code \d+ does not fit 32 bits{way_out}$"):
+        freeze(dec, params, free, tiny.PREFIX)
+    plan = BitPlan(((linear, 16), (wide, 64), *dec.plan.rules))
+    taken = decoder(dec.config, plan, dec.tokens, dec.prefix)
+    assert freeze(taken, params, free, tiny.PREFIX).codes[bias].flat[-1] > 2**31
+
+
+def test_a_bias_beside_a_row_of_zeros_has_no_scale():
+    dec, params, free = changed("layers.mlp.up.bias", 1.0)
+    tiny_scale = np.array(free["layers.mlp.up.weight"].scale)
+    tiny_scale[-1, -1] = 1e-26
+    q = QParams(scale=tiny_scale, zero_point=free["layers.mlp.up.weight"].zero_point)
+    expected = (
+        r"^layers\.1\.mlp\.up\.bias: code \d+ does .* layers\.1\.mlp\.up\.weight is next to 0"
+    )
+    with pytest.raises(UserError, match=expected):
+        freeze(dec, params, free | {"layers.mlp.up.weight": q}, tiny.PREFIX)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("layers.1.*.weight", 2), "layers.attn.q.weight: .* 2 bits; expected 4 or 8"),
+        (("head.weight", 16), "head.weight: .* 16 bits; expected 4 or 8"),
+        (("embed.weight", 4), "embed.weight: .* 4 bits; expected 8"),
+        (("*.gate.bias", 16), "layers.mlp.gate.bias: .* 16 bits; expected 32 or 64"),
+        (("*.k_cache", 16), "layers.attn.prefix_k: .* 16 bits; expected 8"),
+        (("head.logits", 32), "head.logits: .* 32 bits; expected 8 or 16"),
+    ],
+)
+def test_bits_that_no_kernel_has_are_refused_first(rule, message):
+    dec, params, free = tiny.calibrated("gqa_llama3", "w8a8")
+    rules = tuple(r for r in dec.plan.rules if r[0] != rule[0])
+    wrong = decoder(dec.config, BitPlan((rule, *rules)), dec.tokens, dec.prefix)
+    for refuse in (check_bits, lambda d: freeze(d, params, free, tiny.PREFIX)):
+        with pytest.raises(UserError, match=message):
+            refuse(wrong)
+    for name in tiny.PLANS:
+        check_bits(decoder(dec.config, tiny.PLANS[name], dec.tokens, dec.prefix))
 
 
 def test_models_do_not_share_arrays_with_their_parameters():

@@ -12,12 +12,13 @@ import tokenizers
 from model_files import GOLDEN, NAMES
 
 from qnpu_jax import generate
-from qnpu_jax.config import RECIPES, BitPlan, ModelConfig, UserError
+from qnpu_jax.config import BitPlan, ModelConfig, UserError
 from qnpu_jax.decoder import decoder
 from qnpu_jax.evaluate import forward
 from qnpu_jax.generate import BATCH, QUESTIONS, calibration_windows, greedy, sample
 from qnpu_jax.models import Tokenizer, load, load_params
 from qnpu_jax.prefix import add_prefix
+from qnpu_jax.recipes import RECIPES
 from qnpu_jax.rotate import fold_norms
 
 PLAN = RECIPES["w8a8"].bits

@@ -7,10 +7,11 @@ import jax
 import pytest
 import tiny
 
-from qnpu_jax.config import RECIPES, BitPlan, UserError
+from qnpu_jax.config import BitPlan, UserError
 from qnpu_jax.decoder import decoder
 from qnpu_jax.graph import Builder, Graph, Node, is_identity
 from qnpu_jax.ops import Add, Concat, FullyConnected, Mul, Requantize, Reshape, Softmax
+from qnpu_jax.recipes import RECIPES
 
 W8A8 = RECIPES["w8a8"].bits
 CONFIG = dataclasses.replace(tiny.SMOLLM2, num_layers=2)

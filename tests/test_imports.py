@@ -16,11 +16,11 @@ LEVELS = {
     name: level
     for level, names in enumerate([
         "ops config",
-        "graph",
+        "graph recipes orthogonal",
         "quant decoder rotate",
-        "evaluate prefix freeze models generate corpus calibrate resolve accumulators"
+        "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
         " flatbuffer op_version",
-        "tflite litert evaluation verify artifacts module pipeline job",
+        "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof job",
         "cli",
         "__init__",  # a table of contents: no module imports it
     ])

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from qnpu_jax import freeze, models, pipeline
-from qnpu_jax.config import Recipe, bit_plan
+from qnpu_jax.config import bit_plan
 from qnpu_jax.decoder import decoder
 from qnpu_jax.evaluate import forward
+from qnpu_jax.learn.stages import Text
 from qnpu_jax.module import QuantDecoder, parameter_shapes, variables
+from qnpu_jax.recipes import Recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "gqa_llama3"
 RECIPE = Recipe(name="test", bits=bit_plan(8, 8), prefix="none")
@@ -21,7 +23,7 @@ def test_float_and_fake_quantized_logits_equal_forward():
     config, raw = models.load_params(GOLDEN)
     params = pipeline.prepare(config, raw, RECIPE)
     windows = np.random.default_rng(1).integers(0, 96, (4, 12)).astype(np.int32)
-    model = pipeline.quantize(config, params, RECIPE, windows, None).model
+    model = pipeline.quantize(config, params, RECIPE, Text.of(windows), None).model
     scales = jax.tree.map(jnp.asarray, freeze.activation_scales(model))
     dec = decoder(config, RECIPE.bits, 12)
     module = QuantDecoder(config, RECIPE.bits)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from qnpu_jax.config import QuantSpec
 from qnpu_jax.graph import TensorSpec
-from qnpu_jax.quant import code_range, expand, fake_quant, from_range, quantize
+from qnpu_jax.quant import (
+    code_range,
+    expand,
+    fake_quant,
+    from_range,
+    lsq_factor,
+    quantize,
+    round_ste,
+    scale_gradient,
+)
 
 BITS = st.sampled_from([2, 4, 8, 16])
 EXPONENT = st.floats(-12, 12)
@@ -121,34 +130,190 @@ def test_asymmetric_range_uses_every_code():
     np.testing.assert_array_equal(q.zero_point, [-64, -128, 127])
 
 
-def lsq(x: float, s: float, z: float, qmin: float, qmax: float) -> tuple[float, float, float]:
-    """d xhat / d(x, s, z), case by case as published, with the offset in codes. A value is inside
-    the range if its code is: the half step beyond the last code counts as inside, as in the forward
-    pass.
+def lsq(x, s, z, qmin, qmax, masked=True) -> np.ndarray:
+    """d xhat / d(x, s, z) as published, with the offset in codes, in float64: (3, ...). A value is
+    inside the range if its code is: the half step beyond the last code counts as inside, as in the
+    forward pass.
 
-    Reference: Esser et al., LSQ (arXiv 1902.08153), eq. 3; Bhalgat et al., LSQ+ (arXiv
+    Reference: Esser et al., LSQ (arXiv 1902.08153), eqs. 3 and 5; Bhalgat et al., LSQ+ (arXiv
     2004.09576), eqs. 5 and 6.
     """
+    x, s, z = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (x, s, z)))
     u = x / s
     code = np.rint(u) + z
-    if code < qmin:
-        return 0.0, qmin - z, -s
-    if code > qmax:
-        return 0.0, qmax - z, -s
-    return 1.0, np.rint(u) - u, 0.0
+    cases = [code < qmin, code > qmax]
+    dx = np.select(cases, [0, 0] if masked else [1, 1], 1)
+    ds = np.select(cases, [qmin - z, qmax - z], np.rint(u) - u)
+    return np.stack([dx, ds, np.select(cases, [-s, -s], 0)])
 
 
-@pytest.mark.parametrize(("s", "z"), [(0.25, 0.0), (0.5, 3.0), (1.0, -8.0)])
-def test_gradients_are_the_published_ones(s, z):
-    # 47 points per code, none on a rounding tie; the outermost codes are hit exactly as well.
+def off_ties(s: float, z: float) -> np.ndarray:
+    """Values on both sides of [-8, 7], clear of ties: 47 per code, and the codes themselves."""
     x = np.concatenate([np.arange(-20 * 47, 20 * 47) / 47 * s, (np.arange(-8, 8) - z) * s])
-    x = x[np.abs(x / s % 1 - 0.5) > 1e-3].astype(np.float32)
-    low, high = jnp.float32(-8), jnp.float32(7)
+    return x[np.abs(x / s % 1 - 0.5) > 1e-3].astype(np.float32)
+
+
+LOW, HIGH = np.float32(-8), np.float32(7)
+SCALE_ZERO = pytest.mark.parametrize(("s", "z"), [(0.25, 0.0), (0.5, 3.0), (1.0, -8.0)])
+# u = x / s up to 20 is rounded to float32, as is its distance to the code.
+ATOL = 4 * 20 * 2**-23
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@SCALE_ZERO
+def test_gradients_are_the_published_ones(s, z, masked):
+    x = off_ties(s, z)
+
+    def f(x, s, z):
+        return fake_quant(x, s, z, LOW, HIGH, masked=masked)
+
+    got = jax.vmap(jax.grad(f, (0, 1, 2)), (0, None, None))(x, jnp.float32(s), jnp.float32(z))
+    np.testing.assert_allclose(np.stack(got), lsq(x, s, z, -8, 7, masked), atol=ATOL)
+
+
+@SCALE_ZERO
+def test_gradients_are_differences_of_the_piecewise_surrogate(s, z):
+    """The quantizer itself is a staircase, flat almost everywhere. Straight-through means the
+    derivative of what is left when the rounding residual r = round(u) - u and the choice of piece
+    are held: (u + r) s inside, (qmin - z) s or (qmax - z) s outside. That is linear in x, s and z,
+    so central differences are exact but for float64 rounding."""
+    x = off_ties(s, z).astype(np.float64)
+    residual, code = np.rint(x / s) - x / s, np.rint(x / s) + z
+
+    def surrogate(x, s, z):
+        clipped = np.where(code < -8, (-8 - z) * s, (7 - z) * s)
+        return np.where((code < -8) | (code > 7), clipped, x + residual * s)
+
+    at, h = np.asarray([np.zeros_like(x) + v for v in (x, s, z)]), 1e-3
+    step = [h * np.eye(3)[i].reshape(3, 1) for i in range(3)]
+    slopes = [(surrogate(*(at + d)) - surrogate(*(at - d))) / (2 * h) for d in step]
     gradient = jax.vmap(jax.grad(fake_quant, (0, 1, 2)), (0, None, None, None, None))
-    got = gradient(jnp.asarray(x), jnp.float32(s), jnp.float32(z), low, high)
-    expected = np.asarray([lsq(float(v), s, z, -8, 7) for v in x])
-    # u = x / s up to 20 is rounded to float32 twice, and multiplied by d(1/s) = 1/s^2 and s.
-    np.testing.assert_allclose(np.stack(got, 1), expected, atol=4 * 20 * 2**-23)
+    got = gradient(jnp.asarray(x, jnp.float32), jnp.float32(s), jnp.float32(z), LOW, HIGH)
+    np.testing.assert_allclose(np.stack(got), slopes, atol=ATOL)
+
+
+def test_the_gradient_of_x_is_the_slope_under_dither():
+    """Dither (uniform over one step) averages the staircase to a clipped line, whose slope the
+    masked straight-through gradient must be, beyond half a step from the ends: there the line bends
+    where the code does not."""
+    s, dither = 0.5, ((np.arange(64) + 0.5) / 64 - 0.5).astype(np.float32)
+    u = np.asarray([-20, -11, -9.3, -6.7, -1, 0, 0.4, 5.2, 8.6, 30], np.float32)
+
+    def mean(x):  # of the actual forward pass
+        noisy = (x[:, None] + s * dither[None, :]).astype(np.float32)
+        return fake_quant(jnp.asarray(noisy), jnp.float32(s), jnp.float32(0), LOW, HIGH).mean(1)
+
+    h = s * np.float32(
+        0.25
+    )  # a multiple of the dither's spacing: differences of the mean are exact
+    slope = (mean(u * s + h) - mean(u * s - h)) / (2 * h)
+    gradient = jax.vmap(jax.grad(fake_quant), (0, None, None, None, None))
+    got = gradient(jnp.asarray(u * s), jnp.float32(s), jnp.float32(0), LOW, HIGH)
+    np.testing.assert_allclose(got, slope, atol=1e-6)  # a mean of 64 float32 codes
+
+
+SHAPES = [((), ()), ((1,), ()), ((3, 1), (3, 1)), ((3, 1), ()), ((1, 5), (3, 1)), ((3, 5), (1, 1))]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("scale_shape", "zero_shape"), SHAPES)
+def test_gradients_are_summed_over_what_broadcasts(scale_shape, zero_shape, masked):
+    rng = np.random.default_rng(len(scale_shape))
+    x = rng.normal(0, 4, (3, 5)).astype(np.float32)
+    g = rng.normal(size=(3, 5)).astype(np.float32)
+    s = rng.uniform(0.3, 1, scale_shape).astype(np.float32)
+    z = rng.integers(-3, 3, zero_shape).astype(np.float32)
+
+    def loss(x, s, z, low, high):
+        return jnp.sum(g * fake_quant(x, s, z, low, high, masked=masked))
+
+    args = (jnp.asarray(x), jnp.asarray(s), jnp.asarray(z), jnp.asarray(LOW), jnp.asarray(HIGH))
+    with jax.numpy_rank_promotion("allow"):  # a scale of (1,), as an op's caller may have it
+        got = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4)))(*args)
+    dx, ds, dz = g * lsq(x, s, z, -8, 7, masked)
+    for d, value, like in zip(got, (dx, ds, dz), (x, s, z), strict=False):
+        full = np.broadcast_shapes((1,) * (2 - like.ndim) + like.shape)
+        axes = tuple(i for i, n in enumerate(full) if n == 1)
+        expected = value.sum(axes, keepdims=True).reshape(like.shape)
+        assert d.shape == like.shape and d.dtype == like.dtype
+        np.testing.assert_allclose(d, expected, atol=15 * 8 * 2**-23)  # 15 terms of up to 8
+    assert got[3] == 0 and got[4] == 0
+
+
+def test_transformations_agree_with_a_loop():
+    """vmap (x alone, then all), scan and checkpoint: the same value and gradients as one by one."""
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(0, 4, (4, 6)), jnp.float32)
+    s = jnp.asarray(rng.uniform(0.3, 1, 4), jnp.float32)
+    z = jnp.asarray(rng.integers(-3, 3, 4), jnp.float32)
+    low, high = np.full(4, LOW), np.full(4, HIGH)
+
+    def one(x, s, z, low, high):
+        return jnp.sum(fake_quant(x, s, z, low, high) ** 2)
+
+    gradient = jax.value_and_grad(one, (0, 1, 2))
+    single = jax.jit(gradient)
+
+    def loop(s, z):
+        return jax.tree.map(lambda *v: np.stack(v), *map(single, x, s, z, low, high))
+
+    def assert_close(got, expected):  # sums of at most 24 terms, in another order
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), got, expected)
+
+    expected = loop(s, z)
+    assert_close(jax.vmap(gradient)(x, s, z, low, high), expected)
+
+    value, (dx, ds, dz) = loop(s[:1].repeat(4), z[:1].repeat(4))
+    over_x = jax.vmap(gradient, (0, None, None, None, None))
+    assert_close(jax.jit(over_x)(x, s[0], z[0], LOW, HIGH), (value, (dx, ds, dz)))
+
+    @jax.jit
+    def batch(x, s, z):  # the scale is outside of vmap: its gradient is the batch's sum
+        return jnp.sum(jax.vmap(one, (0, None, None, None, None))(x, s, z, LOW, HIGH))
+
+    assert_close(jax.grad(batch, (0, 1, 2))(x, s[0], z[0]), (dx, ds.sum(), dz.sum()))
+
+    @jax.jit
+    def scanned(x, s, z):
+        step = jax.checkpoint(lambda total, v: (total + one(*v), None))
+        return jax.lax.scan(step, jnp.float32(0), (x, s, z, low, high))[0]
+
+    got = jax.value_and_grad(scanned, (0, 1, 2))(x, s, z)
+    assert_close(got, (expected[0].sum(), expected[1]))
+
+
+def test_the_value_is_the_equation_with_positive_zeros():
+    x = jnp.asarray([-0.1, -0.0, 0.1, 1e30, -1e30, np.inf, np.nan], jnp.float32)
+    one, zero = jnp.float32(1), jnp.float32(0)
+    for f in (fake_quant, jax.jit(fake_quant)):
+        y = np.asarray(f(x, one, zero, LOW, HIGH))
+        np.testing.assert_array_equal(y, [0, 0, 0, 7, -8, 7, np.nan])
+        assert not np.signbit(y[:3]).any()
+
+
+def test_scale_gradient_is_the_identity_with_a_scaled_gradient():
+    x = jnp.asarray([0.1, -3.0, 7.0], jnp.float32)
+    per_value = np.asarray([1.0, 2.0, 0.5], np.float32)
+    for factor in (0.25, np.float64(0.25), jnp.float32(0.25), per_value):
+        y, pull_back = jax.vjp(lambda x, f=factor: scale_gradient(x, f), x)
+        np.testing.assert_array_equal(y, x)
+        np.testing.assert_array_equal(pull_back(x)[0], x * np.asarray(factor, np.float32))
+    jitted = jax.jit(jax.grad(lambda x, f: jnp.sum(scale_gradient(x, f))))
+    np.testing.assert_array_equal(jitted(x, jnp.float32(0.25)), np.full(3, 0.25))
+
+
+def test_lsq_factor():
+    assert lsq_factor(576, 127) == pytest.approx(1 / np.sqrt(576 * 127))
+    layers = lsq_factor(64, np.asarray([7, 127, 32767], np.float32))
+    np.testing.assert_allclose(layers, 1 / np.sqrt(64 * np.asarray([7, 127, 32767])), rtol=2**-22)
+
+
+def test_round_ste_rounds_half_to_even_and_passes_gradients():
+    x = jnp.asarray([-1.5, -0.5, 0.5, 1.5, 2.5, 0.3, 1e9], jnp.float32)
+    y, pull_back = jax.vjp(jax.jit(round_ste), x)
+    np.testing.assert_array_equal(y, [-2, 0, 0, 2, 2, 0, 1e9])
+    np.testing.assert_array_equal(pull_back(x)[0], x)
+    assert jax.grad(lambda v: round_ste(v) ** 2)(jnp.float32(1.4)) == 2  # 2 round(v)
 
 
 def test_per_channel_scales_broadcast_along_their_axis():

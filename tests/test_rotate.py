@@ -3,7 +3,10 @@ forward alone.
 """
 
 import dataclasses
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -213,6 +216,61 @@ def test_which_biases_rotate():
         "head.bias",
     ):
         np.testing.assert_array_equal(rotated[name], folded[name])
+
+
+def with_prefix(params):
+    rng = np.random.default_rng(9)
+    shape = (CONFIG.num_layers, CONFIG.num_kv_heads, 3, CONFIG.head_dim)
+    return params | {f"layers.attn.prefix_{x}": rng.normal(0, 1, shape) for x in "kv"}
+
+
+def test_learning_and_the_final_merge_rotate_alike():
+    """Traced float32 gives the float64 merge: products of 24 terms, each within 2^-24."""
+    params = with_prefix(rot.fold_norms(CONFIG, checkpoint(), np.float64))
+    rotation = rot.random_rotation(CONFIG, 4)
+    expected = rot.rotate(CONFIG, params, rotation, np.float64)
+    assert expected.keys() == params.keys()
+    r1, r2 = (jnp.asarray(r, jnp.float32) for r in (rotation.r1, rotation.r2))
+    for name, x in params.items():
+        x = jnp.asarray(x, jnp.float32)
+        if name.startswith("layers."):
+            layers = jax.vmap(partial(rot.rotated, name), in_axes=(0, None, 0))
+            got = jax.jit(layers)(x, r1, r2)
+        else:
+            got = jax.jit(partial(rot.rotated, name))(x, r1)
+        assert got.dtype == np.float32
+        tolerance = 24 * 2**-23 * np.abs(params[name]).max()
+        np.testing.assert_allclose(got, expected[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_products_are_float32_in_full():
+    """TF32, the default of a GPU, would make learning see other weights than the merge makes."""
+    w, r1, r2 = (jnp.ones(s, jnp.float32) for s in ((24, 32), (24, 24), (8, 8)))
+    traced = jax.make_jaxpr(partial(rot.rotated, "layers.attn.o.weight"))(w, r1, r2)
+    products = [e for e in traced.jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert len(products) == 2
+    assert all(set(e.params["precision"]) == {jax.lax.Precision.HIGHEST} for e in products)
+
+
+def test_values_of_a_prefix_rotate_and_its_keys_do_not():
+    params = with_prefix(rot.fold_norms(CONFIG, checkpoint(), np.float64))
+    rotation = rot.random_rotation(CONFIG, 0)
+    rotated = rot.rotate(CONFIG, params, rotation, np.float64)
+    k, v = (f"layers.attn.prefix_{x}" for x in "kv")
+    np.testing.assert_array_equal(rotated[k], params[k])
+    # One row of V is what v gives for one token: its bias, where its input is 0.
+    biases = dict(params) | {"layers.attn.v.bias": params[v][:, :, 0].reshape(3, -1)}
+    like = rot.rotate(CONFIG, biases, rotation, np.float64)["layers.attn.v.bias"]
+    np.testing.assert_allclose(rotated[v][:, :, 0].reshape(3, -1), like, atol=1e-12)
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    r1, r2 = np.eye(24), np.eye(8)
+    for name in ("attn.q.weight", "layers.attn.v.weights", "layers.attn.norm.gamma"):
+        with pytest.raises(UserError, match=f"{name}: not expected"):
+            rot.rotated(name, np.ones((8, 24)), r1, r2)
+    with pytest.raises(UserError, match=r"attn\.o\.weight: expected R2 of its layer"):
+        rot.rotated("layers.attn.o.weight", np.ones((24, 32)), r1)
 
 
 def test_rotation_and_its_transpose_cancel():

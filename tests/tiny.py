@@ -10,12 +10,14 @@ import numpy as np
 
 from qnpu_jax import corpus, models, pipeline
 from qnpu_jax.calibrate import collect, initialize, weight_scales
-from qnpu_jax.config import RECIPES, BitPlan, ModelConfig, Recipe
+from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.decoder import decoder
 from qnpu_jax.freeze import IntegerModel, freeze
 from qnpu_jax.graph import Graph
+from qnpu_jax.learn.stages import Text
 from qnpu_jax.prefix import add_prefix
 from qnpu_jax.quant import Scales
+from qnpu_jax.recipes import RECIPES, Recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("mha_tied", "gqa_llama3", "mqa_linear_bias")
@@ -84,7 +86,9 @@ def calibrated(name: str, plan: str, prefix: tuple[int, ...] = PREFIX):
     if prefix:
         params = add_prefix(config, PLANS[plan], params, prefix)
     dec = decoder(config, PLANS[plan], TOKENS, len(prefix))
-    scales, _ = initialize(dec, collect(dec, params, random_ids((4, TOKENS))), recipe(plan))
+    scales, _ = initialize(
+        dec, collect(dec, params, random_ids((4, TOKENS))), "class", tame=bool(prefix)
+    )
     free: Scales = scales | weight_scales(dec, params, "mse")
     return dec, {n: jnp.asarray(x) for n, x in params.items()}, free
 
@@ -114,5 +118,5 @@ def quantize_smollm2() -> Real:
     params = pipeline.prepare(config, checkpoint.params, recipe("w8a8"))
     calibration = corpus.windows(ids[:1024], 128, 8, "default text")
     bos = checkpoint.tokenizer.bos_id
-    quantized = pipeline.quantize(config, params, recipe("w8a8"), calibration, bos)
+    quantized = pipeline.quantize(config, params, recipe("w8a8"), Text.of(calibration), bos)
     return Real(checkpoint, quantized, corpus.windows(ids[1024:], 64, 8, "default text"))

@@ -11,11 +11,13 @@ import tokenizers
 from model_files import write_model
 
 import qnpu_jax
-from qnpu_jax import cli, job
-from qnpu_jax.config import RECIPES, ModelConfig, load_recipe
+from qnpu_jax import job
+from qnpu_jax.cli.commands import Simulated
+from qnpu_jax.config import ModelConfig
 from qnpu_jax.corpus import default_text
 from qnpu_jax.models.huggingface import read_config
 from qnpu_jax.models.llama import expected_tensors
+from qnpu_jax.recipes import RECIPES, load_recipe
 
 VOCAB = 320
 CONFIG = {
@@ -33,8 +35,8 @@ CONFIG = {
 }
 PREFILL, EVAL_TOKENS = 16, 32
 QUANTIZE = (
-    f"quantize model --recipe recipe.json --calibration text.txt --out out --prefill {PREFILL}"
-    f" --eval-tokens {EVAL_TOKENS}"
+    f"quantize model --recipe recipe.json --effort none --calibration text.txt --out out"
+    f" --prefill {PREFILL} --eval-tokens {EVAL_TOKENS}"
 ).split()
 """What was asked of `workspace`'s out/."""
 
@@ -43,7 +45,7 @@ def workspace(folder: Path) -> Path:
     """A folder with model/, recipe.json, text.txt and out/, made when first asked for."""
     if not folder.exists():
         write_inputs(folder)
-        job.run(request(folder), cli.Simulated, cli.Clock(), lambda steps, *_: steps)
+        job.run(request(folder), Simulated, job.Observer())
     return folder
 
 

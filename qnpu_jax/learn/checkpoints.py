@@ -1,0 +1,274 @@
+"""Checkpoints on disk, by orbax: a run killed at any step and started again goes on from the last.
+
+    <folder>/run.json             what is learned, from what, on what: `check` compares every entry
+    <folder>/stage0/<step>/       orbax's, the state
+    <folder>/stage0-<step>.json   losses, and a SHA-256 of each of orbax's files; written last
+
+The last two states of a stage are kept. Orbax commits a state whole or not at all, but reads
+flipped bits as other numbers, and cuts arrays of another shape to the one asked for: the hashes
+and `_restored` make errors of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from qnpu_jax import artifacts
+from qnpu_jax.config import UserError
+from qnpu_jax.learn.train import History, TrainState
+
+FORMAT = 1
+RUN = "run.json"
+PACKAGES = ("qnpu", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
+"""Another version of any of these may compute, or store, something else."""
+SHORT = 40
+"""Characters of a value in a message."""
+
+
+def check(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Raises UserError where `folder` cannot hold the checkpoints of this run.
+
+    Args:
+      inputs: what decides the result, as JSON; entries that are not known yet are left out.
+    """
+    with artifacts.system_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; expected a folder; choose another --checkpoints")
+        if not folder.is_dir() or not {p.name for p in folder.iterdir()} - {_partial(RUN)}:
+            return
+    if not (folder / RUN).is_file():
+        raise UserError(
+            f"{folder}: holds no {RUN}, so it is not ours to write to; expected a new or empty"
+            " folder, or one of an earlier run; choose another --checkpoints"
+        )
+    held = _flat(_read(folder / RUN))
+    for name, expected in _flat(_known(inputs)).items():
+        # Of a list, the part before the first bracket: one more stage is a difference too.
+        if (got := held.pop(name, None)) != expected:
+            raise _another_run(folder, name, expected, got)
+    given = tuple(_known(inputs))
+    for name, got in held.items():
+        if re.split(r"[.[]", name)[0] in given:
+            raise _another_run(folder, name, None, got)
+
+
+def _known(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    versions = {name: artifacts.version(name) for name in PACKAGES}
+    device = jax.devices()[0].device_kind
+    return {"format": FORMAT, "versions": versions, "device": device, **inputs}
+
+
+def _another_run(folder: Path, name: str, expected: Any, got: Any) -> UserError:
+    def short(value: Any) -> str:
+        text = "nothing" if value is None else str(value)
+        return text if len(text) <= SHORT else text[: SHORT - 3] + "..."
+
+    return UserError(
+        f"{folder}: checkpoints of another run: {name}: expected {short(expected)}, got"
+        f" {short(got)}; give what that run was given to go on with it, or remove the folder, or"
+        " choose another --checkpoints"
+    )
+
+
+def last(folder: Path) -> tuple[int, int] | None:
+    """Stage and step of the last checkpoint, None where there is none."""
+    return max(_kept(folder).values(), default=None)
+
+
+def _kept(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Records, and the stage and step of each."""
+    names = {p: re.fullmatch(r"stage(\d+)-(\d+)\.json", p.name) for p in folder.glob("stage*")}
+    return {path: (int(found[1]), int(found[2])) for path, found in names.items() if found}
+
+
+class Checkpoints:
+    """`stages.Store` in a folder."""
+
+    def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
+        """Makes the folder, or opens it where it is of the same run.
+
+        Args:
+          inputs: all that decides the result, as JSON.
+
+        Raises:
+          UserError: as `check`, or it cannot be written.
+        """
+        check(folder, inputs)
+        self.folder = folder
+        with artifacts.system_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / RUN).exists():
+                _write(folder / RUN, _known(inputs))
+
+    def load(self, stage: int, like: TrainState) -> tuple[TrainState, History] | None:
+        """The last state saved of a stage; dtypes and kinds of array are those of `like`.
+
+        Raises:
+          UserError: it is damaged, or of another shape.
+        """
+        step = max(self._steps(stage), default=None)
+        if step is None:
+            return None
+        path, record = self._place(stage, step)
+        kept = _read(record)
+        if not {"loss", "held_out", "sha256"} <= kept.keys():
+            raise UserError(f"{record}: incomplete; {_way_out(record)}")
+        artifacts.check_files(path, kept["sha256"], f"by {record.name}", _way_out(record))
+        self._clean(stage)
+        with _orbax(path), _manager(path.parent) as manager:
+            stored = manager.restore(step, args=ocp.args.PyTreeRestore())
+        held_out = [(int(step), kl) for step, kl in kept["held_out"]]
+        return _restored(path, stored, like), History(kept["loss"], held_out)
+
+    def save(self, stage: int, state: TrainState, history: History) -> None:
+        """Keeps a state; until it is whole on disk, the one before counts.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        with artifacts.system_errors(self.folder):
+            for old in sorted(self._steps(stage))[:-1]:
+                self._place(stage, old)[1].unlink()
+        self._clean(stage)
+        path, record = self._place(stage, int(state.step))
+        with _orbax(path), _manager(path.parent) as manager:
+            arrays = {name: np.asarray(x) for name, x in _leaves(state)}
+            manager.save(int(state.step), args=ocp.args.PyTreeSave(arrays))
+        with artifacts.system_errors(path):
+            sums = {"sha256": artifacts.digests(path)}
+            _write(record, dataclasses.asdict(history) | sums)
+
+    def _steps(self, stage: int) -> list[int]:
+        return [step for at, step in _kept(self.folder).values() if at == stage]
+
+    def _place(self, stage: int, step: int) -> tuple[Path, Path]:
+        """The folder of a state, and its record."""
+        return self.folder / f"stage{stage}" / str(step), self.folder / f"stage{stage}-{step}.json"
+
+    def _clean(self, stage: int) -> None:
+        """Removes states without a record: a killed run left them half written or half removed."""
+        kept = {str(step) for step in self._steps(stage)}
+        with artifacts.system_errors(self.folder):
+            for path in (self.folder / f"stage{stage}").glob("*"):
+                if path.name not in kept:
+                    shutil.rmtree(path)
+
+    def remove(self) -> None:
+        """Removes the checkpoints, and the folder unless somebody keeps something else in it."""
+        with artifacts.system_errors(self.folder):
+            for file in _kept(self.folder):  # first: without its record, a state does not count
+                file.unlink()
+            for stage in self.folder.glob("stage*"):
+                if re.fullmatch(r"stage\d+", stage.name):
+                    shutil.rmtree(stage)
+            (self.folder / RUN).unlink()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        folder.absolute(),
+        # Weights are noise to a compressor: a sixth smaller, in seven times the time.
+        item_handlers=ocp.PyTreeCheckpointHandler(use_compression=False),
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+    )
+
+
+@contextmanager
+def _orbax(path: Path) -> Iterator[None]:
+    """Turns whatever orbax raises over a folder into a UserError."""
+    try:
+        yield
+    except Exception as error:  # it documents none: ValueError, KeyError, OSError and others come
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: orbax cannot read or write it ({type(error).__name__}: {what}); expected a"
+            " checkpoint and room on the disk; check the disk, or remove the folder that it is in"
+            " to learn afresh"
+        ) from None
+
+
+def _way_out(file: Path) -> str:
+    """For a damaged file of ours. Without a record, the one before it counts."""
+    before = "" if file.name == RUN else f"remove {file} to go on from the checkpoint before, or "
+    return f"{before}remove {file.parent} to learn afresh"
+
+
+def _leaves(state: TrainState) -> list[tuple[str, Any]]:
+    """Arrays by path, as in ".theta['scale/embed.residual']"."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(state)
+    return [(jax.tree_util.keystr(path), x) for path, x in paths]
+
+
+def _restored(path: Path, stored: Mapping[str, Any], like: TrainState) -> TrainState:
+    """`like` with the values that were stored."""
+    names = [name for name, _ in _leaves(like)]
+    if odd := set(names) ^ set(stored):
+        raise UserError(
+            f"{path}: array {min(odd)} is {'missing' if min(odd) in names else 'unknown'}; expected"
+            " the arrays of this stage; remove the folder that it is in to learn afresh"
+        )
+    leaves = [_restored_leaf(path, name, stored[name], x) for name, x in _leaves(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _restored_leaf(path: Path, name: str, stored: Any, like: Any) -> Any:
+    """One array, of the kind of `like`: the compiled step takes no other, and may overwrite it."""
+    found = np.asarray(stored)
+    if (found.shape, found.dtype) != (np.shape(like), like.dtype):
+        raise UserError(
+            f"{path}: {name}: expected {like.dtype}{list(np.shape(like))}, got"
+            f" {found.dtype}{list(found.shape)}; remove the folder that it is in to learn afresh"
+        )
+    if isinstance(like, jax.Array):
+        return jnp.array(found)  # a copy: the step donates it
+    return np.array(found) if isinstance(like, np.ndarray) else found.dtype.type(found)
+
+
+def _partial(name: str) -> str:
+    return f".{name}.partial"
+
+
+def _write(path: Path, data: Any) -> None:
+    """JSON that appears whole or not at all."""
+    partial = path.with_name(_partial(path.name))
+    artifacts.write_json(partial, data)
+    partial.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); expected JSON; {_way_out(path)}"
+        ) from None
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path}: expected a JSON object, got {type(data).__name__}; {_way_out(path)}"
+        )
+    return data
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Leaves of JSON by path: recipe.stages[0].share."""
+    if isinstance(value, Mapping):
+        parts = {f"{name}.{k}" if name else str(k): v for k, v in value.items()}
+    elif isinstance(value, list | tuple):
+        parts = {f"{name}[{i}]": v for i, v in enumerate(value)}
+    else:
+        return {name: value}
+    return {k: v for part, x in parts.items() for k, v in _flat(x, part).items()}

@@ -1,0 +1,46 @@
+"""One optax transformation for all groups: rotations stay orthogonal, rounding offsets move by
+signs, the rest by Adam or SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import jax
+import optax
+
+from qnpu_jax.learn.parameters import Theta, group_of
+from qnpu_jax.orthogonal import cayley_sgd, on_orthogonal_group
+from qnpu_jax.recipes import Stage
+
+
+def optimizer(stage: Stage, steps: int) -> optax.GradientTransformation:
+    """Of the groups that the stage learns, each with its peak rate, cosine to zero over `steps`."""
+    # The mean of a cosine is half its peak: sign descent then gets as far as the stage allows.
+    peaks = {g: 2 * r / steps if g == "rounding" else r for g, r in stage.learn}
+    parts: dict[Hashable, optax.GradientTransformation] = {
+        g: _of_group(stage, g, optax.cosine_decay_schedule(r, steps)) for g, r in peaks.items()
+    }
+    inner = optax.multi_transform(parts, _labels)
+
+    def update(updates, state, params=None):
+        # optax multiplies float32 moments by Python and weakly typed scalars.
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _of_group(stage: Stage, group: str, rate: optax.Schedule) -> optax.GradientTransformation:
+    match group:
+        case "rotation" if stage.rotation_optimizer == "cayley_sgd":
+            return cayley_sgd(rate)
+        case "rotation":
+            return on_orthogonal_group(optax.adam(rate))
+        case "rounding":
+            return optax.sign_sgd(rate)
+        case _:
+            return optax.adam(rate) if stage.optimizer == "adam" else optax.sgd(rate)
+
+
+def _labels(theta: Theta) -> dict[str, str]:
+    return {name: group_of(name) for name in theta}

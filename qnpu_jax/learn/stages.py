@@ -1,0 +1,187 @@
+"""A recipe's stages in order: each calibrates, rounds and learns on what the one before left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from qnpu_jax.calibrate import collect, initialize, is_rotated
+from qnpu_jax.decoder import Decoder, decoder
+from qnpu_jax.evaluate import Params
+from qnpu_jax.learn.parameters import Base, Theta, initial, merged, ranges, student_scales, units
+from qnpu_jax.learn.train import History, TrainState, fit, start
+from qnpu_jax.quant import Scales
+from qnpu_jax.recipes import Effort, Recipe, Stage
+from qnpu_jax.resolve import resolve
+from qnpu_jax.weights import gptq
+
+Report = Callable[[int, int, int, float, float], None]
+"""Stage, step, steps of the stage, loss, best held-out KL so far."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of token ids, without BOS: to calibrate with, to learn from, and to judge by (another
+    domain). The last two are only read where something is learned."""
+
+    calibration: Int[np.ndarray, "n t"]
+    learning: Int[np.ndarray, "m u"]
+    held_out: Int[np.ndarray, "k u"]
+
+    @staticmethod
+    def of(calibration: Int[np.ndarray, "n t"]) -> Text:
+        """For calibration only."""
+        return Text(calibration, calibration[:0], calibration[:0])
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Parameters and free scales after all stages, and how each stage went."""
+
+    params: Params
+    free: Scales
+    histories: list[History] = field(default_factory=list)
+
+
+def schedule(recipe: Recipe, effort: Effort) -> list[tuple[Stage, int]]:
+    """The stages with the groups that learn at this effort, and steps of each."""
+    out = []
+    for stage in recipe.stages:
+        learn = tuple((g, rate) for g, rate in stage.learn if g not in effort.without)
+        steps = round(stage.share * effort.steps) if learn else 0
+        out.append((replace(stage, learn=learn), steps))
+    return out
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Where the state of a stage is kept, so that a killed run can go on."""
+
+    def load(self, stage: int, like: TrainState) -> tuple[TrainState, History] | None:
+        """The last state saved of a stage, None where there is none."""
+        ...
+
+    def save(self, stage: int, state: TrainState, history: History) -> None:
+        """Keeps a state."""
+        ...
+
+
+class Nowhere:
+    """Keeps nothing."""
+
+    def load(self, stage: int, like: TrainState) -> None:
+        """Nothing was kept."""
+
+    def save(self, stage: int, state: TrainState, history: History) -> None:
+        """Keeps nothing."""
+
+
+def learn(
+    dec: Decoder,
+    recipe: Recipe,
+    effort: Effort,
+    params: Params,
+    free: Scales,
+    text: Text,
+    tame: bool,
+    store: Store | None = None,
+    report: Report = lambda *_: None,
+) -> Learned:
+    """Runs the stages.
+
+    Args:
+      dec: staged for calibration windows.
+      params, free: calibrated.
+      tame: as in `calibrate.initialize`.
+      store: of checkpoints; by default nothing is kept.
+      report: called after every step.
+    """
+    # On the device once: the first stage's student shares the arrays.
+    params = teacher = jax.tree.map(jnp.asarray, dict(params))
+    run = _Run(dec, effort, recipe.seed, text, teacher, store or Nowhere(), report)
+    basis = np.eye(dec.config.hidden_size, dtype=np.float32)
+    histories = []
+    for i, (stage, steps) in enumerate(schedule(recipe, effort)):
+        params, free = _prepared(dec, stage, params, free, text, tame)
+        if steps == 0:
+            continue
+        theta, history = run.fit(i, stage, steps, params, free, basis)
+        histories.append(history)
+        params, free = merged(dec, stage, params, free, theta)
+        if "rotation/r1" in theta:
+            basis = basis @ np.asarray(theta["rotation/r1"])
+    return Learned(params, free, histories)
+
+
+def _prepared(
+    dec: Decoder, stage: Stage, params: Params, free: Scales, text: Text, tame: bool
+) -> tuple[Params, Scales]:
+    """What the stage does before it learns: ranges, then rounding."""
+    if stage.calibrate != "none":
+        active = Stage(quantized="rotated") if stage.calibrate == "unrotated" else None
+        scales = student_scales(dec, active, free, {}) if active else None
+        stats = collect(dec, params, text.calibration, scales=scales)
+        found, _ = initialize(dec, stats, stage.ranges, tame)
+        chosen = {n: q for n, q in found.items() if active is None or not is_rotated(n)}
+        free = {**free, **chosen}
+    if stage.gptq:
+        # What learns to round needs to know how near a code each weight is.
+        exact = not stage.rate("rounding")
+        fitted = gptq(dec, params, resolve(dec, free), text.calibration, exact=exact)
+        params, free = fitted.params, {n: fitted.scales.get(n, q) for n, q in free.items()}
+    return params, free
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all stages of a run share."""
+
+    dec: Decoder
+    effort: Effort
+    seed: int
+    text: Text
+    teacher: Params
+    store: Store
+    report: Report
+
+    def fit(
+        self,
+        index: int,
+        stage: Stage,
+        steps: int,
+        params: Params,
+        free: Scales,
+        basis: np.ndarray,
+    ) -> tuple[Theta, History]:
+        """The parameters that a stage learns, from its last checkpoint where there is one."""
+        dec = decoder(self.dec.config, self.dec.plan, self.text.learning.shape[1], self.dec.prefix)
+        base = Base(
+            params=dict(params),
+            free=free,
+            ranges=ranges(dec),
+            units=units(dec, free),
+            teacher=self.teacher,
+            basis=basis,
+        )
+        theta = initial(dec, free, [g for g, _ in stage.learn])
+        state, history = start(stage, theta, steps), History()
+        if kept := self.store.load(index, state):
+            state, history = kept
+
+        def save(state: TrainState, history: History) -> None:
+            self.store.save(index, state, history)
+
+        def report(step: int, loss: float, held_out: float) -> None:
+            self.report(index, step, steps, loss, held_out)
+
+        best = fit(
+            dec, stage, self.effort, steps, jax.tree.map(jnp.asarray, base), state, history,
+            self.text.learning, self.text.held_out, self.seed, save, report,
+        )  # fmt: skip
+        return best, history

@@ -1,0 +1,246 @@
+"""The loop: a pure step over a `TrainState`, and `fit`, which can be killed at any step and goes on
+from the last checkpoint to the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from qnpu_jax.config import UserError
+from qnpu_jax.decoder import Decoder
+from qnpu_jax.learn.losses import held_out_kl, objective
+from qnpu_jax.learn.optimizer import optimizer
+from qnpu_jax.learn.parameters import Base, Theta
+from qnpu_jax.recipes import Effort, Stage
+
+DIVERGED = 20.0
+"""A loss this many times the first one has diverged: no useful step comes back from there."""
+
+
+QUICK_TO_COMPILE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+"""On a GPU, XLA spends two minutes on choosing kernels for a step that runs for one."""
+
+
+@struct.dataclass(kw_only=True)
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      step: steps taken in this stage.
+      theta: what is learned (`parameters.initial`).
+      optimizer: optax's state.
+      best, best_kl: the parameters of least held-out KL so far, and that KL (nats per token).
+      stale: evaluations since.
+      first_loss: of the stage, by which divergence is judged.
+    """
+
+    step: Any
+    theta: Any
+    optimizer: Any
+    best: Any
+    best_kl: Any
+    stale: Any
+    first_loss: Any
+
+
+@dataclass
+class History:
+    """Losses by step and held-out KLs by (step, value), of one stage."""
+
+    loss: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The jitted functions of one stage."""
+
+    step: Callable[[TrainState, Base, jax.Array, jax.Array], tuple[TrainState, jax.Array, Any]]
+    held_out: Callable[[Theta, Base, jax.Array], jax.Array]
+
+
+def compiled(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> Compiled:
+    """Step and evaluation, with the model as an argument: closed over, XLA would fold it."""
+    tx = optimizer(stage, steps)
+
+    def loss_of(theta: Theta, base: Base, ids: Int[Array, "b t"], warm: Float[Array, ""]):
+        return objective(dec, stage, base, theta, ids, warm)
+
+    def gradient(theta: Theta, base: Base, ids: Int[Array, "b t"], warm: Float[Array, ""]):
+        """Loss and gradient; over the parts of the batch in turn where it is cut."""
+        parts = effort.accumulate
+        if parts == 1:
+            return jax.value_and_grad(loss_of)(theta, base, ids, warm)
+
+        def add(total, part: jax.Array):
+            return jax.tree.map(
+                jnp.add, total, jax.value_and_grad(loss_of)(theta, base, part, warm)
+            ), None
+
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, theta))
+        total, _ = jax.lax.scan(add, zero, ids.reshape(parts, -1, ids.shape[-1]))
+        return jax.tree.map(lambda x: x / np.float32(parts), total)
+
+    def step(state: TrainState, base: Base, ids: jax.Array, warm: jax.Array):
+        loss, gradients = gradient(state.theta, base, ids, warm)
+        updates, opt = tx.update(gradients, state.optimizer, state.theta)
+        moved: Any = optax.apply_updates(state.theta, updates)
+        theta = {
+            n: jnp.clip(x, -0.5, 0.5) if n.startswith("rounding/") else x for n, x in moved.items()
+        }
+        norms = {n: jnp.sqrt(jnp.sum(jnp.square(g))) for n, g in gradients.items()}
+        finite = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
+        loss = jnp.where(finite, loss, jnp.float32(jnp.nan))
+        return replace(state, step=state.step + 1, theta=theta, optimizer=opt), loss, norms
+
+    def held_out(theta: Theta, base: Base, ids: jax.Array) -> jax.Array:
+        return held_out_kl(dec, stage, base, theta, ids)
+
+    options = QUICK_TO_COMPILE if jax.default_backend() == "gpu" else {}
+    return Compiled(
+        jax.jit(step, donate_argnums=0, compiler_options=options),
+        jax.jit(held_out, compiler_options=options),
+    )
+
+
+def start(stage: Stage, theta: Theta, steps: int) -> TrainState:
+    """Before the first step."""
+    return TrainState(
+        step=jnp.int32(0),
+        theta=theta,
+        optimizer=optimizer(stage, steps).init(theta),
+        best=jax.tree.map(np.asarray, theta),
+        best_kl=np.float32(np.inf),
+        stale=np.int32(0),
+        first_loss=np.float32(np.nan),
+    )
+
+
+def batches(
+    windows: Int[np.ndarray, "n t"], batch: int, seed: int, step: int
+) -> Iterator[np.ndarray]:
+    """Batches from `step` on: every pass over the windows in an order of its own, drawn from the
+    seed, so that a resumed run sees what it would have seen."""
+    per_pass = max(1, len(windows) // batch)
+    order, drawn = np.zeros(0, np.int64), -1
+    while True:
+        epoch, at = divmod(step, per_pass)
+        if epoch != drawn:
+            order, drawn = np.random.default_rng((seed, epoch)).permutation(len(windows)), epoch
+        yield windows[np.resize(order[at * batch : (at + 1) * batch], batch)]
+        step += 1
+
+
+def interval(steps: int) -> int:
+    """Steps between two evaluations: 50, or fewer so that a short stage has six of them too.
+
+    On a CPU, where a short stage takes minutes, a kill then costs a sixth of it at most.
+    """
+    return max(1, min(50, -(-steps // 6)))
+
+
+Save = Callable[[TrainState, History], None]
+Report = Callable[[int, float, float], None]
+"""Step, loss, best held-out KL."""
+
+
+def fit(
+    dec: Decoder,
+    stage: Stage,
+    effort: Effort,
+    steps: int,
+    base: Base,
+    state: TrainState,
+    history: History,
+    windows: Int[np.ndarray, "n t"],
+    held_out: Int[np.ndarray, "m t"],
+    seed: int,
+    save: Save,
+    report: Report = lambda *_: None,
+    every: int | None = None,
+) -> Theta:
+    """Learns for `steps` steps, from wherever `state` is; returns the parameters of least held-out
+    KL.
+
+    Args:
+      every: steps between evaluations, after each of which `save` is called; by default `interval`.
+
+    Raises:
+      UserError: the loss is not finite or has diverged. The last checkpoint is not touched.
+    """
+    every = every or interval(steps)
+    with _precision(effort):
+        run = compiled(dec, stage, effort, steps)
+        quiet = jnp.asarray(held_out, jnp.int32)
+        if int(state.step) == 0 and not history.held_out:
+            state = _evaluated(run, base, state, history, quiet)
+        warm_steps = round(stage.warmup * steps)
+        for ids in batches(windows, effort.batch, seed, int(state.step)):
+            at = int(state.step)
+            if at >= steps or int(state.stale) >= effort.patience:
+                break
+            best, best_kl, stale = state.best, state.best_kl, state.stale
+            first = state.first_loss
+            moving = replace(state, best=None, best_kl=None, stale=None, first_loss=None)
+            moving, loss, norms = run.step(
+                moving, base, jnp.asarray(ids, jnp.int32), jnp.float32(at < warm_steps)
+            )
+            value = float(loss)
+            first = np.float32(value) if at == 0 else first
+            _check(stage, at, value, float(first), norms)
+            state = replace(moving, best=best, best_kl=best_kl, stale=stale, first_loss=first)
+            history.loss.append(value)
+            report(at + 1, value, float(best_kl))
+            if (at + 1) % every == 0 or at + 1 == steps:
+                state = _evaluated(run, base, state, history, quiet)
+                save(state, history)
+    return {name: jnp.asarray(x) for name, x in state.best.items()}
+
+
+def _precision(effort: Effort):
+    if effort.precision == "default":
+        return nullcontext()
+    return jax.default_matmul_precision(effort.precision)
+
+
+def _evaluated(
+    run: Compiled, base: Base, state: TrainState, history: History, ids: jax.Array
+) -> TrainState:
+    """The state after looking at the held-out KL: `best` is the current parameters if it fell."""
+    value = float(run.held_out(state.theta, base, ids))
+    if not np.isfinite(value):  # before it is saved: a checkpoint must be worth going on from
+        broken = [n for n, x in state.theta.items() if not np.isfinite(np.asarray(x)).all()]
+        raise UserError(
+            f"{broken[0] if broken else 'held-out KL'}: learning diverged at step"
+            f" {int(state.step)}: held-out KL {value:.4g}; lower the learning rates of the stage;"
+            " the last checkpoint is kept"
+        )
+    history.held_out.append((int(state.step), value))
+    if value < float(state.best_kl):
+        best = jax.tree.map(np.array, state.theta)  # a copy: the next step donates the original
+        return replace(state, best=best, best_kl=np.float32(value), stale=np.int32(0))
+    return replace(state, stale=np.int32(state.stale + 1))
+
+
+def _check(stage: Stage, step: int, loss: float, first: float, norms: dict[str, Any]) -> None:
+    finite = {n: float(x) for n, x in norms.items()} if not np.isfinite(loss) else None
+    if finite is None and loss <= DIVERGED * max(first, 1e-3):
+        return
+    values = finite or {n: float(x) for n, x in norms.items()}
+    broken = [n for n, x in values.items() if not np.isfinite(x)]
+    worst = broken[0] if broken else max(values, key=lambda n: values[n])
+    raise UserError(
+        f"{worst}: learning diverged at step {step + 1}: loss {loss:.4g}, at first {first:.4g}; the"
+        " gradient of this parameter is the"
+        f" {'first that is not finite' if broken else 'largest'}; lower the learning rates of the"
+        f" stage, {dict(stage.learn)}; the last checkpoint is kept"
+    )

@@ -1,0 +1,92 @@
+"""The proof of a written model: every tensor of the file, run by LiteRT, equals the simulator's,
+and no accumulator can overflow.
+
+The simulator comes in as an argument (`Simulate`): this package never imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from qnpu_jax import accumulators, artifacts
+from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.litert import LiteRT
+from qnpu_jax.pipeline import Clock
+from qnpu_jax.verify import compare, op_names
+
+Positions = Literal["all", "last"]
+"""Of which positions a signature gives logits."""
+
+
+@runtime_checkable
+class Simulator(Protocol):
+    """A simulated model of one length."""
+
+    def logits(self, ids: np.ndarray) -> Any:
+        """Codes of the logits, (T or 1, V) for ids (T,)."""
+        ...
+
+    def tensors(self, ids: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Codes of every tensor by global name."""
+        ...
+
+    def accumulators(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, int]:
+        """Largest absolute accumulator of a run that gave these tensors, by global name."""
+        ...
+
+
+Simulate = Callable[[IntegerModel, int, Positions], Simulator]
+"""Makes the simulator of a model for a length."""
+
+
+def bound(model: IntegerModel, tokens: int, logits: Positions) -> list[accumulators.Bound]:
+    """What the accumulators of a signature can reach, from the actual weights.
+
+    Raises:
+      UserError: one can overflow, which depends on the length.
+    """
+    dec = model.decoder(tokens, logits=logits)
+    bounds = accumulators.proved_bounds(dec, model.codes, model.zero_point)
+    accumulators.check(bounds)
+    return bounds
+
+
+def prove(
+    model: IntegerModel, runner: LiteRT, simulator: Simulator, ids: np.ndarray, clock: Clock
+) -> dict[str, Any]:
+    """Compares every tensor of a file, in LiteRT's reference kernels, with the simulator's.
+
+    Args:
+      runner: of the file, with its tensors kept.
+      simulator: of the same length and positions.
+      ids: (T,) real text.
+
+    Returns:
+      Report entries `verify` (tensors, elements, differing, differences) and `accumulators`: proved
+      bounds (codes, bits) and the largest that this run saw.
+
+    Raises:
+      UserError: an accumulator can overflow at this length.
+    """
+    with clock.stage("verify"):
+        runner.run(ids)
+        tensors = simulator.tensors(ids)
+        comparison = compare(runner.tensors(), tensors, op_names(model, len(ids), runner.logits))
+    with clock.stage("accumulators"):
+        bounds = bound(model, len(ids), runner.logits)
+        seen = simulator.accumulators(tensors)
+    rows = [dataclasses.asdict(b) | {"needed": b.needed, "seen": seen[b.tensor]} for b in bounds]
+    closest = min(rows, key=lambda row: row["available"] - row["needed"])
+    return {
+        "verify": {
+            "tensors": comparison.tensors,
+            "elements": comparison.elements,
+            "differing": comparison.differing,
+            "differences": [str(d) for d in comparison.differences],
+        },
+        "accumulators": {"closest": closest, "all": artifacts.columns(rows)},
+    }
