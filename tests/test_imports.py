@@ -20,7 +20,8 @@ LEVELS = {
         "quant decoder rotate",
         "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
         " flatbuffer op_version",
-        "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof job",
+        "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof"
+        " job",
         "cli",
         "__init__",  # a table of contents: no module imports it
     ])

@@ -1,5 +1,5 @@
-"""Recipes as data: each survives JSON, errors name what cannot be read, and recipes differ in nothing
-but their values."""
+"""Recipes as data: each survives JSON, errors name what cannot be read, and recipes differ in
+nothing but their values."""
 
 import dataclasses
 import json
