@@ -136,7 +136,6 @@ class Reading:
         edge = fake_quant_edge(*self.quant(graph), self.masked)
         return self.prepare(graph, local(self.params, graph.prefix)), edge
 
-
     def quant(self, graph: Graph) -> tuple[dict[str, QParams], dict[str, Bounds]]:
         """Scales and code ranges by local name."""
         q = local(self.scales, graph.prefix)

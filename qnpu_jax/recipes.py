@@ -155,7 +155,6 @@ class Effort:
         of a cosine schedule comes near its end.
       without: groups that do not learn at this effort.
       precision: of matrix products: `highest` (float32), `default` (TF32 on a GPU), `bfloat16`.
-      teacher: `recompute` the teacher's logits in each step, or `cache` its top_k of all tokens.
     """
 
     name: str
@@ -168,7 +167,6 @@ class Effort:
     patience: int = 8
     without: tuple[str, ...] = ()
     precision: Literal["highest", "default", "bfloat16"] = "highest"
-    teacher: Literal["recompute", "cache"] = "recompute"
 
 
 EFFORTS = {

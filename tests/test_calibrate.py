@@ -1,6 +1,5 @@
 """Statistics are streamed without loss; ranges are those that their methods promise."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -9,18 +9,25 @@ import jax
 import jax.numpy as jnp
 import learnable
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qnpu_jax.config import UserError
 from qnpu_jax.learn import train
-from qnpu_jax.learn.optimizer import optimizer
-from qnpu_jax.learn.parameters import Theta, group_of, initial
-from qnpu_jax.learn.train import History, TrainState, batches, fit, interval, start
+from qnpu_jax.learn.parameters import Theta, initial
+from qnpu_jax.learn.train import (
+    History,
+    TrainState,
+    _check_end,
+    _check_text,
+    batches,
+    fit,
+    interval,
+    start,
+)
 from qnpu_jax.orthogonal import orthogonality_error
-from qnpu_jax.recipes import GROUPS, Effort, Stage
+from qnpu_jax.recipes import Effort, Stage
 
 EFFORT = learnable.EFFORT
 WINDOWS, HELD_OUT = learnable.WINDOWS, learnable.HELD_OUT
@@ -73,97 +80,6 @@ def test_a_stage_is_looked_at_six_times_or_every_50_steps(steps):
     assert 1 <= every <= 50
     assert every == 50 or steps / every <= 6
     assert every == 1 or -(-steps // every) >= min(6, steps) / 2
-
-
-# --- The optimizer ---
-
-
-def run(
-    stage: Stage, theta: Theta, steps: int, gradient: Any, total: int | None = None
-) -> list[Theta]:
-    """Parameters after each of `steps` steps along gradient(step)."""
-    tx = optimizer(stage, total or steps)
-
-    @jax.jit
-    def step(theta: Theta, state: Any, g: Theta):
-        updates, state = tx.update(g, state, theta)
-        return optax.apply_updates(theta, updates), state
-
-    state, out = tx.init(theta), [theta]
-    for i in range(steps):
-        theta, state = step(theta, state, gradient(i))
-        out.append(theta)
-    return out
-
-
-def noise(theta: Theta, seed: int) -> Theta:
-    rng = np.random.default_rng(seed)
-    return {n: jnp.asarray(rng.normal(size=x.shape), x.dtype) for n, x in theta.items()}
-
-
-def every_group(**settings: Any) -> tuple[Stage, Theta]:
-    """One parameter of each kind in each group, and both rotations."""
-    dec, _, free = learnable.made()
-    theta = initial(dec, free, GROUPS)
-    some = {(n.split("/")[0], group_of(n)): n for n in theta}
-    kept = {n: theta[n] for n in ("rotation/r1", "rotation/r2", *some.values())}
-    assert {group_of(n) for n in kept} == set(GROUPS)
-    return Stage(learn=learnable.ALL, **settings), kept
-
-
-@pytest.mark.parametrize("rotation", ["adam", "cayley_sgd"])
-def test_rotations_stay_orthogonal_beside_all_else(rotation):
-    stage, theta = every_group(rotation_optimizer=rotation)
-    steps = run(stage, theta, 30, lambda i: noise(theta, i))
-    for name, x in steps[-1].items():
-        assert np.isfinite(x).all()
-        assert np.abs(np.asarray(x) - np.asarray(theta[name])).max() > 1e-3, f"{name} did not move"
-        if name.startswith("rotation/"):
-            assert float(orthogonality_error(x)) <= 1e-5  # the issue's bound
-
-
-def test_each_group_has_its_own_rate_and_a_cosine_to_zero():
-    """Adam's step along a gradient that never changes is its rate."""
-    stage, theta = every_group()
-    rates = {g: 0.001 * (i + 1) for i, g in enumerate(GROUPS)}
-    stage = dataclasses.replace(stage, learn=tuple(rates.items()))
-    one = jax.tree.map(jnp.ones_like, theta)
-    steps = run(stage, theta, 12, lambda _: one)
-    cosine = (1 + np.cos(np.pi * np.arange(12) / 12)) / 2
-    for name in theta:
-        if (group := group_of(name)) in ("rotation", "rounding"):
-            continue
-        at = np.asarray([np.asarray(x[name]).ravel()[0] for x in steps])
-        # float32 parameters, and Adam's epsilon beside a gradient of 1.
-        np.testing.assert_allclose(-np.diff(at), rates[group] * cosine, rtol=1e-3, atol=1e-8)
-
-
-def test_sgd_steps_by_rate_times_gradient():
-    stage, theta = every_group(optimizer="sgd")
-    g = noise(theta, 0)
-    after = run(stage, theta, 1, lambda _: g, total=1000)[1]
-    for name in theta:
-        if group_of(name) not in ("rotation", "rounding"):
-            np.testing.assert_allclose(after[name], -0.01 * g[name], rtol=1e-6)
-
-
-def test_rounding_goes_as_far_as_the_stage_allows():
-    stage, theta = every_group()
-    stage = dataclasses.replace(stage, learn=(("rounding", 0.3),))
-    theta = {n: x for n, x in theta.items() if group_of(n) == "rounding"}
-    up = {n: 1e-6 * jnp.ones_like(x) for n, x in theta.items()}  # signs count, not sizes
-    for steps in (10, 40):
-        reached = run(stage, theta, steps, lambda _: up)[-1]
-        for x in reached.values():
-            # The sum of a cosine from its peak is half the steps and a half: 0.3 (1 + 1/steps).
-            np.testing.assert_allclose(x, -0.3 * (1 + 1 / steps), rtol=1e-4)
-
-
-def test_groups_that_do_not_learn_are_refused():
-    stage, theta = every_group()
-    stage = dataclasses.replace(stage, learn=(("rotation", 0.1),))
-    with pytest.raises(ValueError, match="label"):
-        optimizer(stage, 10).init(theta)
 
 
 # --- The loop ---
@@ -419,3 +335,18 @@ def test_a_model_of_broken_scales_is_named(learned):
     theta[name] = np.full_like(theta[name], np.inf)
     with pytest.raises(UserError, match=rf"^{name}: learning diverged at step [01]: "):
         loop(learnable.ROTATED, steps=40, theta=theta, every=10)
+
+
+def test_a_stage_that_ends_far_above_its_start_has_diverged():
+    """Its loss may be one that fell meanwhile, as cross-entropy does."""
+    stage = Stage(learn=(("biases", 0.1),), loss="ce")
+    _check_end(stage, History(held_out=[(0, 0.15), (10, 1.4)]))
+    with pytest.raises(UserError, match=r"held-out KL: learning diverged: 0.15 .* 2.34 at step 10"):
+        _check_end(stage, History(held_out=[(0, 0.15), (10, 2.34)]))
+
+
+@pytest.mark.parametrize(("windows", "held_out", "parts"), [(0, 1, 1), (2, 0, 1), (2, 1, 3)])
+def test_no_text_or_unequal_parts_are_told(windows, held_out, parts):
+    effort = Effort("odd", steps=2, batch=4, accumulate=parts)
+    with pytest.raises(UserError, match="effort odd: .* windows to learn from"):
+        _check_text(effort, windows, held_out)

@@ -24,8 +24,8 @@ from qnpu_jax.recipes import Effort, Stage
 
 DIVERGED = 20.0
 """A loss this many times the first one has diverged: no useful step comes back from there."""
-
-
+RUINED = 10.0
+"""So has a stage that ends with so many times the held-out KL that it began with (at least 0.1)."""
 QUICK_TO_COMPILE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 """On a GPU, XLA spends two minutes on choosing kernels for a step that runs for one."""
 
@@ -118,7 +118,7 @@ def start(stage: Stage, theta: Theta, steps: int) -> TrainState:
         step=jnp.int32(0),
         theta=theta,
         optimizer=optimizer(stage, steps).init(theta),
-        best=jax.tree.map(np.asarray, theta),
+        best=jax.tree.map(np.array, theta),  # a copy: the first step donates the original
         best_kl=np.float32(np.inf),
         stale=np.int32(0),
         first_loss=np.float32(np.nan),
@@ -175,8 +175,10 @@ def fit(
       every: steps between evaluations, after each of which `save` is called; by default `interval`.
 
     Raises:
-      UserError: the loss is not finite or has diverged. The last checkpoint is not touched.
+      UserError: no text, unequal parts, or the loss is not finite or has diverged. The last
+        checkpoint is not touched.
     """
+    _check_text(effort, len(windows), len(held_out))
     every = every or interval(steps)
     with _precision(effort):
         run = compiled(dec, stage, effort, steps)
@@ -203,7 +205,27 @@ def fit(
             if (at + 1) % every == 0 or at + 1 == steps:
                 state = _evaluated(run, base, state, history, quiet)
                 save(state, history)
+    _check_end(stage, history)
     return {name: jnp.asarray(x) for name, x in state.best.items()}
+
+
+def _check_text(effort: Effort, windows: int, held_out: int) -> None:
+    if not windows or not held_out or effort.batch % effort.accumulate:
+        raise UserError(
+            f"effort {effort.name}: {windows} windows to learn from, {held_out} held out, batches of"
+            f" {effort.batch} in {effort.accumulate} parts; expected some of each, in equal parts;"
+            " give text for learning, or correct the effort"
+        )
+
+
+def _check_end(stage: Stage, history: History) -> None:
+    """A loss that is not the KL can fall while it ruins the model."""
+    (_, first), (step, last) = history.held_out[0], history.held_out[-1]
+    if last > RUINED * max(first, 0.1):
+        raise UserError(
+            f"held-out KL: learning diverged: {first:.4g} nats at first, {last:.4g} at step {step};"
+            f" lower the learning rates of the stage, {dict(stage.learn)}"
+        )
 
 
 def _precision(effort: Effort):
