@@ -348,5 +348,5 @@ def test_a_stage_that_ends_far_above_its_start_has_diverged():
 @pytest.mark.parametrize(("windows", "held_out", "parts"), [(0, 1, 1), (2, 0, 1), (2, 1, 3)])
 def test_no_text_or_unequal_parts_are_told(windows, held_out, parts):
     effort = Effort("odd", steps=2, batch=4, accumulate=parts)
-    with pytest.raises(UserError, match="effort odd: .* windows to learn from"):
+    with pytest.raises(UserError, match=r"effort odd: .* windows to learn from"):
         _check_text(effort, windows, held_out)

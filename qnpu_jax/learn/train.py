@@ -212,9 +212,9 @@ def fit(
 def _check_text(effort: Effort, windows: int, held_out: int) -> None:
     if not windows or not held_out or effort.batch % effort.accumulate:
         raise UserError(
-            f"effort {effort.name}: {windows} windows to learn from, {held_out} held out, batches of"
-            f" {effort.batch} in {effort.accumulate} parts; expected some of each, in equal parts;"
-            " give text for learning, or correct the effort"
+            f"effort {effort.name}: {windows} windows to learn from, {held_out} held out, batches"
+            f" of {effort.batch} in {effort.accumulate} parts; expected some of each, in equal"
+            " parts; give text for learning, or correct the effort"
         )
 
 
