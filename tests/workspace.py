@@ -74,7 +74,12 @@ def write_inputs(folder: Path) -> Path:
 def start(*args: str, cwd: Path, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """The command line in a process of its own, 80 columns wide."""
     env = {**os.environ, "PYTHONPATH": str(Path(qnpu_jax.__file__).parents[1]), "COLUMNS": "80"}
-    command = [sys.executable, "-m", "qnpu_jax.cli", *args]
+    # A shell ignores Ctrl-C for what it runs in the background, and so would all that tests start.
+    run = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "runpy.run_module('qnpu_jax.cli', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", run, *args]
     return subprocess.Popen(
         command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=stderr
     )
