@@ -205,23 +205,34 @@ def round_columns(
 ) -> Rounded:
     """What GPTQ makes of w under the damped Hessian h, per row at the best of scale * factors."""
     order = np.argsort(-np.diag(h), kind="stable")  # last is what nothing makes up for
-    u = jnp.asarray(inverse_factor(h[np.ix_(order, order)]), jnp.float32)
-    scales = [(scale * np.float32(f)).astype(np.float64) for f in factors]
-    tried = []
-    for s in scales:
-        columns = jnp.asarray((w / s[:, None])[:, order].T, jnp.float32)  # in codes
-        tried.append([np.asarray(x) for x in _round_columns(columns, jnp.asarray(qmax), u)])
-    best = np.argmin([loss * s**2 for (_, _, loss), s in zip(tried, scales, strict=True)], axis=0)
-    rows = np.arange(len(w))
-    back = np.argsort(order)
-    codes, real = (
-        np.stack([t[i].T for t in tried])[best, rows].astype(np.float64)[:, back] for i in (0, 1)
-    )
-    return Rounded(codes, real, np.stack(scales)[best, rows])
+    u = inverse_factor(h[np.ix_(order, order)])
+    real = [jnp.asarray(x, jnp.float32) for x in (w, scale, qmax, factors, u)]
+    found = _round_columns(*real, jnp.asarray(order, jnp.int32))
+    return Rounded(*(np.asarray(x, np.float64) for x in found))
 
 
 @jax.jit
 def _round_columns(
+    w: Float32[Array, "n k"],
+    scale: Float32[Array, " n"],
+    qmax: Float32[Array, " n"],
+    factors: Float32[Array, " f"],
+    u: Float32[Array, "k k"],
+    order: Int[Array, " k"],
+) -> tuple[Float32[Array, "n k"], Float32[Array, "n k"], Float32[Array, " n"]]:
+    """`Rounded`. Rows do not touch each other: those of all factors are rounded side by side."""
+    n, k = w.shape
+    scales = factors[:, None] * scale[None]
+    columns = (w[None, :, order] / scales[:, :, None]).reshape(-1, k).T
+    codes, real, loss = _feed_back(columns, jnp.tile(qmax, len(factors)), u)
+    best = jnp.argmin(loss.reshape(-1, n) * jnp.square(scales), axis=0)
+    chosen = best * n + jnp.arange(n)
+    back = jnp.argsort(order)
+    picked = (x.T[chosen][:, back] for x in (codes, real))
+    return *picked, scales.reshape(-1)[chosen]
+
+
+def _feed_back(
     w: Float32[Array, "k n"], qmax: Float32[Array, " n"], u: Float32[Array, "k k"]
 ) -> tuple[Float32[Array, "k n"], Float32[Array, "k n"], Float32[Array, " n"]]:
     """Codes, weights when they were rounded, and (w_q - w) H (w_q - w)^T, all in codes.

@@ -6,6 +6,7 @@ teacher, never (B, T, V).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -78,8 +79,10 @@ def objective(
         float_model = Reading(base.teacher, {})
         original = jax.lax.stop_gradient(jax.vmap(lambda x: hidden(dec, float_model, x))(ids))
     if weight and original is not None:
-        turn = base.basis @ theta["rotation/r1"] if "rotation/r1" in theta else base.basis
-        target = original.residuals @ turn
+        exactly = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        r1 = theta.get("rotation/r1")
+        turn = base.basis if r1 is None else exactly(base.basis, r1)
+        target = exactly(original.residuals, turn)
         loss = loss + weight * jnp.mean(jax.vmap(hidden_error)(trace.residuals, target))
     if stage.loss != "hidden":
         last = original.residuals[:, -1] if original is not None and follows else None
