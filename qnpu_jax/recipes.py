@@ -155,6 +155,9 @@ class Effort:
         of a cosine schedule comes near its end.
       without: groups that do not learn at this effort.
       precision: of matrix products: `highest` (float32), `default` (TF32 on a GPU), `bfloat16`.
+      teacher_bytes: of host memory, at most, in which the teacher's `top_k` likeliest tokens are
+        kept (8 bytes each) and not recomputed at every step; 0 recomputes them. Of stages with loss
+        `kl`, a `top_k` and no `hidden_mse`: the others need more of the teacher.
     """
 
     name: str
@@ -167,6 +170,7 @@ class Effort:
     patience: int = 8
     without: tuple[str, ...] = ()
     precision: Literal["highest", "default", "bfloat16"] = "highest"
+    teacher_bytes: int = 0
 
 
 EFFORTS = {

@@ -216,24 +216,31 @@ def test_local_errors_reach_scales_only():
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_in_parts_has_the_gradient_of_the_batch(monkeypatch, parts):
-    """Of any loss that is a mean over sequences, as the objective is."""
+@pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "cached"])
+def test_a_batch_in_parts_has_the_gradient_of_the_batch(monkeypatch, parts, kept):
+    """Of any loss that is a mean over sequences, as the objective is; what was kept of the teacher
+    goes with its sequence."""
 
-    def mean(dec, stage, base, theta, ids, warm):
+    def mean(dec, stage, base, theta, ids, warm, cached):
         x = theta["scale/x"]
-        return jnp.mean(jnp.square(ids.astype(jnp.float32) @ x - 2)) + warm * jnp.sum(x)
+        target = jnp.float32(2)
+        if cached is not None:
+            target = cached.log_p[:, 0, 0] + cached.ids[:, 0, 1].astype(jnp.float32)
+        return jnp.mean(jnp.square(ids.astype(jnp.float32) @ x - target)) + warm * jnp.sum(x)
 
     monkeypatch.setattr(train, "objective", mean)
     dec, params, free = learnable.made()
     base = learnable.base_of(dec, params, free)
     theta = {"scale/x": jnp.linspace(-1, 1, learnable.TOKENS)}
     stage = Stage(learn=(("unrotated", 1e-3),), optimizer="sgd")
+    values = jnp.arange(4 * learnable.TOKENS * 3).reshape(4, learnable.TOKENS, 3)
+    cached = TopK(values.astype(jnp.float32), values) if kept else None
     found = []
     for cut in (1, parts):
         effort = Effort("test", steps=10, batch=4, length=learnable.TOKENS, accumulate=cut)
         run = train.compiled(dec, stage, effort, 10)
         state = train.start(stage, jax.tree.map(jnp.array, theta), 10)
-        state, value, norms = run.step(state, base, IDS, WARM)
+        state, value, norms = run.step(state, base, IDS, WARM, cached)
         found.append((state.theta, value, norms))
     assert not np.allclose(found[0][0]["scale/x"], theta["scale/x"])
     # Sums of the same terms in another order.

@@ -71,7 +71,7 @@ def fits(monkeypatch) -> list[Fit]:
     calls: list[Fit] = []
 
     def fit(
-        dec, stage, effort, steps, base, state, history, windows, held_out, seed, save, report
+        dec, stage, effort, steps, base, state, history, windows, held_out, seed, save, report, **_
     ) -> Theta:
         groups = [g for g, _ in stage.learn]
         same(dict(state.theta), initial(dec, base.free, groups))

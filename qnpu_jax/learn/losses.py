@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.decoder import Decoder
-from qnpu_jax.evaluate import Hidden, Reading, head, hidden, token_nll
+from qnpu_jax.evaluate import Hidden, Params, Reading, head, hidden, token_nll
 from qnpu_jax.learn.parameters import Base, Theta, reading
 from qnpu_jax.recipes import Stage
 
@@ -38,6 +38,19 @@ def top_k(logits: Logits, k: int) -> TopK:
     """log softmax over all tokens, the k likeliest of each position (all of them if fewer)."""
     values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), min(k, logits.shape[-1]))
     return TopK(values, ids)
+
+
+def float_hidden(dec: Decoder, teacher: Params, ids: Int[Array, "b t"]) -> Hidden:
+    """Residual streams (B, L, T, D) of the float model."""
+    float_model = Reading(teacher, {})
+    return jax.lax.stop_gradient(jax.vmap(lambda x: hidden(dec, float_model, x))(ids))
+
+
+def likeliest(dec: Decoder, teacher: Params, ids: Int[Array, "b t"], k: int) -> TopK:
+    """`top_k` of the float model's logits, (B, T, K): what `objective` takes as `cached`."""
+    last = float_hidden(dec, teacher, ids).residuals[:, -1]
+    whole = Reading(teacher, {}).whole(dec.head)
+    return jax.lax.map(lambda x: top_k(head(dec, *whole, x), k), last)
 
 
 def top_k_kl(teacher: TopK, student: Logits) -> Float[Array, " t"]:
@@ -76,8 +89,7 @@ def objective(
     follows = stage.loss == "kl" and cached is None
     original: Hidden | None = None
     if weight or follows:
-        float_model = Reading(base.teacher, {})
-        original = jax.lax.stop_gradient(jax.vmap(lambda x: hidden(dec, float_model, x))(ids))
+        original = float_hidden(dec, base.teacher, ids)
     if weight and original is not None:
         exactly = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         r1 = theta.get("rotation/r1")

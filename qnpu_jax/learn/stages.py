@@ -15,7 +15,8 @@ from qnpu_jax.calibrate import collect, initialize, is_rotated
 from qnpu_jax.decoder import Decoder, decoder
 from qnpu_jax.evaluate import Params
 from qnpu_jax.learn.parameters import Base, Theta, initial, merged, ranges, student_scales, units
-from qnpu_jax.learn.train import History, TrainState, fit, start
+from qnpu_jax.learn.teacher import check_room, keep
+from qnpu_jax.learn.train import Cached, History, TrainState, ended, fit, nothing, start
 from qnpu_jax.quant import Scales
 from qnpu_jax.recipes import Effort, Recipe, Stage
 from qnpu_jax.resolve import resolve
@@ -101,13 +102,19 @@ def learn(
       tame: as in `calibrate.initialize`.
       store: of checkpoints; by default nothing is kept.
       report: called after every step.
+
+    Raises:
+      UserError: a stage's teacher does not fit in `effort.teacher_bytes`, or as `train.fit`.
     """
+    planned = schedule(recipe, effort)
+    for stage, steps in planned:  # all of them now: the last may come hours after the first
+        check_room(dec, stage, effort, steps, text.learning, recipe.seed)
     # On the device once: the first stage's student shares the arrays.
     params = teacher = jax.tree.map(jnp.asarray, dict(params))
     run = _Run(dec, effort, recipe.seed, text, teacher, store or Nowhere(), report)
     basis = np.eye(dec.config.hidden_size, dtype=np.float32)
     histories = []
-    for i, (stage, steps) in enumerate(schedule(recipe, effort)):
+    for i, (stage, steps) in enumerate(planned):
         params, free = _prepared(dec, stage, params, free, text, tame)
         if steps == 0:
             continue
@@ -183,5 +190,12 @@ class _Run:
         best = fit(
             dec, stage, self.effort, steps, jax.tree.map(jnp.asarray, base), state, history,
             self.text.learning, self.text.held_out, self.seed, save, report,
+            cached=self.cached(dec, stage, steps, state),
         )  # fmt: skip
         return best, history
+
+    def cached(self, dec: Decoder, stage: Stage, steps: int, state: TrainState) -> Cached:
+        """What is kept of the teacher, unless no step would read it."""
+        if ended(state, self.effort, steps):
+            return nothing
+        return keep(dec, stage, self.effort, steps, self.teacher, self.text.learning, self.seed)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qnpu_jax.config import UserError
 from qnpu_jax.decoder import Decoder
-from qnpu_jax.learn.losses import held_out_kl, objective
+from qnpu_jax.learn.losses import TopK, held_out_kl, objective
 from qnpu_jax.learn.optimizer import optimizer
 from qnpu_jax.learn.parameters import Base, Theta
 from qnpu_jax.recipes import Effort, Stage
@@ -60,38 +60,53 @@ class History:
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
 
+Batch = tuple[Int[Array, "b t"], TopK | None]
+"""Token ids, and what was kept of the teacher."""
+
+
 @dataclass(frozen=True)
 class Compiled:
     """The jitted functions of one stage."""
 
-    step: Callable[[TrainState, Base, jax.Array, jax.Array], tuple[TrainState, jax.Array, Any]]
+    step: Callable[
+        [TrainState, Base, jax.Array, jax.Array, TopK | None], tuple[TrainState, jax.Array, Any]
+    ]
     held_out: Callable[[Theta, Base, jax.Array], jax.Array]
+
+
+def jitted(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`jax.jit` for a function that runs for a stage."""
+    options = QUICK_TO_COMPILE if jax.default_backend() == "gpu" else {}
+    return jax.jit(function, compiler_options=options, **settings)
 
 
 def compiled(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> Compiled:
     """Step and evaluation, with the model as an argument: closed over, XLA would fold it."""
     tx = optimizer(stage, steps)
 
-    def loss_of(theta: Theta, base: Base, ids: Int[Array, "b t"], warm: Float[Array, ""]):
-        return objective(dec, stage, base, theta, ids, warm)
-
-    def gradient(theta: Theta, base: Base, ids: Int[Array, "b t"], warm: Float[Array, ""]):
+    def gradient(theta: Theta, base: Base, text: Batch, warm: Float[Array, ""]):
         """Loss and gradient; over the parts of the batch in turn where it is cut."""
+
+        def of(part: Batch):
+            ids, cached = part
+            return jax.value_and_grad(
+                lambda theta: objective(dec, stage, base, theta, ids, warm, cached)
+            )(theta)
+
         parts = effort.accumulate
         if parts == 1:
-            return jax.value_and_grad(loss_of)(theta, base, ids, warm)
+            return of(text)
 
-        def add(total, part: jax.Array):
-            return jax.tree.map(
-                jnp.add, total, jax.value_and_grad(loss_of)(theta, base, part, warm)
-            ), None
+        def add(total, part: Batch):
+            return jax.tree.map(jnp.add, total, of(part)), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, theta))
-        total, _ = jax.lax.scan(add, zero, ids.reshape(parts, -1, ids.shape[-1]))
+        cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), text)
+        total, _ = jax.lax.scan(add, zero, cut)
         return jax.tree.map(lambda x: x / np.float32(parts), total)
 
-    def step(state: TrainState, base: Base, ids: jax.Array, warm: jax.Array):
-        loss, gradients = gradient(state.theta, base, ids, warm)
+    def step(state: TrainState, base: Base, ids: jax.Array, warm: jax.Array, cached: TopK | None):
+        loss, gradients = gradient(state.theta, base, (ids, cached), warm)
         updates, opt = tx.update(gradients, state.optimizer, state.theta)
         moved: Any = optax.apply_updates(state.theta, updates)
         theta = {
@@ -105,11 +120,7 @@ def compiled(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> Compiled
     def held_out(theta: Theta, base: Base, ids: jax.Array) -> jax.Array:
         return held_out_kl(dec, stage, base, theta, ids)
 
-    options = QUICK_TO_COMPILE if jax.default_backend() == "gpu" else {}
-    return Compiled(
-        jax.jit(step, donate_argnums=0, compiler_options=options),
-        jax.jit(held_out, compiler_options=options),
-    )
+    return Compiled(jitted(step, donate_argnums=0), jitted(held_out))
 
 
 def start(stage: Stage, theta: Theta, steps: int) -> TrainState:
@@ -125,18 +136,16 @@ def start(stage: Stage, theta: Theta, steps: int) -> TrainState:
     )
 
 
-def batches(
-    windows: Int[np.ndarray, "n t"], batch: int, seed: int, step: int
-) -> Iterator[np.ndarray]:
-    """Batches from `step` on: every pass over the windows in an order of its own, drawn from the
-    seed, so that a resumed run sees what it would have seen."""
-    per_pass = max(1, len(windows) // batch)
+def batches(windows: int, batch: int, seed: int, step: int) -> Iterator[Int[np.ndarray, " b"]]:
+    """Which of so many windows make each batch from `step` on: every pass over them in an order of
+    its own, drawn from the seed, so that a resumed run sees what it would have seen."""
+    per_pass = max(1, windows // batch)
     order, drawn = np.zeros(0, np.int64), -1
     while True:
         epoch, at = divmod(step, per_pass)
         if epoch != drawn:
-            order, drawn = np.random.default_rng((seed, epoch)).permutation(len(windows)), epoch
-        yield windows[np.resize(order[at * batch : (at + 1) * batch], batch)]
+            order, drawn = np.random.default_rng((seed, epoch)).permutation(windows), epoch
+        yield np.resize(order[at * batch : (at + 1) * batch], batch)
         step += 1
 
 
@@ -151,6 +160,12 @@ def interval(steps: int) -> int:
 Save = Callable[[TrainState, History], None]
 Report = Callable[[int, float, float], None]
 """Step, loss, best held-out KL."""
+Cached = Callable[[Int[np.ndarray, " b"]], TopK | None]
+"""What was kept of the teacher for a batch, by the indices of its windows."""
+
+
+def nothing(_: Int[np.ndarray, " b"]) -> None:
+    """Nothing was kept: the step computes what it needs of the teacher."""
 
 
 def fit(
@@ -167,12 +182,14 @@ def fit(
     save: Save,
     report: Report = lambda *_: None,
     every: int | None = None,
+    cached: Cached = nothing,
 ) -> Theta:
     """Learns for `steps` steps, from wherever `state` is; returns the parameters of least held-out
     KL.
 
     Args:
       every: steps between evaluations, after each of which `save` is called; by default `interval`.
+      cached: as `teacher.keep` gives it.
 
     Raises:
       UserError: no text, unequal parts, or the loss is not finite or has diverged. The last
@@ -180,33 +197,45 @@ def fit(
     """
     _check_text(effort, len(windows), len(held_out))
     every = every or interval(steps)
-    with _precision(effort):
+    with precision(effort):
         run = compiled(dec, stage, effort, steps)
         quiet = jnp.asarray(held_out, jnp.int32)
         if int(state.step) == 0 and not history.held_out:
             state = _evaluated(run, base, state, history, quiet)
         warm_steps = round(stage.warmup * steps)
-        for ids in batches(windows, effort.batch, seed, int(state.step)):
+        for rows in batches(len(windows), effort.batch, seed, int(state.step)):
             at = int(state.step)
-            if at >= steps or int(state.stale) >= effort.patience:
+            if ended(state, effort, steps):
                 break
-            best, best_kl, stale = state.best, state.best_kl, state.stale
-            first = state.first_loss
-            moving = replace(state, best=None, best_kl=None, stale=None, first_loss=None)
-            moving, loss, norms = run.step(
-                moving, base, jnp.asarray(ids, jnp.int32), jnp.float32(at < warm_steps)
-            )
-            value = float(loss)
-            first = np.float32(value) if at == 0 else first
-            _check(stage, at, value, float(first), norms)
-            state = replace(moving, best=best, best_kl=best_kl, stale=stale, first_loss=first)
-            history.loss.append(value)
-            report(at + 1, value, float(best_kl))
+            batch = jnp.asarray(windows[rows], jnp.int32), cached(rows)
+            state, loss = _stepped(run, stage, base, state, batch, jnp.float32(at < warm_steps))
+            history.loss.append(loss)
+            report(at + 1, loss, float(state.best_kl))
             if (at + 1) % every == 0 or at + 1 == steps:
                 state = _evaluated(run, base, state, history, quiet)
                 save(state, history)
     _check_end(stage, history)
     return {name: jnp.asarray(x) for name, x in state.best.items()}
+
+
+def ended(state: TrainState, effort: Effort, steps: int) -> bool:
+    """Whether the stage takes no further step."""
+    return int(state.step) >= steps or int(state.stale) >= effort.patience
+
+
+def _stepped(
+    run: Compiled, stage: Stage, base: Base, state: TrainState, batch: Batch, warm: jax.Array
+) -> tuple[TrainState, float]:
+    """The state after a step, and the step's loss."""
+    ids, cached = batch
+    at, first = int(state.step), state.first_loss
+    moving = replace(state, best=None, best_kl=None, stale=None, first_loss=None)
+    moving, loss, norms = run.step(moving, base, ids, warm, cached)
+    value = float(loss)
+    first = np.float32(value) if at == 0 else first
+    _check(stage, at, value, float(first), norms)
+    kept = {"best": state.best, "best_kl": state.best_kl, "stale": state.stale}
+    return replace(moving, **kept, first_loss=first), value
 
 
 def _check_text(effort: Effort, windows: int, held_out: int) -> None:
@@ -228,7 +257,8 @@ def _check_end(stage: Stage, history: History) -> None:
         )
 
 
-def _precision(effort: Effort):
+def precision(effort: Effort):
+    """The context in which matrix products have the effort's precision."""
     if effort.precision == "default":
         return nullcontext()
     return jax.default_matmul_precision(effort.precision)
