@@ -228,8 +228,7 @@ def _round_columns(
     best = jnp.argmin(loss.reshape(-1, n) * jnp.square(scales), axis=0)
     chosen = best * n + jnp.arange(n)
     back = jnp.argsort(order)
-    picked = (x.T[chosen][:, back] for x in (codes, real))
-    return *picked, scales.reshape(-1)[chosen]
+    return codes.T[chosen][:, back], real.T[chosen][:, back], scales.reshape(-1)[chosen]
 
 
 def _feed_back(

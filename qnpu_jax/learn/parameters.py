@@ -32,6 +32,8 @@ from qnpu_jax.rotate import Rotation, rotate, rotated
 Theta = dict[str, jax.Array]
 ZERO_UNIT = 128.0
 """Codes of zero point per unit of its parameter: half an 8-bit range."""
+LEAST = np.float32(2**-10)
+"""Least factor of a scale under SGD: scales stay positive."""
 LAYERED = "layers.~"
 """What marks our arrays among the parameters that the scan over layers cuts in slices."""
 
@@ -184,7 +186,7 @@ def student_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
 def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Scales:
     """Free scales where theta has moved them: s = s0 exp(a), z = clip(round(z0 + 128 b)).
 
-    Under SGD their gradients are those of s and z themselves, to first order, times LSQ's
+    Under SGD s = s0 max(1 + a, 2^-10), and gradients are those of s and z themselves times LSQ's
     1/sqrt(numel qmax): a step of b then moves z, and one of a moves s, as Quant.npu's would.
     """
     out = {}
@@ -206,10 +208,19 @@ def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
                 a = None if a is None else scale_gradient(a, factor / square)
                 b = None if b is None else scale_gradient(b, factor / ZERO_UNIT**2)
             out[name] = QParams(
-                scale=q.scale if a is None else q.scale * jnp.exp(a),
+                scale=q.scale if a is None else q.scale * _factor(stage, a),
                 zero_point=q.zero_point if b is None else _moved(graph, spec.name, q, b),
             )
     return out
+
+
+def _factor(stage: Stage, a: jax.Array) -> jax.Array:
+    """What a learned scale is multiplied by. The steps of plain SGD are as large as the gradients:
+    an exponential would run away on the first."""
+    if stage.optimizer != "sgd":
+        return jnp.exp(a)
+    # The gradient passes the floor: a scale that was thrown there can come back.
+    return 1 + a + jax.lax.stop_gradient(jnp.maximum(1 + a, LEAST) - (1 + a))
 
 
 def _moved(graph: Graph, name: str, q: QParams, b: jax.Array) -> jax.Array:
