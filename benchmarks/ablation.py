@@ -1,23 +1,46 @@
 """What each part of a recipe is worth: the recipe with one part changed, everything else equal.
 
 `python benchmarks/ablation.py --rows no-prefix ce ...`; without --rows, all. Fewer steps than
-`accuracy.py` by default: rows are compared with each other, in one run.
+`accuracy.py` by default: rows are compared with each other, in one run. The full recipe is always
+measured: every row is shown against it, of the same seed.
+
+Goal: no row beats the full recipe by more than 1% of perplexity (mean over seeds); one that does
+should become the recipe. Exit status: 0 if it holds (always with --quick), else 1; 2 if it could
+not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from accuracy import table
-from protocol import add_arguments, load, measure, show
+import numpy as np
+from protocol import (
+    COLUMNS,
+    Bench,
+    Job,
+    Row,
+    add_arguments,
+    kept_rows,
+    load,
+    perplexity,
+    quick,
+    recipe_job,
+    table,
+)
 
 from qnpu_jax.config import UserError
-from qnpu_jax.recipes import EFFORTS, Recipe, Stage, load_recipe
+from qnpu_jax.recipes import Recipe, Stage, load_recipe
+
+FULL = "full recipe"
+STEPS = 150
+"""In place of the effort's, where it learns and --steps says nothing."""
+BETTER = 1.0
+"""Percent of perplexity by which no row may beat the full recipe."""
 
 
 def every_stage(**changes: Any) -> Callable[[Recipe], Recipe]:
@@ -68,7 +91,7 @@ def two_stages(learned: bool) -> Callable[[Recipe], Recipe]:
 
 
 ROWS: dict[str, Callable[[Recipe], Recipe]] = {
-    "full recipe": lambda recipe: recipe,
+    FULL: lambda recipe: recipe,
     "no-learning": with_(stages=()),
     "no-prefix": with_(prefix="none"),
     "no-rotation": lambda r: with_(rotation="none")(without("rotation")(r)),
@@ -102,54 +125,112 @@ ROWS: dict[str, Callable[[Recipe], Recipe]] = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    parser.set_defaults(no_simulator=True, steps=150)
+    parser.set_defaults(no_simulator=True)
     parser.add_argument("--recipe", default="w8a8")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--quick", action="store_true", help="one row, 2 windows: does it work?")
     args = parser.parse_args()
     if args.quick:
-        args.rows, args.windows, args.length, args.effort = ["no-learning"], 2, 256, "none"
-        args.steps = None
+        args.rows, args.windows, args.length = [FULL], 2, 256
+        args.effort, args.steps = "none", None
+    if args.steps is None and args.effort != "none":
+        args.steps = STEPS
     return args
 
 
-def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    bench, effort = load(args), EFFORTS[args.effort]
-    if args.steps:
-        effort = dataclasses.replace(effort, steps=args.steps)
-    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
-    known = {row["name"] for row in rows}
+def variants(
+    original: Recipe, rows: Sequence[str], seeds: Sequence[int]
+) -> Iterator[tuple[str, Recipe]]:
+    """The full recipe of every seed, then the rows that change anything in it."""
+    for seed in seeds:
+        full = dataclasses.replace(original, seed=seed)
+        yield FULL, full
+        changed = ((row, ROWS[row](full)) for row in dict.fromkeys(rows))
+        yield from ((row, recipe) for row, recipe in changed if recipe != full)
+
+
+def jobs(args: argparse.Namespace, bench: Bench) -> list[Job]:
     original = load_recipe(args.recipe)
-    for seed in args.seeds:
-        for row in args.rows:
-            recipe = ROWS[row](dataclasses.replace(original, seed=seed))
-            recipe = dataclasses.replace(recipe, prefix="none") if args.quick else recipe
-            name = f"{original.name} {row}" + (f" seed {seed}" if seed else "")
-            if name in known or (row != "full recipe" and recipe == ROWS["full recipe"](original)):
-                continue
-            try:
-                found = measure(bench, recipe, effort, args.batch, not args.no_simulator)
-            except UserError as error:  # a part without which learning diverges is a result too
-                found = {"recipe": recipe.name, "fake_quant": float("inf"), "error": str(error)}
-            rows.append({"name": name, "effort": args.effort, "steps": effort.steps, **found})
-            show(rows[-1])
-            if args.json:
-                args.json.write_text(json.dumps(rows) + "\n")
-    return rows
+    original = quick(original) if args.quick else original
+    made = []
+    for row, recipe in variants(original, args.rows, args.seeds):
+        name = f"{original.name} {row}" + (f" seed {recipe.seed}" if recipe.seed else "")
+        made.append(recipe_job(args, bench, name, recipe, row=row))
+    return made
+
+
+def changes(rows: list[Row]) -> list[float | None]:
+    """Percent of perplexity by which each row is worse than the full recipe of its seed.
+
+    Infinite for a row that diverged, none where there is no full recipe to compare with.
+    """
+
+    def alike(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(k) for k in ("recipe", "effort", "steps", "seed"))
+
+    full = {alike(r): perplexity(r) for r in rows if r.get("row") == FULL}
+    bases = [full.get(alike(r), math.inf) if "row" in r else math.inf for r in rows]
+    return [
+        100 * (perplexity(row) / base - 1) if math.isfinite(base) else None
+        for row, base in zip(rows, bases, strict=True)
+    ]
+
+
+def summary(rows: list[Row]) -> dict[str, list[float]]:
+    """Changes against the full recipe by row, one per seed."""
+    found: dict[str, list[float]] = {}
+    for row, change in zip(rows, changes(rows), strict=True):
+        if change is not None:
+            found.setdefault(f"{row['recipe']} {row['row']}", []).append(change)
+    return found
+
+
+def show_summary(found: dict[str, list[float]]) -> None:
+    """Mean and standard deviation over seeds, of the seeds that did not diverge."""
+    print(f"\n{'against the full recipe':32}{'mean':>9}{'std':>9}{'seeds':>7}{'diverged':>10}")
+    for name, values in found.items():
+        finite = [v for v in values if math.isfinite(v)]
+        mean = f"{np.mean(finite):+.2f}%" if finite else "diverged"
+        std = f"{np.std(finite, ddof=1):.2f}%" if len(finite) > 1 else ""
+        print(f"{name:32}{mean:>9}{std:>9}{len(values):7}{len(values) - len(finite):10}")
+
+
+def verdict(rows: list[Row]) -> list[str]:
+    """What falls short of the goal."""
+    short = [
+        f"{row['name']} diverged: nothing to compare with"
+        for row in rows
+        if row.get("row") == FULL and not math.isfinite(perplexity(row))
+    ]
+    means = {name: float(np.mean(values)) for name, values in summary(rows).items()}
+    return short + [
+        f"{name} beats the full recipe by {-mean:.2f}%"
+        for name, mean in means.items()
+        if mean < -BETTER
+    ]
 
 
 def main() -> int:
     args = arguments()
     try:
-        rows = rows_of(args)
+        rows = kept_rows(args.json, jobs(args, load(args)))
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    table(rows)
-    best = min(rows, key=lambda r: r["fake_quant"])
-    print(f"best row: {best['name']}, perplexity {best['fake_quant']:.2f} (fake-quant)")
-    return 0
+    shown = [
+        row if change is None or not math.isfinite(change) else row | {"vs full": f"{change:+.2f}%"}
+        for row, change in zip(rows, changes(rows), strict=True)
+    ]
+    table(shown, (COLUMNS[0], "vs full", *COLUMNS[2:]))
+    found = summary(rows)
+    if any(len(values) > 1 for values in found.values()):
+        show_summary(found)
+    short = [] if args.quick else verdict(rows)
+    print("".join(f"short of the goal: {s}\n" for s in short), end="")
+    best = min(rows, key=perplexity)
+    print(f"best row: {best['name']}, perplexity {perplexity(best):.2f} (fake-quant)")
+    return 1 if short else 0
 
 
 if __name__ == "__main__":

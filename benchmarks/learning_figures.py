@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from protocol import Row, read_rows
 
 from qnpu_jax import corpus, models, pipeline
 from qnpu_jax.config import UserError
@@ -39,9 +41,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="by default Python's documentation")
     parser.add_argument("--prefix", type=int, nargs="+", default=[1, 216])
     parser.add_argument("--rows", type=Path, help="rows that accuracy.py --json wrote")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/figures"))
-    parser.add_argument("--quick", action="store_true", help="two windows of 64 tokens")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, help="by default benchmarks/figures")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two windows of 64 tokens, kept only with --out: does it work?",
+    )
+    args = parser.parse_args()
+    if args.out is None and not args.quick:
+        args.out = Path("benchmarks/figures")
+    return args
 
 
 def activations(args: argparse.Namespace) -> dict[str, dict[str, np.ndarray]]:
@@ -89,21 +98,21 @@ def draw_activations(found: dict[str, dict[str, np.ndarray]], path: Path) -> Non
     plt.close(figure)
 
 
-def draw_losses(rows: list[dict], path: Path) -> None:
+def draw_losses(rows: list[Row], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
-    for row in rows:
-        start = 0
+    for index, row in enumerate(rows):
+        start, color = 0, f"C{index}"  # one color for all stages of a row
         for stage, (loss, held_out) in enumerate(
             zip(row.get("loss", []), row.get("held_out_kl", []), strict=True)
         ):
-            smooth = np.convolve(loss, np.ones(10) / 10, mode="valid")
+            span = min(10, len(loss))
+            smooth = np.convolve(loss, np.ones(span) / span, mode="valid")
             label = f"{row['name']}: learning text" if stage == 0 else None
-            (line,) = axis.plot(start + np.arange(len(smooth)) + 10, smooth, lw=1, label=label)
+            at = start + span + np.arange(len(smooth))
+            axis.plot(at, smooth, lw=1, c=color, label=label)
             steps, values = zip(*held_out, strict=True)
             label = f"{row['name']}: held out" if stage == 0 else None
-            axis.plot(
-                start + np.asarray(steps), values, "o--", ms=3, c=line.get_color(), label=label
-            )
+            axis.plot(start + np.asarray(steps), values, "o--", ms=3, c=color, label=label)
             start += len(loss)
     axis.set(yscale="log", xlabel="step", ylabel="KL to the float model, nats per token")
     axis.grid(alpha=0.3)
@@ -113,15 +122,25 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def draw(args: argparse.Namespace, out: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Both figures into a folder; what `activations` found."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [r for r in read_rows(args.rows) if r.get("loss")] if args.rows else []
+    if args.rows and not rows:
+        raise UserError(f"{args.rows}: no row of it learned; give one of --effort fast or full")
+    found = activations(args)
+    draw_activations(found, out / "activations.svg")
+    if rows:
+        draw_losses(rows, out / "losses.svg")
+    return found
+
+
 def main() -> int:
     args = arguments()
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        found = activations(args)
-        draw_activations(found, args.out / "activations.svg")
-        if args.rows:
-            rows = json.loads(args.rows.read_text())
-            draw_losses([r for r in rows if r.get("loss")], args.out / "losses.svg")
+        # What --quick draws must not replace measured figures.
+        with nullcontext(args.out) if args.out else tempfile.TemporaryDirectory() as folder:
+            found = draw(args, Path(folder))
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

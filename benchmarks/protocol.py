@@ -4,12 +4,21 @@ Perplexity: the text tokenized without special tokens, its first 65,536 tokens a
 512, mean negative log-likelihood of the 511 next tokens of each, exponentiated. Calibration and
 learning on another text; the held-out text that decides which step is kept is a third (Python's
 documentation).
+
+Rows are kept in a JSON file as they come, because a table takes several commands and commands get
+killed; a row holds what it was measured with, and is not taken for one measured otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +28,16 @@ import jax
 import numpy as np
 
 from qnpu_jax import corpus, evaluation, models, pipeline
+from qnpu_jax.config import UserError
 from qnpu_jax.learn.stages import Text
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from sim.run import compile_model, run
+
+Row = dict[str, Any]
+"""Name, settings and readings of one measurement, as JSON has them."""
+SHARED = ("model", "text", "calibration", "windows", "length")
+"""Settings that all rows of a table have in common, or their perplexities do not compare."""
+COLUMNS = ("fake_quant", "simulator", "kl", "top1", "seconds", "step_seconds")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +51,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--no-simulator", action="store_true", help="fake-quant only")
     parser.add_argument("--json", type=Path, help="rows are kept here, and not measured again")
+
+
+def effort_of(args: argparse.Namespace) -> Effort:
+    effort = EFFORTS[args.effort]
+    if args.steps is None:
+        return effort
+    if args.steps < 1 or not effort.steps:
+        raise UserError(
+            f"--steps: expected at least 1, with an effort that learns; got {args.steps} with"
+            f" {effort.name}; take --effort none alone, or --steps with --effort fast or full"
+        )
+    return dataclasses.replace(effort, steps=args.steps)
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The recipe without what takes longest, for --quick."""
+    return dataclasses.replace(recipe, prefix="none", calibration_tokens=1024)
 
 
 @dataclass(frozen=True)
@@ -69,10 +102,11 @@ def load(args: argparse.Namespace) -> Bench:
     return Bench(bench.checkpoint, held_out, args.calibration)
 
 
-def measure(
-    bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: bool
-) -> dict[str, Any]:
-    """Quantizes by a recipe; perplexities, KL and top-1 agreement, and how learning went."""
+def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: bool) -> Row:
+    """Quantizes by a recipe; perplexities, KL and top-1 agreement, and how learning went.
+
+    A recipe that diverges is a result too: a row with `error` and no readings.
+    """
     config, tokenizer = bench.checkpoint.config, bench.checkpoint.tokenizer
     start = time.perf_counter()
     params = pipeline.prepare(config, bench.checkpoint.params, recipe)
@@ -86,7 +120,12 @@ def measure(
                 f"  stage {stage} step {step}/{steps} loss {loss:.4f} held-out {kl:.4f}", flush=True
             )
 
-    made = pipeline.quantize(config, params, recipe, text, tokenizer.bos_id, effort, report=report)
+    try:  # around this alone: any other mistake of the user ends the run
+        made = pipeline.quantize(
+            config, params, recipe, text, tokenizer.bos_id, effort, report=report
+        )
+    except UserError as error:
+        return {"recipe": recipe.name, "fake_quant": None, "error": str(error)}
     seconds = time.perf_counter() - start
     with jax.default_matmul_precision("highest"):
         scores = _scores(bench, recipe, made, batch, simulate)
@@ -106,14 +145,14 @@ def measure(
 
 def _scores(
     bench: Bench, recipe: Recipe, made: pipeline.Quantized, batch: int, simulate: bool
-) -> dict[str, Any]:
+) -> Row:
     config, model = bench.checkpoint.config, made.model
     readings = {"fake_quant": evaluation.fake_quant_logits(model)}
     if simulate:
         program = compile_model(model, model.decoder(bench.held_out.shape[1]), "litert_ref")
         codes = lambda ids: run(program, ids)["head.logits"]  # noqa: E731
         readings["simulator"] = evaluation.integer_logits(model, codes)
-    scores: dict[str, Any] = {
+    scores: Row = {
         name: evaluation.perplexity(logits, bench.held_out, batch)
         for name, logits in readings.items()
     }
@@ -123,14 +162,148 @@ def _scores(
     return {**scores, "kl": found.kl, "top1": found.top1}
 
 
-def show(row: dict[str, Any]) -> None:
-    """A row as it comes, without its curves."""
-    print({k: v for k, v in row.items() if k not in ("loss", "held_out_kl")}, flush=True)
-
-
 def float_perplexity(bench: Bench, recipe: Recipe, batch: int) -> float:
     """Of the float model, without a prefix."""
     params = pipeline.prepare(bench.checkpoint.config, bench.checkpoint.params, recipe)
     logits = evaluation.float_logits(bench.checkpoint.config, recipe.bits, params)
     with jax.default_matmul_precision("highest"):
         return evaluation.perplexity(logits, bench.held_out, batch)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to measure.
+
+    Attributes:
+      name: of the row, the only one of this name in its file.
+      settings: what it is measured with; a kept row with others is another row.
+      measure: gives its readings.
+    """
+
+    name: str
+    settings: Row
+    measure: Callable[[], Row]
+
+
+def settings_of(args: argparse.Namespace, bench: Bench) -> Row:
+    """The settings that all rows share."""
+    return {
+        "model": bench.checkpoint.sha256[:12],
+        "text": corpus.digest(args.text)[:12],
+        "calibration": corpus.digest(args.calibration)[:12],
+        "windows": args.windows,
+        "length": args.length,
+    }
+
+
+def recipe_job(
+    args: argparse.Namespace, bench: Bench, name: str, recipe: Recipe, **labels: str
+) -> Job:
+    """Of a recipe at the effort of the command line; labels are settings of the caller."""
+    effort, simulate = effort_of(args), not args.no_simulator
+    # Recipes and efforts change from one version to the next under the same names.
+    all_settings = json.dumps([recipe.to_json(), dataclasses.asdict(effort)], sort_keys=True)
+    settings = {
+        **settings_of(args, bench),
+        "effort": effort.name,
+        "steps": effort.steps,
+        "seed": recipe.seed,
+        "scored": "simulator" if simulate else "fake_quant",
+        "settings": hashlib.sha256(all_settings.encode()).hexdigest()[:12],
+        **labels,
+    }
+    return Job(name, settings, lambda: measure(bench, recipe, effort, args.batch, simulate))
+
+
+def float_job(args: argparse.Namespace, bench: Bench, recipe: Recipe) -> Job:
+    def score() -> Row:
+        return {"recipe": "float", "fake_quant": float_perplexity(bench, recipe, args.batch)}
+
+    return Job("float", settings_of(args, bench), score)
+
+
+def kept_rows(path: Path | None, jobs: Sequence[Job]) -> list[Row]:
+    """The rows of a file and of the jobs that it lacks, written after each.
+
+    Raises:
+      UserError: the file is damaged, or a row in it was measured with other settings.
+    """
+    if path and not path.parent.is_dir():  # not after an hour
+        raise UserError(f"--json: no folder {path.parent}; make it, or name another file")
+    rows = read_rows(path) if path and path.exists() else []
+    _check_settings(path, rows, jobs)
+    known = {row["name"] for row in rows}
+    for job in jobs:
+        if job.name in known:
+            continue
+        known.add(job.name)
+        rows.append(_finite({"name": job.name, **job.settings, **job.measure()}))
+        print({k: v for k, v in rows[-1].items() if k not in ("loss", "held_out_kl")}, flush=True)
+        if path:
+            _write(path, rows)
+    return rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows that `kept_rows` wrote; a number that JSON does not have is read as none."""
+    try:
+        rows = json.loads(path.read_text(), parse_constant=lambda _: None)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); remove it or name another") from None
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and "name" in r for r in rows):
+        raise UserError(
+            f"{path}: expected a list of rows with names, as --json writes; remove it or name"
+            " another file"
+        )
+    return rows
+
+
+def _check_settings(path: Path | None, rows: list[Row], jobs: Sequence[Job]) -> None:
+    """Refuses rows that would silently pass for others, before anything is measured."""
+    expected = [(row, {k: jobs[0].settings.get(k) for k in SHARED}) for row in rows]
+    known = {row["name"]: row for row in rows}
+    for job in jobs:
+        expected.append(
+            (known.setdefault(job.name, {"name": job.name, **job.settings}), job.settings)
+        )
+    for row, settings in expected:
+        other = [k for k, v in settings.items() if row.get(k) != v]
+        if other:
+            got, wanted = ([f"{k} {x.get(k)}" for k in other] for x in (row, settings))
+            raise UserError(
+                f"{path or 'recipes'}: row {row['name']!r}: expected {', '.join(wanted)}; got"
+                f" {', '.join(got)}; give another --json or the settings of that row, or remove it"
+                " from the file to measure it again"
+            )
+
+
+def _finite(value: Any) -> Any:
+    """With null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    """All or nothing: a command killed while it writes must not cost the rows of earlier ones."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(rows, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def perplexity(row: Row, reading: str = "fake_quant") -> float:
+    """Infinite where the recipe diverged."""
+    score = row.get(reading)
+    return math.inf if score is None else score
+
+
+def table(rows: list[Row], columns: Sequence[str] = COLUMNS) -> None:
+    width = max(24, *(len(row["name"]) + 1 for row in rows))
+    print(f"\n{'':{width}}" + "".join(f"{c:>13}" for c in columns))
+    for row in rows:
+        cells = {c: "" if row.get(c) is None else row[c] for c in columns}
+        cells["fake_quant"] = cells["fake_quant"] or "diverged"
+        texts = (x if isinstance(x, str) else f"{x:.4g}" for x in cells.values())
+        print(f"{row['name']:{width}}" + "".join(f"{x:>13}" for x in texts))

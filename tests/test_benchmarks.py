@@ -1,0 +1,243 @@
+"""What the benchmarks decide from rows: which are kept, refused, compared. Nothing is measured."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from qnpu_jax.config import UserError
+from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
+ablation = importlib.import_module("ablation")
+accuracy = importlib.import_module("accuracy")
+protocol = importlib.import_module("protocol")
+
+SHARED = {"model": "m", "text": "t", "calibration": "c", "windows": 2, "length": 8}
+W8A8 = RECIPES["w8a8"]
+
+
+def job(name="w8a8", score=30.0, calls=None, **settings):
+    def measure():
+        if calls is not None:
+            calls.append(name)
+        return {"recipe": "w8a8", "fake_quant": score}
+
+    full = {**SHARED, "effort": "full", "steps": 500, "seed": 0, **settings}
+    return protocol.Job(name, full, measure)
+
+
+# Rows of a file.
+
+
+def test_rows_are_kept_and_not_measured_again(tmp_path):
+    path, calls = tmp_path / "rows.json", []
+    protocol.kept_rows(path, [job("a", calls=calls)])
+    rows = protocol.kept_rows(path, [job("a", calls=calls), job("b", calls=calls)])
+    assert calls == ["a", "b"]
+    assert [row["name"] for row in rows] == ["a", "b"]
+    assert json.loads(path.read_text()) == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_command_killed_while_it_writes_costs_no_row(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    before = protocol.kept_rows(path, [job("a")])
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        protocol.kept_rows(path, [job("a"), job("b")])
+    assert protocol.read_rows(path) == before
+
+
+@pytest.mark.parametrize(
+    "other", [{"effort": "fast"}, {"steps": 150}, {"seed": 1}, {"windows": 128}, {"length": 512}]
+)
+def test_a_row_of_other_settings_is_refused_before_anything_is_measured(tmp_path, other):
+    path, calls = tmp_path / "rows.json", []
+    protocol.kept_rows(path, [job("a", **other)])
+    (key, value), wanted = *other.items(), job().settings
+    message = f"row 'a': expected {key} {wanted[key]}; got {key} {value}; give another --json"
+    with pytest.raises(UserError, match=message):
+        protocol.kept_rows(path, [job("b", calls=calls), job("a", calls=calls)])
+    assert not calls
+
+
+def test_rows_on_other_windows_do_not_stand_in_one_table(tmp_path):
+    path = tmp_path / "rows.json"
+    protocol.kept_rows(path, [job("a", windows=128)])
+    with pytest.raises(UserError, match="row 'a': expected windows 2; got windows 128"):
+        protocol.kept_rows(path, [job("b")])
+    protocol.kept_rows(path, [job("b", windows=128, effort="fast")])  # efforts may differ
+
+
+def test_rows_without_settings_are_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"name": "a", "fake_quant": Infinity}]')
+    with pytest.raises(UserError, match="got model None"):
+        protocol.kept_rows(path, [job("a")])
+
+
+def test_two_recipes_of_one_name_are_refused():
+    with pytest.raises(UserError, match="recipes: row 'mine'"):
+        protocol.kept_rows(None, [job("mine", settings="1"), job("mine", settings="2")])
+
+
+@pytest.mark.parametrize("text", ["[{", "{}", '[{"fake_quant": 1}]'])
+def test_damaged_files_are_named(tmp_path, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"rows\.json: .*name another"):
+        protocol.kept_rows(path, [job()])
+
+
+def test_no_folder_is_said_before_anything_is_measured(tmp_path):
+    calls = []
+    with pytest.raises(UserError, match="--json: no folder"):
+        protocol.kept_rows(tmp_path / "none" / "rows.json", [job(calls=calls)])
+    assert not calls
+
+
+def test_a_job_knows_recipe_effort_and_files(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    args = Namespace(text=text, calibration=text, windows=2, length=8, effort="fast", batch=1)
+    args.steps, args.no_simulator = 7, True
+    bench = Namespace(checkpoint=Namespace(sha256="0" * 64))
+
+    def settings(recipe: Recipe):
+        return protocol.recipe_job(args, bench, "a", recipe, row="r").settings
+
+    found = settings(W8A8)
+    assert found["effort"] == "fast" and found["steps"] == 7 and found["row"] == "r"
+    assert found["scored"] == "fake_quant" and found["model"] == "0" * 12
+    other = settings(dataclasses.replace(W8A8, smooth=0.5))
+    assert {k for k in found if found[k] != other[k]} == {"settings"}
+    args.effort = "none"
+    with pytest.raises(UserError, match=r"--steps: .* got 7 with none"):
+        settings(W8A8)
+
+
+# A recipe that diverges.
+
+
+def test_divergence_is_a_row_in_valid_json(tmp_path, monkeypatch, capsys):
+    def diverges(*_, **__):
+        raise UserError("w: learning diverged at step 3")
+
+    monkeypatch.setattr(protocol.pipeline, "prepare", lambda *_: {})
+    monkeypatch.setattr(protocol.pipeline, "quantize", diverges)
+    checkpoint = Namespace(config=None, params={}, tokenizer=Namespace(bos_id=1))
+    bench = SimpleNamespace(checkpoint=checkpoint, text=lambda *_: None)
+    measure = lambda: protocol.measure(bench, W8A8, EFFORTS["full"], 1, True)  # noqa: E731
+    path = tmp_path / "rows.json"
+    rows = protocol.kept_rows(path, [protocol.Job("w8a8", SHARED, measure), job("b", math.inf)])
+    kept = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert kept == rows
+    assert kept[0]["error"] == "w: learning diverged at step 3"
+    assert [protocol.perplexity(row) for row in kept] == [math.inf, math.inf]
+    capsys.readouterr()
+    protocol.table(rows)
+    assert capsys.readouterr().out.count("diverged") == 2
+
+
+# Goals of accuracy.py.
+
+(SMOLLM2,) = accuracy.FLOAT
+
+
+def scored(name, fake, **more):
+    return {"name": name, "recipe": name, "fake_quant": fake, **more}
+
+
+def test_float_is_checked_by_its_weights():
+    rows = [scored("float", 31.0)]
+    assert accuracy.verdict(rows, SMOLLM2) == ["float 31.00, expected 30.03 +- 0.05"]
+    assert not accuracy.verdict(rows, "other")
+    assert not accuracy.verdict([scored("float", 30.05)], SMOLLM2)
+
+
+def test_goals_see_divergence():
+    rows = [scored("float", 30.03), scored("w8a8", None), scored("spinquant-w8a8", None)]
+    assert accuracy.verdict(rows, SMOLLM2) == ["w8a8 inf > 30.7"]
+    rows = [scored("float", 30.03), scored("w8a8", 30.0, simulator=30.3)]
+    assert accuracy.verdict(rows, SMOLLM2) == ["w8a8: simulator 30.30 against fake-quant 30.00"]
+
+
+# The comparison of ablation.py.
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_rows_that_change_nothing_are_skipped_at_every_seed(seed):
+    rows = [ablation.FULL, "no-rounding", "no-prefix"]  # w8a8 does not learn rounding
+    found = dict(ablation.variants(W8A8, rows, [seed]))
+    assert list(found) == [ablation.FULL, "no-prefix"]
+    assert {recipe.seed for recipe in found.values()} == {seed}
+
+
+def test_the_full_recipe_comes_first_whatever_is_asked():
+    found = [(row, r.seed) for row, r in ablation.variants(W8A8, ["ce"], [0, 1])]
+    assert found == [(ablation.FULL, 0), ("ce", 0), (ablation.FULL, 1), ("ce", 1)]
+
+
+def ablated(**scores):
+    """Rows of `full` and others: a list of perplexities, one per seed."""
+    return [
+        {**scored("w8a8", x), "row": ablation.FULL if row == "full" else row, "seed": seed}
+        for row, values in scores.items()
+        for seed, x in enumerate(values)
+    ]
+
+
+def test_rows_are_compared_with_the_full_recipe_of_their_seed(capsys):
+    rows = ablated(full=[40.0, 50.0], ce=[42.0, 51.0], hidden=[41.0, None])
+    np.testing.assert_allclose(
+        np.array(ablation.changes(rows), float), [0, 0, 5, 2, 2.5, np.inf], atol=1e-9
+    )
+    ablation.show_summary(ablation.summary(rows))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines[1] == ["w8a8", "ce", "+3.50%", "2.12%", "2", "0"]
+    assert lines[2] == ["w8a8", "hidden", "+2.50%", "2", "1"]
+    assert not ablation.verdict(rows)
+
+
+def test_a_row_without_its_full_recipe_is_not_compared():
+    assert ablation.changes([*ablated(ce=[40.0]), scored("w8a8", 40.0)]) == [None, None]
+
+
+def test_the_goal_of_ablation_can_fail():
+    assert not ablation.verdict(ablated(full=[40.0, 40.0], ce=[39.0, 40.4]))  # -0.75% of both
+    assert ablation.verdict(ablated(full=[40.0], ce=[39.0])) == [
+        "w8a8 ce beats the full recipe by 2.50%"
+    ]
+    assert ablation.verdict(ablated(full=[None], ce=[39.0])) == [
+        "w8a8 diverged: nothing to compare with"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "effort", "steps"),
+    [
+        ("ablation", [], "full", 150),
+        ("ablation", ["--effort", "none"], "none", None),
+        ("ablation", ["--quick", "--steps", "5"], "none", None),
+        ("accuracy", [], "full", None),
+        ("accuracy", ["--quick", "--steps", "5"], "none", None),
+    ],
+)
+def test_arguments_of_learning(monkeypatch, script, options, effort, steps):
+    argv = [script, "--text", "a.txt", "--calibration", "b.txt", *options]
+    monkeypatch.setattr(sys, "argv", argv)
+    args = {"ablation": ablation, "accuracy": accuracy}[script].arguments()
+    assert (args.effort, args.steps) == (effort, steps)
