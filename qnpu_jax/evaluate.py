@@ -146,10 +146,12 @@ class Reading:
 
 
 class Hidden(NamedTuple):
-    """What the layers make of a sequence: the residual stream after each, (L, T, D), and the sum
-    of local errors, () (0 unless measured)."""
+    """What the layers make of a sequence: the residual stream after each, (L, T, D), and after the
+    last, (T, D), by itself, so that who reads only that does not keep the others; the sum of local
+    errors, () (0 unless measured)."""
 
     residuals: Float[Array, "l t d"]
+    last: Float[Array, "t d"]
     error: Float[Array, ""]
 
 
@@ -171,8 +173,8 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
     values, edge = reading.whole(dec.embed)
     x = evaluate(dec.embed, {"ids": ids, **values}, edge)["residual"]
     layers = (local(reading.params, "layers."), *reading.quant(dec.layer))
-    _, (residuals, errors) = jax.lax.scan(step, x, layers)
-    return Hidden(residuals, jnp.sum(errors))
+    last, (residuals, errors) = jax.lax.scan(step, x, layers)
+    return Hidden(residuals, last, jnp.sum(errors))
 
 
 def head(dec: Decoder, values: Tensors, edge: Edge, x: Float[Array, "t d"]) -> Float[Array, "r v"]:
@@ -195,7 +197,7 @@ def forward(
       scales: QParams by global name; tensors without an entry stay in float.
     """
     reading = Reading(params, scales or {})
-    return head(dec, *reading.whole(dec.head), hidden(dec, reading, ids).residuals[-1])
+    return head(dec, *reading.whole(dec.head), hidden(dec, reading, ids).last)
 
 
 Keep = Callable[[Graph], tuple[str, ...]]

@@ -8,6 +8,7 @@ checking.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -148,9 +149,9 @@ def eval_op(op: Op, *x: Array) -> Array:
         case Logistic():
             return jax.nn.sigmoid(x[0])
         case Sqrt():
-            return jnp.sqrt(x[0])
+            return _where_positive(jnp.sqrt, x[0], 0.0)
         case Rsqrt():
-            return jax.lax.rsqrt(x[0])
+            return _where_positive(jax.lax.rsqrt, x[0], float("inf"))
         case Reshape(shape=shape):
             return jnp.reshape(x[0], shape)
         case Transpose(perm=perm):
@@ -163,6 +164,13 @@ def eval_op(op: Op, *x: Array) -> Array:
             return jnp.concatenate(x, axis)
         case _:
             assert_never(op)
+
+
+def _where_positive(function: Callable[[Array], Array], x: Array, at_zero: float) -> Array:
+    """The function with derivative 0 at 0, where its own is infinite: a quantized sum of squares
+    does get there, and an infinity times a clipped gradient of 0 is NaN for all parameters."""
+    positive = x > 0
+    return jnp.where(positive, function(jnp.where(positive, x, 1)), jnp.asarray(at_zero, x.dtype))
 
 
 HEADROOM = 10.0

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 
 from qnpu_jax.config import UserError
 from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a
 ablation = importlib.import_module("ablation")
 accuracy = importlib.import_module("accuracy")
 protocol = importlib.import_module("protocol")
+step_memory = importlib.import_module("step_memory")
 
 SHARED = {"model": "m", "text": "t", "calibration": "c", "windows": 2, "length": 8}
 W8A8 = RECIPES["w8a8"]
@@ -194,7 +196,12 @@ def test_the_full_recipe_comes_first_whatever_is_asked():
 def ablated(**scores):
     """Rows of `full` and others: a list of perplexities, one per seed."""
     return [
-        {**scored("w8a8", x), "row": ablation.FULL if row == "full" else row, "seed": seed}
+        {
+            **scored("w8a8", x),
+            "row": ablation.FULL if row == "full" else row,
+            "seed": seed,
+            "kl": x and x / 1000,
+        }
         for row, values in scores.items()
         for seed, x in enumerate(values)
     ]
@@ -226,6 +233,12 @@ def test_the_goal_of_ablation_can_fail():
     ]
 
 
+def test_a_row_that_leaves_the_float_model_does_not_beat_the_full_recipe():
+    rows = ablated(full=[40.0], ce=[39.0])
+    rows[1]["kl"] = 0.2
+    assert not ablation.verdict(rows)
+
+
 @pytest.mark.parametrize(
     ("script", "options", "effort", "steps"),
     [
@@ -241,3 +254,17 @@ def test_arguments_of_learning(monkeypatch, script, options, effort, steps):
     monkeypatch.setattr(sys, "argv", argv)
     args = {"ablation": ablation, "accuracy": accuracy}[script].arguments()
     assert (args.effort, args.steps) == (effort, steps)
+
+
+# Memory of a step, planned for shapes.
+
+
+def test_activations_grow_with_the_tokens_and_weights_do_not():
+    config = dataclasses.replace(tiny.SMOLLM2, num_layers=2, vocab_size=256)
+    args = Namespace(recipe="w8a8", stage=0)
+    one, two = (step_memory.measure(config, args, batch, 64) for batch in (2, 4))
+    assert one.weights == two.weights
+    assert two.layer == 2 * one.layer > 0
+    # Arguments: both models, the parameters and what Adam keeps of them.
+    assert 2 * one.weights < one.arguments < 3 * one.weights
+    assert 0 < two.temporary - one.temporary < 4 * one.layer

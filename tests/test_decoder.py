@@ -15,6 +15,7 @@ from qnpu_jax.decoder import causal_mask, decoder, layer_inputs, rope_frequencie
 from qnpu_jax.evaluate import evaluate, forward, local
 from qnpu_jax.evaluation import float_logits
 from qnpu_jax.models import load_params
+from qnpu_jax.ops import Rsqrt, Sqrt, eval_op
 from qnpu_jax.prefix import add_prefix
 from qnpu_jax.recipes import RECIPES
 from qnpu_jax.rotate import (
@@ -243,3 +244,16 @@ def test_positions_go_on_after_prefix_and_filled_slots():
     np.testing.assert_array_equal(inputs["rope.sin"], sin)
     np.testing.assert_array_equal(inputs["mask"], causal_mask(4, 2, 5, 3))
     assert inputs["norm.eps"].item() == np.float32(config.hidden_size * config.rms_norm_eps)
+
+
+def test_a_sum_of_squares_that_rounds_to_zero_does_not_spoil_gradients():
+    # sqrt and rsqrt have no finite derivative at 0, where a small token's sum is rounded when the
+    # range must hold a sink's.
+    def inverse(x):
+        return jnp.clip(eval_op(Rsqrt(), eval_op(Sqrt(), x)), -4, 4)
+
+    x = jnp.asarray([0.0, 1e-4, 4.0], jnp.float32)
+    np.testing.assert_array_equal(eval_op(Sqrt(), x), np.sqrt(x))
+    np.testing.assert_array_equal(eval_op(Rsqrt(), x)[:1], [np.inf])
+    gradient = jax.grad(lambda x: jnp.sum(inverse(x)))(x)
+    np.testing.assert_allclose(gradient, [0, 0, -0.25 * 4.0**-1.25], rtol=1e-6)  # float32

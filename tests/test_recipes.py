@@ -80,7 +80,9 @@ def test_our_recipes_learn_at_every_effort_but_none():
     for name in OURS:
         for effort in EFFORTS.values():
             learns = {g for s in RECIPES[name].stages for g, _ in s.learn} - {*effort.without}
-            assert learns and (effort.steps > 0) == (effort.name != "none")
+            # Calibrated w8a16 is as good as float: learning only moves it away.
+            assert bool(learns) == (name != "w8a16")
+            assert (effort.steps > 0) == (effort.name != "none")
     assert {g for s in RECIPES["w4a8"].stages for g, _ in s.learn} == {*GROUPS}
 
 

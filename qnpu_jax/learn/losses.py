@@ -41,14 +41,14 @@ def top_k(logits: Logits, k: int) -> TopK:
 
 
 def float_hidden(dec: Decoder, teacher: Params, ids: Int[Array, "b t"]) -> Hidden:
-    """Residual streams (B, L, T, D) of the float model."""
+    """The float model's `hidden`, of a batch: residual streams (B, L, T, D)."""
     float_model = Reading(teacher, {})
     return jax.lax.stop_gradient(jax.vmap(lambda x: hidden(dec, float_model, x))(ids))
 
 
 def likeliest(dec: Decoder, teacher: Params, ids: Int[Array, "b t"], k: int) -> TopK:
     """`top_k` of the float model's logits, (B, T, K): what `objective` takes as `cached`."""
-    last = float_hidden(dec, teacher, ids).residuals[:, -1]
+    last = float_hidden(dec, teacher, ids).last
     whole = Reading(teacher, {}).whole(dec.head)
     return jax.lax.map(lambda x: top_k(head(dec, *whole, x), k), last)
 
@@ -97,10 +97,8 @@ def objective(
         target = exactly(original.residuals, turn)
         loss = loss + weight * jnp.mean(jax.vmap(hidden_error)(trace.residuals, target))
     if stage.loss != "hidden":
-        last = original.residuals[:, -1] if original is not None and follows else None
-        loss = loss + _of_logits(
-            dec, stage, base, student, trace.residuals[:, -1], last, ids, cached
-        )
+        last = original.last if original is not None and follows else None
+        loss = loss + _of_logits(dec, stage, base, student, trace.last, last, ids, cached)
     return loss
 
 
@@ -142,7 +140,7 @@ def held_out_kl(
     heads = student.whole(dec.head), teacher.whole(dec.head)
 
     def one(ids: jax.Array) -> jax.Array:
-        x, original = (hidden(dec, r, ids).residuals[-1] for r in (student, teacher))
+        x, original = (hidden(dec, r, ids).last for r in (student, teacher))
         return jnp.mean(kl(head(dec, *heads[1], original), head(dec, *heads[0], x)))
 
     return jnp.mean(jax.lax.map(one, ids))
