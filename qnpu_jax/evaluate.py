@@ -7,7 +7,7 @@ An edge sees every tensor as it is produced (inputs and parameters included) and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -170,8 +170,11 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
         x = evaluate(dec.layer, values, edge)["mlp.residual"]
         return x, (x, sum(errors[1:], errors[0]))
 
-    values, edge = reading.whole(dec.embed)
-    x = evaluate(dec.embed, {"ids": ids, **values}, edge)["residual"]
+    # Of the table only the rows that are read: rotated and quantized whole, it would be there three
+    # times under autodiff.
+    rows = {"embed.weight": jnp.asarray(reading.params["embed.weight"])[ids]}
+    values, edge = replace(reading, params=rows).whole(dec.embed)
+    x = evaluate(dec.embed, {"ids": jnp.arange(len(ids)), **values}, edge)["residual"]
     layers = (local(reading.params, "layers."), *reading.quant(dec.layer))
     last, (residuals, errors) = jax.lax.scan(step, x, layers)
     return Hidden(residuals, last, jnp.sum(errors))
