@@ -51,7 +51,8 @@ class Row:
 
 def compare(model: IntegerModel, ids: np.ndarray) -> Row:
     """Both profiles against LiteRT on one window."""
-    ops, dec = op_names(model, len(ids)), model.decoder(len(ids))
+    dec = model.decoder(len(ids))
+    ops = op_names(dec)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.tflite"
         tflite.write(model, path, len(ids))

@@ -27,7 +27,7 @@ from qnpu_jax.ops import FullyConnected
 from qnpu_jax.quant import QParams, Scales, expand, quantize
 from qnpu_jax.resolve import resolve
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored form; a reader refuses any other."""
 
 
@@ -122,8 +122,9 @@ def freeze(dec: Decoder, params: Params, free: Scales, prefix: tuple[int, ...]) 
         that does not fit its bits, an accumulator that can overflow (`accumulators`).
     """
     check_bits(dec)
-    # Logits of the last position alone have one tensor more, which these scales must know too.
-    every = decoder(dec.config, dec.plan, dec.tokens, dec.prefix, dec.cache, "last")
+    # A cache, and logits of the last position alone, have tensors of their own, which these scales
+    # must know too.
+    every = decoder(dec.config, dec.plan, 1, dec.prefix, 1, "last")
     resolved = jax.tree.map(np.asarray, resolve(every, free))
     scale = {n: np.asarray(q.scale, np.float32) for n, q in resolved.items()}
     zero_point = {n: np.asarray(np.rint(q.zero_point), np.int32) for n, q in resolved.items()}
@@ -291,7 +292,7 @@ def load(folder: Path) -> IntegerModel:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error!r}); run `qnpu quantize` again") from None
     model = IntegerModel(config, plan, prefix, group("codes"), group("scale"), group("zero_point"))
-    for graph in model.decoder(1).graphs:
+    for graph in model.decoder(1, 1).graphs:
         for spec in graph.tensors:
             kinds = ("codes",) * (spec.kind == "param") + ("scale", "zero_point")
             for name in (f"{kind}/{graph.prefix}{spec.name}" for kind in kinds):

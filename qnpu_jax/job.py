@@ -33,9 +33,10 @@ from qnpu_jax.learn.train import History
 from qnpu_jax.litert import LiteRT
 from qnpu_jax.models import Checkpoint, Tokenizer
 from qnpu_jax.pipeline import Clock
-from qnpu_jax.proof import Positions, Simulate, bound, prove
+from qnpu_jax.proof import Simulate, bound, prove
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.texts import Texts
+from qnpu_jax.tflite import Positions
 
 PACKAGES = (
     "qnpu", "jax", "jaxlib", "numpy", "optax", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers"
@@ -365,8 +366,14 @@ def check(out: Path, text: Path | None, simulate: Simulate, clock: Clock) -> dic
     return prove(model, runner, simulator, ids, clock)
 
 
-def export(out: Path, file: Path, prefill: int, logits: Positions) -> None:
+def export(
+    out: Path, file: Path, prefill: int, logits: Positions, context: int | None = None
+) -> None:
     """Writes the model of a folder that `run` wrote to `file`, for another length.
+
+    Args:
+      context: write `prefill_<N>` and `decode` over a KV cache (`tflite.write_cached`)
+        of so many positions; None writes one prefill without a cache.
 
     Raises:
       UserError: not such a folder, `file` exists, the model has fewer positions, or an accumulator
@@ -376,5 +383,34 @@ def export(out: Path, file: Path, prefill: int, logits: Positions) -> None:
     with artifacts.new_file(file) as partial:
         artifacts.read_report(out)
         model = freeze.load(out)
-        bound(model, prefill, logits)
-        tflite.write(model, partial, prefill, logits)
+        if context is None:
+            bound(model, prefill, logits)
+            tflite.write(model, partial, prefill, logits)
+        else:
+            bound(model, context, logits)  # as many keys as every signature has
+            tflite.write_cached(model, partial, prefill, context, logits)
+
+
+def tokenizer(out: Path) -> Tokenizer:
+    """That of a folder that `run` wrote.
+
+    Raises:
+      UserError: not such a folder, or a file of it changed since.
+    """
+    artifacts.read_report(out)
+    return Tokenizer.load(out / artifacts.TOKENIZER)
+
+
+def deployed(out: Path, prefill: int, context: int) -> Path:
+    """The file of a folder that generates text, written if it is not there yet.
+
+    Raises:
+      UserError: as `export`.
+    """
+    report = artifacts.read_report(out)
+    # Named by the model, so that a folder written again does not meet the file of the old one.
+    model = report["sha256"][artifacts.MODEL][:12]
+    file = out / f"generate-{model}-{prefill}-{context}.tflite"
+    if not file.exists():
+        export(out, file, prefill, "last", context)
+    return file

@@ -43,20 +43,7 @@ class LiteRT:
         keep_tensors: bool = False,
         threads: int | None = None,
     ) -> None:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; expected a .tflite; run `qnpu quantize` first")
-        try:
-            with _quiet():
-                self._interpreter = Interpreter(
-                    model_path=str(path),
-                    experimental_op_resolver_type=RESOLVERS[kernels],
-                    experimental_preserve_all_tensors=keep_tensors,
-                    num_threads=threads,
-                )
-                self._interpreter.allocate_tensors()
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{path}: LiteRT cannot load it ({reason}); write it again") from None
+        self._interpreter = open_interpreter(path, kernels, keep_tensors, threads)
         self._input = self._interpreter.get_input_details()[0]
         self._output = self._interpreter.get_output_details()[0]
 
@@ -81,6 +68,31 @@ class LiteRT:
         for detail in self._interpreter.get_tensor_details():
             if detail["name"]:
                 yield detail["name"], self._interpreter.get_tensor(detail["index"])
+
+
+def open_interpreter(
+    path: Path, kernels: KernelSet, keep_tensors: bool = False, threads: int | None = None
+) -> Interpreter:
+    """An interpreter with its tensors allocated.
+
+    Raises:
+      UserError: as `LiteRT`.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a .tflite; run `qnpu quantize` first")
+    try:
+        with _quiet():
+            interpreter = Interpreter(
+                model_path=str(path),
+                experimental_op_resolver_type=RESOLVERS[kernels],
+                experimental_preserve_all_tensors=keep_tensors,
+                num_threads=threads,
+            )
+            interpreter.allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: LiteRT cannot load it ({reason}); write it again") from None
+    return interpreter
 
 
 @contextlib.contextmanager

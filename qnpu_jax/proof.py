@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,10 +16,8 @@ from qnpu_jax import accumulators, artifacts
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.litert import LiteRT
 from qnpu_jax.pipeline import Clock
+from qnpu_jax.tflite import Positions
 from qnpu_jax.verify import compare, op_names
-
-Positions = Literal["all", "last"]
-"""Of which positions a signature gives logits."""
 
 
 @runtime_checkable
@@ -75,7 +73,8 @@ def prove(
     with clock.stage("verify"):
         runner.run(ids)
         tensors = simulator.tensors(ids)
-        comparison = compare(runner.tensors(), tensors, op_names(model, len(ids), runner.logits))
+        ops = op_names(model.decoder(len(ids), logits=runner.logits))
+        comparison = compare(runner.tensors(), tensors, ops)
     with clock.stage("accumulators"):
         bounds = bound(model, len(ids), runner.logits)
         seen = simulator.accumulators(tensors)

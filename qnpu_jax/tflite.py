@@ -12,6 +12,8 @@ from typing import Any, Literal, assert_never
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from qnpu_jax.config import UserError
+from qnpu_jax.decoder import Decoder
 from qnpu_jax.flatbuffer import ModelWriter, SubgraphWriter
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node, TensorSpec, is_identity
@@ -34,6 +36,8 @@ from qnpu_jax.ops import (
     Transpose,
 )
 
+Positions = Literal["all", "last"]
+"""Of which positions a signature gives logits."""
 DTYPES: dict[int, Literal["int4", "int8", "int16", "int32", "int64"]] = {
     4: "int4",
     8: "int8",
@@ -47,7 +51,7 @@ def write(
     model: IntegerModel,
     path: Path,
     tokens: int,
-    logits: Literal["all", "last"] = "all",
+    logits: Positions = "all",
 ) -> None:
     """Writes the signature `prefill_<tokens>`: ids int32 (tokens,) to logits (tokens or 1, V).
 
@@ -61,7 +65,7 @@ def write(
     build(model, tokens, logits).write(path)
 
 
-def build(model: IntegerModel, tokens: int, logits: Literal["all", "last"] = "all") -> ModelWriter:
+def build(model: IntegerModel, tokens: int, logits: Positions = "all") -> ModelWriter:
     """The model of `write`, in memory."""
     dec = model.decoder(tokens, logits=logits)
     writer = ModelWriter()
@@ -70,22 +74,137 @@ def build(model: IntegerModel, tokens: int, logits: Literal["all", "last"] = "al
     shared = {
         name: _shared(subgraph, dec.layer[name], codes) for name, codes in model.inputs(dec).items()
     }
-    values, out = {"ids": ids}, ids
-    for graph in dec.graphs:
-        for layer in range(graph.layers):
-            env = _Emitter(model, subgraph, graph, layer).emit(values | shared)
-            out = env[graph.outputs[0]]
-            values = {"input.residual": out}
+    out, _ = _emit(model, subgraph, dec, ids, shared, [{}] * dec.layer.layers)
     subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": out})
     return writer
 
 
-def _shared(subgraph: SubgraphWriter, spec: TensorSpec, codes: np.ndarray) -> int:
+def write_cached(
+    model: IntegerModel,
+    path: Path,
+    prefill: int,
+    context: int,
+    logits: Positions = "last",
+) -> None:
+    """Writes the signatures `prefill_<prefill>` and `decode` (one token), which share all weights.
+
+    Inputs of T tokens: `ids` (T,) int32; `positions` (T,) int32, 0 for the first token after the
+    prefix; `mask` (T, 1, S) int16, 0 where a token may look, MASK_CODE elsewhere, S = prefix +
+    context; for every layer i `kv_cache_k_<i>` and `kv_cache_v_<i>` (N, context - T, K) int8, the
+    slots before the new tokens, those not filled yet masked. Outputs: `logits`, and the new rows
+    `kv_slice_k_<i>`, `kv_slice_v_<i>` (N, T, K), which the host puts in the cache.
+
+    Every signature has the same S: LiteRT's int16 SOFTMAX leaves a little to each masked key, so
+    only then chunks and single steps give the bits that one long prefill gives.
+
+    Args:
+      prefill: tokens of the long signature.
+      context: positions after the prefix, the new tokens included.
+      logits: of all positions of a prefill or only of the last.
+
+    Raises:
+      UserError: more positions than the model has, or a context without room for a cache.
+    """
+    build_cached(model, prefill, context, logits).write(path)
+
+
+def build_cached(
+    model: IntegerModel, prefill: int, context: int, logits: Positions = "last"
+) -> ModelWriter:
+    """The model of `write_cached`, in memory."""
+    writer = ModelWriter()
+    for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
+        dec = cached_decoder(model, tokens, context, logits)
+        subgraph = writer.add_subgraph(key)
+        ids = subgraph.add_tensor("ids", (tokens,), "int32")
+        positions = subgraph.add_tensor("positions", (tokens,), "int32")
+        mask = _input(subgraph, "mask", dec.layer["mask"])
+        whole = model.decoder(context)
+        tables = model.inputs(whole)
+        eps = _shared(subgraph, dec.layer["norm.eps"], tables["norm.eps"])
+        shared = {"mask": mask, "norm.eps": eps}
+        for name in ("rope.cos", "rope.sin"):
+            table = _shared(subgraph, whole.layer[name], tables[name], f"{name}.table")
+            shared[name] = _input(subgraph, name, dec.layer[name])
+            code, options, _ = spell(Embedding(), dec.layer, dec.layer.nodes[0], 0)
+            subgraph.add_op(code, options, [table, positions], [shared[name]])
+        caches = [_caches(model, subgraph, dec, i) for i in range(dec.layer.layers)]
+        out, rows = _emit(model, subgraph, dec, ids, shared, caches)
+        inputs = {"ids": ids, "positions": positions, "mask": mask}
+        outputs = {"logits": out}
+        for i, (cache, new) in enumerate(zip(caches, rows, strict=True)):
+            for letter, row in zip("kv", new, strict=True):
+                inputs[f"kv_cache_{letter}_{i}"] = cache[f"attn.cache_{letter}"]
+                outputs[f"kv_slice_{letter}_{i}"] = row
+        subgraph.add_signature(key, inputs, outputs)
+    return writer
+
+
+def cached_decoder(
+    model: IntegerModel, tokens: int, context: int, logits: Positions = "last"
+) -> Decoder:
+    """The graphs of a signature of `write_cached`: as many cache slots as the new tokens leave.
+
+    Raises:
+      UserError: as `write_cached`.
+    """
+    if tokens >= context:
+        raise UserError(
+            f"context: {context} positions for {tokens} new tokens; expected more; raise --context"
+            " or lower --prefill"
+        )
+    return model.decoder(tokens, context - tokens, logits)
+
+
+def _emit(
+    model: IntegerModel,
+    subgraph: SubgraphWriter,
+    dec: Decoder,
+    ids: int,
+    shared: dict[str, int],
+    caches: list[dict[str, int]],
+) -> tuple[int, list[list[int]]]:
+    """All graphs, layers unrolled: the logits, and each layer's new rows of keys and values."""
+    values, out, rows = {"ids": ids}, ids, []
+    for graph in dec.graphs:
+        for layer in range(graph.layers):
+            own = caches[layer] if graph is dec.layer else {}
+            env = _Emitter(model, subgraph, graph, layer).emit(values | shared | own)
+            out = env[graph.outputs[0]]
+            values = {"input.residual": out}
+            if graph is dec.layer:
+                rows.append([env[name] for name in graph.outputs[1:]])
+    return out, rows
+
+
+def _shared(
+    subgraph: SubgraphWriter, spec: TensorSpec, codes: np.ndarray, name: str | None = None
+) -> int:
     assert spec.fixed is not None
     scale, zero_point = spec.fixed
     return subgraph.add_tensor(
-        spec.name, spec.shape, "int16", np.float32(scale), zero_point, data=codes
+        name or spec.name, spec.shape, "int16", np.float32(scale), zero_point, data=codes
     )
+
+
+def _input(subgraph: SubgraphWriter, name: str, spec: TensorSpec) -> int:
+    assert spec.fixed is not None
+    return subgraph.add_tensor(name, spec.shape, "int16", np.float32(spec.fixed[0]), spec.fixed[1])
+
+
+def _caches(
+    model: IntegerModel, subgraph: SubgraphWriter, dec: Decoder, layer: int
+) -> dict[str, int]:
+    """Inputs for the cached keys and values of a layer, in the codes of its new rows."""
+    return {
+        f"attn.cache_{letter}": subgraph.add_tensor(
+            f"kv_cache_{letter}_{layer}",
+            dec.layer[f"attn.cache_{letter}"].shape,
+            "int8",
+            model.scale[f"layers.attn.cache_{letter}"][layer],
+        )
+        for letter in "kv"
+    }
 
 
 class _Emitter:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from qnpu_jax.config import UserError
-from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.decoder import Decoder
 from qnpu_jax.graph import is_identity
 
 
@@ -112,15 +111,13 @@ def _not_the_same(tensor: str, op: str, a: str, b: str) -> UserError:
     )
 
 
-def op_names(
-    model: IntegerModel, tokens: int, logits: Literal["all", "last"] = "all"
-) -> dict[str, str]:
+def op_names(dec: Decoder) -> dict[str, str]:
     """The op behind every tensor of the written file, by global name; dropped identities left
     out."""
     return {
         (f"layers.{i}.{node.output}" if graph.prefix == "layers." else graph.prefix + node.output):
         type(node.op).__name__
-        for graph in model.decoder(tokens, logits=logits).graphs
+        for graph in dec.graphs
         for i in range(graph.layers)
         for node in graph.nodes
         if not is_identity(graph, node, i)

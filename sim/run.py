@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, assert_never
 
 import jax
@@ -39,6 +40,7 @@ from sim import kernels, prepare
 from sim.numerics import Profile
 
 Codes = dict[str, jax.Array]
+NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +78,26 @@ def compile_model(model: IntegerModel, dec: Any, profile: Profile = "litert_ref"
     return Program(dec, profile, codes, constants)
 
 
-def run(program: Program, ids: Any, keep: Callable[[str], bool] = lambda _: False) -> Codes:
+def run(
+    program: Program,
+    ids: Any,
+    keep: Callable[[str], bool] = lambda _: False,
+    inputs: Mapping[str, Any] = NO_INPUTS,
+) -> Codes:
     """Codes of the logits, and of every tensor whose global name `keep` accepts.
 
     Args:
       ids: (T,) or (B, T) token ids.
       keep: chooses tensors by global name (`layers.3.attn.q`).
+      inputs: of the layers; cached keys and values `layers.3.attn.cache_k` (N, C, K) where the
+        program has a cache, and in place of the program's own what all layers share (`mask`,
+        `rope.cos`, `rope.sin`). Takes one sequence, ids (T,).
 
     Returns:
       By global name: `head.logits` (.., T, V) and what was kept, with the batch axis of `ids`.
     """
     out: Codes = {}
-    for graph, layer, env in steps(program, ids, keep):
+    for graph, layer, env in steps(program, ids, keep, inputs):
         out.update(
             {
                 global_name(graph, layer, n): x
@@ -99,7 +109,10 @@ def run(program: Program, ids: Any, keep: Callable[[str], bool] = lambda _: Fals
 
 
 def steps(
-    program: Program, ids: Any, keep: Callable[[str], bool]
+    program: Program,
+    ids: Any,
+    keep: Callable[[str], bool],
+    inputs: Mapping[str, Any] = NO_INPUTS,
 ) -> Iterator[tuple[Graph, int, Codes]]:
     """Graph by graph and layer by layer: its output and the kept tensors, by local name."""
     with jax.enable_x64():
@@ -116,6 +129,9 @@ def steps(
                     and (t.name in graph.outputs[:1] or keep(global_name(graph, layer, t.name)))
                 )
                 like = _same_bits(graph, layer)
+                own = {t.name: global_name(graph, layer, t.name) for t in graph.named("input")}
+                given = {n: inputs.get(g, inputs.get(n)) for n, g in own.items()}
+                values |= {n: jnp.asarray(x) for n, x in given.items() if x is not None}
                 env = _compiled_layer()(graph, like, kept, codes[layer], constants[layer], values)
                 yield graph, layer, env
                 x = env[graph.outputs[0]]

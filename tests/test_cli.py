@@ -235,9 +235,9 @@ def test_verify_finds_another_model(qnpu, refused, here):
     assert qnpu("export", "out", "out/model.tflite", "--prefill", "8")[0] == 2  # now incomplete
     shutil.move(here / "kept", here / "out" / "model.tflite")
     changed = here / "out" / "integer_model.json"
-    changed.write_text(changed.read_text().replace('"format": 1', '"format": 2'))
+    changed.write_text(changed.read_text().replace('"format": 2', '"format": 1'))
     rehash(here / "out")
-    expected = "integer_model.json: format 2, expected 1; run `qnpu quantize` again"
+    expected = "integer_model.json: format 1, expected 2; run `qnpu quantize` again"
     assert expected in refused("verify", "out")
 
 
@@ -455,3 +455,40 @@ def test_truncated_gguf(refused, here):
 def test_model_without_a_tokenizer(refused, here):
     write_model(here / "bare", *read_model("mha_tied"))
     assert refused("quantize", "bare", "--out", "new").startswith("bare: tokenizer.json is missing")
+
+
+# --- generate ---
+
+GENERATE = ["generate", "out", "--raw", "--prompt", "def", "--max-tokens", "6"]
+GENERATE += ["--prefill", "4", "--context", "32"]
+
+
+def test_generate_is_the_same_text_on_the_simulator(qnpu, here):
+    status, text, err = qnpu(*GENERATE, "--kernels", "ref")
+    assert status == 0 and text.strip()
+    assert re.search(r"prompt: \d+ tokens, [\d.]+ tokens/s; then \d tokens, [\d.]+ tokens/s", err)
+    (file,) = (here / "out").glob("generate-*-4-32.tflite")
+    before = file.stat().st_mtime_ns
+    assert qnpu(*GENERATE, "--backend", "sim")[:2] == (0, text)
+    assert file.stat().st_mtime_ns == before  # written once
+    assert qnpu("verify", "out")[0] == 0  # the folder is still what its report says
+
+
+def test_generate_draws_by_its_seed(qnpu, here):
+    drawn = [qnpu(*GENERATE, "--temperature", "2", "--seed", seed)[:2] for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert {status for status, _ in drawn} == {0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--prompt a", "tokenizer: no chat template; expected chat_template.jinja, or"),
+        ("--raw --context 4 --prompt " + "ab" * 40, "prompt: "),
+        ("--raw --prompt a --context 16", "context: 16 positions for 128 new tokens; expected mo"),
+        ("--raw --prompt a --temperature -1", "sampling: temperature -1.0, top-k 0, top-p 1.0;"),
+        ("--raw --prompt a --context 600", "length: prefix"),
+    ],
+)
+def test_generate_refuses(refused, options, message):
+    assert message in refused("generate", "out", *options.split())

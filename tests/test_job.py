@@ -105,8 +105,8 @@ def test_every_op_of_the_graphs_is_compared(out):
         not is_identity(g, n, i) for g in dec.graphs for n in g.nodes for i in range(g.layers)
     )
     assert read(out / "report.json")["verify"]["tensors"] == total
-    assert len(op_names(model, PREFILL)) == total
-    assert len(op_names(model, PREFILL, "last")) == total + 1
+    assert len(op_names(model.decoder(PREFILL))) == total
+    assert len(op_names(model.decoder(PREFILL, logits="last"))) == total + 1
 
 
 def test_same_seed_same_bytes_another_seed_others(folder, out, tmp_path):

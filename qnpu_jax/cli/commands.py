@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 from typer.exceptions import TyperException
 
 from qnpu_jax import artifacts, freeze, job, models
 from qnpu_jax.cli import INTERRUPTED, complain
 from qnpu_jax.cli.display import Display, megabytes, print_report
+from qnpu_jax.cli.simulated import Simulated, SimulatedBackend
 from qnpu_jax.config import UserError
 from qnpu_jax.decoder import decoder
-from qnpu_jax.proof import Positions
+from qnpu_jax.litert import KernelSet
+from qnpu_jax.npu import generation
+from qnpu_jax.npu.litert_backend import LiteRTBackend
+from qnpu_jax.npu.sampling import Sampling
+from qnpu_jax.npu.session import Backend, Session, check_room
 from qnpu_jax.recipes import EFFORTS, load_recipe
-from sim import run as simulator
-from sim.observe import observed_accumulators
+from qnpu_jax.tflite import Positions
 
 SHOWN = 20
 """Differing tensors that are named: the first says most."""
@@ -114,11 +117,60 @@ def export(
     file: Annotated[Path, typer.Argument(help="The .tflite to write.")],
     prefill: Prefill = 128,
     logits: Logits = "all",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Positions of a KV cache: writes prefill_N and decode. Without it, one prefill."
+        ),
+    ] = None,
 ) -> None:
-    """Writes the model of a folder again, with a signature of another length."""
+    """Writes the model of a folder again: another length, or with a KV cache."""
     with Display() as clock, clock.stage("write"):
-        job.export(folder, file, prefill, logits)
+        job.export(folder, file, prefill, logits, context)
     typer.echo(f"wrote {file}, {megabytes(file.stat().st_size)}")
+
+
+@app.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Option(help="What the user says, or with --raw any text.")],
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without a chat.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Of the k likeliest; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Of the likeliest up to this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    backend: Annotated[
+        Literal["litert", "sim"], typer.Option(help="LiteRT on this CPU, or the simulator.")
+    ] = "litert",
+    kernels: Annotated[
+        KernelSet, typer.Option(help="LiteRT's: xnn (XNNPACK), opt, or ref.")
+    ] = "xnn",
+    threads: Annotated[int, typer.Option(min=1, help="Of LiteRT.")] = 1,
+    prefill: Prefill = 128,
+    context: Annotated[int, typer.Option(help="Positions of the KV cache.")] = 512,
+) -> None:
+    """Generates text from a quantized model, with what it needs a second."""
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    tokenizer = job.tokenizer(folder)
+    messages = [{"role": "user", "content": prompt}]
+    ids = tokenizer.encode(prompt) if raw else tokenizer.chat(messages, bos=False)
+    check_room(len(ids), 0, context)
+    with Display() as clock, clock.stage("load"):
+        runner: Backend
+        if backend == "sim":
+            runner = SimulatedBackend(freeze.load(folder), prefill, context)
+        else:
+            file = job.deployed(folder, prefill, context)
+            runner = LiteRTBackend(file, kernels, threads=threads)
+    speed = generation.Speed()
+    made = generation.tokens(
+        Session(runner), ids, runner.logit_scale, sampling, max_tokens, tokenizer.eos_ids, speed
+    )
+    for piece in generation.pieces(made, tokenizer):
+        typer.echo(piece, nl=False)
+    typer.echo()
+    typer.echo(str(speed), err=True)
 
 
 @app.command()
@@ -160,25 +212,6 @@ def _resumable(request: job.Job) -> Iterator[None]:
             f"interrupted; the same command goes on from stage {stage}, step {step}, kept in"
             f" {request.checkpoint_folder()}"
         ) from None
-
-
-class Simulated:
-    """`job.Simulator` by `sim`."""
-
-    def __init__(self, model: freeze.IntegerModel, tokens: int, logits: Positions = "all") -> None:
-        self._model = model
-        dec = model.decoder(tokens, logits=logits)
-        self._program = simulator.compile_model(model, dec, "litert_ref")
-
-    def logits(self, ids: np.ndarray) -> Any:
-        return simulator.run(self._program, ids)["head.logits"]
-
-    def tensors(self, ids: np.ndarray) -> Mapping[str, np.ndarray]:
-        kept = simulator.run(self._program, ids, keep=lambda _: True)
-        return {name: np.asarray(codes) for name, codes in kept.items()}
-
-    def accumulators(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, int]:
-        return observed_accumulators(self._model, self._program.decoder, tensors)
 
 
 def _verdict(found: dict[str, Any]) -> str:

@@ -138,11 +138,12 @@ class Tokenizer:
             _check_id(token_id, self.vocab_size, "token", self.source)
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, str]], *, bos: bool = True) -> list[int]:
         """Token ids of a chat, up to where the assistant's answer begins.
 
         Args:
           messages: {"role": "system" | "user" | "assistant", "content": text}, in order.
+          bos: put BOS where the template says `bos_token`; not behind a prefix that begins with it.
 
         Raises:
           UserError: the model has no chat template, or its template refuses the messages.
@@ -152,7 +153,8 @@ class Tokenizer:
                 f"{self.source}: no chat template; expected {TEMPLATE}, or chat_template in"
                 f" {CONFIG}; use an instruct model, or plain text"
             )
-        text = render_chat(self.chat_template, messages, self._special_tokens(), self.source)
+        special = self._special_tokens() | ({} if bos else {"bos_token": ""})
+        text = render_chat(self.chat_template, messages, special, self.source)
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def _special_tokens(self) -> dict[str, str]:
