@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.decoder import Decoder, layer_inputs
@@ -62,6 +63,15 @@ def fake_quant_edge(
         return fake_quant(x, scale, zero_point, qmin, qmax, masked=masked)
 
     return edge
+
+
+PRODUCED = "produced"
+"""Name, for autodiff, of tensors before an edge replaces them."""
+
+
+def produced(edge: Edge) -> Edge:
+    """`edge`, whose inputs are named PRODUCED."""
+    return lambda spec, x: edge(spec, checkpoint_name(x, PRODUCED))
 
 
 def measured(edge: Edge, errors: list[jax.Array]) -> Edge:
@@ -160,10 +170,13 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
     scales, rematerialised under autodiff."""
     tables = shared_inputs(dec)
 
+    # Between layers autodiff keeps the residual stream; within the layer that is computed again,
+    # what each op produced, and not what quantization made of it too.
     @jax.checkpoint
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCED))
     def step(x: jax.Array, layer) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         p, q, r = layer
-        edge = fake_quant_edge(q, r, reading.masked)
+        edge = produced(fake_quant_edge(q, r, reading.masked))
         errors: list[jax.Array] = [jnp.float32(0)]
         edge = measured(edge, errors) if reading.measure else edge
         values = {"input.residual": x, **tables, **reading.prepare(dec.layer, p)}

@@ -26,8 +26,12 @@ DIVERGED = 20.0
 """A loss this many times the first one has diverged: no useful step comes back from there."""
 RUINED = 10.0
 """So has a stage that ends with so many times the held-out KL that it began with (at least 0.1)."""
-QUICK_TO_COMPILE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
-"""On a GPU, XLA spends two minutes on choosing kernels for a step that runs for one."""
+COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
+    "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+}
+"""By backend. On a GPU, XLA spends two minutes on choosing kernels for a step that runs for one; on
+a CPU, it orders ops for threads that two cores do not have, in half as much memory again."""
 
 
 @struct.dataclass(kw_only=True)
@@ -76,7 +80,7 @@ class Compiled:
 
 def jitted(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """`jax.jit` for a function that runs for a stage."""
-    options = QUICK_TO_COMPILE if jax.default_backend() == "gpu" else {}
+    options = COMPILER_OPTIONS.get(jax.default_backend(), {})
     return jax.jit(function, compiler_options=options, **settings)
 
 
