@@ -6,17 +6,19 @@ Tensors keep their names (`layers.3.attn.q`), scales and zero points exactly as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, Literal, Protocol, assert_never, runtime_checkable
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from qnpu_jax.config import UserError
-from qnpu_jax.decoder import Decoder
+from qnpu_jax.decoder import Decoder, layer_inputs
 from qnpu_jax.flatbuffer import ModelWriter, SubgraphWriter
-from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.graph import Graph, Node, TensorSpec, is_identity
+from qnpu_jax.freeze import IntegerModel, dequantize
+from qnpu_jax.graph import Graph, Node, is_identity
 from qnpu_jax.ops import (
     Add,
     AddMask,
@@ -71,10 +73,10 @@ def build(model: IntegerModel, tokens: int, logits: Positions = "all") -> ModelW
     writer = ModelWriter()
     subgraph = writer.add_subgraph("main")
     ids = subgraph.add_tensor("ids", (tokens,), "int32")
-    shared = {
-        name: _shared(subgraph, dec.layer[name], codes) for name, codes in model.inputs(dec).items()
-    }
-    out, _ = _emit(model, subgraph, dec, ids, shared, [{}] * dec.layer.layers)
+    stored = Integers(model)
+    common = _Emitter(stored, subgraph, dec.layer, 0)
+    shared = {name: common.tensor(name, x, name) for name, x in stored.inputs(dec).items()}
+    out, _ = _emit(stored, subgraph, dec, ids, shared, [{}] * dec.layer.layers)
     subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": out})
     return writer
 
@@ -109,35 +111,57 @@ def write_cached(
 
 
 def build_cached(
-    model: IntegerModel, prefill: int, context: int, logits: Positions = "last"
+    model: IntegerModel,
+    prefill: int,
+    context: int,
+    logits: Positions = "last",
+    stored: Stored | None = None,
 ) -> ModelWriter:
-    """The model of `write_cached`, in memory."""
+    """The model of `write_cached`, in memory; as integers, if `stored` does not say otherwise."""
+    stored = Integers(model) if stored is None else stored
     writer = ModelWriter()
     for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
         dec = cached_decoder(model, tokens, context, logits)
-        subgraph = writer.add_subgraph(key)
-        ids = subgraph.add_tensor("ids", (tokens,), "int32")
-        positions = subgraph.add_tensor("positions", (tokens,), "int32")
-        mask = _input(subgraph, "mask", dec.layer["mask"])
-        whole = model.decoder(context)
-        tables = model.inputs(whole)
-        eps = _shared(subgraph, dec.layer["norm.eps"], tables["norm.eps"])
-        shared = {"mask": mask, "norm.eps": eps}
-        for name in ("rope.cos", "rope.sin"):
-            table = _shared(subgraph, whole.layer[name], tables[name], f"{name}.table")
-            shared[name] = _input(subgraph, name, dec.layer[name])
-            code, options, _ = spell(Embedding(), dec.layer, dec.layer.nodes[0], 0)
-            subgraph.add_op(code, options, [table, positions], [shared[name]])
-        caches = [_caches(model, subgraph, dec, i) for i in range(dec.layer.layers)]
-        out, rows = _emit(model, subgraph, dec, ids, shared, caches)
-        inputs = {"ids": ids, "positions": positions, "mask": mask}
-        outputs = {"logits": out}
-        for i, (cache, new) in enumerate(zip(caches, rows, strict=True)):
-            for letter, row in zip("kv", new, strict=True):
-                inputs[f"kv_cache_{letter}_{i}"] = cache[f"attn.cache_{letter}"]
-                outputs[f"kv_slice_{letter}_{i}"] = row
-        subgraph.add_signature(key, inputs, outputs)
+        _add_cached(stored, writer.add_subgraph(key), key, dec, model.decoder(context))
     return writer
+
+
+def _add_cached(
+    stored: Stored, subgraph: SubgraphWriter, key: str, dec: Decoder, whole: Decoder
+) -> None:
+    """One signature of `write_cached`; `whole` takes all positions at once, for its RoPE tables."""
+    ids, positions = (
+        subgraph.add_tensor(name, (dec.tokens,), "int32") for name in ("ids", "positions")
+    )
+    common = _Emitter(stored, subgraph, dec.layer, 0)
+    tables = stored.inputs(whole)
+    shared = {
+        "mask": common.tensor("mask", label="mask"),
+        "norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps"),
+    }
+    for name in ("rope.cos", "rope.sin"):
+        every = _Emitter(stored, subgraph, whole.layer, 0)
+        table = every.tensor(name, tables[name], f"{name}.table")
+        shared[name] = common.tensor(name, label=name)
+        code, options, _ = spell(Embedding(), dec.layer, dec.layer.nodes[0], 0)
+        subgraph.add_op(code, options, [table, positions], [shared[name]])
+    caches = [
+        {
+            f"attn.cache_{letter}": _Emitter(stored, subgraph, dec.layer, i).tensor(
+                f"attn.cache_{letter}", label=f"kv_cache_{letter}_{i}"
+            )
+            for letter in "kv"
+        }
+        for i in range(dec.layer.layers)
+    ]
+    out, rows = _emit(stored, subgraph, dec, ids, shared, caches)
+    inputs = {"ids": ids, "positions": positions, "mask": shared["mask"]}
+    outputs = {"logits": out}
+    for i, (cache, new) in enumerate(zip(caches, rows, strict=True)):
+        for letter, row in zip("kv", new, strict=True):
+            inputs[f"kv_cache_{letter}_{i}"] = cache[f"attn.cache_{letter}"]
+            outputs[f"kv_slice_{letter}_{i}"] = row
+    subgraph.add_signature(key, inputs, outputs)
 
 
 def cached_decoder(
@@ -157,7 +181,7 @@ def cached_decoder(
 
 
 def _emit(
-    model: IntegerModel,
+    stored: Stored,
     subgraph: SubgraphWriter,
     dec: Decoder,
     ids: int,
@@ -169,7 +193,7 @@ def _emit(
     for graph in dec.graphs:
         for layer in range(graph.layers):
             own = caches[layer] if graph is dec.layer else {}
-            env = _Emitter(model, subgraph, graph, layer).emit(values | shared | own)
+            env = _Emitter(stored, subgraph, graph, layer).emit(values | shared | own)
             out = env[graph.outputs[0]]
             values = {"input.residual": out}
             if graph is dec.layer:
@@ -177,54 +201,99 @@ def _emit(
     return out, rows
 
 
-def _shared(
-    subgraph: SubgraphWriter, spec: TensorSpec, codes: np.ndarray, name: str | None = None
-) -> int:
-    assert spec.fixed is not None
-    scale, zero_point = spec.fixed
-    return subgraph.add_tensor(
-        name or spec.name, spec.shape, "int16", np.float32(scale), zero_point, data=codes
-    )
+@runtime_checkable
+class Stored(Protocol):
+    """How a file holds tensors."""
+
+    def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
+        """Contents of the parameters of a graph in one layer, by local name."""
+        ...
+
+    def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
+        """Contents of what all layers share, by local name."""
+        ...
+
+    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
+        """Type and quantization of a tensor, as `SubgraphWriter.add_tensor` takes them."""
+        ...
+
+    def drops(self, graph: Graph, node: Node, layer: int) -> bool:
+        """Whether the op changes nothing and is left out."""
+        ...
 
 
-def _input(subgraph: SubgraphWriter, name: str, spec: TensorSpec) -> int:
-    assert spec.fixed is not None
-    return subgraph.add_tensor(name, spec.shape, "int16", np.float32(spec.fixed[0]), spec.fixed[1])
+@dataclass(frozen=True)
+class Integers:
+    """Codes, scales and zero points as frozen."""
 
+    model: IntegerModel
 
-def _caches(
-    model: IntegerModel, subgraph: SubgraphWriter, dec: Decoder, layer: int
-) -> dict[str, int]:
-    """Inputs for the cached keys and values of a layer, in the codes of its new rows."""
-    return {
-        f"attn.cache_{letter}": subgraph.add_tensor(
-            f"kv_cache_{letter}_{layer}",
-            dec.layer[f"attn.cache_{letter}"].shape,
-            "int8",
-            model.scale[f"layers.attn.cache_{letter}"][layer],
+    def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
+        return self.model.constants(graph, layer)
+
+    def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
+        return self.model.inputs(dec)
+
+    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
+        quant = graph[name].quant
+        assert quant is not None
+        scale, zero_point = (
+            values[graph.prefix + name] for values in (self.model.scale, self.model.zero_point)
         )
-        for letter in "kv"
-    }
+        if graph.prefix == "layers.":
+            scale, zero_point = scale[layer], zero_point[layer]
+        return {
+            "dtype": DTYPES[quant.bits[layer]],
+            "scale": np.asarray(scale, np.float32)[()],
+            "zero_point": int(zero_point),
+            "axis": quant.axis or 0,
+        }
+
+    def drops(self, graph: Graph, node: Node, layer: int) -> bool:
+        return is_identity(graph, node, layer)
+
+
+@dataclass(frozen=True)
+class Reals:
+    """Float32: the frozen weights times their scales, and activations that nothing rounds. What a
+    benchmark holds the integers against."""
+
+    params: Mapping[str, np.ndarray]
+
+    @staticmethod
+    def of(model: IntegerModel) -> Reals:
+        return Reals(dequantize(model))
+
+    def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
+        at = layer if graph.prefix == "layers." else ()
+        return {t.name: self.params[graph.prefix + t.name][at] for t in graph.named("param")}
+
+    def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
+        return layer_inputs(dec)
+
+    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
+        return {"dtype": "float32"}
+
+    def drops(self, graph: Graph, node: Node, layer: int) -> bool:
+        return isinstance(node.op, Requantize)
 
 
 class _Emitter:
     """Emits one graph, for one layer, into a subgraph."""
 
-    def __init__(
-        self, model: IntegerModel, subgraph: SubgraphWriter, graph: Graph, layer: int
-    ) -> None:
-        self.model, self.subgraph, self.graph, self.layer = model, subgraph, graph, layer
+    def __init__(self, stored: Stored, subgraph: SubgraphWriter, graph: Graph, layer: int) -> None:
+        self.stored, self.subgraph, self.graph, self.layer = stored, subgraph, graph, layer
 
     def emit(self, env: dict[str, int]) -> dict[str, int]:
         """Tensor indices by local name; `env` holds those of the inputs."""
         env = dict(env)
-        for name, codes in self.model.constants(self.graph, self.layer).items():
-            env[name] = self._tensor(self.graph[name], codes)
+        for name, contents in self.stored.constants(self.graph, self.layer).items():
+            env[name] = self.tensor(name, contents)
         for node in self.graph.nodes:
-            if is_identity(self.graph, node, self.layer):
+            if self.stored.drops(self.graph, node, self.layer):
                 env[node.output] = env[node.inputs[0]]
                 continue
-            env[node.output] = self._tensor(self.graph[node.output], None)
+            env[node.output] = self.tensor(node.output)
             code, options, extra = spell(node.op, self.graph, node, self.layer)
             constants = [
                 self.subgraph.add_tensor(
@@ -238,26 +307,16 @@ class _Emitter:
             self.subgraph.add_op(code, options, [*inputs, *constants], [env[node.output]])
         return env
 
+    def tensor(self, name: str, data: np.ndarray | None = None, label: str | None = None) -> int:
+        """Adds a tensor of the graph, by its global name or a label of its own."""
+        spec = self.graph[name]
+        form = self.stored.form(self.graph, self.layer, name)
+        return self.subgraph.add_tensor(label or self._global(name), spec.shape, data=data, **form)
+
     def _global(self, name: str) -> str:
         if self.graph.prefix == "layers.":
             return f"layers.{self.layer}.{name}"
         return self.graph.prefix + name
-
-    def _at(self, values: dict[str, np.ndarray], name: str) -> Any:
-        array = values[self.graph.prefix + name]
-        return array[self.layer] if self.graph.prefix == "layers." else array[()]
-
-    def _tensor(self, spec: TensorSpec, data: np.ndarray | None) -> int:
-        assert spec.quant is not None
-        return self.subgraph.add_tensor(
-            self._global(spec.name),
-            spec.shape,
-            DTYPES[spec.quant.bits[self.layer]],
-            np.asarray(self._at(self.model.scale, spec.name), np.float32)[()],
-            int(self._at(self.model.zero_point, spec.name)),
-            axis=spec.quant.axis or 0,
-            data=data,
-        )
 
 
 def spell(op: Op, graph: Graph, node: Node, layer: int) -> tuple[int, Any, list[np.ndarray]]:

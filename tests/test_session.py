@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -9,6 +11,10 @@ import tiny
 from qnpu_jax import tflite
 from qnpu_jax.cli.simulated import SimulatedBackend
 from qnpu_jax.config import UserError
+from qnpu_jax.decoder import layer_inputs
+from qnpu_jax.evaluate import forward
+from qnpu_jax.freeze import dequantize
+from qnpu_jax.litert import open_interpreter
 from qnpu_jax.npu.litert_backend import LiteRTBackend, mask_codes
 from qnpu_jax.npu.session import Session
 from qnpu_jax.verify import compare, op_names
@@ -142,3 +148,19 @@ def test_a_context_needs_room_for_a_cache(tmp_path, prefill):
     with pytest.raises(UserError, match=f"context: 24 positions for {prefill} new tokens"):
         tflite.write_cached(model, tmp_path / "m.tflite", prefill, CONTEXT)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_float_export_is_the_dequantized_model(folder):
+    model = tiny.quantized("gqa_llama3", "w8a8")
+    path = folder / "float.tflite"
+    tflite.build_cached(model, CHUNK, CONTEXT, "all", tflite.Reals.of(model)).write(path)
+    runner = open_interpreter(path, "opt").get_signature_runner(f"prefill_{CHUNK}")
+    dec = tflite.cached_decoder(model, CHUNK, CONTEXT, "all")
+    inputs = {n: np.zeros(d["shape"], d["dtype"]) for n, d in runner.get_input_details().items()}
+    inputs |= {"ids": IDS[:CHUNK], "positions": np.arange(CHUNK, dtype=np.int32)}
+    got = runner(**inputs | {"mask": layer_inputs(dec)["mask"]})["logits"]
+    params = jax.tree.map(jnp.asarray, dequantize(model))
+    expected = forward(model.decoder(CHUNK), params, jnp.asarray(IDS[:CHUNK]))
+    # float32 in another order of summation: a few ulp of logits near 5, through two layers.
+    np.testing.assert_allclose(got, expected, atol=5e-5)
+    assert {d["dtype"] for d in runner.get_output_details().values()} == {np.float32}
