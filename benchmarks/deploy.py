@@ -35,7 +35,7 @@ from qnpu_jax.litert import open_interpreter
 from qnpu_jax.models.checkpoint import resolve
 
 FLOAT, LLAMA = "float32", "llama.cpp"
-RECIPES = ["w8a8", "w4a8"]
+RECIPES = ["w8a8s8", "w4a8s8", "w8a8", "w4a8"]
 GOAL = 3.0
 """Times as fast as float32, of each of RECIPES."""
 
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="w8a8 and float32, 3 rounds")
+    parser.add_argument("--quick", action="store_true", help="w8a8s8 and float32, 3 rounds")
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.context = 3, 256
@@ -168,10 +168,10 @@ def main() -> int:
         integers, _ = quantize(recipes, quick=True)
         with tempfile.TemporaryDirectory() as folder:
             paths = {}
-            forms = {FLOAT: tflite.Reals.of(integers["w8a8"])}
+            forms = {FLOAT: tflite.Reals.of(integers[RECIPES[0]])}
             for name in (FLOAT, *recipes):
                 paths[name] = Path(folder) / f"{name}.tflite"
-                model = integers.get(name, integers["w8a8"])
+                model = integers.get(name, integers[RECIPES[0]])
                 written = tflite.build_cached(
                     model, args.prefill, args.context, stored=forms.pop(name, None)
                 )

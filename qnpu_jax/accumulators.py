@@ -19,7 +19,7 @@ from jaxtyping import Int
 from qnpu_jax.config import UserError
 from qnpu_jax.decoder import Decoder
 from qnpu_jax.graph import Graph, Node, TensorSpec
-from qnpu_jax.ops import BatchMatmul, FullyConnected, Requantize
+from qnpu_jax.ops import WIDENING, BatchMatmul, FullyConnected, Requantize
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,14 @@ def _graph_bounds(
         return array[layer] if layered else array
 
     def interval(name: str) -> tuple[int, int]:
-        """Reachable values of code - zero point; a widened tensor keeps those of its source."""
+        """Reachable values of code - zero point; of a widened tensor, those of its source made
+        wider."""
         node: Node | None = producer.get(name)
         if node is not None and isinstance(node.op, Requantize):
             source = node.inputs[0]
             if _bits(graph[source], layer) < _bits(graph[name], layer):
-                return interval(source)
+                low, high = interval(source)
+                return WIDENING * low, WIDENING * high
         low, high = _limits(graph[name], layer)
         zero = int(at(zero_point, name))
         return low - zero, high - zero

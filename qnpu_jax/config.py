@@ -119,14 +119,17 @@ class BitPlan:
                 )
 
 
-def bit_plan(weights: int, activations: int) -> BitPlan:
-    """The plan behind the named recipes: w<weights>a<activations>.
+def bit_plan(weights: int, activations: int, scores: int = 16) -> BitPlan:
+    """The plan behind the named recipes: w<weights>a<activations>, then s8 with 8-bit scores.
 
-    8-bit activations except the residual stream, norm internals, RoPE and scores (16); KV cache,
-    embedding and head weights always 8. With 16-bit activations FULLY_CONNECTED accumulates in 64
-    bits, because 32 can overflow.
+    8-bit activations except the residual stream, norm internals and RoPE (16), and attention scores
+    with their softmax (`scores`); KV cache, embedding and head weights always 8. With 16-bit
+    activations scores are of 16 bits too, and FULLY_CONNECTED accumulates in 64, because 32 can
+    overflow.
     """
-    sixteen = ["*.residual", "*.norm.*", "*.rope.*", "*.scores", "*.masked", "*.softmax"]
+    sixteen = ["*.residual", "*.norm.*", "*.rope.*"]
+    if scores == 16:
+        sixteen += ["*.scores", "*.masked", "*.softmax"]
     rules: list[tuple[str, int]] = [
         ("embed.weight", 8),
         ("head.weight", 8),

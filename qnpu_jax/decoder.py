@@ -38,10 +38,10 @@ from qnpu_jax.ops import (
 
 TABLE_SCALE = 1 / 32767
 """Scale of the int16 RoPE tables: cos and sin use the whole code range."""
-MASK_SCALE = 1 / 16
-MASK_CODE = -32767
-"""A masked position adds MASK_SCALE * MASK_CODE = -2048 to its score. A power of two keeps the
-ADD's rescaling of the scores exact to 1/200 of a code."""
+MASK = -2032.0
+MASK_SCALE = {8: 16.0, 16: 1 / 16}
+"""A masked position adds MASK to its score: code -127 in 8 bits, which are symmetric, -32512 in 16.
+A power of two keeps the ADD's rescaling of 16-bit scores exact to 1/200 of a code."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,17 @@ def decoder(
     return Decoder(config, plan, tokens, prefix, cache, embed, layer, head)
 
 
+def _mask(g: Builder, cfg: ModelConfig, shape: tuple[int, ...]) -> TensorSpec:
+    """The mask, as wide as the scores that it is added to, in all layers alike: they share it."""
+    bits = g.bits("attn.kv0.scores")
+    if len(set(bits)) > 1:
+        raise UserError(
+            f"layers.*.attn.kv0.scores: bits {list(bits)}; expected the same in all layers, which"
+            " share one mask; change the bit plan's rule"
+        )
+    return g.input("mask", shape, bits=bits, fixed=(MASK_SCALE[bits[0]], 0))
+
+
 def _embed(g: Builder, cfg: ModelConfig, tokens: int) -> Graph:
     ids = g.ids("ids", (tokens,))
     out = g.add("out", Embedding(), ids, g.param("weight", (cfg.vocab_size, cfg.hidden_size)))
@@ -134,7 +145,7 @@ def _layer(g: Builder, cfg: ModelConfig, tokens: int, prefix: int, cache: int) -
     env = LayerInputs(
         cos=g.input("rope.cos", table, bits=wide, fixed=(TABLE_SCALE, 0)),
         sin=g.input("rope.sin", table, bits=wide, fixed=(TABLE_SCALE, 0)),
-        mask=g.input("mask", (tokens, 1, keys), bits=wide, fixed=(MASK_SCALE, 0)),
+        mask=_mask(g, cfg, (tokens, 1, keys)),
         eps=_eps(g, cfg, wide),
     )
     past = [(source, n) for source, n in (("prefix", prefix), ("cache", cache)) if n]
@@ -312,7 +323,7 @@ def rope_tables(
 def causal_mask(
     tokens: int, prefix: int = 0, cache: int = 0, filled: int = 0
 ) -> Float32[np.ndarray, "t 1 s"]:
-    """0 where a token may look, MASK_SCALE * MASK_CODE elsewhere; (T, 1, S) float32.
+    """0 where a token may look, MASK elsewhere; (T, 1, S) float32.
 
     Keys are [prefix | cache | new]: the whole prefix, the first `filled` cache slots and new keys
     up to the token's own are visible.
@@ -320,7 +331,7 @@ def causal_mask(
     visible = np.zeros((tokens, prefix + cache + tokens), dtype=bool)
     visible[:, : prefix + filled] = True
     visible[:, prefix + cache :] = np.tril(np.ones((tokens, tokens), dtype=bool))
-    return np.where(visible, 0.0, MASK_SCALE * MASK_CODE).astype(np.float32)[:, None, :]
+    return np.where(visible, 0.0, MASK).astype(np.float32)[:, None, :]
 
 
 def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:

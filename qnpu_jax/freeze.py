@@ -65,13 +65,14 @@ class IntegerModel:
         return codes
 
     def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
-        """int16 codes of the inputs that all layers share, by local name."""
+        """Codes of the inputs that all layers share, by local name: int16, an 8-bit mask int8."""
         real = layer_inputs(dec, filled)
         codes = {}
         for name, x in real.items():
             spec = dec.layer[name]
-            assert spec.fixed is not None
-            codes[name] = quantize(x, np.float64(spec.fixed[0]), np.int64(0), spec).astype(np.int16)
+            assert spec.fixed is not None and spec.quant is not None
+            dtype = np.int8 if spec.quant.bits[0] == 8 else np.int16
+            codes[name] = quantize(x, np.float64(spec.fixed[0]), np.int64(0), spec).astype(dtype)
         return codes
 
 

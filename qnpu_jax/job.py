@@ -27,13 +27,14 @@ from qnpu_jax import (
 )
 from qnpu_jax.config import ModelConfig, UserError
 from qnpu_jax.decoder import decoder
+from qnpu_jax.deploy import check_prefill
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.learn.stages import Store, schedule
 from qnpu_jax.learn.train import History
 from qnpu_jax.litert import LiteRT
 from qnpu_jax.models import Checkpoint, Tokenizer
 from qnpu_jax.pipeline import Clock
-from qnpu_jax.proof import Simulate, bound, prove
+from qnpu_jax.proof import Simulate, prove
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.texts import Texts
 from qnpu_jax.tflite import Positions
@@ -234,7 +235,7 @@ def _short(x: float) -> float:
 
 def _check_request(job: Job) -> None:
     """What can be wrong before the model is read, which takes a while."""
-    _check_prefill(job.prefill)
+    check_prefill(job.prefill)
     if job.eval_tokens < job.prefill:
         raise UserError(
             f"eval-tokens: {job.eval_tokens} is less than one window; expected at least the"
@@ -260,11 +261,6 @@ def _check_checkpoints(job: Job, inputs: dict[str, Any]) -> None:
             " beside it; choose another --checkpoints"
         )
     check(job.checkpoint_folder(), inputs)
-
-
-def _check_prefill(prefill: int) -> None:
-    if prefill < 2:
-        raise UserError(f"prefill: {prefill} is too short; expected at least 2; raise --prefill")
 
 
 def _check_model(config: ModelConfig, job: Job) -> None:
@@ -364,53 +360,3 @@ def check(out: Path, text: Path | None, simulate: Simulate, clock: Clock) -> dic
         ids = read.first(runner.tokens, runner.tokens).windows[0]
         simulator = simulate(model, runner.tokens, runner.logits)
     return prove(model, runner, simulator, ids, clock)
-
-
-def export(
-    out: Path, file: Path, prefill: int, logits: Positions, context: int | None = None
-) -> None:
-    """Writes the model of a folder that `run` wrote to `file`, for another length.
-
-    Args:
-      context: write `prefill_<N>` and `decode` over a KV cache (`tflite.write_cached`)
-        of so many positions; None writes one prefill without a cache.
-
-    Raises:
-      UserError: not such a folder, `file` exists, the model has fewer positions, or an accumulator
-        can overflow at that length.
-    """
-    _check_prefill(prefill)
-    with artifacts.new_file(file) as partial:
-        artifacts.read_report(out)
-        model = freeze.load(out)
-        if context is None:
-            bound(model, prefill, logits)
-            tflite.write(model, partial, prefill, logits)
-        else:
-            bound(model, context, logits)  # as many keys as every signature has
-            tflite.write_cached(model, partial, prefill, context, logits)
-
-
-def tokenizer(out: Path) -> Tokenizer:
-    """That of a folder that `run` wrote.
-
-    Raises:
-      UserError: not such a folder, or a file of it changed since.
-    """
-    artifacts.read_report(out)
-    return Tokenizer.load(out / artifacts.TOKENIZER)
-
-
-def deployed(out: Path, prefill: int, context: int) -> Path:
-    """The file of a folder that generates text, written if it is not there yet.
-
-    Raises:
-      UserError: as `export`.
-    """
-    report = artifacts.read_report(out)
-    # Named by the model, so that a folder written again does not meet the file of the old one.
-    model = report["sha256"][artifacts.MODEL][:12]
-    file = out / f"generate-{model}-{prefill}-{context}.tflite"
-    if not file.exists():
-        export(out, file, prefill, "last", context)
-    return file

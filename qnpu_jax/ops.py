@@ -47,7 +47,7 @@ class AddMask:
     """y = scores + mask, with an output scale so wide that a masked score lies at least `HEADROOM`
     below all others.
 
-    The mask is 0 or about -2048; masked sums saturate at the lowest code. TFLite ADD.
+    The mask is 0 or -2032; masked sums saturate at the lowest code. TFLite ADD.
     """
 
 
@@ -175,7 +175,7 @@ def _where_positive(function: Callable[[Array], Array], x: Array, at_zero: float
 
 HEADROOM = 10.0
 """How far below every valid score a masked one lies (real units): the int16 SOFTMAX treats 10 and
-more alike.
+more alike; the int8 one, which gives 0 below exp(-6.2), counts a masked key with at most exp(-10).
 
 Reference: LiteRT tflite/kernels/internal/reference/softmax.h, `SoftmaxInt16` (table of exp on [-10,
 0])."""
@@ -201,17 +201,22 @@ class Fixed:
     int16: tuple[float, int]
 
 
+WIDENING = 128
+"""A widened code is so many times that of its source less its zero point: exact, 255 x 128 fits 16
+bits. It fills the upper byte, because Hexagon's 16-bit BATCH_MATMUL rounds an operand to it."""
+
+
 @dataclass(frozen=True)
 class Narrowed:
-    """Requantize: free where it narrows; the input's scale with zero point 0 where it widens
-    (exact: code q - z); the input's scale and zero point where the widths are equal (an identity,
-    which `freeze` drops)."""
+    """Requantize: free where it narrows; scale / WIDENING of the input with zero point 0 where it
+    widens (exact: code WIDENING (q - z)); the input's scale and zero point where the widths are
+    equal (an identity, which `freeze` drops)."""
 
 
 @dataclass(frozen=True)
 class Masked:
-    """scale = scale(scores) + HEADROOM / 32767: the code range covers every score and HEADROOM
-    below."""
+    """scale = scale(scores) + HEADROOM / 32767 (127 at 8 bits): the code range covers every score
+    and HEADROOM below."""
 
 
 Constraint = Free | Same | Fixed | Narrowed | Masked

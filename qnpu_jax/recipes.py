@@ -285,7 +285,7 @@ _ROUNDING = Stage(
 )
 
 
-def _ours(weights: int, activations: int) -> Recipe:
+def _ours(weights: int, activations: int, scores: int = 16) -> Recipe:
     """Everything at once; then, at 4 bits, which way each weight rounds: GPTQ, then by gradient.
 
     With 8-bit weights and 16-bit activations nothing learns: calibrated, the model is as good as
@@ -296,8 +296,8 @@ def _ours(weights: int, activations: int) -> Recipe:
         stages = (dataclasses.replace(_TOGETHER, share=0.5), _ROUNDING)
     elif activations > 8:
         stages = ()
-    name = f"w{weights}a{activations}"
-    return Recipe(name=name, bits=bit_plan(weights, activations), stages=stages)
+    name = f"w{weights}a{activations}" + "s8" * (scores == 8)
+    return Recipe(name=name, bits=bit_plan(weights, activations, scores), stages=stages)
 
 
 _PLAIN: dict[str, Any] = {"rotation": "none", "prefix": "none", "activation_init": "minmax"}
@@ -342,6 +342,7 @@ where its authors quantize dynamically; Cayley-SGD at their rate of 1.5 does wor
 tried: SGD at its rate of 0.01 and unmasked gradients diverge here (benchmarks/README.md)."""
 
 RECIPES: dict[str, Recipe] = {f"w{w}a{a}": _ours(w, a) for w in (8, 4) for a in (8, 16)}
+RECIPES |= {r.name: r for r in (_ours(8, 8, 8), _ours(4, 8, 8))}
 RECIPES |= {
     f"{method}-{bits}": Recipe(name=f"{method}-{bits}", bits=ours.bits, **settings)
     for method, settings in METHODS.items()
@@ -350,8 +351,8 @@ RECIPES |= {
 
 
 def load_recipe(name: str) -> Recipe:
-    """A named recipe (`w8a8`, `w4a8`, `w8a16`, `w4a16`, or one of METHODS as in `quarot-w4a8`) or a
-    JSON file of one's own."""
+    """A named recipe (`w8a8`, `w4a8`, `w8a16`, `w4a16`, `w8a8s8`, `w4a8s8`, or one of METHODS as in
+    `quarot-w4a8`) or a JSON file of one's own."""
     if name in RECIPES:
         return RECIPES[name]
     path = Path(name)

@@ -14,7 +14,7 @@ import numpy as np
 
 from qnpu_jax.decoder import Decoder
 from qnpu_jax.graph import Graph, Node, is_identity
-from qnpu_jax.ops import HEADROOM, Fixed, Free, Masked, Narrowed, Same, constraint
+from qnpu_jax.ops import HEADROOM, WIDENING, Fixed, Free, Masked, Narrowed, Same, constraint
 from qnpu_jax.quant import QParams, Scales
 
 
@@ -109,9 +109,8 @@ def _of_root(graph: Graph, name: str, node: Node | None, free: Scales, of: Any) 
             )
         case Masked():
             scores = of(node.inputs[0])
-            return QParams(
-                scale=scores.scale + np.float32(HEADROOM / 32767), zero_point=scores.zero_point
-            )
+            below = constant([HEADROOM / (2 ** (b - 1) - 1) for b in spec.quant.bits])
+            return QParams(scale=scores.scale + below, zero_point=scores.zero_point)
         case Narrowed():
             return _of_requantize(graph, node, free, of, constant)
         case Free() | Same():
@@ -122,9 +121,10 @@ def _of_requantize(graph: Graph, node: Node, free: Scales, of: Any, constant: An
     source = of(node.inputs[0])
     follows = _follows(graph, node)
     identity = [is_identity(graph, node, i) for i in range(len(follows))]
+    unchanged = constant(identity) > 0
     followed = QParams(
-        scale=source.scale,
-        zero_point=jnp.where(constant(identity) > 0, source.zero_point, jnp.float32(0)),
+        scale=jnp.where(unchanged, source.scale, source.scale / np.float32(WIDENING)),
+        zero_point=jnp.where(unchanged, source.zero_point, jnp.float32(0)),
     )
     if all(follows):
         return followed

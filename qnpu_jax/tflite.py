@@ -74,7 +74,7 @@ def build(model: IntegerModel, tokens: int, logits: Positions = "all") -> ModelW
     subgraph = writer.add_subgraph("main")
     ids = subgraph.add_tensor("ids", (tokens,), "int32")
     stored = Integers(model)
-    common = _Emitter(stored, subgraph, dec.layer, 0)
+    common = Emitter(stored, subgraph, dec.layer, 0)
     shared = {name: common.tensor(name, x, name) for name, x in stored.inputs(dec).items()}
     out, _ = _emit(stored, subgraph, dec, ids, shared, [{}] * dec.layer.layers)
     subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": out})
@@ -91,10 +91,11 @@ def write_cached(
     """Writes the signatures `prefill_<prefill>` and `decode` (one token), which share all weights.
 
     Inputs of T tokens: `ids` (T,) int32; `positions` (T,) int32, 0 for the first token after the
-    prefix; `mask` (T, 1, S) int16, 0 where a token may look, MASK_CODE elsewhere, S = prefix +
-    context; for every layer i `kv_cache_k_<i>` and `kv_cache_v_<i>` (N, context - T, K) int8, the
-    slots before the new tokens, those not filled yet masked. Outputs: `logits`, and the new rows
-    `kv_slice_k_<i>`, `kv_slice_v_<i>` (N, T, K), which the host puts in the cache.
+    prefix; `mask` (T, 1, S) as wide as the scores, 0 where a token may look, the code of
+    `decoder.MASK` elsewhere, S = prefix + context; for every layer i `kv_cache_k_<i>` and
+    `kv_cache_v_<i>` (N, context - T, K) int8, the slots before the new tokens, those not filled yet
+    masked. Outputs: `logits`, and the new rows `kv_slice_k_<i>`, `kv_slice_v_<i>` (N, T, K), which
+    the host puts in the cache.
 
     Every signature has the same S: LiteRT's int16 SOFTMAX leaves a little to each masked key, so
     only then chunks and single steps give the bits that one long prefill gives.
@@ -133,21 +134,21 @@ def _add_cached(
     ids, positions = (
         subgraph.add_tensor(name, (dec.tokens,), "int32") for name in ("ids", "positions")
     )
-    common = _Emitter(stored, subgraph, dec.layer, 0)
+    common = Emitter(stored, subgraph, dec.layer, 0)
     tables = stored.inputs(whole)
     shared = {
         "mask": common.tensor("mask", label="mask"),
         "norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps"),
     }
     for name in ("rope.cos", "rope.sin"):
-        every = _Emitter(stored, subgraph, whole.layer, 0)
+        every = Emitter(stored, subgraph, whole.layer, 0)
         table = every.tensor(name, tables[name], f"{name}.table")
         shared[name] = common.tensor(name, label=name)
         code, options, _ = spell(Embedding(), dec.layer, dec.layer.nodes[0], 0)
         subgraph.add_op(code, options, [table, positions], [shared[name]])
     caches = [
         {
-            f"attn.cache_{letter}": _Emitter(stored, subgraph, dec.layer, i).tensor(
+            f"attn.cache_{letter}": Emitter(stored, subgraph, dec.layer, i).tensor(
                 f"attn.cache_{letter}", label=f"kv_cache_{letter}_{i}"
             )
             for letter in "kv"
@@ -193,7 +194,7 @@ def _emit(
     for graph in dec.graphs:
         for layer in range(graph.layers):
             own = caches[layer] if graph is dec.layer else {}
-            env = _Emitter(stored, subgraph, graph, layer).emit(values | shared | own)
+            env = Emitter(stored, subgraph, graph, layer).emit(values | shared | own)
             out = env[graph.outputs[0]]
             values = {"input.residual": out}
             if graph is dec.layer:
@@ -278,7 +279,7 @@ class Reals:
         return isinstance(node.op, Requantize)
 
 
-class _Emitter:
+class Emitter:
     """Emits one graph, for one layer, into a subgraph."""
 
     def __init__(self, stored: Stored, subgraph: SubgraphWriter, graph: Graph, layer: int) -> None:
@@ -292,20 +293,23 @@ class _Emitter:
         for node in self.graph.nodes:
             if self.stored.drops(self.graph, node, self.layer):
                 env[node.output] = env[node.inputs[0]]
-                continue
-            env[node.output] = self.tensor(node.output)
-            code, options, extra = spell(node.op, self.graph, node, self.layer)
-            constants = [
-                self.subgraph.add_tensor(
-                    f"{self._global(node.output)}/{i}", c.shape, "int32", data=c
-                )
-                for i, c in enumerate(extra)
-            ]
-            inputs = [env[n] for n in node.inputs]
-            if isinstance(node.op, Embedding):
-                inputs.reverse()  # GATHER takes the table first
-            self.subgraph.add_op(code, options, [*inputs, *constants], [env[node.output]])
+            else:
+                env[node.output] = self.add(node, env)
         return env
+
+    def add(self, node: Node, env: Mapping[str, int]) -> int:
+        """Adds an op; the tensor that it makes."""
+        output = self.tensor(node.output)
+        code, options, extra = spell(node.op, self.graph, node, self.layer)
+        constants = [
+            self.subgraph.add_tensor(f"{self._global(node.output)}/{i}", c.shape, "int32", data=c)
+            for i, c in enumerate(extra)
+        ]
+        inputs = [env[n] for n in node.inputs]
+        if isinstance(node.op, Embedding):
+            inputs.reverse()  # GATHER takes the table first
+        self.subgraph.add_op(code, options, [*inputs, *constants], [output])
+        return output
 
     def tensor(self, name: str, data: np.ndarray | None = None, label: str | None = None) -> int:
         """Adds a tensor of the graph, by its global name or a label of its own."""

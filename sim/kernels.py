@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qnpu_jax.ops import WIDENING
 from sim.fixedpoint import (
     lut_lookup,
     multiply_by_quantized_multiplier,
@@ -147,8 +148,8 @@ def batch_matmul(
       y: (B, K, N), or (B, N, K) with adj_y; of x's type.
       c: from `prepare_batch_matmul`.
       adj_y: y is transposed.
-      x_is_byte, y_is_byte: the caller knows that the int16 operand was widened from int8: adding
-        the zero point that `c` has for it gives the int8 codes back, and one dot does.
+      x_is_byte, y_is_byte: the caller knows that the int16 operand was widened from int8: the codes
+        over `WIDENING`, with the zero point that `c` has for it, are int8 again, and one dot does.
       y_is_symmetric: the caller knows that `c.y_zero_point` is 0.
 
     Returns:
@@ -160,7 +161,7 @@ def batch_matmul(
     # |codes - zero point| <= 255: a sum of so few products fits 31 bits, whatever x's type.
     small = x_is_byte and y_is_byte and x.shape[2] * 255**2 < 2**31
     if x.dtype == jnp.int16 and x.shape[1] == y.shape[3 - k_axis] == 1:
-        acc = _row_products(x, y)
+        acc = _row_products(x // WIDENING if x_is_byte else x, y // WIDENING if y_is_byte else y)
     else:
         acc = _matmul(
             _digits(x, c.x_zero_point, x_is_byte),
@@ -192,9 +193,10 @@ def _digits(x: Array, zero_point: Leaf | None, is_byte: bool) -> _Digits:
         high, low = _bytes(x)
         return _Digits([(256, high), (1, low)], jnp.int32(128))
     if zero_point is None:
-        return _Digits([(1, x.astype(jnp.int8))], None)
+        codes = x if x.dtype == jnp.int8 else (x // WIDENING).astype(jnp.int8)
+        return _Digits([(1, codes)], None)
     zero = _row(zero_point, 0)
-    codes = x if x.dtype == jnp.int8 else (x + zero.astype(jnp.int16)).astype(jnp.int8)
+    codes = x if x.dtype == jnp.int8 else (x // WIDENING + zero.astype(jnp.int16)).astype(jnp.int8)
     return _Digits([(1, codes)], -zero)
 
 

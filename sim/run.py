@@ -251,7 +251,7 @@ def dtype_of(spec: TensorSpec, layer: int) -> np.dtype:
 
 
 def narrow_source(graph: Graph, name: str, layer: int) -> str:
-    """The 8-bit tensor that `name` was widened from (code - zero point, exactly), or `name`."""
+    """The 8-bit tensor that `name` was widened from (exactly), or `name`."""
     producer = next((n for n in graph.nodes if n.output == name), None)
     if producer is None or not isinstance(producer.op, Requantize):
         return name
@@ -314,7 +314,7 @@ def _prepare(
                 *pair(out),
             )
         case BatchMatmul():
-            x, y = (pair(narrow_source(graph, n, layer)) for n in names)  # widening keeps the scale
+            x, y = (pair(narrow_source(graph, n, layer)) for n in names)  # the byte's own
             return prepare.prepare_batch_matmul(dtype, *x, *y, *pair(out))
         case Add() | AddMask():
             return prepare.prepare_add(dtype, *pair(names[0]), *pair(names[1]), *pair(out))

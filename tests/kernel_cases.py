@@ -5,7 +5,7 @@ Regimes of the output scale: fitting, tiny results (a large output scale), satur
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -116,13 +116,17 @@ def batch_matmul(
     y = draw_tensor(rng, dtype, (b, n, k) if adj_y else (b, k, n))
     for operand, is_byte in zip((x, y), bytes_, strict=True):
         if is_byte:
-            operand.data[...] = draw_codes(rng, "int8", operand.data.shape)
+            operand.data[...] = 128 * draw_codes(rng, "int8", operand.data.shape).astype(np.int16)
     z = draw_output(rng, dtype, real_range(x) * real_range(y) * k**0.5, (b, m, n))
     if dtype == "int16":  # MBQM64 is defined for factors below 2^7
         z = Tensor(dtype, None, max(z.scale, np.float32(x.scale * y.scale / 100)), shape=z.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_batch_matmul(np.dtype(dtype), *qparams(x, y, z)),)
+        narrow = [
+            replace(t, scale=np.float32(128 * t.scale)) if is_byte else t
+            for t, is_byte in zip((x, y), bytes_, strict=True)
+        ]
+        return (prepare.prepare_batch_matmul(np.dtype(dtype), *qparams(*narrow, z)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -335,5 +339,6 @@ VARIANTS: list[Variant] = [
     _batch_matmul("int16", False, (3, 40, 48, 60), (False, True)),
     _batch_matmul("int16", True, (3, 40, 48, 60), (True, False)),
     _batch_matmul("int16", True, (3, 40, 48, 60), (True, True)),
+    _batch_matmul("int16", True, (7000, 1, 24, 1), (True, True)),
     *(v for dtype in ("int8", "int16") for v in _variants(dtype)),
 ]

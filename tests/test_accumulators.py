@@ -121,7 +121,7 @@ def test_an_input_reaches_the_bound_of_every_linear(plan):
 
 
 def test_bounds_of_attention_products():
-    """K max|x| max|y|, of the 8-bit codes where a 16-bit operand was widened from them."""
+    """K max|x| max|y|; 128 times the 8-bit codes where a 16-bit operand was widened from them."""
     model = tiny.quantized("gqa_llama3", "w8a8")
     bounds, k = bounds_of("gqa_llama3", "w8a8"), 24
     dec = model.decoder(8)
@@ -133,7 +133,7 @@ def test_bounds_of_attention_products():
     for layer in range(2):
         score = bounds[f"layers.{layer}.attn.kv1.scores"]
         queries, keys = reach("attn.q_pos", layer), reach("attn.k_cache", layer)
-        assert score.high == -score.low == k * abs(queries) * abs(keys)
+        assert score.high == -score.low == k * 128 * abs(queries) * 128 * abs(keys)
         assert score.available == 64
         mixed = bounds[f"layers.{layer}.attn.kv1.mixed"]
         probs, values = reach("attn.kv1.probs", layer), reach("attn.v_cache", layer)

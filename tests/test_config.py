@@ -39,14 +39,15 @@ def test_every_rule_needs_a_tensor():
 
 
 @pytest.mark.parametrize(
-    ("weights", "activations", "bias", "scores"), [(4, 8, 32, 16), (8, 16, 64, 16)]
+    ("weights", "activations", "bias", "scores"), [(4, 8, 32, 16), (4, 8, 32, 8), (8, 16, 64, 16)]
 )
 def test_plan_of_the_named_recipes(weights, activations, bias, scores):
-    plan = bit_plan(weights, activations)
+    plan = bit_plan(weights, activations, scores)
     assert plan.bits("layers.3.attn.q.weight") == weights
     assert plan.bits("head.weight") == plan.bits("embed.weight") == 8
     assert plan.bits("layers.3.attn.q.bias") == bias
-    assert plan.bits("layers.3.attn.kv0.scores") == scores
+    for tensor in ("scores", "masked", "softmax"):
+        assert plan.bits(f"layers.3.attn.kv0.{tensor}") == scores
     assert plan.bits("layers.3.attn.k_cache") == 8
     assert plan.bits("layers.3.mlp.act") == activations
 

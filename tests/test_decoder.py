@@ -232,7 +232,7 @@ def test_a_token_sees_prefix_filled_slots_and_itself_and_what_came_before(prefix
                 visible = s - prefix < filled
             else:
                 visible = s - prefix - cache <= t
-            assert mask[t, 0, s] == (0.0 if visible else -2047.9375)
+            assert mask[t, 0, s] == (0.0 if visible else -2032.0)
 
 
 def test_positions_go_on_after_prefix_and_filled_slots():

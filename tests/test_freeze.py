@@ -110,14 +110,16 @@ def test_every_tensor_has_scale_and_zero_point(plan):
     assert activation_scales(model).keys() == names - model.codes.keys() - only
 
 
-def test_shared_inputs_are_codes_of_their_values():
-    model = tiny.quantized("gqa_llama3", "w8a8")
+@pytest.mark.parametrize(("plan", "low"), [("w8a8s8", -127), ("w8a8", -32512)])
+def test_shared_inputs_are_codes_of_their_values(plan, low):
+    model = tiny.quantized("gqa_llama3", plan)
     codes = model.inputs(model.decoder(5))
-    assert all(c.dtype == np.int16 for c in codes.values())
-    assert set(np.unique(codes["mask"])) == {-32767, 0}
+    assert codes["mask"].dtype == (np.int8 if plan == "w8a8s8" else np.int16)
+    assert all(c.dtype == np.int16 for name, c in codes.items() if name != "mask")
+    assert set(np.unique(codes["mask"])) == {low, 0}
     assert codes["norm.eps"].item() == 32767
     assert codes["rope.cos"].max() <= 32767
-    np.testing.assert_array_equal(codes["mask"][0, 0], [0, 0, 0, -32767, -32767, -32767, -32767])
+    np.testing.assert_array_equal(codes["mask"][0, 0], [0, 0, 0, low, low, low, low])
 
 
 # What is stored.

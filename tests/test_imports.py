@@ -21,7 +21,7 @@ LEVELS = {
         "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
         " flatbuffer op_version",
         "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof"
-        " job npu",
+        " job deploy npu",
         "cli",
         "__init__",  # a table of contents: no module imports it
     ])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from workspace import EVAL_TOKENS, PREFILL, VOCAB, request, workspace, write_tiny_model
 
-from qnpu_jax import artifacts, corpus, freeze, job, models
+from qnpu_jax import artifacts, corpus, deploy, freeze, job, models
 from qnpu_jax.cli.commands import Simulated
 from qnpu_jax.config import BitPlan, UserError
 from qnpu_jax.graph import is_identity
@@ -331,7 +331,7 @@ def test_check_on_other_text(folder, out):
 @pytest.mark.parametrize(("prefill", "logits"), [(40, "all"), (7, "last")])
 def test_export(folder, out, tmp_path, prefill, logits):
     file = tmp_path / "m.tflite"
-    job.export(out, file, prefill, logits)
+    deploy.export(out, file, prefill, logits)
     runner = LiteRT(file)
     assert (runner.tokens, runner.logits) == (prefill, logits)
     ids = np.random.default_rng(0).integers(VOCAB, size=prefill, dtype=np.int32)
@@ -342,7 +342,7 @@ def test_export(folder, out, tmp_path, prefill, logits):
 
 
 def test_export_of_the_same_length_is_the_same_file(out, tmp_path):
-    job.export(out, tmp_path / "m.tflite", PREFILL, "all")
+    deploy.export(out, tmp_path / "m.tflite", PREFILL, "all")
     assert (tmp_path / "m.tflite").read_bytes() == (out / "model.tflite").read_bytes()
 
 

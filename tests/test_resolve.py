@@ -81,14 +81,14 @@ def test_ties_share_values(plan):
 
 
 @plans
-def test_widening_keeps_the_scale_and_removes_the_zero_point(plan):
+def test_widening_fills_the_upper_byte_and_removes_the_zero_point(plan):
     dec, _, scales = resolved(plan)
     widened = moved = 0
     for graph, layer, node in nodes(dec, Requantize):
         source, target = (tiny.bits_of(graph, n, layer) for n in (node.inputs[0], node.output))
         if source < target:
             old, new = (at(scales, graph, layer, n) for n in (node.inputs[0], node.output))
-            assert new == (old[0], 0)
+            assert new == (old[0] / np.float32(128), 0)
             widened, moved = widened + 1, moved + (old[1] != 0)
     assert widened > 0
     assert (moved > 0) == (not plan.endswith("a16")), "no zero point to remove at 16 bits"
@@ -109,19 +109,21 @@ def test_an_identity_keeps_scale_and_zero_point(plan):
 @plans
 def test_fixed_outputs_and_masked_scores(plan):
     _, _, scales = resolved(plan)
+    eight, narrow = plan not in ("w8a16", "w4a16"), plan.endswith("s8")
     for i in range(2):
         scores, masked, softmax = (
             scales[f"layers.attn.kv{i}.{n}"] for n in ("scores", "masked", "softmax")
         )
-        np.testing.assert_array_equal(masked.scale, scores.scale + np.float32(10 / 32767))
+        np.testing.assert_array_equal(
+            masked.scale, scores.scale + np.float32(10 / (127 if narrow else 32767))
+        )
         np.testing.assert_array_equal(masked.zero_point, 0)
-        np.testing.assert_array_equal(softmax.scale, np.float32(1 / 32768))
-        np.testing.assert_array_equal(softmax.zero_point, 0)
+        np.testing.assert_array_equal(softmax.scale, np.float32(1 / 256 if narrow else 1 / 32768))
+        np.testing.assert_array_equal(softmax.zero_point, -128 if narrow else 0)
     sigmoid = scales["layers.mlp.sigmoid"]
-    eight = plan != "w8a16" and plan != "w4a16"
     np.testing.assert_array_equal(sigmoid.scale, np.float32(1 / 256 if eight else 1 / 32768))
     np.testing.assert_array_equal(sigmoid.zero_point, -128 if eight else 0)
-    for name, scale in (("rope.cos", 1 / 32767), ("mask", 1 / 16)):
+    for name, scale in (("rope.cos", 1 / 32767), ("mask", 16.0 if narrow else 1 / 16)):
         np.testing.assert_array_equal(scales[f"layers.{name}"].scale, np.float32(scale))
 
 
@@ -141,7 +143,7 @@ def test_mixed_bits_follow_their_layer():
     _, _, scales = resolved("mixed")
     widened = scales["layers.mlp.silu.i16"]
     silu = scales["layers.mlp.silu"]
-    np.testing.assert_array_equal(widened.scale, silu.scale)
+    np.testing.assert_array_equal(widened.scale, silu.scale / np.asarray([1, 128], np.float32))
     # Layer 0 stays at 8 bits, where the widening is an identity; layer 1 is widened.
     assert silu.zero_point[0] != 0 and silu.zero_point[1] != 0
     np.testing.assert_array_equal(widened.zero_point, [silu.zero_point[0], 0])

@@ -26,7 +26,7 @@ MIXES = {
     "chunks, then steps": (4, 4, 4, 4, 1, 1),
     "steps between chunks": (1, 4, 1, 1, 4, 4, 1, 1, 1),
 }
-byte_plans = pytest.mark.parametrize("plan", ["w8a8", "w4a8"])
+byte_plans = pytest.mark.parametrize("plan", ["w8a8", "w4a8", "w4a8s8"])
 """With 16-bit probabilities LiteRT's SOFTMAX leaves 2/32768 to masked keys, so that what lies in
 free slots and later tokens shows."""
 
@@ -118,12 +118,14 @@ def test_a_prompt_that_does_not_fit_changes_nothing(folder, count):
     assert session.filled == 0 and not session.k.any()
 
 
+@pytest.mark.parametrize("plan", ["w8a8", "w8a8s8"])
 @pytest.mark.parametrize("filled", [0, 7, CONTEXT - CHUNK])
-def test_the_mask_is_that_of_the_decoder(filled):
-    model = tiny.quantized("gqa_llama3", "w8a8")
+def test_the_mask_is_that_of_the_decoder(filled, plan):
+    model = tiny.quantized("gqa_llama3", plan)
     dec = tflite.cached_decoder(model, CHUNK, CONTEXT)
-    got = mask_codes(CHUNK, len(model.prefix), dec.cache, filled)
-    np.testing.assert_array_equal(got, model.inputs(dec, filled)["mask"])
+    expected = model.inputs(dec, filled)["mask"]
+    got = mask_codes(CHUNK, len(model.prefix), dec.cache, filled, expected.dtype)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_signatures_share_their_weights():

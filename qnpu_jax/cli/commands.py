@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.exceptions import TyperException
 
-from qnpu_jax import artifacts, freeze, job, models
-from qnpu_jax.cli import INTERRUPTED, complain
+from qnpu_jax import artifacts, deploy, freeze, job, models
+from qnpu_jax.cli import INTERRUPTED, complain, npu
 from qnpu_jax.cli.display import Display, megabytes, print_report
+from qnpu_jax.cli.options import EvalText, Folder, Prefill
 from qnpu_jax.cli.simulated import Simulated, SimulatedBackend
 from qnpu_jax.config import UserError
 from qnpu_jax.decoder import decoder
@@ -34,11 +35,11 @@ app = typer.Typer(
     help="Turns a decoder LLM into an integer-only .tflite, proved in a bit-exact simulator.",
     epilog="Exit status: 0; 1 where simulator and LiteRT differ; 2 for a mistake in the input.",
 )
+app.add_typer(npu.app)
 Model = Annotated[
     str, typer.Argument(help="smollm2-135m, a .gguf file, a Hugging Face folder, or org/name.")
 ]
 EffortName = Literal["none", "fast", "full"]
-Folder = Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")]
 RecipeName = Annotated[
     str,
     typer.Option(
@@ -46,11 +47,7 @@ RecipeName = Annotated[
         " (see `qnpu recipe`)."
     ),
 ]
-Prefill = Annotated[int, typer.Option(help="Tokens that the signature takes.")]
 Logits = Annotated[Positions, typer.Option(help="Positions to give logits of.")]
-EvalText = Annotated[
-    Path | None, typer.Option(help="Held-out text or JSONL; without it, Python's documentation.")
-]
 
 
 @app.command()
@@ -126,7 +123,7 @@ def export(
 ) -> None:
     """Writes the model of a folder again: another length, or with a KV cache."""
     with Display() as clock, clock.stage("write"):
-        job.export(folder, file, prefill, logits, context)
+        deploy.export(folder, file, prefill, logits, context)
     typer.echo(f"wrote {file}, {megabytes(file.stat().st_size)}")
 
 
@@ -152,7 +149,7 @@ def generate(
 ) -> None:
     """Generates text from a quantized model, with what it needs a second."""
     sampling = Sampling(temperature, top_k, top_p, seed)
-    tokenizer = job.tokenizer(folder)
+    tokenizer = deploy.tokenizer(folder)
     messages = [{"role": "user", "content": prompt}]
     ids = tokenizer.encode(prompt) if raw else tokenizer.chat(messages, bos=False)
     check_room(len(ids), 0, context)
@@ -161,7 +158,7 @@ def generate(
         if backend == "sim":
             runner = SimulatedBackend(freeze.load(folder), prefill, context)
         else:
-            file = job.deployed(folder, prefill, context)
+            file = deploy.deployed(folder, prefill, context)
             runner = LiteRTBackend(file, kernels, threads=threads)
     speed = generation.Speed()
     made = generation.tokens(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int8, Integer
 
 from qnpu_jax.config import UserError
-from qnpu_jax.decoder import MASK_CODE
+from qnpu_jax.decoder import MASK_SCALE, causal_mask
 from qnpu_jax.litert import KernelSet, open_interpreter
 from qnpu_jax.npu.session import Shape, Step
 
@@ -60,6 +60,7 @@ class LiteRTBackend:
             width=width,
         )
         self._prefix = int(inputs["mask"]["shape"][2]) - self.shape.context
+        self._mask = inputs["mask"]["dtype"]
         scales = self._runners[1].get_output_details()["logits"]["quantization_parameters"]
         self.logit_scale = float(scales["scales"][0])
 
@@ -74,7 +75,7 @@ class LiteRTBackend:
         inputs: dict[str, Any] = {
             "ids": np.asarray(ids, np.int32),
             "positions": np.arange(filled, filled + len(ids), dtype=np.int32),
-            "mask": mask_codes(len(ids), self._prefix, k.shape[2], filled),
+            "mask": mask_codes(len(ids), self._prefix, k.shape[2], filled, self._mask),
         }
         inputs |= {f"kv_cache_k_{i}": x for i, x in enumerate(k)}
         inputs |= {f"kv_cache_v_{i}": x for i, x in enumerate(v)}
@@ -93,10 +94,9 @@ class LiteRTBackend:
                 yield detail["name"], self._interpreter.get_tensor(detail["index"], graph)
 
 
-def mask_codes(tokens: int, prefix: int, cache: int, filled: int) -> Integer[np.ndarray, "t 1 s"]:
-    """0 where a token may look, MASK_CODE elsewhere, int16: the prefix, the filled slots, and new
-    tokens up to itself."""
-    mask = np.full((tokens, 1, prefix + cache + tokens), MASK_CODE, np.int16)
-    mask[:, :, : prefix + filled] = 0
-    mask[:, 0, prefix + cache :] = np.where(np.tri(tokens, dtype=bool), 0, MASK_CODE)
-    return mask
+def mask_codes(
+    tokens: int, prefix: int, cache: int, filled: int, dtype: Any
+) -> Integer[np.ndarray, "t 1 s"]:
+    """Codes of `decoder.causal_mask` in int8 or int16."""
+    scale = MASK_SCALE[8 * np.dtype(dtype).itemsize]
+    return (causal_mask(tokens, prefix, cache, filled) / scale).astype(dtype)
