@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from qnpu_jax import artifacts, deploy, freeze, job, models
-from qnpu_jax.cli import INTERRUPTED, complain, npu
+from qnpu_jax.cli import INTERRUPTED, bench, complain, npu
 from qnpu_jax.cli.display import Display, megabytes, print_report
 from qnpu_jax.cli.options import EvalText, Folder, Prefill
 from qnpu_jax.cli.simulated import Simulated, SimulatedBackend
@@ -36,6 +36,7 @@ app = typer.Typer(
     epilog="Exit status: 0; 1 where simulator and LiteRT differ; 2 for a mistake in the input.",
 )
 app.add_typer(npu.app)
+app.add_typer(bench.app)
 Model = Annotated[
     str, typer.Argument(help="smollm2-135m, a .gguf file, a Hugging Face folder, or org/name.")
 ]

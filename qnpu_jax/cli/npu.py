@@ -51,7 +51,7 @@ def compile(
 def compare(
     folder: Folder,
     npu: Annotated[
-        bool, typer.Option("--npu", help="With the emulated NPU, which is what there is.")
+        bool, typer.Option("--npu", help="The emulated NPU; `verify` is for LiteRT.")
     ] = True,
     soc: Soc = "SM8650",
     layers: Annotated[
