@@ -41,6 +41,8 @@ assert not {"qnpu_jax", "sim"} & sys.modules.keys(), "imported before the hook t
 flax.struct.dataclass = _dataclass
 jaxtyping.install_import_hook(["qnpu_jax", "sim"], "beartype.beartype")
 
+pytest_plugins = ["command"]  # imported after the hook
+
 
 @pytest.fixture(scope="session")
 def smollm2():

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,58 +10,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from model_files import read_model, write_gguf, write_model
-from workspace import PREFILL, QUANTIZE, workspace
+from workspace import PREFILL, QUANTIZE
 
-from qnpu_jax import artifacts, cli, freeze, job
+from qnpu_jax import artifacts, freeze, job
 from qnpu_jax.cli.commands import Simulated
 from qnpu_jax.cli.display import Display, print_report
 from qnpu_jax.litert import LiteRT
 from qnpu_jax.recipes import RECIPES, load_recipe
 
-Command = Callable[..., tuple[int, str, str]]
 RULES = RECIPES["w8a8"].to_json()["bits"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return workspace(tmp_path_factory.getbasetemp() / "tiny")
-
-
-@pytest.fixture
-def here(made, tmp_path, monkeypatch):
-    """A working folder with a copy of all that a run takes and gives."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def qnpu(monkeypatch, capfd) -> Command:
-    """The command in this process: status, stdout, stderr."""
-
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qnpu", *args])
-        monkeypatch.setenv("COLUMNS", "80")
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(qnpu, here) -> Callable[..., str]:
-    """The one line that a mistake gives; nothing else is printed, and no file appears."""
-
-    def call(*args: str) -> str:
-        before = sorted(here.rglob("*"))
-        status, out, err = qnpu(*args)
-        assert (status, out) == (2, "")
-        assert err.startswith("qnpu: ") and err.count("\n") == 1
-        assert sorted(here.rglob("*")) == before
-        return err.removeprefix("qnpu: ").rstrip("\n")
-
-    return call
 
 
 def quantize(*changes: str) -> list[str]:

@@ -1,0 +1,54 @@
+"""Fixtures, loaded by conftest.py: the command in this process, in a working folder of its own."""
+
+import shutil
+import sys
+from collections.abc import Callable
+
+import pytest
+from workspace import workspace
+
+from qnpu_jax import cli
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return workspace(tmp_path_factory.getbasetemp() / "tiny")
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    """A working folder with a copy of all that a run takes and gives."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def qnpu(monkeypatch, capfd) -> Command:
+    """The command in this process: status, stdout, stderr."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qnpu", *args])
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(qnpu, here) -> Callable[..., str]:
+    """The one line that a mistake gives; nothing else is printed, and no file appears."""
+
+    def call(*args: str) -> str:
+        before = sorted(here.rglob("*"))
+        status, out, err = qnpu(*args)
+        assert (status, out) == (2, "")
+        assert err.startswith("qnpu: ") and err.count("\n") == 1
+        assert sorted(here.rglob("*")) == before
+        return err.removeprefix("qnpu: ").rstrip("\n")
+
+    return call

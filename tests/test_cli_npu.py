@@ -1,0 +1,79 @@
+"""`qnpu compile`, `compare` and `bench` as a user meets them."""
+
+from importlib import metadata
+
+import pytest
+
+from qnpu_jax.config import UserError
+from qnpu_jax.npu import hexagon
+
+
+@pytest.fixture
+def extra():
+    """Skips where the extra is missing."""
+    try:
+        hexagon.check_installed()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def no_extra(monkeypatch):
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(hexagon.metadata, "version", version)
+
+
+@pytest.mark.parametrize("command", ["compile out", "compare --npu out"])
+def test_without_the_extra_it_is_named(refused, no_extra, command):
+    assert 'pip install "qnpu[qnn]"' in refused(*command.split())
+
+
+@pytest.mark.parametrize("command", ["compile out", "compare out"])
+def test_an_unknown_soc_is_refused(refused, command):
+    assert "--soc SM1: the compiler does not know it" in refused(*command.split(), "--soc", "SM1")
+
+
+def test_compile_reports_and_writes(qnpu, here, extra):
+    status, out, _ = qnpu("compile", "out", "--prefill", "4", "--context", "32")
+    assert status == 0
+    assert "prefill_4" in out and "decode" in out and "wrote" in out
+    (file,) = (here / "out").glob("SM8650-*-4-32.tflite")
+    assert file.stat().st_size > 0
+    assert qnpu("compile", "out", "--prefill", "4", "--context", "32")[0] == 0  # replaced
+
+
+def test_compare_measures_ops_layers_and_perplexity(qnpu, here, extra):
+    arguments = "compare --npu out --layers 1 --tokens 16 --windows 2"
+    status, out, err = qnpu(*arguments.split())
+    assert status == 0, err
+    assert "FullyConnected" in out and "relative error" in out
+    assert "perplexity of 2 x 16 tokens: simulator" in out
+
+
+def test_a_layer_that_there_is_not_is_refused(refused, extra):
+    said = refused("compare", "out", "--layers", "2")
+    assert said == "--layers 2: expected 0 to 1; choose others"
+
+
+def test_bench_measures_here_and_estimates(qnpu, here):
+    status, out, _ = qnpu(*["bench", "out", "--prefill", "4", "--context", "32", "--rounds", "2"])
+    assert status == 0
+    for text in ("times float32", "estimates, not measurements", "Llama-3.2-1B", "SM8750"):
+        assert text in out
+
+
+def test_bench_prints_the_commands_for_a_phone(qnpu, here):
+    (here / "benchmark_model").touch()
+    arguments = "bench out --prefill 4 --context 128 --dry-run --binary benchmark_model"
+    status, out, _ = qnpu(*arguments.split(), "--delegate", "nnapi")
+    assert status == 0
+    lines = out.splitlines()
+    assert all(line.startswith("adb ") for line in lines)
+    runs = [line for line in lines if "--use_nnapi=true" in line]
+    assert [("decode" in r, "prefill_4" in r) for r in runs] == [(False, True), (True, False)]
+
+
+def test_bench_on_a_phone_needs_the_program(refused):
+    assert refused("bench", "out", "--adb").startswith("--binary: missing; expected")
