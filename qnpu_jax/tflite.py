@@ -26,6 +26,7 @@ from qnpu_jax.ops import (
     Concat,
     Embedding,
     FullyConnected,
+    Keep,
     Logistic,
     Mul,
     Op,
@@ -91,11 +92,12 @@ def write_cached(
     """Writes the signatures `prefill_<prefill>` and `decode` (one token), which share all weights.
 
     Inputs of T tokens: `ids` (T,) int32; `positions` (T,) int32, 0 for the first token after the
-    prefix; `mask` (T, 1, S) as wide as the scores, 0 where a token may look, the code of
-    `decoder.MASK` elsewhere, S = prefix + context; for every layer i `kv_cache_k_<i>` and
-    `kv_cache_v_<i>` (N, context - T, K) int8, the slots before the new tokens, those not filled yet
-    masked. Outputs: `logits`, and the new rows `kv_slice_k_<i>`, `kv_slice_v_<i>` (N, T, K), which
-    the host puts in the cache.
+    prefix; `mask` (1, T G, S) as wide as the scores, 0 where a token may look and -127 (int8) or
+    -32512 (int16, `decoder.MASK`) elsewhere, with a row for each of the G query heads of a KV head,
+    S = prefix + context; beside 16-bit probabilities `keep`, of that shape, 32767 and 0; for every
+    layer i `kv_cache_k_<i>` (N, context - T, K) and `kv_cache_v_<i>` (N, K, context - T) int8, the
+    slots before the new tokens, those not filled yet masked. Outputs: `logits`, and the new rows
+    `kv_slice_k_<i>` (N, T, K), `kv_slice_v_<i>` (N, K, T), which the host puts in the cache.
 
     Every signature has the same S: LiteRT's int16 SOFTMAX leaves a little to each masked key, so
     only then chunks and single steps give the bits that one long prefill gives.
@@ -136,10 +138,8 @@ def _add_cached(
     )
     common = Emitter(stored, subgraph, dec.layer, 0)
     tables = stored.inputs(whole)
-    shared = {
-        "mask": common.tensor("mask", label="mask"),
-        "norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps"),
-    }
+    masks = {n: common.tensor(n, label=n) for n in ("mask", "keep") if n in tables}
+    shared = masks | {"norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps")}
     for name in ("rope.cos", "rope.sin"):
         every = Emitter(stored, subgraph, whole.layer, 0)
         table = every.tensor(name, tables[name], f"{name}.table")
@@ -156,7 +156,7 @@ def _add_cached(
         for i in range(dec.layer.layers)
     ]
     out, rows = _emit(stored, subgraph, dec, ids, shared, caches)
-    inputs = {"ids": ids, "positions": positions, "mask": shared["mask"]}
+    inputs = {"ids": ids, "positions": positions, **masks}
     outputs = {"logits": out}
     for i, (cache, new) in enumerate(zip(caches, rows, strict=True)):
         for letter, row in zip("kv", new, strict=True):
@@ -344,7 +344,7 @@ def spell(op: Op, graph: Graph, node: Node, layer: int) -> tuple[int, Any, list[
             options = schema.AddOptionsT()
             options.potScaleInt16 = False  # the schema's default would round scales to powers of 2
             return code.ADD, options, []
-        case Mul():
+        case Mul() | Keep():
             return code.MUL, schema.MulOptionsT(), []
         case Requantize():
             return code.QUANTIZE, schema.QuantizeOptionsT(), []
