@@ -21,7 +21,8 @@ from qnpu_jax.freeze import IntegerModel, dequantize
 from qnpu_jax.graph import Graph, Node, is_identity
 from qnpu_jax.npu.emulator import Emulated
 from qnpu_jax.ops import Concat, Reshape, Slice, Transpose
-from qnpu_jax.tflite import Emitter, Integers
+from qnpu_jax.stored import Composite, Integers, Stored
+from qnpu_jax.tflite import Emitter
 
 LAYER = "layer"
 """The signature of a whole layer in `build_ops`."""
@@ -59,9 +60,15 @@ class LayerDifference:
     between: float
 
 
-def build_ops(model: IntegerModel, dec: Decoder, layer: int) -> ModelWriter:
+def build_ops(
+    model: IntegerModel, dec: Decoder, layer: int, whole: Stored | None = None
+) -> ModelWriter:
     """Every op of a layer that computes, each a signature (`op_<i>`, i its place among the layer's)
-    of its own, then the whole layer; activations are inputs."""
+    of its own, then the whole layer; activations are inputs.
+
+    Args:
+      whole: how the whole layer is held; the ops are those that the simulator has.
+    """
     stored, writer, graph = Integers(model), ModelWriter(), dec.layer
     constants = stored.constants(graph, layer)
     for i, node in computing(graph, layer):
@@ -69,12 +76,19 @@ def build_ops(model: IntegerModel, dec: Decoder, layer: int) -> ModelWriter:
         env = {n: emitter.tensor(n, constants.get(n)) for n in dict.fromkeys(node.inputs)}
         fed = {_port(n): env[n] for n in env if n not in constants}
         emitter.subgraph.add_signature(f"op_{i}", fed, {"y": emitter.add(node, env)})
+    add_layer(writer, whole or stored, graph, layer)
+    return writer
+
+
+def add_layer(writer: ModelWriter, stored: Stored, graph: Graph, layer: int) -> None:
+    """A whole layer as the signature LAYER; its inputs are the graph's that an op reads."""
     emitter = Emitter(stored, writer.add_subgraph(LAYER), graph, layer)
-    env = {t.name: emitter.tensor(t.name) for t in graph.named("input")}
+    inside = {n for p in stored.parts(graph) if isinstance(p, Composite) for n in p.constants}
+    names = [t.name for t in graph.named("input") if t.name not in inside]
+    env = {name: emitter.tensor(name) for name in names}
     made = emitter.emit(env)
     outputs = {_port(n): made[n] for n in graph.outputs}
     emitter.subgraph.add_signature(LAYER, {_port(n): i for n, i in env.items()}, outputs)
-    return writer
 
 
 def computing(graph: Graph, layer: int) -> Iterator[tuple[int, Node]]:

@@ -54,10 +54,11 @@ class Dispatched:
 
 
 def signatures(path: Path) -> tuple[str, ...]:
-    """Names of the signatures of any .tflite, in the order of their subgraphs."""
+    """Names of the signatures of any .tflite, in the order of their subgraphs. Other subgraphs are
+    what composites mean."""
     model, _ = _read(path)
-    keys = {s.subgraphIndex: s.signatureKey.decode() for s in model.signatureDefs}
-    return tuple(keys[i] for i in range(len(model.subgraphs)))
+    ordered = sorted(model.signatureDefs, key=lambda s: s.subgraphIndex)
+    return tuple(s.signatureKey.decode() for s in ordered)
 
 
 def read(path: Path) -> dict[str, Dispatched]:
