@@ -4,25 +4,19 @@ compiled for an NPU, and how an NPU's arithmetic compares.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qnpu_jax import artifacts, evaluation, freeze, texts, tflite
+from qnpu_jax import artifacts, freeze, texts, tflite
 from qnpu_jax.config import UserError
-from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.models import Tokenizer
-from qnpu_jax.npu import compare, hexagon
-from qnpu_jax.npu.emulator import Emulated
-from qnpu_jax.npu.profile import DEFAULT, PROFILES, Profile, ProfileName
+from qnpu_jax.npu import hexagon
+from qnpu_jax.npu.emulation import Emulation
+from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
 from qnpu_jax.pipeline import Clock
 from qnpu_jax.proof import Simulate, bound
 from qnpu_jax.tflite import Positions
-
-PREFILL = "prefill"
 
 
 def export(
@@ -123,102 +117,37 @@ def emulated(
     clock: Clock,
     profile: ProfileName = DEFAULT,
 ) -> dict[str, Any]:
-    """The emulated NPU beside the simulator, on held-out text: `beside_simulator`.
+    """The emulated NPU beside the simulator, on held-out text.
 
     Args:
+      layers: whose ops are compared one by one, and that are compared with float.
       windows: of `tokens` each that perplexity is measured on; 0 for none.
+      profile: of whole layers and of the model; single ops are those that the simulator has.
+
+    Returns:
+      `ops` (compare.OpDifference) and `layers` (compare.LayerDifference), and what
+      `Emulation.perplexity` gives.
 
     Raises:
-      UserError: as `beside_simulator`; not such a folder, or a text too short.
+      UserError: as `hexagon.compile_file`; a layer that there is not; a text too short.
     """
     hexagon.check_soc(soc)
     hexagon.check_installed()
     artifacts.read_report(out)
     with clock.stage("load"):
         model = freeze.load(out)
+        count = model.config.num_layers
+        if wrong := [i for i in layers if not 0 <= i < count]:
+            raise UserError(f"--layers {wrong[0]}: expected 0 to {count - 1}; choose others")
         ids = texts.tokenized(text, tokenizer(out), model.config.vocab_size)
         read = ids.first(tokens, max(1, windows) * tokens).windows
-    return beside_simulator(model, soc, layers, read, windows > 0, simulate, clock, profile)
-
-
-def beside_simulator(
-    model: IntegerModel,
-    soc: str,
-    layers: Sequence[int],
-    windows: np.ndarray,
-    score: bool,
-    simulate: Simulate,
-    clock: Clock,
-    profile: ProfileName = DEFAULT,
-) -> dict[str, Any]:
-    """The emulated NPU beside the simulator: ops, layers and perplexity.
-
-    Args:
-      layers: whose ops are compared one by one, and that are compared with float.
-      windows: (N, T) token ids; ops and layers see the first.
-      score: whether to run the whole model.
-      profile: of whole layers and of the model; single ops are those that the simulator has.
-
-    Returns:
-      `ops` (compare.OpDifference) and `layers` (compare.LayerDifference); with `score`,
-      `perplexity` by reading and `differing`, the share of logits that differ.
-
-    Raises:
-      UserError: as `hexagon.compile_file`; a layer that there is not.
-    """
-    count, tokens = model.config.num_layers, windows.shape[1]
-    if wrong := [i for i in layers if not 0 <= i < count]:
-        raise UserError(f"--layers {wrong[0]}: expected 0 to {count - 1}; choose others")
-    with clock.stage("simulate"):
-        simulator = simulate(model, tokens, "all")
-        values = simulator.tensors(windows[0])
+        emulation = Emulation(model, soc, read, simulate, profile)
     found: dict[str, Any] = {"ops": [], "layers": []}
-    chosen = PROFILES[profile]
-    with tempfile.TemporaryDirectory() as folder:
-        for layer in layers:
-            with clock.stage(f"layer {layer}"):
-                file = _compiled_ops(model, tokens, layer, soc, Path(folder), chosen)
-                arguments = (file, model, model.decoder(tokens), layer, values)
-                found["ops"] += compare.op_differences(*arguments)
-                found["layers"].append(compare.layer_difference(*arguments))
-        if score:
-            with clock.stage("compile"):
-                whole = _compiled_whole(model, tokens, soc, Path(folder), chosen)
-            emulator = Emulated(whole, f"{PREFILL}_{tokens}")
-            found |= _perplexity(model, emulator, simulator.logits, windows, clock)
+    for layer in layers:
+        with clock.stage(f"layer {layer}"):
+            found["ops"] += emulation.ops(layer)
+            found["layers"].append(emulation.layer(layer))
+    if windows:
+        with clock.stage("perplexity"):
+            found |= emulation.perplexity()
     return found
-
-
-def _compiled_ops(
-    model: IntegerModel, tokens: int, layer: int, soc: str, folder: Path, profile: Profile
-) -> Path:
-    source = folder / f"{layer}.tflite"
-    dec = model.decoder(tokens)
-    compare.build_ops(model, dec, layer, profile.stored(model)).write(source)
-    return hexagon.compile_file(source, soc, folder / f"{layer}-{soc}.tflite").path
-
-
-def _compiled_whole(
-    model: IntegerModel, tokens: int, soc: str, folder: Path, profile: Profile
-) -> Path:
-    source = folder / "whole.tflite"
-    tflite.build(model, tokens, "all", profile.stored(model)).write(source)
-    return hexagon.compile_file(source, soc, folder / f"whole-{soc}.tflite").path
-
-
-def _perplexity(
-    model: IntegerModel, emulator: Emulated, simulate: Any, windows: np.ndarray, clock: Clock
-) -> dict[str, Any]:
-    differing = []
-
-    def run(ids: np.ndarray) -> np.ndarray:
-        codes = emulator.run({"ids": ids})["logits"]
-        differing.append(float(np.mean(codes != np.asarray(simulate(ids)))))
-        return codes
-
-    scores = {}
-    for name, codes in (("simulator", simulate), ("emulator", run)):
-        with clock.stage(f"score {name}"):
-            logits = evaluation.integer_logits(model, codes)
-            scores[name] = evaluation.perplexity(logits, windows)
-    return {"perplexity": scores, "differing": float(np.mean(differing))}

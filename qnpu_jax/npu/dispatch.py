@@ -7,6 +7,7 @@ Reference: LiteRT, litert/core/dispatch_op_schema.cc (keys of the op's options).
 from __future__ import annotations
 
 import mmap
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,5 +108,7 @@ def _read(path: Path) -> tuple[Any, int]:
             if data[4:8] != b"TFL3":
                 raise UserError(f"{path}: not a .tflite; expected one")
             return schema.ModelT.InitFromObj(schema.Model.GetRootAs(bytes(data), 0)), len(data)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); check the file") from None
+    except (OSError, ValueError, struct.error) as error:  # the last: an offset past the end
+        raise UserError(
+            f"{path}: cannot be read as a .tflite ({error}); check the file, or write it again"
+        ) from None
