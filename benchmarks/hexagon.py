@@ -4,8 +4,8 @@ emulator lies from the simulator. Needs the extra `qnn`, Linux on x86-64.
 Protocol: every folder of `qnpu quantize`, SoC and export profile is compiled as `qnpu compile` does
 (prefill and decode over a KV cache): ops and partitions on the NPU, DDR bytes by the compiler's
 count, its time and memory, and the roofline ESTIMATE of `qnpu_jax.npu.roofline`. Then the emulator
-of the first SoC runs ops on the simulator's inputs, whole layers beside float, and the whole model
-on held-out text beside the simulator.
+of the first SoC runs the first layer's ops on the simulator's inputs, whole layers beside float,
+and the whole model on held-out text beside the simulator.
 
 Goals: one partition per signature with all ops on the NPU; w4a8's estimated prefill at least 15.1%
 below w4a16's, where both are there; emulated perplexity of w8a8 and w4a8 within 2% of the
@@ -165,9 +165,9 @@ def compiled(case: Case, soc: str, profile: ProfileName, args: argparse.Namespac
 
 
 def run_emulated(case: Case, profile: ProfileName, args: argparse.Namespace) -> Emulated:
-    """Ops for the first profile alone: they are the same in all."""
+    """Ops of one layer and for the first profile alone: they are the same in all profiles."""
     run = Emulation(case.model, args.socs[0], case.windows, Simulated, profile)
-    ops = [x for i in args.layers if profile == args.profiles[0] for x in run.ops(i)]
+    ops = [x for i in args.layers[:1] if profile == args.profiles[0] for x in run.ops(i)]
     layers = [run.layer(i) for i in args.layers]
     return Emulated(case.recipe, profile, ops, layers, run.perplexity() if args.windows else {})
 
@@ -189,25 +189,23 @@ def print_compiled(rows: Sequence[Row]) -> None:
             )
 
 
-def print_emulated(rows: Sequence[Emulated]) -> None:
-    for row in rows:
-        if row.ops:
-            print_ops(row.recipe, row.ops)
-    print(f"\n{'recipe':8}{'profile':9}{'layer':>6}{'simulator':>11}{'emulator':>10}{'between':>9}")
-    for row in rows:
-        for r in row.layers:
-            print(
-                f"{row.recipe:8}{row.profile:9}{r.layer:6}{r.simulator:11.5f}{r.emulator:10.5f}"
-                f"{r.between:9.5f}"
-            )
-    for row in rows:
-        if row.ratio is not None:
-            scores = row.found["perplexity"]
-            print(
-                f"{row.recipe} {row.profile}: perplexity simulator {scores['simulator']:.3f},"
-                f" emulator {scores['emulator']:.3f} ({100 * (row.ratio - 1):+.2f}%),"
-                f" {100 * row.found['differing']:.1f}% of the logits' codes differ"
-            )
+def print_emulated(row: Emulated) -> None:
+    if row.ops:
+        print_ops(row.recipe, row.ops)
+    for r in row.layers:
+        print(
+            f"{row.recipe} {row.profile}: layer {r.layer}, relative error to float: simulator"
+            f" {r.simulator:.5f}, emulator {r.emulator:.5f}, between the two {r.between:.5f}",
+            flush=True,
+        )
+    if row.ratio is not None:
+        scores = row.found["perplexity"]
+        print(
+            f"{row.recipe} {row.profile}: perplexity: simulator {scores['simulator']:.3f},"
+            f" emulator {scores['emulator']:.3f} ({100 * (row.ratio - 1):+.2f}%);"
+            f" {100 * row.found['differing']:.1f}% of the logits' codes differ",
+            flush=True,
+        )
 
 
 def print_ops(recipe: str, ops: Sequence[OpDifference]) -> None:
@@ -278,10 +276,11 @@ def main() -> int:
             compiled(c, soc, p, args) for c in cases for soc in args.socs for p in args.profiles
         ]
         print_compiled(rows)
-        emulated = []
+        emulated: list[Emulated] = []
         for case in (c for c in cases if c.recipe in SCORED):
-            emulated += [run_emulated(case, profile, args) for profile in args.profiles]
-        print_emulated(emulated)
+            for profile in args.profiles:
+                emulated.append(run_emulated(case, profile, args))
+                print_emulated(emulated[-1])
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -261,7 +261,7 @@ def test_arguments_of_learning(monkeypatch, script, options, effort, steps):
 # Goals of hexagon.py.
 
 
-def compiled(recipe, prefill=1.0, on_npu=9, partitions=1, soc="SM8650"):
+def compiled(recipe, prefill: float | None = 1.0, on_npu=9, partitions=1, soc="SM8650"):
     """A row whose signatures take `prefill` and a tenth of it, in seconds."""
     moved = Traffic(10, 2, 0, 0)
     signatures = (Signature("prefill_8", 9, on_npu, partitions, moved),)

@@ -1,5 +1,7 @@
 """Export profiles: norms as composites, which change no bit on a CPU."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny
@@ -17,7 +19,7 @@ HEXAGON = PROFILES["hexagon"]
 NORMS = 2 * 2 + 1  # two a layer, and the head's
 
 
-def read(path):
+def read(path) -> Any:  # the object API says Optional and Union of everything
     return schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
 
 
