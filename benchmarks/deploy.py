@@ -33,6 +33,7 @@ from qnpu_jax import tflite
 from qnpu_jax.config import UserError
 from qnpu_jax.litert import open_interpreter
 from qnpu_jax.models.checkpoint import resolve
+from qnpu_jax.stored import Reals
 
 FLOAT, LLAMA = "float32", "llama.cpp"
 RECIPES = ["w8a8s8", "w4a8s8", "w8a8", "w4a8"]
@@ -168,7 +169,7 @@ def main() -> int:
         integers, _ = quantize(recipes, quick=True)
         with tempfile.TemporaryDirectory() as folder:
             paths = {}
-            forms = {FLOAT: tflite.Reals.of(integers[RECIPES[0]])}
+            forms = {FLOAT: Reals.of(integers[RECIPES[0]])}
             for name in (FLOAT, *recipes):
                 paths[name] = Path(folder) / f"{name}.tflite"
                 model = integers.get(name, integers[RECIPES[0]])

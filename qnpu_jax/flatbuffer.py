@@ -20,18 +20,9 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from qnpu_jax.config import UserError
-from qnpu_jax.op_version import DType, Quantization, TensorInfo, op_version
+from qnpu_jax.contents import checked_quantization, packed
+from qnpu_jax.op_version import DType, TensorInfo, op_version
 
-_NUMPY = {
-    "int4": np.dtype(np.int8),
-    "int8": np.dtype(np.int8),
-    "int16": np.dtype(np.int16),
-    "int32": np.dtype(np.int32),
-    "int64": np.dtype(np.int64),
-    "bool": np.dtype(np.bool_),
-    "float32": np.dtype(np.float32),
-}
 _ALIGNMENT = 16
 """Every buffer starts at a multiple of this (schema.fbs: `data:[ubyte] (force_align: 16)`)."""
 
@@ -86,9 +77,9 @@ class SubgraphWriter:
         """
         shape = tuple(int(d) for d in shape)
         quantization = (
-            None if scale is None else _quantization(name, shape, scale, zero_point, axis)
+            None if scale is None else checked_quantization(name, shape, scale, zero_point, axis)
         )
-        buffer = 0 if data is None else self._model.add_buffer(_contents(name, shape, dtype, data))
+        buffer = 0 if data is None else self._model.add_buffer(packed(name, shape, dtype, data))
         self.tensors.append(TensorInfo(name, shape, dtype, buffer, quantization))
         return len(self.tensors) - 1
 
@@ -117,18 +108,28 @@ class SubgraphWriter:
         op.inputs = list(inputs)
         op.outputs = list(outputs)
         if options is not None:
-            op.builtinOptionsType = getattr(
-                schema.BuiltinOptions, type(options).__name__.removesuffix("T")
-            )
-            op.builtinOptions = options
+            _set_options(op, options)
         self._operators.append(op)
 
     def add_signature(
         self, key: str, inputs: Mapping[str, int], outputs: Mapping[str, int]
     ) -> None:
         """Names the subgraph's inputs and outputs, in the order of the mappings."""
-        self._inputs, self._outputs = list(inputs.values()), list(outputs.values())
+        self.finish(list(inputs.values()), list(outputs.values()))
         self._model.add_signature(self, key, inputs, outputs)
+
+    def finish(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+        """Says what the subgraph takes and gives: tensor indices."""
+        self._inputs, self._outputs = list(inputs), list(outputs)
+
+    @property
+    def index(self) -> int:
+        """Of the subgraph in its model."""
+        return self._model.index(self)
+
+    def sibling(self, name: str) -> SubgraphWriter:
+        """Another, empty subgraph of the same model."""
+        return self._model.add_subgraph(name)
 
     def _type(self, index: int) -> TensorInfo | None:
         return None if index < 0 else self.tensors[index]
@@ -183,6 +184,10 @@ class ModelWriter:
         self._subgraphs.append(SubgraphWriter(self, name))
         return self._subgraphs[-1]
 
+    def index(self, subgraph: SubgraphWriter) -> int:
+        """A subgraph's number."""
+        return self._subgraphs.index(subgraph)
+
     def add_buffer(self, content: np.ndarray | bytes) -> int:
         """Index of the buffer with these bytes, which is shared by all tensors of equal contents.
 
@@ -209,7 +214,7 @@ class ModelWriter:
         """Names a subgraph's inputs and outputs; `SubgraphWriter.add_signature` calls it."""
         signature = schema.SignatureDefT()
         signature.signatureKey = key
-        signature.subgraphIndex = self._subgraphs.index(subgraph)
+        signature.subgraphIndex = self.index(subgraph)
         signature.inputs = [_tensor_map(n, i) for n, i in inputs.items()]
         signature.outputs = [_tensor_map(n, i) for n, i in outputs.items()]
         self._signatures.append(signature)
@@ -290,6 +295,17 @@ class _EmbeddedBuffer(schema.BufferT):
         return schema.BufferEnd(builder)
 
 
+def _set_options(op: schema.OperatorT, options: Any) -> None:
+    """Puts an options object in the union that has its type: newer ones are in the second."""
+    name = type(options).__name__.removesuffix("T")
+    if hasattr(schema.BuiltinOptions, name):
+        op.builtinOptionsType = getattr(schema.BuiltinOptions, name)
+        op.builtinOptions = options
+    else:
+        op.builtinOptions2Type = getattr(schema.BuiltinOptions2, name)
+        op.builtinOptions2 = options
+
+
 def _external_buffer(content: memoryview, offset: int) -> schema.BufferT:
     buffer = schema.BufferT()
     if len(content):
@@ -305,61 +321,6 @@ def _offsets(sizes: Sequence[int], start: int) -> list[int]:
         offsets.append(start)
         start += size
     return offsets
-
-
-def _quantization(
-    name: str,
-    shape: tuple[int, ...],
-    scale: np.floating | np.ndarray,
-    zero_point: int | np.ndarray,
-    axis: int,
-) -> Quantization:
-    scales = np.atleast_1d(np.asarray(scale))
-    if scales.dtype != np.float32 or scales.ndim != 1:
-        raise UserError(
-            f"{name}: scale must be a float32 scalar or vector, because the file keeps its bits;"
-            f" got {scales.dtype} of shape {np.shape(scale)}; round it once with np.float32"
-        )
-    zero_points = np.broadcast_to(np.asarray(zero_point, np.int64), scales.shape)
-    if scales.size > 1 and (not 0 <= axis < len(shape) or scales.size != shape[axis]):
-        raise UserError(
-            f"{name}: expected one scale, or one per channel of axis {axis} of shape {shape};"
-            f" got {scales.size}"
-        )
-    return Quantization(scales, np.ascontiguousarray(zero_points), axis)
-
-
-def _contents(name: str, shape: tuple[int, ...], dtype: DType, data: np.ndarray) -> np.ndarray:
-    if data.shape != shape or data.dtype != _NUMPY[dtype]:
-        raise UserError(
-            f"{name}: a {dtype} tensor expects data of shape {shape} and dtype {_NUMPY[dtype]};"
-            f" got {data.shape} {data.dtype}"
-        )
-    return pack_int4(data, name) if dtype == "int4" else data
-
-
-def pack_int4(codes: np.ndarray, name: str = "codes") -> np.ndarray:
-    """Two codes to a byte: element 2i in the low nibble of byte i, element 2i + 1 in the high one.
-
-    Args:
-      codes: int8 array of any shape, read in C order, in [-8, 7].
-      name: of the tensor, for the error.
-
-    Returns:
-      uint8 vector of ceil(size / 2) bytes; after an odd last element the high nibble is 0.
-
-    Raises:
-      UserError: a code lies outside [-8, 7].
-
-    Reference: LiteRT tflite/kernels/internal/portable_tensor_utils.cc, `UnpackDenseInt4IntoInt8`.
-    """
-    flat = codes.reshape(-1)
-    if flat.size and (flat.min() < -8 or flat.max() > 7):
-        raise UserError(f"{name}: int4 codes must lie in [-8, 7]; got [{flat.min()}, {flat.max()}]")
-    nibbles = flat.view(np.uint8) & np.uint8(15)
-    packed = nibbles[::2].copy()
-    packed[: flat.size // 2] |= nibbles[1::2] << np.uint8(4)
-    return packed
 
 
 def _tensor(info: TensorInfo) -> schema.TensorT:

@@ -6,19 +6,19 @@ Tensors keep their names (`layers.3.attn.q`), scales and zero points exactly as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, assert_never, runtime_checkable
+from typing import Any, Literal, assert_never
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+from flatbuffers import flexbuffers
 
 from qnpu_jax.config import UserError
-from qnpu_jax.decoder import Decoder, layer_inputs
+from qnpu_jax.decoder import Decoder
 from qnpu_jax.flatbuffer import ModelWriter, SubgraphWriter
-from qnpu_jax.freeze import IntegerModel, dequantize
-from qnpu_jax.graph import Graph, Node, is_identity
+from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.graph import Graph, Node
 from qnpu_jax.ops import (
     Add,
     AddMask,
@@ -38,16 +38,10 @@ from qnpu_jax.ops import (
     Sqrt,
     Transpose,
 )
+from qnpu_jax.stored import Composite, Integers, Stored
 
 Positions = Literal["all", "last"]
 """Of which positions a signature gives logits."""
-DTYPES: dict[int, Literal["int4", "int8", "int16", "int32", "int64"]] = {
-    4: "int4",
-    8: "int8",
-    16: "int16",
-    32: "int32",
-    64: "int64",
-}
 
 
 def write(
@@ -68,13 +62,15 @@ def write(
     build(model, tokens, logits).write(path)
 
 
-def build(model: IntegerModel, tokens: int, logits: Positions = "all") -> ModelWriter:
-    """The model of `write`, in memory."""
+def build(
+    model: IntegerModel, tokens: int, logits: Positions = "all", stored: Stored | None = None
+) -> ModelWriter:
+    """The model of `write`, in memory; as integers, if `stored` does not say otherwise."""
+    stored = Integers(model) if stored is None else stored
     dec = model.decoder(tokens, logits=logits)
     writer = ModelWriter()
     subgraph = writer.add_subgraph("main")
     ids = subgraph.add_tensor("ids", (tokens,), "int32")
-    stored = Integers(model)
     common = Emitter(stored, subgraph, dec.layer, 0)
     shared = {name: common.tensor(name, x, name) for name, x in stored.inputs(dec).items()}
     out, _ = _emit(stored, subgraph, dec, ids, shared, [{}] * dec.layer.layers)
@@ -202,83 +198,6 @@ def _emit(
     return out, rows
 
 
-@runtime_checkable
-class Stored(Protocol):
-    """How a file holds tensors."""
-
-    def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
-        """Contents of the parameters of a graph in one layer, by local name."""
-        ...
-
-    def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
-        """Contents of what all layers share, by local name."""
-        ...
-
-    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
-        """Type and quantization of a tensor, as `SubgraphWriter.add_tensor` takes them."""
-        ...
-
-    def drops(self, graph: Graph, node: Node, layer: int) -> bool:
-        """Whether the op changes nothing and is left out."""
-        ...
-
-
-@dataclass(frozen=True)
-class Integers:
-    """Codes, scales and zero points as frozen."""
-
-    model: IntegerModel
-
-    def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
-        return self.model.constants(graph, layer)
-
-    def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
-        return self.model.inputs(dec)
-
-    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
-        quant = graph[name].quant
-        assert quant is not None
-        scale, zero_point = (
-            values[graph.prefix + name] for values in (self.model.scale, self.model.zero_point)
-        )
-        if graph.prefix == "layers.":
-            scale, zero_point = scale[layer], zero_point[layer]
-        return {
-            "dtype": DTYPES[quant.bits[layer]],
-            "scale": np.asarray(scale, np.float32)[()],
-            "zero_point": int(zero_point),
-            "axis": quant.axis or 0,
-        }
-
-    def drops(self, graph: Graph, node: Node, layer: int) -> bool:
-        return is_identity(graph, node, layer)
-
-
-@dataclass(frozen=True)
-class Reals:
-    """Float32: the frozen weights times their scales, and activations that nothing rounds. What a
-    benchmark holds the integers against."""
-
-    params: Mapping[str, np.ndarray]
-
-    @staticmethod
-    def of(model: IntegerModel) -> Reals:
-        return Reals(dequantize(model))
-
-    def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
-        at = layer if graph.prefix == "layers." else ()
-        return {t.name: self.params[graph.prefix + t.name][at] for t in graph.named("param")}
-
-    def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
-        return layer_inputs(dec)
-
-    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
-        return {"dtype": "float32"}
-
-    def drops(self, graph: Graph, node: Node, layer: int) -> bool:
-        return isinstance(node.op, Requantize)
-
-
 class Emitter:
     """Emits one graph, for one layer, into a subgraph."""
 
@@ -290,12 +209,39 @@ class Emitter:
         env = dict(env)
         for name, contents in self.stored.constants(self.graph, self.layer).items():
             env[name] = self.tensor(name, contents)
-        for node in self.graph.nodes:
-            if self.stored.drops(self.graph, node, self.layer):
-                env[node.output] = env[node.inputs[0]]
+        return self.run(self.stored.parts(self.graph), env)
+
+    def run(self, parts: Iterable[Node | Composite], env: Mapping[str, int]) -> dict[str, int]:
+        """Adds ops; `env` with what they make."""
+        env = dict(env)
+        for part in parts:
+            if isinstance(part, Composite):
+                env[part.output] = self.wrap(part, env)
+            elif self.stored.drops(self.graph, part, self.layer):
+                env[part.output] = env[part.inputs[0]]
             else:
-                env[node.output] = self.add(node, env)
+                env[part.output] = self.add(part, env)
         return env
+
+    def wrap(self, part: Composite, env: Mapping[str, int]) -> int:
+        """Adds a composite and, as a subgraph, its nodes; the tensor that it makes."""
+        label = self._global(part.output)
+        inner = Emitter(self.stored, self.subgraph.sibling(label), self.graph, self.layer)
+        known = {name: inner.tensor(name) for name in part.inputs}
+        fed = [*known.values(), *(x.add_to(inner.subgraph, label) for x in part.operands)]
+        constants = {name: inner.tensor(name, x) for name, x in part.constants.items()}
+        made = inner.run(part.nodes, known | constants)
+        inner.subgraph.finish(fed, [made[part.output]])
+        output = self.tensor(part.output)
+        options = schema.StableHLOCompositeOptionsT()
+        options.name, options.version = part.name, 1
+        options.decompositionSubgraphIndex = inner.subgraph.index
+        options.compositeAttributes = list(flexbuffers.Dumps(dict(part.attributes)))
+        operands = [x.add_to(self.subgraph, label, filled=True) for x in part.operands]
+        inputs = [*(env[name] for name in known), *operands]
+        code = schema.BuiltinOperator.STABLEHLO_COMPOSITE
+        self.subgraph.add_op(code, options, inputs, [output])
+        return output
 
     def add(self, node: Node, env: Mapping[str, int]) -> int:
         """Adds an op; the tensor that it makes."""

@@ -15,11 +15,13 @@ import pytest
 import tiny
 
 from qnpu_jax.config import UserError
+from qnpu_jax.npu.hexagon import Compiled, Signature, Traffic
 from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 ablation = importlib.import_module("ablation")
 accuracy = importlib.import_module("accuracy")
+hexagon = importlib.import_module("hexagon")
 protocol = importlib.import_module("protocol")
 step_memory = importlib.import_module("step_memory")
 
@@ -254,6 +256,70 @@ def test_arguments_of_learning(monkeypatch, script, options, effort, steps):
     monkeypatch.setattr(sys, "argv", argv)
     args = {"ablation": ablation, "accuracy": accuracy}[script].arguments()
     assert (args.effort, args.steps) == (effort, steps)
+
+
+# Goals of hexagon.py.
+
+
+def compiled(recipe, prefill: float | None = 1.0, on_npu=9, partitions=1, soc="SM8650"):
+    """A row whose signatures take `prefill` and a tenth of it, in seconds."""
+    moved = Traffic(10, 2, 0, 0)
+    signatures = (Signature("prefill_8", 9, on_npu, partitions, moved),)
+    signatures += (Signature("decode", 9, 9, 1, moved),)
+    made = Compiled(Path("m.tflite"), soc, signatures, 100, 1.0, 2**20)
+    estimates = {"prefill_8": prefill, "decode": prefill / 10} if prefill else None
+    return hexagon.Row(recipe, "hexagon", made, estimates)
+
+
+def emulated(recipe, ratio):
+    found = {}
+    if ratio:
+        found = {"perplexity": {"simulator": 20.0, "emulator": 20.0 * ratio}, "differing": 0.5}
+    return hexagon.Emulated(recipe, "hexagon", [], [], found)
+
+
+def test_the_goals_of_hexagon_hold_and_can_fail():
+    fine = [compiled("w4a8", 0.84), compiled("w4a16"), compiled("w8a8", None, soc="SM8850")]
+    near = [emulated("w8a8", 1.019), emulated("w4a8", 0.981), emulated("w4a8", None)]
+    assert not hexagon.verdict(fine, near)
+    assert not hexagon.verdict([compiled("w4a8")], [])  # nothing to compare with
+    assert hexagon.verdict([compiled("w4a8", 0.86), compiled("w4a16")], []) == [
+        "SM8650 hexagon: w4a8's estimated prefill 14.0% below w4a16's, expected 15.1%"
+    ]
+    assert hexagon.verdict([compiled("w8a8", on_npu=8), compiled("w8a8", partitions=2)], []) == [
+        "w8a8 hexagon SM8650 prefill_8: 8 of 9 ops on the NPU in 1 partitions",
+        "w8a8 hexagon SM8650 prefill_8: 9 of 9 ops on the NPU in 2 partitions",
+    ]
+    short = hexagon.verdict([], [emulated("w8a8", 1.03), emulated("w4a8", math.nan)])
+    assert [s.split(":")[0] for s in short] == ["w8a8 hexagon", "w4a8 hexagon"]
+
+
+def test_the_headline_of_hexagon_is_the_worst():
+    rows = [compiled("w4a8", 0.84), compiled("w4a16", on_npu=8)]
+    assert hexagon.headline(rows, [emulated("w8a8", 1.01), emulated("w4a8", 0.985)]) == (
+        "whole on the NPU: 3 of 4; w4a8 prefill 16.0% below w4a16 (estimate);"
+        " emulated perplexity within 1.50% of the simulator's"
+    )
+
+
+def test_hexagon_wants_folders_or_a_quick_run(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hexagon"])
+    with pytest.raises(SystemExit) as end:
+        hexagon.arguments()
+    assert end.value.code == 2 and "expected folders" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["hexagon", "--quick"])
+    args = hexagon.arguments()
+    assert (args.windows, args.profiles) == (0, ["plain", "hexagon"])
+
+
+def test_hexagon_without_the_extra_could_not_run(monkeypatch, capsys):
+    def missing():
+        raise UserError("onnxruntime-qnn: not installed")
+
+    monkeypatch.setattr(sys, "argv", ["hexagon", "--quick"])
+    monkeypatch.setattr(hexagon.hexagon, "check_installed", missing)
+    assert hexagon.main() == 2
+    assert capsys.readouterr().err == "onnxruntime-qnn: not installed\n"
 
 
 # Memory of a step, planned for shapes.

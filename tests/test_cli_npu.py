@@ -35,6 +35,30 @@ def test_an_unknown_soc_is_refused(refused, command):
     assert "--soc SM1: the compiler does not know it" in refused(*command.split(), "--soc", "SM1")
 
 
+@pytest.mark.parametrize("command", ["compile out", "compare --npu out"])
+def test_another_version_of_the_extra_is_refused(refused, monkeypatch, command):
+    versions = {"ai-edge-litert": "2.3.0", "onnxruntime-qnn": "2.7.0"}
+    monkeypatch.setattr(hexagon.metadata, "version", versions.__getitem__)
+    said = refused(*command.split())
+    assert said.startswith("onnxruntime-qnn: version 2.7.0, expected 2.6.*; install qnpu's extra")
+
+
+@pytest.mark.parametrize("command", ["compile out", "compare --npu out"])
+def test_an_unknown_profile_is_refused(refused, command):
+    said = refused(*command.split(), "--profile", "best")
+    assert "'best' is not one of 'plain', 'hexagon'" in said
+
+
+def test_profiles_have_files_of_their_own(qnpu, here, extra):
+    """What `qnpu generate` runs is never what was written for the compiler."""
+    for profile in ("plain", "hexagon"):
+        arguments = f"compile out --prefill 4 --context 32 --profile {profile}"
+        assert qnpu(*arguments.split())[0] == 0
+    names = {p.name.split("-")[0] for p in (here / "out").glob("*-4-32.tflite")}
+    assert names == {"generate", "hexagon", "SM8650"}
+    assert len([*(here / "out").glob("SM8650-*-4-32.tflite")]) == 2
+
+
 def test_compile_reports_and_writes(qnpu, here, extra):
     status, out, _ = qnpu("compile", "out", "--prefill", "4", "--context", "32")
     assert status == 0

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from single_op import Tensor, interpret, single_op
 
 from qnpu_jax.config import UserError
-from qnpu_jax.flatbuffer import ModelWriter, pack_int4
+from qnpu_jax.contents import pack_int4
+from qnpu_jax.flatbuffer import ModelWriter
 from qnpu_jax.op_version import DType
 
 

@@ -13,6 +13,8 @@ from qnpu_jax.config import UserError
 from qnpu_jax.npu import compare, dispatch, hexagon
 from qnpu_jax.npu.emulator import Emulated
 from qnpu_jax.npu.hexagon import Traffic, read_log
+from qnpu_jax.npu.profile import PROFILES
+from qnpu_jax.stored import Integers
 
 TOKENS = 8
 LOG = """
@@ -89,14 +91,48 @@ def test_an_uncompiled_file_is_refused(tmp_path):
         dispatch.read(path)
 
 
+@pytest.mark.parametrize("size", [0, 6, 40, 20_000, -1])
+def test_a_truncated_file_is_refused_where_it_is_read(tmp_path, size):
+    path = tmp_path / "m.tflite"
+    tflite.write(tiny.quantized("gqa_llama3", "w8a8"), path, TOKENS)
+    path.write_bytes(path.read_bytes()[:size])
+    for read in (dispatch.read, dispatch.signatures):
+        with pytest.raises(UserError, match=r"m\.tflite: (cannot be read|not a) .*; (check|exp)"):
+            read(path)
+
+
+@pytest.mark.parametrize("size", [0, 6, 40, 20_000, -1])
+@pytest.mark.parametrize("profile", [*PROFILES])
 @needs_extra
-def test_a_truncated_file_leaves_nothing(tmp_path):
+def test_a_truncated_file_leaves_nothing(tmp_path, profile, size):
+    path, out = tmp_path / "m.tflite", tmp_path / "out.tflite"
+    model = tiny.quantized("gqa_llama3", "w8a8")
+    tflite.build(model, TOKENS, stored=PROFILES[profile].stored(model)).write(path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(
+        UserError, match=r"m\.tflite: LiteRT cannot load it .*; write it again"
+    ) as e:
+        hexagon.compile_file(path, "SM8650", out)
+    assert "\n" not in str(e.value)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@needs_extra
+def test_a_compiled_file_cut_off_is_refused(tmp_path):
     path, out = tmp_path / "m.tflite", tmp_path / "out.tflite"
     tflite.write(tiny.quantized("gqa_llama3", "w8a8"), path, TOKENS)
-    path.write_bytes(path.read_bytes()[:20_000])
-    with pytest.raises(UserError, match="LiteRT cannot load it"):
-        hexagon.compile_file(path, "SM8650", out)
-    assert [*tmp_path.iterdir()] == [path]
+    hexagon.compile_file(path, "SM8650", out)
+    size = out.stat().st_size
+    out.write_bytes(out.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{size - 1} bytes, expected {size}; it is cut off"):
+        Emulated(out, "prefill_8")
+
+
+@needs_extra
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.tflite: no such file; expected a \.tflite"):
+        hexagon.compile_file(tmp_path / "none.tflite", "SM8650", tmp_path / "out.tflite")
+    assert not [*tmp_path.iterdir()]
 
 
 @needs_extra
@@ -117,16 +153,21 @@ def test_the_emulator_is_near_the_simulator(tmp_path, plan):
     # 16-bit products round an operand to its upper byte, which a widened byte fills.
     scores = [r for r in rows if r.tensor.endswith(".scores")]
     assert len(scores) == 2 and max(r.largest for r in scores) <= 50
-    layer = compare.layer_difference(made.path, model, dec, 1, values)
-    assert layer.emulator < 1.5 * layer.simulator + 0.01
+    for stored in (Integers(model), PROFILES["hexagon"].stored(model)):
+        (whole := tmp_path / "whole.tflite").unlink(missing_ok=True)
+        compare.build_layer(stored, dec, 1).write(source)
+        hexagon.compile_file(source, "SM8650", whole)
+        layer = compare.layer_difference(whole, model, dec, 1, values)
+        assert layer.emulator < 1.5 * layer.simulator + 0.01
 
 
 @needs_extra
 @pytest.mark.slow
-def test_a_compiled_model_runs(tmp_path):
+@pytest.mark.parametrize("name", [*PROFILES])
+def test_a_compiled_model_runs(tmp_path, name):
     model, ids = tiny.quantized("gqa_llama3", "w8a8s8"), tiny.random_ids((TOKENS,), 3)
     source = tmp_path / "m.tflite"
-    tflite.write(model, source, TOKENS)
+    tflite.build(model, TOKENS, stored=PROFILES[name].stored(model)).write(source)
     made = hexagon.compile_file(source, "SM8750", tmp_path / "compiled.tflite")
     assert [s.name for s in made.signatures] == ["prefill_8"] and made.signatures[0].whole
     got = Emulated(made.path, "prefill_8").run({"ids": ids})["logits"]

@@ -19,7 +19,7 @@ LEVELS = {
         "graph recipes orthogonal",
         "quant decoder rotate",
         "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
-        " flatbuffer op_version",
+        " flatbuffer op_version contents stored",
         "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof"
         " job deploy npu",
         "cli",

@@ -17,6 +17,7 @@ from qnpu_jax.freeze import dequantize
 from qnpu_jax.litert import open_interpreter
 from qnpu_jax.npu.litert_backend import LiteRTBackend, mask_codes
 from qnpu_jax.npu.session import Session
+from qnpu_jax.stored import Reals
 from qnpu_jax.verify import compare, op_names
 
 CHUNK, CONTEXT, LENGTH = 4, 24, 18
@@ -157,7 +158,7 @@ def test_a_context_needs_room_for_a_cache(tmp_path, prefill):
 def test_the_float_export_is_the_dequantized_model(folder):
     model = tiny.quantized("gqa_llama3", "w8a8")
     path = folder / "float.tflite"
-    tflite.build_cached(model, CHUNK, CONTEXT, "all", tflite.Reals.of(model)).write(path)
+    tflite.build_cached(model, CHUNK, CONTEXT, "all", Reals.of(model)).write(path)
     runner = open_interpreter(path, "opt").get_signature_runner(f"prefill_{CHUNK}")
     dec = tflite.cached_decoder(model, CHUNK, CONTEXT, "all")
     inputs = {n: np.zeros(d["shape"], d["dtype"]) for n, d in runner.get_input_details().items()}

@@ -15,8 +15,12 @@ from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill
 from qnpu_jax.cli.simulated import Simulated
 from qnpu_jax.npu.compare import LayerDifference, OpDifference
 from qnpu_jax.npu.hexagon import SOCS, Compiled
+from qnpu_jax.npu.profile import DEFAULT, ProfileName
 
 app = typer.Typer()
+Profile = Annotated[
+    ProfileName, typer.Option(help="hexagon: norms as the NPU's own op; plain: as for CPUs.")
+]
 Soc = Annotated[str, typer.Option(help=f"Snapdragon: {', '.join(SOCS)}.")]
 
 
@@ -26,6 +30,7 @@ def compile(
     soc: Soc = "SM8650",
     prefill: Prefill = 128,
     context: Context = 512,
+    profile: Profile = DEFAULT,
     share_weights: Annotated[
         bool,
         typer.Option(
@@ -39,7 +44,7 @@ def compile(
     Exit status 1 where not every op is on the NPU, in one partition.
     """
     with Display() as clock, clock.stage("compile"):
-        made = deploy.compiled(folder, soc, prefill, context, share=share_weights)
+        made = deploy.compiled(folder, soc, prefill, context, profile, share=share_weights)
     _print_compiled(made)
     typer.echo(f"wrote {made.path}")
     if not all(s.whole for s in made.signatures):
@@ -60,12 +65,15 @@ def compare(
     tokens: Annotated[int, typer.Option(min=2, help="Of a window of text.")] = 128,
     windows: Annotated[int, typer.Option(min=0, help="Scored; 0: layers only.")] = 3,
     eval_text: EvalText = None,
+    profile: Profile = DEFAULT,
 ) -> None:
     """Runs ops, layers and the whole model in Qualcomm's Hexagon emulator, beside the simulator
     (extra: qnn)."""
     chosen = [0] if layers is None else layers
     with Display() as clock:
-        found = deploy.emulated(folder, soc, chosen, windows, tokens, eval_text, Simulated, clock)
+        found = deploy.emulated(
+            folder, soc, chosen, windows, tokens, eval_text, Simulated, clock, profile
+        )
     console = Console(soft_wrap=False)
     if chosen:
         console.print(_ops_table(found["ops"], soc))

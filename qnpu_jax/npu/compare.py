@@ -21,10 +21,11 @@ from qnpu_jax.freeze import IntegerModel, dequantize
 from qnpu_jax.graph import Graph, Node, is_identity
 from qnpu_jax.npu.emulator import Emulated
 from qnpu_jax.ops import Concat, Reshape, Slice, Transpose
-from qnpu_jax.tflite import Emitter, Integers
+from qnpu_jax.stored import Composite, Integers, Stored
+from qnpu_jax.tflite import Emitter
 
 LAYER = "layer"
-"""The signature of a whole layer in `build_ops`."""
+"""The signature of `build_layer`."""
 Codes = Mapping[str, np.ndarray]
 
 
@@ -61,7 +62,7 @@ class LayerDifference:
 
 def build_ops(model: IntegerModel, dec: Decoder, layer: int) -> ModelWriter:
     """Every op of a layer that computes, each a signature (`op_<i>`, i its place among the layer's)
-    of its own, then the whole layer; activations are inputs."""
+    of its own; activations are inputs."""
     stored, writer, graph = Integers(model), ModelWriter(), dec.layer
     constants = stored.constants(graph, layer)
     for i, node in computing(graph, layer):
@@ -69,8 +70,16 @@ def build_ops(model: IntegerModel, dec: Decoder, layer: int) -> ModelWriter:
         env = {n: emitter.tensor(n, constants.get(n)) for n in dict.fromkeys(node.inputs)}
         fed = {_port(n): env[n] for n in env if n not in constants}
         emitter.subgraph.add_signature(f"op_{i}", fed, {"y": emitter.add(node, env)})
+    return writer
+
+
+def build_layer(stored: Stored, dec: Decoder, layer: int) -> ModelWriter:
+    """A whole layer as the signature LAYER; of the graph's inputs, those that its ops read."""
+    writer, graph = ModelWriter(), dec.layer
     emitter = Emitter(stored, writer.add_subgraph(LAYER), graph, layer)
-    env = {t.name: emitter.tensor(t.name) for t in graph.named("input")}
+    inside = {n for p in stored.parts(graph) if isinstance(p, Composite) for n in p.constants}
+    names = [t.name for t in graph.named("input") if t.name not in inside]
+    env = {name: emitter.tensor(name) for name in names}
     made = emitter.emit(env)
     outputs = {_port(n): made[n] for n in graph.outputs}
     emitter.subgraph.add_signature(LAYER, {_port(n): i for n, i in env.items()}, outputs)
@@ -114,7 +123,8 @@ def op_differences(
 def layer_difference(
     compiled: Path, model: IntegerModel, dec: Decoder, layer: int, tensors: Codes
 ) -> LayerDifference:
-    """Runs a whole layer, in float too: the frozen weights, and no rounding of activations."""
+    """Runs a whole layer, from `build_layer`, and in float: the frozen weights, and no rounding of
+    activations."""
     graph = dec.layer
     values = layer_values(model, dec, layer, tensors)
     emulated = Emulated(compiled, LAYER)

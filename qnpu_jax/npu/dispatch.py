@@ -7,6 +7,7 @@ Reference: LiteRT, litert/core/dispatch_op_schema.cc (keys of the op's options).
 from __future__ import annotations
 
 import mmap
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,11 @@ class Dispatched:
 
 
 def signatures(path: Path) -> tuple[str, ...]:
-    """Names of the signatures of any .tflite, in the order of their subgraphs."""
+    """Names of the signatures of any .tflite, in the order of their subgraphs. Other subgraphs are
+    what composites mean."""
     model, _ = _read(path)
-    keys = {s.subgraphIndex: s.signatureKey.decode() for s in model.signatureDefs}
-    return tuple(keys[i] for i in range(len(model.subgraphs)))
+    ordered = sorted(model.signatureDefs, key=lambda s: s.subgraphIndex)
+    return tuple(s.signatureKey.decode() for s in ordered)
 
 
 def read(path: Path) -> dict[str, Dispatched]:
@@ -106,5 +108,7 @@ def _read(path: Path) -> tuple[Any, int]:
             if data[4:8] != b"TFL3":
                 raise UserError(f"{path}: not a .tflite; expected one")
             return schema.ModelT.InitFromObj(schema.Model.GetRootAs(bytes(data), 0)), len(data)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); check the file") from None
+    except (OSError, ValueError, struct.error) as error:  # the last: an offset past the end
+        raise UserError(
+            f"{path}: cannot be read as a .tflite ({error}); check the file, or write it again"
+        ) from None

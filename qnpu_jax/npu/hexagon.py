@@ -209,7 +209,7 @@ def read_log(log: str, names: tuple[str, ...]) -> tuple[Signature, ...]:
     """
     parts = [tuple(map(int, m.groups())) for m in _PARTITIONED.finditer(log)]
     moved = [dict(_BYTES.findall(m[0])) for m in _SUMMARY.finditer(log)]
-    if [p[0] for p in parts] != [*range(len(names))] or sum(p[3] for p in parts) != len(moved):
+    if len(parts) != len(names) or sum(p[3] for p in parts) != len(moved):
         raise UserError(
             f"Qualcomm's compiler: told of {len(parts)} subgraphs and the traffic of {len(moved)}"
             f" partitions; expected {len(names)} and {sum(p[3] for p in parts)}; {EXTRA}"

@@ -20,6 +20,7 @@ from qnpu_jax import tflite
 from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.litert import open_interpreter
+from qnpu_jax.stored import Reals
 
 INTEGERS, FLOAT = "integers", "float32"
 
@@ -171,7 +172,7 @@ def compare(
         work = []
         for name in (INTEGERS, FLOAT):
             path = Path(folder) / f"{name}.tflite"
-            stored = tflite.Reals.of(model) if name == FLOAT else None
+            stored = Reals.of(model) if name == FLOAT else None
             tflite.build_cached(model, prefill, context, stored=stored).write(path)
             work += named(name, path, threads)
         return measure(work, rounds, track)

@@ -1,0 +1,94 @@
+"""A model on an emulated NPU beside the simulator: single ops, whole layers, perplexity."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qnpu_jax import evaluation, tflite
+from qnpu_jax.flatbuffer import ModelWriter
+from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.npu import compare, hexagon
+from qnpu_jax.npu.compare import Codes, LayerDifference, OpDifference
+from qnpu_jax.npu.emulator import Emulated
+from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
+from qnpu_jax.proof import Simulate
+
+
+class Emulation:
+    """Compiles what is asked for, and runs it on the simulator's inputs.
+
+    Args:
+      soc: one of hexagon.SOCS.
+      windows: (N, T) token ids; ops and layers see the first.
+      simulate: makes the simulator.
+      profile: of whole layers and of the model; single ops are those that the simulator has.
+
+    The methods raise UserError as `hexagon.compile_file`.
+    """
+
+    def __init__(
+        self,
+        model: IntegerModel,
+        soc: str,
+        windows: np.ndarray,
+        simulate: Simulate,
+        profile: ProfileName = DEFAULT,
+    ) -> None:
+        self._model, self._soc, self._windows = model, soc, windows
+        self._stored = PROFILES[profile].stored(model)
+        self._tokens = windows.shape[1]
+        self._decoder = model.decoder(self._tokens)
+        self._simulator = simulate(model, self._tokens, "all")
+
+    @cached_property
+    def _tensors(self) -> Codes:
+        return self._simulator.tensors(self._windows[0])
+
+    def ops(self, layer: int) -> list[OpDifference]:
+        """Every op of a layer that computes."""
+        with tempfile.TemporaryDirectory() as folder:
+            writer = compare.build_ops(self._model, self._decoder, layer)
+            file = self._compiled(writer, folder)
+            arguments = (self._model, self._decoder, layer, self._tensors)
+            return [*compare.op_differences(file, *arguments)]
+
+    def layer(self, layer: int) -> LayerDifference:
+        """A whole layer, beside float too."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = self._compiled(compare.build_layer(self._stored, self._decoder, layer), folder)
+            arguments = (self._model, self._decoder, layer, self._tensors)
+            return compare.layer_difference(file, *arguments)
+
+    def perplexity(self) -> dict[str, Any]:
+        """`perplexity` on all windows, by reading, and `differing`: the share of logits' codes that
+        differ."""
+        with tempfile.TemporaryDirectory() as folder:
+            writer = tflite.build(self._model, self._tokens, "all", self._stored)
+            emulated = Emulated(self._compiled(writer, folder), f"prefill_{self._tokens}")
+        kept: list[np.ndarray] = []
+        differing: list[float] = []
+
+        def simulator(ids: np.ndarray) -> np.ndarray:
+            kept.append(np.asarray(self._simulator.logits(ids)))
+            return kept[-1]
+
+        def emulator(ids: np.ndarray) -> np.ndarray:
+            codes = emulated.run({"ids": ids})["logits"]
+            differing.append(float(np.mean(codes != kept[len(differing)])))
+            return codes
+
+        scores = {}
+        for run in (simulator, emulator):
+            logits = evaluation.integer_logits(self._model, run)
+            scores[run.__name__] = evaluation.perplexity(logits, self._windows)
+        return {"perplexity": scores, "differing": float(np.mean(differing))}
+
+    def _compiled(self, writer: ModelWriter, folder: str) -> Path:
+        source, target = Path(folder) / "source.tflite", Path(folder) / "compiled.tflite"
+        writer.write(source)
+        return hexagon.compile_file(source, self._soc, target).path
