@@ -125,10 +125,10 @@ def _print_arm(soc: str, made: dict[str, ethos.Compiled], prefill: int) -> None:
             typer.echo(f"{name}: {count} {op} on the CPU: {c.reasons.get(op, 'no reason given')}")
     e = next(iter(made.values())).estimate
     typer.echo(
-        f"all by Arm's compiler vela, in its model of {chip} at {e.clock / 1e9:.1f} GHz, SRAM"
-        f" {e.sram_rate / 1e9:.0f} GB/s, DRAM {e.dram_rate / 1e9:.0f} GB/s ({e.system},"
-        f" {e.memory_mode}), without the CPU's share; compiled in"
-        f" {sum(c.compile_seconds for c in made.values()):.0f} s"
+        f"all by Arm's compiler vela, in its model of {chip} at {e.clock / 1e9:.1f} GHz:"
+        f" {e.sram / 2**20:.0f} MiB of SRAM at {e.sram_rate / 1e9:.0f} GB/s, DRAM at"
+        f" {e.dram_rate / 1e9:.0f} GB/s ({e.system}, {e.memory_mode}); a CPU's ops are not"
+        f" in it; compiled in {sum(c.compile_seconds for c in made.values()):.0f} s"
     )
 
 

@@ -37,8 +37,10 @@ PACKAGE, WANTED = "ethos-u-vela", "5.2."
 EXTRA = 'install qnpu\'s extra "ethos": pip install "qnpu[ethos]"'
 CONFIG = "Arm/vela.ini"
 """vela's own file of system configurations, within its package."""
-MEMORY_MODE = "Dedicated_Sram_512KB"
-"""Of `CONFIG`: weights, tables and arena in DRAM, 512 KiB of SRAM for the NPU alone."""
+MEMORY_MODE, SRAM = "Dedicated_Sram", 2**21
+"""Of `CONFIG`: weights, tables and arena in DRAM; bytes of SRAM for the NPU alone. Into the 512 KiB
+of `CONFIG`'s largest mode vela cannot place a whole prefill of SmolLM2 in one part, and for 1 MiB
+it searches for minutes."""
 _SYSTEMS = {"ethos-u65": "Ethos_U65_High_End", "ethos-u85": "Ethos_U85_SYS_DRAM_Mid"}
 ACCELERATORS = (
     *("ethos-u65-256", "ethos-u65-512", "ethos-u85-128", "ethos-u85-256"),
@@ -56,6 +58,7 @@ class Estimate:
     Attributes:
       system, memory_mode: of vela's configuration file.
       clock: Hz.
+      sram: bytes of SRAM that the NPU has.
       sram_rate, dram_rate: design peaks, bytes per second.
       seconds: `cycles` at the clock.
       npu_cycles, cycles: of the NPU's units alone, and with the waits for memory.
@@ -66,6 +69,7 @@ class Estimate:
     system: str
     memory_mode: str
     clock: float
+    sram: int
     sram_rate: float
     dram_rate: float
     seconds: float
@@ -185,6 +189,7 @@ def _run(source: Path, accelerator: str, folder: Path) -> str:
         sys.executable, "-m", "ethosu.vela", str(source.absolute()), f"--output-dir={folder}",
         f"--accelerator-config={accelerator}", f"--config={CONFIG}",
         f"--system-config={_system(accelerator)}", f"--memory-mode={MEMORY_MODE}",
+        f"--arena-cache-size={SRAM}",
     ]  # fmt: skip
     # In a folder of its own: Python would import from the working folder first.
     done = subprocess.run(
@@ -234,6 +239,7 @@ def read_summary(text: str) -> Estimate:
             system=row["system_config"],
             memory_mode=row["memory_mode"],
             clock=float(row["core_clock"]),
+            sram=int(float(row["arena_cache_size"]) * 1024),
             sram_rate=float(row["sram_bandwidth"]) * gib,
             dram_rate=float(row["dram_bandwidth"]) * gib,
             seconds=float(row["inference_time"]),
