@@ -4,14 +4,18 @@ compiled for an NPU, and how an NPU's arithmetic compares.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qnpu_jax import artifacts, freeze, texts, tflite
 from qnpu_jax.config import UserError
 from qnpu_jax.models import Tokenizer
-from qnpu_jax.npu import hexagon
+from qnpu_jax.npu import ethos, ethos_form, hexagon
 from qnpu_jax.npu.emulation import Emulation
 from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
 from qnpu_jax.pipeline import Clock
@@ -104,6 +108,49 @@ def compiled(
     target = source.with_name(f"{soc}-{source.name}")
     target.unlink(missing_ok=True)
     return hexagon.compile_file(source, soc, target, share=share)
+
+
+def check_target(soc: str) -> None:
+    """Raises UserError for a name that neither compiler knows."""
+    if soc not in (*hexagon.SOCS, *ethos.ACCELERATORS):
+        raise UserError(
+            f"--soc {soc}: the compiler does not know it; expected a Snapdragon, one of"
+            f" {[*hexagon.SOCS]}, or an Ethos-U, one of {[*ethos.ACCELERATORS]}"
+        )
+
+
+def compiled_for_arm(
+    out: Path, accelerator: str, prefill: int, context: int
+) -> dict[str, ethos.Compiled]:
+    """Compiles the signatures of `export` for an Ethos-U, each a file in `out`, by their names;
+    files compiled before are replaced. All of them appear, or none.
+
+    Raises:
+      UserError: as `deployed` and `ethos.compile_file`.
+    """
+    ethos.check_accelerator(accelerator)  # before anything is written
+    ethos.check_installed()
+    check_prefill(prefill)
+    report = artifacts.read_report(out)
+    model = freeze.load(out)
+    bound(model, context, "last")
+    # Ethos-U65 has neither the products nor the gathers of the other spelling.
+    stored = ethos_form.wide(model, respell=accelerator.startswith("ethos-u85"))
+    name = f"{accelerator}-{report['sha256'][artifacts.MODEL][:12]}-{prefill}-{context}"
+    made = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
+            source = Path(folder) / f"{key}.tflite"
+            ethos_form.build(model, stored, tokens, context, key).write(source)
+            target = Path(folder) / f"{name}-{key}.tflite"
+            made[key] = ethos.compile_file(source, accelerator, target)
+            source.unlink()  # as large as the model
+        paths = {key: out / found.path.name for key, found in made.items()}
+        with ExitStack() as files:
+            for key, path in paths.items():
+                path.unlink(missing_ok=True)
+                shutil.copyfile(made[key].path, files.enter_context(artifacts.new_file(path)))
+    return {key: replace(found, path=paths[key]) for key, found in made.items()}
 
 
 def emulated(

@@ -121,14 +121,20 @@ def build_cached(
     writer = ModelWriter()
     for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
         dec = cached_decoder(model, tokens, context, logits)
-        _add_cached(stored, writer.add_subgraph(key), key, dec, model.decoder(context))
+        add_cached(stored, writer.add_subgraph(key), key, dec, model.decoder(context))
     return writer
 
 
-def _add_cached(
-    stored: Stored, subgraph: SubgraphWriter, key: str, dec: Decoder, whole: Decoder
+def add_cached(
+    stored: Stored,
+    subgraph: SubgraphWriter,
+    key: str,
+    dec: Decoder,
+    whole: Decoder,
+    emitter: type[Emitter] | None = None,
 ) -> None:
-    """One signature of `write_cached`; `whole` takes all positions at once, for its RoPE tables."""
+    """One signature of `write_cached`; `whole` takes all positions at once, for its RoPE tables.
+    An `emitter` of its own spells ops its own way."""
     ids, positions = (
         subgraph.add_tensor(name, (dec.tokens,), "int32") for name in ("ids", "positions")
     )
@@ -151,7 +157,7 @@ def _add_cached(
         }
         for i in range(dec.layer.layers)
     ]
-    out, rows = _emit(stored, subgraph, dec, ids, shared, caches)
+    out, rows = _emit(stored, subgraph, dec, ids, shared, caches, emitter)
     inputs = {"ids": ids, "positions": positions, **masks}
     outputs = {"logits": out}
     for i, (cache, new) in enumerate(zip(caches, rows, strict=True)):
@@ -184,13 +190,15 @@ def _emit(
     ids: int,
     shared: dict[str, int],
     caches: list[dict[str, int]],
+    emitter: type[Emitter] | None = None,
 ) -> tuple[int, list[list[int]]]:
     """All graphs, layers unrolled: the logits, and each layer's new rows of keys and values."""
+    emitter = emitter or Emitter
     values, out, rows = {"ids": ids}, ids, []
     for graph in dec.graphs:
         for layer in range(graph.layers):
             own = caches[layer] if graph is dec.layer else {}
-            env = Emitter(stored, subgraph, graph, layer).emit(values | shared | own)
+            env = emitter(stored, subgraph, graph, layer).emit(values | shared | own)
             out = env[graph.outputs[0]]
             values = {"input.residual": out}
             if graph is dec.layer:
