@@ -15,7 +15,7 @@ from qnpu_jax import artifacts, evaluation, freeze, texts, tflite
 from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.models import Tokenizer
-from qnpu_jax.npu import compare, hexagon
+from qnpu_jax.npu import compare, hexagon, litertlm
 from qnpu_jax.npu.emulator import Emulated
 from qnpu_jax.pipeline import Clock
 from qnpu_jax.proof import Simulate, bound
@@ -47,6 +47,21 @@ def export(
         else:
             bound(model, context, logits)  # as many keys as every signature has
             tflite.write_cached(model, partial, prefill, context, logits)
+
+
+def package(out: Path, file: Path, prefill: int, context: int) -> None:
+    """Writes the model of a folder of `qnpu quantize` to `file`, as a package for LiteRT-LM.
+
+    Raises:
+      UserError: as `export` and `litertlm.write`.
+    """
+    check_prefill(prefill)
+    litertlm.load_builder()  # before the model is read
+    with artifacts.new_file(file) as partial:
+        artifacts.read_report(out)
+        model = freeze.load(out)
+        bound(model, context, "last")
+        litertlm.write(model, out / artifacts.TOKENIZER, partial, prefill, context)
 
 
 def tokenizer(out: Path) -> Tokenizer:

@@ -1,0 +1,192 @@
+"""An `IntegerModel` as a .tflite with the signatures that LiteRT-LM's executor for CPUs drives.
+
+Decoder and codes are those of `tflite.write_cached`, op for op. What differs is the rim, because
+LiteRT-LM keeps a cache in one buffer that is input and output, has masks only as floats or
+booleans, and samples from floats:
+
+- The cache comes whole and leaves whole: SLICE gives the decoder its slots before the new tokens,
+  DYNAMIC_UPDATE_SLICE puts their rows in place.
+- No mask comes in. Its codes follow from the first position, by LESS and SELECT_V2.
+- Behind the logits is a DEQUANTIZE, the only op with floats.
+
+Letters: T new tokens, S keys, N KV heads, C context, K head_dim, V vocabulary.
+
+Reference: google-ai-edge/LiteRT-LM, runtime/executor/llm_litert_compiled_model_executor.cc,
+  litert_compiled_model_executor_utils.cc, litert/state.cc (`HeuristicBasedCreate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from qnpu_jax.flatbuffer import ModelWriter, SubgraphWriter
+from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.tflite import Integers, at_positions, cached_decoder, emit
+
+Code = schema.BuiltinOperator
+INT32 = {"dtype": "int32"}
+
+
+def write(model: IntegerModel, path: Path, prefill: int, context: int) -> None:
+    """Writes the signatures `prefill_<prefill>` and `decode` (one token), which share all weights.
+
+    Inputs of T tokens: `tokens` (1, T) int32; `input_pos` (T,) int32, consecutive, 0 for the first
+    token after the prefix; for every layer i `kv_cache_k_<i>` and `kv_cache_v_<i>` (1, N, C, K)
+    int8. Outputs: the caches, under the same names, with the new rows from slot `input_pos[0]` on;
+    of `decode` also `logits` (1, 1, V) float32. A cache's output may be its input's memory.
+
+    What fills up a prefill that is not full may have any token and position: its rows are masked
+    until others replace them.
+
+    Args:
+      prefill: tokens of the long signature.
+      context: positions after the prefix, the new tokens included.
+
+    Raises:
+      UserError: more positions than the model has, or a context without room for a cache.
+    """
+    build(model, prefill, context).write(path)
+
+
+def build(model: IntegerModel, prefill: int, context: int) -> ModelWriter:
+    """The model of `write`, in memory."""
+    writer = ModelWriter()
+    for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
+        _Signature(model, writer.add_subgraph(key), tokens, context).emit(key)
+    return writer
+
+
+class _Signature:
+    """One signature, while it is written."""
+
+    def __init__(
+        self, model: IntegerModel, graph: SubgraphWriter, tokens: int, context: int
+    ) -> None:
+        self.model, self.graph, self.context = model, graph, context
+        self.stored, self.dec = Integers(model), cached_decoder(model, tokens, context)
+
+    def emit(self, key: str) -> None:
+        """All of it; the updates come last, when every layer has read its cache."""
+        graph, dec = self.graph, self.dec
+        inputs = {
+            "tokens": graph.add_tensor("tokens", (1, dec.tokens), "int32"),
+            "input_pos": graph.add_tensor("input_pos", (dec.tokens,), "int32"),
+        }
+        start = self._slice("start", inputs["input_pos"], (1,), INT32)
+        whole = self.model.decoder(self.context)
+        shared = at_positions(self.stored, graph, dec, whole, inputs["input_pos"])
+        shared["mask"] = self._mask(start)
+        past: list[dict[str, int]] = []
+        for layer in range(dec.layer.layers):
+            past.append({})
+            for letter in "kv":
+                name = f"kv_cache_{letter}_{layer}"
+                form = self._cache_form(layer, letter)
+                inputs[name] = graph.add_tensor(name, self._cache_shape(self.context), **form)
+                past[-1][f"attn.cache_{letter}"] = self._past(name, inputs[name], form)
+        is_decode = dec.tokens == 1
+        graphs = dec.graphs if is_decode else dec.graphs[:-1]  # nobody reads a prefill's logits
+        ids = self._reshape("ids", inputs["tokens"], (dec.tokens,), INT32)
+        out, rows = emit(self.stored, graph, graphs, ids, shared, past)
+        outputs = self._updates(inputs, rows, start)
+        if is_decode:
+            outputs["logits"] = self._floats(out)
+        graph.add_signature(key, inputs, outputs)
+
+    def _mask(self, start: int) -> int:
+        """Codes (T, 1, S) of `decoder.causal_mask` with as many filled slots as `start` says: those
+        of the cache hang on it, the prefix is seen by all, new tokens by themselves and later ones.
+        """
+        dec = self.dec
+        codes = self.model.inputs(dec)["mask"]
+        form = self.stored.form(dec.layer, 0, "mask")
+        cache, new = dec.prefix, dec.prefix + dec.cache
+        slots = np.arange(dec.cache, dtype=np.int32).reshape(1, 1, -1)
+        is_filled = self.graph.add_tensor("mask.is_filled", slots.shape, "bool")
+        self._add(
+            Code.LESS, schema.LessOptionsT(), [self._constant("slots", slots), start], is_filled
+        )
+        hidden = codes[:, :, cache : cache + 1]  # no slot is filled in `codes`
+        choices = [
+            self._constant(f"mask.{name}", x, form)
+            for name, x in (("visible", np.zeros_like(hidden)), ("hidden", hidden))
+        ]
+        past = self.graph.add_tensor("mask.cache", codes[:, :, cache:new].shape, **form)
+        self._add(Code.SELECT_V2, schema.SelectV2OptionsT(), [is_filled, *choices], past)
+        parts = [past, self._constant("mask.new", codes[:, :, new:], form)]
+        if dec.prefix:
+            parts.insert(0, self._constant("mask.prefix", codes[:, :, :cache], form))
+        return self._concat("mask", parts, codes.shape, 2, form)
+
+    def _cache_shape(self, slots: int) -> tuple[int, ...]:
+        config = self.model.config
+        return (1, config.num_kv_heads, slots, config.head_dim)
+
+    def _cache_form(self, layer: int, letter: str) -> dict[str, Any]:
+        return self.stored.form(self.dec.layer, layer, f"attn.cache_{letter}")
+
+    def _past(self, name: str, cache: int, form: dict[str, Any]) -> int:
+        """The slots before the new tokens (N, C - T, K): as many as the decoder was staged for, so
+        that every signature has the same S (see `tflite.write_cached`)."""
+        shape = self._cache_shape(self.dec.cache)
+        past = self._slice(f"{name}.past", cache, shape, form)
+        return self._reshape(f"{name}.heads", past, shape[1:], form)
+
+    def _updates(
+        self, inputs: dict[str, int], rows: Sequence[Sequence[int]], start: int
+    ) -> dict[str, int]:
+        """The caches with the new rows (N, T, K) of every layer."""
+        zeros = [self._constant(f"at.{n}", np.zeros(n, np.int32)) for n in (2, 1)]
+        at = self._concat("at", [zeros[0], start, zeros[1]], (4,), 0, INT32)
+        updated = {}
+        for layer, new in enumerate(rows):
+            for letter, row in zip("kv", new, strict=True):
+                name, form = f"kv_cache_{letter}_{layer}", self._cache_form(layer, letter)
+                row = self._reshape(f"{name}.new", row, self._cache_shape(self.dec.tokens), form)
+                out = self.graph.add_tensor(f"{name}.out", self._cache_shape(self.context), **form)
+                self._add(Code.DYNAMIC_UPDATE_SLICE, None, [inputs[name], row, at], out)
+                updated[name] = out
+        return updated
+
+    def _floats(self, logits: int) -> int:
+        """(1, V) codes to (1, 1, V) float32."""
+        vocabulary = self.model.config.vocab_size
+        real = self.graph.add_tensor("logits.real", (1, vocabulary), "float32")
+        self._add(Code.DEQUANTIZE, schema.DequantizeOptionsT(), [logits], real)
+        return self._reshape("logits", real, (1, 1, vocabulary), {"dtype": "float32"})
+
+    def _add(self, code: int, options: Any, inputs: Sequence[int], output: int) -> int:
+        self.graph.add_op(code, options, inputs, [output])
+        return output
+
+    def _constant(self, name: str, data: np.ndarray, form: dict[str, Any] = INT32) -> int:
+        return self.graph.add_tensor(name, data.shape, data=data, **form)
+
+    def _slice(self, name: str, x: int, size: Sequence[int], form: dict[str, Any]) -> int:
+        """The first elements of every axis."""
+        operands = [
+            self._constant(f"{name}/{i}", np.asarray(values, np.int32))
+            for i, values in enumerate(([0] * len(size), size))
+        ]
+        out = self.graph.add_tensor(name, size, **form)
+        return self._add(Code.SLICE, schema.SliceOptionsT(), [x, *operands], out)
+
+    def _reshape(self, name: str, x: int, shape: Sequence[int], form: dict[str, Any]) -> int:
+        options = schema.ReshapeOptionsT()
+        options.newShape = list(shape)
+        operand = self._constant(f"{name}/0", np.asarray(shape, np.int32))
+        out = self.graph.add_tensor(name, shape, **form)
+        return self._add(Code.RESHAPE, options, [x, operand], out)
+
+    def _concat(
+        self, name: str, parts: Sequence[int], shape: Sequence[int], axis: int, form: dict[str, Any]
+    ) -> int:
+        options = schema.ConcatenationOptionsT()
+        options.axis = axis
+        out = self.graph.add_tensor(name, shape, **form)
+        return self._add(Code.CONCATENATION, options, parts, out)
