@@ -30,10 +30,14 @@ from qnpu_jax.tflite import Integers, at_positions, cached_decoder, emit
 
 Code = schema.BuiltinOperator
 INT32 = {"dtype": "int32"}
+SHORT = 16
+"""Tokens of the short prefill. LiteRT-LM refuses a prompt of which a chunk, filled up, does not fit
+what is left of the context; and a short prompt need not wait for a long chunk."""
 
 
 def write(model: IntegerModel, path: Path, prefill: int, context: int) -> None:
-    """Writes the signatures `prefill_<prefill>` and `decode` (one token), which share all weights.
+    """Writes the signatures `prefill_<prefill>`, `prefill_16` if that is shorter, and `decode` (one
+    token), which share all weights.
 
     Inputs of T tokens: `tokens` (1, T) int32; `input_pos` (T,) int32, consecutive, 0 for the first
     token after the prefix; for every layer i `kv_cache_k_<i>` and `kv_cache_v_<i>` (1, N, C, K)
@@ -44,7 +48,7 @@ def write(model: IntegerModel, path: Path, prefill: int, context: int) -> None:
     until others replace them.
 
     Args:
-      prefill: tokens of the long signature.
+      prefill: tokens of the longest signature.
       context: positions after the prefix, the new tokens included.
 
     Raises:
@@ -56,7 +60,8 @@ def write(model: IntegerModel, path: Path, prefill: int, context: int) -> None:
 def build(model: IntegerModel, prefill: int, context: int) -> ModelWriter:
     """The model of `write`, in memory."""
     writer = ModelWriter()
-    for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
+    prefills = (prefill, SHORT) if prefill > SHORT else (prefill,)
+    for key, tokens in (*((f"prefill_{n}", n) for n in prefills), ("decode", 1)):
         _Signature(model, writer.add_subgraph(key), tokens, context).emit(key)
     return writer
 
