@@ -15,7 +15,7 @@ from typing import Any
 from qnpu_jax import artifacts, freeze, texts, tflite
 from qnpu_jax.config import UserError
 from qnpu_jax.models import Tokenizer
-from qnpu_jax.npu import ethos, ethos_form, hexagon
+from qnpu_jax.npu import ethos, ethos_form, hexagon, litertlm
 from qnpu_jax.npu.emulation import Emulation
 from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
 from qnpu_jax.pipeline import Clock
@@ -53,6 +53,21 @@ def export(
         else:
             bound(model, context, logits)  # as many keys as every signature has
             tflite.build_cached(model, prefill, context, logits, stored).write(partial)
+
+
+def package(out: Path, file: Path, prefill: int, context: int) -> None:
+    """Writes the model of a folder of `qnpu quantize` to `file`, as a package for LiteRT-LM.
+
+    Raises:
+      UserError: as `export` and `litertlm.write`.
+    """
+    check_prefill(prefill)
+    litertlm.load_builder()  # before the model is read
+    with artifacts.new_file(file) as partial:
+        artifacts.read_report(out)
+        model = freeze.load(out)
+        bound(model, context, "last")
+        litertlm.write(model, out / artifacts.TOKENIZER, partial, prefill, context)
 
 
 def tokenizer(out: Path) -> Tokenizer:

@@ -158,8 +158,9 @@ def check_mask(dec: Decoder, scale: Mapping[str, np.ndarray]) -> None:
             if highest.max() > 0:
                 layer = int(highest.argmax())
                 raise UserError(
-                    f"layers.{layer}.{node.inputs[0]}: scores reach {(top - 1) * scores[layer]:.0f},"
-                    f" which the {bits}-bit mask of {MASK[bits]:.0f} does not hide; expected at most"
+                    f"layers.{layer}.{node.inputs[0]}: scores reach"
+                    f" {(top - 1) * scores[layer]:.0f}, which the {bits}-bit mask of"
+                    f" {MASK[bits]:.0f} does not hide; expected at most"
                     f" about {-MASK[bits] / 2:.0f}; give *.scores, *.masked and *.softmax 16 bits"
                     " in the bit plan, or calibrate on other text"
                 )

@@ -6,7 +6,7 @@ Tensors keep their names (`layers.3.attn.q`), scales and zero points exactly as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -73,7 +73,7 @@ def build(
     ids = subgraph.add_tensor("ids", (tokens,), "int32")
     common = Emitter(stored, subgraph, dec.layer, 0)
     shared = {name: common.tensor(name, x, name) for name, x in stored.inputs(dec).items()}
-    out, _ = _emit(stored, subgraph, dec, ids, shared, [{}] * dec.layer.layers)
+    out, _ = emit(stored, subgraph, dec.graphs, ids, shared, [{}] * dec.layer.layers)
     subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": out})
     return writer
 
@@ -138,16 +138,11 @@ def add_cached(
     ids, positions = (
         subgraph.add_tensor(name, (dec.tokens,), "int32") for name in ("ids", "positions")
     )
+    shared = at_positions(stored, subgraph, dec, whole, positions)
     common = Emitter(stored, subgraph, dec.layer, 0)
-    tables = stored.inputs(whole)
-    masks = {n: common.tensor(n, label=n) for n in ("mask", "keep") if n in tables}
-    shared = masks | {"norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps")}
-    for name in ("rope.cos", "rope.sin"):
-        every = Emitter(stored, subgraph, whole.layer, 0)
-        table = every.tensor(name, tables[name], f"{name}.table")
-        shared[name] = common.tensor(name, label=name)
-        code, options, _ = spell(Embedding(), dec.layer, dec.layer.nodes[0], 0)
-        subgraph.add_op(code, options, [table, positions], [shared[name]])
+    names = {t.name for t in dec.layer.named("input")}
+    masks = {n: common.tensor(n, label=n) for n in ("mask", "keep") if n in names}
+    shared |= masks
     caches = [
         {
             f"attn.cache_{letter}": Emitter(stored, subgraph, dec.layer, i).tensor(
@@ -157,7 +152,7 @@ def add_cached(
         }
         for i in range(dec.layer.layers)
     ]
-    out, rows = _emit(stored, subgraph, dec, ids, shared, caches, emitter)
+    out, rows = emit(stored, subgraph, dec.graphs, ids, shared, caches, emitter)
     inputs = {"ids": ids, "positions": positions, **masks}
     outputs = {"logits": out}
     for i, (cache, new) in enumerate(zip(caches, rows, strict=True)):
@@ -183,25 +178,43 @@ def cached_decoder(
     return model.decoder(tokens, context - tokens, logits)
 
 
-def _emit(
+def at_positions(
+    stored: Stored, subgraph: SubgraphWriter, dec: Decoder, whole: Decoder, positions: int
+) -> dict[str, int]:
+    """What all layers share but the mask: RoPE rows of `positions` (T,), from the tables of
+    `whole`, which takes all positions at once."""
+    common, every = (Emitter(stored, subgraph, d.layer, 0) for d in (dec, whole))
+    tables = stored.inputs(whole)
+    shared = {"norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps")}
+    for name in ("rope.cos", "rope.sin"):
+        table = every.tensor(name, tables[name], f"{name}.table")
+        shared[name] = common.tensor(name, label=name)
+        code, options, _ = spell(Embedding(), dec.layer, dec.layer.nodes[0], 0)
+        subgraph.add_op(code, options, [table, positions], [shared[name]])
+    return shared
+
+
+def emit(
     stored: Stored,
     subgraph: SubgraphWriter,
-    dec: Decoder,
+    graphs: Sequence[Graph],
     ids: int,
     shared: dict[str, int],
     caches: list[dict[str, int]],
     emitter: type[Emitter] | None = None,
 ) -> tuple[int, list[list[int]]]:
-    """All graphs, layers unrolled: the logits, and each layer's new rows of keys and values."""
+    """A decoder's graphs, layers unrolled: the logits, or what the last graph gives, and each
+    layer's new rows of keys and values."""
     emitter = emitter or Emitter
     values, out, rows = {"ids": ids}, ids, []
-    for graph in dec.graphs:
+    for graph in graphs:
+        is_layer = graph.prefix == "layers."
         for layer in range(graph.layers):
-            own = caches[layer] if graph is dec.layer else {}
+            own = caches[layer] if is_layer else {}
             env = emitter(stored, subgraph, graph, layer).emit(values | shared | own)
             out = env[graph.outputs[0]]
             values = {"input.residual": out}
-            if graph is dec.layer:
+            if is_layer:
                 rows.append([env[name] for name in graph.outputs[1:]])
     return out, rows
 

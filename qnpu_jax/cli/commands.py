@@ -27,6 +27,8 @@ from qnpu_jax.tflite import Positions
 
 SHOWN = 20
 """Differing tensors that are named: the first says most."""
+PACKAGED_CONTEXT = 512
+"""Positions of the KV cache of a `.litertlm`."""
 
 app = typer.Typer(
     add_completion=False,
@@ -112,7 +114,7 @@ def verify(folder: Folder, text: EvalText = None) -> None:
 @app.command()
 def export(
     folder: Folder,
-    file: Annotated[Path, typer.Argument(help="The .tflite to write.")],
+    file: Annotated[Path, typer.Argument(help="The .tflite or .litertlm to write.")],
     prefill: Prefill = 128,
     logits: Logits = "all",
     context: Annotated[
@@ -121,10 +123,21 @@ def export(
             help="Positions of a KV cache: writes prefill_N and decode. Without it, one prefill."
         ),
     ] = None,
+    litertlm: Annotated[
+        bool,
+        typer.Option(
+            "--litertlm",
+            help="A package for LiteRT-LM: model with a KV cache (512 positions, if --context does"
+            " not say otherwise), tokenizer and chat template (extra: litertlm).",
+        ),
+    ] = False,
 ) -> None:
-    """Writes the model of a folder again: another length, or with a KV cache."""
+    """Writes the model of a folder again: another length, with a KV cache, or for LiteRT-LM."""
     with Display() as clock, clock.stage("write"):
-        deploy.export(folder, file, prefill, logits, context)
+        if litertlm:
+            deploy.package(folder, file, prefill, PACKAGED_CONTEXT if context is None else context)
+        else:
+            deploy.export(folder, file, prefill, logits, context)
     typer.echo(f"wrote {file}, {megabytes(file.stat().st_size)}")
 
 
