@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any
 
 from qnpu_jax import artifacts, freeze, texts, tflite
 from qnpu_jax.config import UserError
+from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.models import Tokenizer
 from qnpu_jax.npu import ethos, ethos_form, hexagon, litertlm
 from qnpu_jax.npu.emulation import Emulation
 from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
+from qnpu_jax.npu.proof import CachedSimulator, prove
 from qnpu_jax.pipeline import Clock
 from qnpu_jax.proof import Simulate, bound
 from qnpu_jax.tflite import Positions
@@ -95,6 +97,41 @@ def deployed(out: Path, prefill: int, context: int, profile: ProfileName = "plai
     if not file.exists():
         export(out, file, prefill, "last", context, profile)
     return file
+
+
+def verified(
+    out: Path,
+    prefill: int,
+    context: int,
+    text: Path | None,
+    simulate: Callable[[IntegerModel, int, int], CachedSimulator],
+    clock: Clock,
+) -> dict[str, Any]:
+    """The file of `deployed` against the simulator, every tensor of both signatures while text
+    fills the cache: two chunks, with single steps between and after, as far as there is room.
+
+    Returns:
+      As the entry `verify` of `proof.prove`, and `steps`, the tokens of each.
+
+    Raises:
+      UserError: as `deployed`; the text is too short.
+    """
+    file = deployed(out, prefill, context)
+    with clock.stage("load"):
+        model = freeze.load(out)
+        ids = texts.tokenized(text, tokenizer(out), model.config.vocab_size)
+        length = min(2 * prefill + 4, context)
+        read = ids.first(length, length).windows[0]
+        simulator = simulate(model, prefill, context)
+    with clock.stage("verify"):
+        found, taken = prove(file, model, simulator, read)
+    return {
+        "tensors": found.tensors,
+        "elements": found.elements,
+        "differing": found.differing,
+        "differences": [str(d) for d in found.differences],
+        "steps": taken,
+    }
 
 
 def check_prefill(prefill: int) -> None:

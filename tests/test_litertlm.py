@@ -73,7 +73,7 @@ def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels,
     for start, count in PARTS:
         ids = IDS[start : start + count]
         logits = host.feed(ids, start)
-        codes = session._step(np.resize(ids, 1 if count == 1 else CHUNK), count).logits
+        codes = session.step(np.resize(ids, 1 if count == 1 else CHUNK), count).logits
         if count == 1:
             assert logits is not None
             got = np.rint(logits[0] / backend.logit_scale) + zero_point

@@ -46,7 +46,7 @@ def fed(backend, parts) -> tuple[Session, np.ndarray]:
     """A session after IDS in these parts, and the logits of all of them."""
     session, at, logits = Session(backend), 0, []
     for count in parts:
-        logits.append(session._step(IDS[at : at + count], count).logits)
+        logits.append(session.step(IDS[at : at + count], count).logits)
         at += count
     assert session.filled == at == LENGTH
     return session, np.concatenate(logits)
@@ -77,7 +77,7 @@ def test_every_tensor_of_both_signatures_is_simulated(folder, name, plan):
         slots = CONTEXT - count
         ids, k, v = IDS[at : at + count], session.k[:, :, :slots], session.v[..., :slots]
         got = simulated.tensors(ids, at, k, v)
-        session._step(ids, count)
+        session.step(ids, count)
         ops = op_names(tflite.cached_decoder(model, count, CONTEXT, "all"))
         found = compare(backend.tensors(count), got, ops)
         assert found.differing == 0 and found.tensors == len(ops) > 100

@@ -103,10 +103,25 @@ def quantize(
 
 
 @app.command()
-def verify(folder: Folder, text: EvalText = None) -> None:
-    """Compares every tensor of a folder's model.tflite, run by LiteRT, with the simulator's."""
+def verify(
+    folder: Folder,
+    text: EvalText = None,
+    prefill: Prefill = 128,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the file with a KV cache of so many positions, which `generate` runs."
+        ),
+    ] = None,
+) -> None:
+    """Compares every tensor of a folder's model.tflite, run by LiteRT, with the simulator's; with
+    --context those of both signatures over a KV cache, which chunks and single steps fill."""
     with Display() as clock:
-        found = job.check(folder, text, Simulated, clock)["verify"]
+        if context is None:
+            found = job.check(folder, text, Simulated, clock)["verify"]
+        else:
+            found = deploy.verified(folder, prefill, context, text, SimulatedBackend, clock)
+            typer.echo(f"fed in steps of {', '.join(map(str, found['steps']))} tokens")
     typer.echo(_verdict(found))
     _fail_on_difference(found)
 

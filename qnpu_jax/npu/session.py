@@ -107,14 +107,17 @@ class Session:
         before = np.asarray(ids[:-1], np.int32)
         chunk = self._backend.shape.prefill
         while len(before) > 1 and self.room >= chunk:
-            self._step(np.resize(before[:chunk], chunk), min(chunk, len(before)))
+            self.step(np.resize(before[:chunk], chunk), min(chunk, len(before)))
             before = before[chunk:]
         for token in before:
-            self._step(np.asarray([token], np.int32), 1)
-        return self._step(np.asarray(ids[-1:], np.int32), 1).logits[-1]
+            self.step(np.asarray([token], np.int32), 1)
+        return self.step(np.asarray(ids[-1:], np.int32), 1).logits[-1]
 
-    def _step(self, ids: Integer[np.ndarray, " t"], count: int) -> Step:
-        """Runs a signature; what is new of its first `count` tokens enters the cache."""
+    def step(self, ids: Integer[np.ndarray, " t"], count: int) -> Step:
+        """Runs the signature of so many tokens; what is new of the first `count` enters the cache.
+
+        `feed` is the front door; this is for those who look at single steps.
+        """
         slots = self._backend.shape.context - len(ids)
         past = [np.ascontiguousarray(x) for x in (self.k[:, :, :slots], self.v[..., :slots])]
         step = self._backend.step(ids, self.filled, *past)
