@@ -62,7 +62,7 @@ def dtypes(interpreter: Interpreter) -> set[str]:
 
 
 @pytest.mark.parametrize("respell", [True, False])
-@pytest.mark.parametrize("plan", ["w8a8", "w4a8", "w4a16", "w4a8s8"])
+@pytest.mark.parametrize("plan", ["w8a8", "w4a8", "w4a16", "w4a8s8", "w8a8i8"])
 @pytest.mark.parametrize("key", SIGNATURES)
 def test_both_forms_give_the_same_bits(tmp_path, key, plan, respell):
     model, paths = tiny.quantized("gqa_llama3", plan), [tmp_path / "a", tmp_path / "b"]
@@ -189,7 +189,7 @@ def test_a_truncated_file_leaves_nothing(tmp_path):
 
 
 @needs_extra
-@pytest.mark.parametrize("plan", ["w8a8", "w4a8s8", "w4a16"])
+@pytest.mark.parametrize("plan", ["w8a8", "w4a8s8", "w4a16", "w8a8i8"])
 @pytest.mark.parametrize("key", SIGNATURES)
 def test_ethos_u85_takes_all_of_it(tmp_path, key, plan):
     model, source = tiny.quantized("gqa_llama3", plan), tmp_path / "m.tflite"

@@ -3,7 +3,7 @@ other spellings where the compiler stops at ours.
 
 * 4-bit weights lie in INT8 tensors: the compiler divides by zero on an INT4 one, and its own coder
   makes them small again.
-* SQRT, which it leaves to the CPU, is a table of 32,768 codes and a GATHER.
+* SQRT, which it leaves to the CPU, is a table of its codes and a GATHER.
 * A prefill's sums of squares, which it takes row by row, are the diagonal of one product.
 """
 
@@ -26,8 +26,13 @@ from qnpu_jax.ops import BatchMatmul, Sqrt
 from qnpu_jax.stored import Integers
 from qnpu_jax.tflite import Emitter, add_cached, cached_decoder, spell
 
-CODES = np.arange(2**15, dtype=np.int16)
-"""What a SQRT takes: int16 codes of zero point 0 that are not negative."""
+
+def codes_of(form: Mapping[str, Any]) -> np.ndarray:
+    """What a SQRT can take, in the order of its table: int16 codes of zero point 0 that are not
+    negative; all int8 codes, with those of negative numbers, which cannot come, as that of 0."""
+    if form["dtype"] == "int16":
+        return np.arange(2**15, dtype=np.int16)
+    return np.maximum(np.arange(-128, 128), form["zero_point"]).astype(np.int8)
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,8 @@ class Wide(Integers):
     """As `Integers`, with 4-bit codes in INT8 tensors: the same codes and scales, twice the size.
 
     Attributes:
-      roots: int16 (32768,), what each SQRT gives for `CODES`, by the name of its tensor; empty
-        where ops keep their spelling.
+      roots: what each SQRT gives for `codes_of` its input, by the name of its tensor; empty where
+        ops keep their spelling.
     """
 
     roots: Mapping[str, np.ndarray]
@@ -64,14 +69,20 @@ class ArmEmitter(Emitter):
         return self.graph[node.output].shape[0]
 
     def _gathered(self, node: Node, x: int, table: np.ndarray) -> int:
-        """table[x], with x as int32."""
+        """table[x], with x as int32; an int8 x plus 128."""
         name, shape = self._global(node.output), self.graph[node.output].shape
-        scale, codes = self._scale(node.inputs[0]), schema.BuiltinOperator
-        index = self.subgraph.add_tensor(f"{name}/index", shape, "int32", scale)
+        codes, add = schema.BuiltinOperator, self.subgraph.add_tensor
+        narrow = self.stored.form(self.graph, self.layer, node.inputs[0])["dtype"] == "int8"
+        index = add(f"{name}/index", shape, "int32", self._scale(node.inputs[0]))
         options = schema.CastOptionsT()
-        options.inDataType = schema.TensorType.INT16
+        options.inDataType = schema.TensorType.INT8 if narrow else schema.TensorType.INT16
         options.outDataType = schema.TensorType.INT32
         self.subgraph.add_op(codes.CAST, options, [x], [index])
+        if narrow:
+            half = add(f"{name}/half", (1,), "int32", data=np.asarray([128], np.int32))
+            place = add(f"{name}/place", shape, "int32")
+            self.subgraph.add_op(codes.ADD, schema.AddOptionsT(), [index, half], [place])
+            index = place
         form = self.stored.form(self.graph, self.layer, node.output)
         held = self.subgraph.add_tensor(f"{name}/table", table.shape, data=table, **form)
         output = self.tensor(node.output)
@@ -137,12 +148,14 @@ def square_roots(model: IntegerModel) -> dict[str, np.ndarray]:
     it is asked, so that a table holds its bits whatever its arithmetic."""
     stored, writer = Integers(model), ModelWriter()
     subgraph = writer.add_subgraph("roots")
-    x, y = {}, {}
+    x, y, asked = {}, {}, {}
     for graph, layer, node in _roots(model):
         emitter = Emitter(stored, subgraph, graph, layer)
         name = emitter._global(node.output)
         forms = [stored.form(graph, layer, n) for n in (node.inputs[0], node.output)]
-        x[name], y[name] = (subgraph.add_tensor(name, CODES.shape, **form) for form in forms)
+        asked[name] = codes_of(forms[0])
+        shape = asked[name].shape
+        x[name], y[name] = (subgraph.add_tensor(name, shape, **form) for form in forms)
         code, options, _ = spell(node.op, graph, node, layer)
         subgraph.add_op(code, options, [x[name]], [y[name]])
     subgraph.add_signature("roots", x, y)
@@ -150,7 +163,7 @@ def square_roots(model: IntegerModel) -> dict[str, np.ndarray]:
         path = Path(folder) / "roots.tflite"
         writer.write(path)
         runner = open_interpreter(path, "ref").get_signature_runner("roots")
-        return runner(**dict.fromkeys(x, CODES))
+        return runner(**asked)
 
 
 def _roots(model: IntegerModel) -> Iterator[tuple[Graph, int, Node]]:
