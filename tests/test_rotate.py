@@ -221,7 +221,9 @@ def test_which_biases_rotate():
 def with_prefix(params):
     rng = np.random.default_rng(9)
     shape = (CONFIG.num_layers, CONFIG.num_kv_heads, 3, CONFIG.head_dim)
-    return params | {f"layers.attn.prefix_{x}": rng.normal(0, 1, shape) for x in "kv"}
+    keys, values = (rng.normal(0, 1, shape) for _ in "kv")
+    values = values.swapaxes(2, 3)
+    return params | {"layers.attn.prefix_k": keys, "layers.attn.prefix_v": values}
 
 
 def test_learning_and_the_final_merge_rotate_alike():
@@ -259,9 +261,9 @@ def test_values_of_a_prefix_rotate_and_its_keys_do_not():
     k, v = (f"layers.attn.prefix_{x}" for x in "kv")
     np.testing.assert_array_equal(rotated[k], params[k])
     # One row of V is what v gives for one token: its bias, where its input is 0.
-    biases = dict(params) | {"layers.attn.v.bias": params[v][:, :, 0].reshape(3, -1)}
+    biases = dict(params) | {"layers.attn.v.bias": params[v][..., 0].reshape(3, -1)}
     like = rot.rotate(CONFIG, biases, rotation, np.float64)["layers.attn.v.bias"]
-    np.testing.assert_allclose(rotated[v][:, :, 0].reshape(3, -1), like, atol=1e-12)
+    np.testing.assert_allclose(rotated[v][..., 0].reshape(3, -1), like, atol=1e-12)
 
 
 def test_a_parameter_without_a_rule_is_refused():
