@@ -260,4 +260,7 @@ def test_the_frozen_model_is_the_learned_one(runs):
     )
     assert np.abs(integer - fake).mean() <= 1.5 * scale
     assert np.abs(exact - fake).mean() > 4 * scale, "quantization costs more than that"
-    assert (integer.argmax(axis=-1) == fake.argmax(axis=-1)).all()
+    # Their first choices are one, or closer in the other's logits than the two codes, one of each
+    # logit, that integer arithmetic can put between them.
+    behind = fake.max(axis=-1) - np.take_along_axis(fake, integer.argmax(-1)[:, None], -1)[:, 0]
+    assert (behind <= 2 * scale).all() and (behind == 0).mean() >= 0.75
