@@ -147,10 +147,12 @@ def test_prefix_rows_are_those_of_every_layer():
     params = fold_norms(config, params)
     with_prefix = add_prefix(config, PLAN, params, (1, 7, 3))
     for letter in "kv":
-        rows = with_prefix[f"layers.attn.prefix_{letter}"]
-        assert rows.shape == (2, 2, 3, 24)
+        name = f"layers.attn.prefix_{letter}"
         # A prefix is causal: a shorter one has the same first rows, up to the order of sums.
-        shorter = add_prefix(config, PLAN, params, (1, 7))[f"layers.attn.prefix_{letter}"]
+        rows, shorter = with_prefix[name], add_prefix(config, PLAN, params, (1, 7))[name]
+        assert rows.shape == ((2, 2, 3, 24) if letter == "k" else (2, 2, 24, 3))
+        if letter == "v":
+            rows, shorter = (x.swapaxes(2, 3) for x in (rows, shorter))
         np.testing.assert_allclose(shorter, rows[:, :, :2], atol=1e-5 * np.abs(rows).max())
     assert {n: x for n, x in with_prefix.items() if ".prefix_" not in n}.keys() == params.keys()
 
