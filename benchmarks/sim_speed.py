@@ -80,10 +80,13 @@ def arguments() -> argparse.Namespace:
 def quantize(recipes: list[str], quick: bool) -> tuple[dict[str, IntegerModel], Params]:
     """The integers of each recipe, and the float parameters that the first was made from.
 
-    Little calibration, and in a quick run no rotation and prefix: they change codes, not speed.
+    Little calibration and no rounding by GPTQ, and in a quick run no rotation and prefix: they
+    change codes, not speed.
     """
     saved = {"rotation": "none", "prefix": "none"} if quick else {}
-    chosen = [replace(load_recipe(name), weight_init="minmax", **saved) for name in recipes]
+    chosen = [
+        replace(load_recipe(name), weight_init="minmax", stages=(), **saved) for name in recipes
+    ]
     checkpoint = models.load(MODEL)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     ids = corpus.tokenize([corpus.default_text()], tokenizer, config.vocab_size, "default text")

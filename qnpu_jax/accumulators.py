@@ -9,6 +9,7 @@ z_x| max|y - z_y|.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -141,9 +142,27 @@ def check(bounds: list[Bound]) -> None:
             )
 
 
+def narrow_biases(bounds: list[Bound]) -> dict[str, int]:
+    """Bits of the 64-bit biases whose linears provably need no more than 32, by name; by a pattern
+    where that holds for all layers."""
+    fits: dict[str, dict[str, bool]] = {}
+    for b in (b for b in bounds if b.op == "FULLY_CONNECTED" and b.available == 64):
+        name = _bias(b.tensor)
+        every = fits.setdefault(re.sub(r"^layers\.\d+\.", "layers.*.", name), {})
+        every[name] = b.needed <= 32
+    bits: dict[str, int] = {}
+    for pattern, every in fits.items():
+        names = [pattern] if all(every.values()) else [n for n, fit in every.items() if fit]
+        bits |= dict.fromkeys(names, 32)
+    return bits
+
+
 def wider_linear(tensor: str, input_bits: int) -> str:
     """What gives a linear a 64-bit accumulator: its bias is as wide as that, and LiteRT reads a
     64-bit bias beside a 16-bit input only, which a 16-bit output brings about."""
-    bias = "head.bias" if tensor == "head.logits" else f"{tensor}.bias"
     wide = f"give {tensor} 16 bits and" if input_bits <= 8 else "give"
-    return f"{wide} {bias} 64 bits"
+    return f"{wide} {_bias(tensor)} 64 bits"
+
+
+def _bias(linear: str) -> str:
+    return "head.bias" if linear == "head.logits" else f"{linear}.bias"

@@ -7,6 +7,7 @@ travel beside the files they produced. What is done with them is a `qnpu_jax.rec
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -108,6 +109,19 @@ class BitPlan:
             )
         return self.rules[index][1]
 
+    def replaced(self, bits: Mapping[str, int], names: Sequence[str]) -> BitPlan:
+        """The plan that gives what the patterns of `bits` match those bits.
+
+        Args:
+          names: of the tensors among which a rule that loses some must keep one, or it goes.
+        """
+        rules = [*bits.items(), *self.rules]
+        plan = BitPlan(tuple(rules))
+        now = {n: plan.match(n) for n in names}
+        losing = {self.match(n) for n, i in now.items() if i is not None and i < len(bits)}
+        gone = {len(bits) + i for i in losing if i is not None} - {*now.values()}
+        return BitPlan(tuple(r for i, r in enumerate(rules) if i not in gone))
+
     def check_used(self, names: list[str]) -> None:
         used = {self.match(n) for n in names}
         for i, (pattern, bits) in enumerate(self.rules):
@@ -119,17 +133,19 @@ class BitPlan:
                 )
 
 
-def bit_plan(weights: int, activations: int, scores: int = 16) -> BitPlan:
-    """The plan behind the named recipes: w<weights>a<activations>, then s8 with 8-bit scores.
+def bit_plan(weights: int, activations: int, scores: int = 16, stream: int = 16) -> BitPlan:
+    """The plan behind the named recipes: w<weights>a<activations>, then s8 with 8-bit scores, i8
+    with 8 bits everywhere.
 
-    8-bit activations except the residual stream, norm internals and RoPE (16), and attention scores
-    with their softmax (`scores`); KV cache, embedding and head weights always 8. With 16-bit
-    activations scores are of 16 bits too, and FULLY_CONNECTED accumulates in 64, because 32 can
-    overflow.
+    8-bit activations except attention scores with their softmax (`scores`), and the residual
+    stream, norm internals and RoPE (`stream`); KV cache, embedding and head weights always 8. With
+    16-bit activations all of these are of 16 bits too, and FULLY_CONNECTED accumulates in 64,
+    because 32 can overflow.
     """
-    sixteen = ["*.residual", "*.norm.*", "*.rope.*"]
-    if scores == 16:
-        sixteen += ["*.scores", "*.masked", "*.softmax"]
+    kinds = {
+        ("*.residual", "*.norm.*", "*.rope.*"): stream,
+        ("*.scores", "*.masked", "*.softmax"): scores,
+    }
     rules: list[tuple[str, int]] = [
         ("embed.weight", 8),
         ("head.weight", 8),
@@ -139,5 +155,5 @@ def bit_plan(weights: int, activations: int, scores: int = 16) -> BitPlan:
         ("*.v_cache", 8),
     ]
     if activations == 8:
-        rules += [(p, 16) for p in sixteen]
+        rules += [(p, 16) for patterns, bits in kinds.items() if bits == 16 for p in patterns]
     return BitPlan((*rules, ("*", activations)))

@@ -2,19 +2,22 @@
 
 Gamma, rotations and the attention scale are in the weights already (`qnpu_jax.rotate`): a norm here
 is x / sqrt(sum x^2 + D eps), scores are q k^T. Attention is staged per KV head, with the keys
-[prefix | cache | new], because NPU compilers refuse the batched form at decode (npu.md, section 1).
+[prefix | cache | new], because NPU compilers refuse the batched form at decode. Values are kept
+transposed, (N, K, S): CPU kernels pack the second operand of a BATCH_MATMUL at every call, and are
+several times as fast at it where adj_y is set.
 Letters: T tokens, S keys, D hidden, H heads, N KV heads, G = H/N, K head_dim, F intermediate, V
 vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Bool, Float32, Float64, Int
 
 from qnpu_jax.config import BitPlan, ModelConfig, UserError
 from qnpu_jax.graph import Builder, Graph, TensorSpec
@@ -25,6 +28,7 @@ from qnpu_jax.ops import (
     Concat,
     Embedding,
     FullyConnected,
+    Keep,
     Logistic,
     Mul,
     Requantize,
@@ -36,21 +40,28 @@ from qnpu_jax.ops import (
     Transpose,
 )
 
-TABLE_SCALE = 1 / 32767
-"""Scale of the int16 RoPE tables: cos and sin use the whole code range."""
-MASK = -2032.0
-MASK_SCALE = {8: 16.0, 16: 1 / 16}
-"""A masked position adds MASK to its score: code -127 in 8 bits, which are symmetric, -32512 in 16.
-A power of two keeps the ADD's rescaling of 16-bit scores exact to 1/200 of a code."""
+TABLE_SCALE = {8: 1 / 127, 16: 1 / 32767}
+"""Scale of the RoPE tables by their bits: cos and sin use the whole code range."""
+MASK = {8: -254.0, 16: -2032.0}
+MASK_SCALE = {8: 2.0, 16: 1 / 16}
+"""A masked position adds MASK to its score, by its bits: code -127 in 8, which are symmetric,
+-32512 in 16. A power of two keeps the ADD's rescaling of 16-bit scores exact to 1/200 of a code; in
+8 bits a mask no lower than scores need (`freeze.check_mask`) keeps Hexagon's precise."""
+KEEP_SCALE = {16: 1 / 32767}
+"""Of what multiplies 16-bit probabilities, in which LiteRT's SOFTMAX leaves 2/32768 to every masked
+key: 1 where a token may look, 0 elsewhere. In 8 bits so little is 0 already."""
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What every layer of a run shares: RoPE tables (T, 1, K), mask (T, 1, S), D eps (1, 1, 1)."""
+    """What every layer of a run shares: RoPE tables (T, 1, K); the mask and, beside 16-bit
+    probabilities only, what it keeps, (1, T G, S), a row for every query head that shares a KV
+    head; D eps (1, 1, 1)."""
 
     cos: TensorSpec
     sin: TensorSpec
     mask: TensorSpec
+    keep: TensorSpec | None
     eps: TensorSpec
 
 
@@ -120,15 +131,22 @@ def decoder(
     return Decoder(config, plan, tokens, prefix, cache, embed, layer, head)
 
 
-def _mask(g: Builder, cfg: ModelConfig, shape: tuple[int, ...]) -> TensorSpec:
-    """The mask, as wide as the scores that it is added to, in all layers alike: they share it."""
-    bits = g.bits("attn.kv0.scores")
+def _shared(
+    g: Builder, name: str, shape: tuple[int, ...], like: str, scales: Mapping[int, float]
+) -> TensorSpec:
+    """An input that all layers share, so as wide in all of them as what it is combined with."""
+    bits = g.bits(like)
     if len(set(bits)) > 1:
         raise UserError(
-            f"layers.*.attn.kv0.scores: bits {list(bits)}; expected the same in all layers, which"
-            " share one mask; change the bit plan's rule"
+            f"layers.*.{like}: bits {list(bits)}; expected the same in all layers, which"
+            f" share one {name}; change the bit plan's rule"
         )
-    return g.input("mask", shape, bits=bits, fixed=(MASK_SCALE[bits[0]], 0))
+    if bits[0] not in scales:
+        raise UserError(
+            f"{g.prefix}{like}: the bit plan gives it {bits[0]} bits; expected"
+            f" {' or '.join(map(str, scales))}; correct the rule that matches it"
+        )
+    return g.input(name, shape, bits=bits, fixed=(scales[bits[0]], 0))
 
 
 def _embed(g: Builder, cfg: ModelConfig, tokens: int) -> Graph:
@@ -139,14 +157,16 @@ def _embed(g: Builder, cfg: ModelConfig, tokens: int) -> Graph:
 
 def _layer(g: Builder, cfg: ModelConfig, tokens: int, prefix: int, cache: int) -> Graph:
     keys = prefix + cache + tokens
-    wide = (16,) * cfg.num_layers
     table = (tokens, 1, cfg.head_dim)
+    square = (1, tokens * cfg.queries_per_kv_head, keys)
     x = g.input("input.residual", (tokens, cfg.hidden_size))
+    probs = g.bits("attn.kv0.probs")
     env = LayerInputs(
-        cos=g.input("rope.cos", table, bits=wide, fixed=(TABLE_SCALE, 0)),
-        sin=g.input("rope.sin", table, bits=wide, fixed=(TABLE_SCALE, 0)),
-        mask=_mask(g, cfg, (tokens, 1, keys)),
-        eps=_eps(g, cfg, wide),
+        cos=_shared(g, "rope.cos", table, "attn.rope.q", TABLE_SCALE),
+        sin=_shared(g, "rope.sin", table, "attn.rope.q", TABLE_SCALE),
+        mask=_shared(g, "mask", square, "attn.kv0.scores", MASK_SCALE),
+        keep=_shared(g, "keep", square, "attn.kv0.probs", KEEP_SCALE) if 16 in probs else None,
+        eps=_eps(g, cfg, "attn.norm.sum"),
     )
     past = [(source, n) for source, n in (("prefix", prefix), ("cache", cache)) if n]
     return g.finish(*decoder_layer(g, cfg, x, env, past))
@@ -156,16 +176,18 @@ def _head(g: Builder, cfg: ModelConfig, tokens: int, logits: str) -> Graph:
     x = g.input("input.residual", (tokens, cfg.hidden_size))
     if logits == "last":
         x = g.add("last", Slice((tokens - 1, 0), (1, cfg.hidden_size)), x)
-    x = rms_norm(g, x, _eps(g, cfg, (16,)))
+    x = rms_norm(g, x, _eps(g, cfg, "norm.sum"))
     x = g.add("input", Requantize(), x)
     weight = g.param("weight", (cfg.vocab_size, cfg.hidden_size), axis=0)
     bias = g.param("bias", (cfg.vocab_size,), axis=0)
     return g.finish(g.add("logits", FullyConnected(), x, weight, bias))
 
 
-def _eps(g: Builder, cfg: ModelConfig, bits: tuple[int, ...]) -> TensorSpec:
-    scale = cfg.hidden_size * cfg.rms_norm_eps / 32767
-    return g.input("norm.eps", (1, 1, 1), bits=bits, fixed=(scale, 0))
+def _eps(g: Builder, cfg: ModelConfig, like: str) -> TensorSpec:
+    """D eps, the highest code of its width."""
+    real = cfg.hidden_size * cfg.rms_norm_eps
+    scales = {bits: real / (2 ** (bits - 1) - 1) for bits in (8, 16)}
+    return _shared(g, "norm.eps", (1, 1, 1), like, scales)
 
 
 def decoder_layer(
@@ -217,7 +239,8 @@ def rope(g: Builder, name: str, x: TensorSpec, env: LayerInputs) -> TensorSpec:
 def attention(
     g: Builder, cfg: ModelConfig, x: TensorSpec, env: LayerInputs, past: list[tuple[str, int]]
 ) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-    """softmax(q k^T + mask) v through o. Returns the output and the new K and V rows (N, T, K)."""
+    """softmax(q k^T + mask) v through o. Returns the output and the new keys (N, T, K) and values
+    (N, K, T)."""
     tokens, n, k = x.shape[0], cfg.num_kv_heads, cfg.head_dim
     x = g.add("input", Requantize(), x)
     q = g.fully_connected("q", x, cfg.num_heads * k)
@@ -230,26 +253,25 @@ def attention(
     key = g.add("k_cache", Requantize(), key, symmetric=True)
     value = g.add("v_cache", Requantize(), value, symmetric=True)
     k_rows = g.add("k_rows", Transpose((1, 0, 2)), key)
-    v_rows = g.add("v_rows", Transpose((1, 0, 2)), value)
-    keys = _with_past(g, "keys", "k", k_rows, past)
-    values = _with_past(g, "values", "v", v_rows, past)
+    v_rows = g.add("v_rows", Transpose((1, 2, 0)), value)
+    keys = _with_past(g, "keys", "k", k_rows, past, axis=1)
+    values = _with_past(g, "values", "v", v_rows, past, axis=2)
     heads = [_kv_head(g, cfg, i, q, keys, values, env) for i in range(n)]
     mixed = g.add("mixed", Concat(1), *heads)
     return g.fully_connected("o", mixed, cfg.hidden_size), k_rows, v_rows
 
 
 def _with_past(
-    g: Builder, name: str, letter: str, rows: TensorSpec, past: list[tuple[str, int]]
+    g: Builder, name: str, letter: str, rows: TensorSpec, past: list[tuple[str, int]], axis: int
 ) -> TensorSpec:
-    n, _, k = rows.shape
+    """What is there of earlier positions, which lie along `axis`, before the new rows."""
     bits = rows.quant.bits if rows.quant else ()
-    parts = [
-        g.param(f"prefix_{letter}", (n, length, k), bits=bits)
-        if source == "prefix"
-        else g.input(f"cache_{letter}", (n, length, k), bits=bits)
-        for source, length in past
-    ]
-    return g.add(name, Concat(1), *parts, rows) if parts else rows
+    parts = []
+    for source, length in past:
+        shape = (*rows.shape[:axis], length, *rows.shape[axis + 1 :])
+        make = g.param if source == "prefix" else g.input
+        parts.append(make(f"{source}_{letter}", shape, bits=bits))
+    return g.add(name, Concat(axis), *parts, rows) if parts else rows
 
 
 def _kv_head(
@@ -269,13 +291,13 @@ def _kv_head(
         q = g.add("q", Slice((0, i * groups, 0), (tokens, groups, k)), q)
         q = g.add("queries", Reshape((*rows, k)), q)
         keys = g.add("keys", Slice((i, 0, 0), (1, length, k)), keys)
-        values = g.add("values", Slice((i, 0, 0), (1, length, k)), values)
+        values = g.add("values", Slice((i, 0, 0), (1, k, length)), values)
         scores = g.add("scores", BatchMatmul(adj_y=True), q, keys, symmetric=True)
-        scores = g.add("grouped", Reshape((tokens, groups, length)), scores)
         scores = g.add("masked", AddMask(), scores, env.mask, symmetric=True)
         probs = g.add("probs", Requantize(), g.add("softmax", Softmax(), scores))
-        probs = g.add("prob_rows", Reshape((*rows, length)), probs)
-        mixed = g.add("mixed", BatchMatmul(), probs, values)
+        if env.keep is not None:
+            probs = g.add("kept", Keep(), probs, env.keep)
+        mixed = g.add("mixed", BatchMatmul(adj_y=True), probs, values)
         return g.add("out", Reshape((tokens, groups * k)), mixed)
 
 
@@ -320,18 +342,29 @@ def rope_tables(
     return cos.astype(np.float32), sin.astype(np.float32)
 
 
-def causal_mask(
+def visible(
     tokens: int, prefix: int = 0, cache: int = 0, filled: int = 0
-) -> Float32[np.ndarray, "t 1 s"]:
-    """0 where a token may look, MASK elsewhere; (T, 1, S) float32.
+) -> Bool[np.ndarray, "t s"]:
+    """Where a token may look: keys are [prefix | cache | new], of which the whole prefix, the first
+    `filled` cache slots and new keys up to the token's own are visible."""
+    seen = np.zeros((tokens, prefix + cache + tokens), dtype=bool)
+    seen[:, : prefix + filled] = True
+    seen[:, prefix + cache :] = np.tril(np.ones((tokens, tokens), dtype=bool))
+    return seen
 
-    Keys are [prefix | cache | new]: the whole prefix, the first `filled` cache slots and new keys
-    up to the token's own are visible.
+
+def masks(
+    seen: Bool[np.ndarray, "t s"], groups: int, bits: int
+) -> dict[str, Float32[np.ndarray, "1 r s"]]:
+    """Of what is `visible`: `mask`, which is added to scores, 0 there and MASK elsewhere; `keep`,
+    which probabilities are multiplied by, 1 and 0. (1, T G, S), a row for each of G query heads.
+
+    Args:
+      bits: of the mask.
     """
-    visible = np.zeros((tokens, prefix + cache + tokens), dtype=bool)
-    visible[:, : prefix + filled] = True
-    visible[:, prefix + cache :] = np.tril(np.ones((tokens, tokens), dtype=bool))
-    return np.where(visible, 0.0, MASK).astype(np.float32)[:, None, :]
+    rows = np.repeat(seen, groups, axis=0)[None]
+    mask = np.where(rows, np.float32(0), np.float32(MASK[bits]))
+    return {"mask": mask, "keep": rows.astype(np.float32)}
 
 
 def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
@@ -339,5 +372,10 @@ def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
     start = dec.prefix + filled
     cos, sin = rope_tables(dec.config, np.arange(start, start + dec.tokens))
     eps = np.full((1, 1, 1), dec.config.hidden_size * dec.config.rms_norm_eps, np.float32)
-    mask = causal_mask(dec.tokens, dec.prefix, dec.cache, filled)
-    return {"rope.cos": cos, "rope.sin": sin, "mask": mask, "norm.eps": eps}
+    seen = visible(dec.tokens, dec.prefix, dec.cache, filled)
+    every = {"rope.cos": cos, "rope.sin": sin, "norm.eps": eps}
+    mask = dec.layer["mask"].quant
+    assert mask is not None
+    every |= masks(seen, dec.config.queries_per_kv_head, mask.bits[0])
+    named = {t.name for t in dec.layer.named("input")}
+    return {name: x for name, x in every.items() if name in named}

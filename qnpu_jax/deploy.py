@@ -4,16 +4,22 @@ compiled for an NPU, and how an NPU's arithmetic compares.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qnpu_jax import artifacts, freeze, texts, tflite
 from qnpu_jax.config import UserError
+from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.models import Tokenizer
-from qnpu_jax.npu import hexagon
+from qnpu_jax.npu import ethos, ethos_form, hexagon, litertlm
 from qnpu_jax.npu.emulation import Emulation
 from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
+from qnpu_jax.npu.proof import CachedSimulator, prove
 from qnpu_jax.pipeline import Clock
 from qnpu_jax.proof import Simulate, bound
 from qnpu_jax.tflite import Positions
@@ -51,6 +57,21 @@ def export(
             tflite.build_cached(model, prefill, context, logits, stored).write(partial)
 
 
+def package(out: Path, file: Path, prefill: int, context: int) -> None:
+    """Writes the model of a folder of `qnpu quantize` to `file`, as a package for LiteRT-LM.
+
+    Raises:
+      UserError: as `export` and `litertlm.write`.
+    """
+    check_prefill(prefill)
+    litertlm.load_builder()  # before the model is read
+    with artifacts.new_file(file) as partial:
+        artifacts.read_report(out)
+        model = freeze.load(out)
+        bound(model, context, "last")
+        litertlm.write(model, out / artifacts.TOKENIZER, partial, prefill, context)
+
+
 def tokenizer(out: Path) -> Tokenizer:
     """That of a folder of `qnpu quantize`.
 
@@ -76,6 +97,41 @@ def deployed(out: Path, prefill: int, context: int, profile: ProfileName = "plai
     if not file.exists():
         export(out, file, prefill, "last", context, profile)
     return file
+
+
+def verified(
+    out: Path,
+    prefill: int,
+    context: int,
+    text: Path | None,
+    simulate: Callable[[IntegerModel, int, int], CachedSimulator],
+    clock: Clock,
+) -> dict[str, Any]:
+    """The file of `deployed` against the simulator, every tensor of both signatures while text
+    fills the cache: two chunks, with single steps between and after, as far as there is room.
+
+    Returns:
+      As the entry `verify` of `proof.prove`, and `steps`, the tokens of each.
+
+    Raises:
+      UserError: as `deployed`; the text is too short.
+    """
+    file = deployed(out, prefill, context)
+    with clock.stage("load"):
+        model = freeze.load(out)
+        ids = texts.tokenized(text, tokenizer(out), model.config.vocab_size)
+        length = min(2 * prefill + 4, context)
+        read = ids.first(length, length).windows[0]
+        simulator = simulate(model, prefill, context)
+    with clock.stage("verify"):
+        found, taken = prove(file, model, simulator, read)
+    return {
+        "tensors": found.tensors,
+        "elements": found.elements,
+        "differing": found.differing,
+        "differences": [str(d) for d in found.differences],
+        "steps": taken,
+    }
 
 
 def check_prefill(prefill: int) -> None:
@@ -104,6 +160,49 @@ def compiled(
     target = source.with_name(f"{soc}-{source.name}")
     target.unlink(missing_ok=True)
     return hexagon.compile_file(source, soc, target, share=share)
+
+
+def check_target(soc: str) -> None:
+    """Raises UserError for a name that neither compiler knows."""
+    if soc not in (*hexagon.SOCS, *ethos.ACCELERATORS):
+        raise UserError(
+            f"--soc {soc}: the compiler does not know it; expected a Snapdragon, one of"
+            f" {[*hexagon.SOCS]}, or an Ethos-U, one of {[*ethos.ACCELERATORS]}"
+        )
+
+
+def compiled_for_arm(
+    out: Path, accelerator: str, prefill: int, context: int
+) -> dict[str, ethos.Compiled]:
+    """Compiles the signatures of `export` for an Ethos-U, each a file in `out`, by their names;
+    files compiled before are replaced. All of them appear, or none.
+
+    Raises:
+      UserError: as `deployed` and `ethos.compile_file`.
+    """
+    ethos.check_accelerator(accelerator)  # before anything is written
+    ethos.check_installed()
+    check_prefill(prefill)
+    report = artifacts.read_report(out)
+    model = freeze.load(out)
+    bound(model, context, "last")
+    # Ethos-U65 has neither the products nor the gathers of the other spelling.
+    stored = ethos_form.wide(model, respell=accelerator.startswith("ethos-u85"))
+    name = f"{accelerator}-{report['sha256'][artifacts.MODEL][:12]}-{prefill}-{context}"
+    made = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
+            source = Path(folder) / f"{key}.tflite"
+            ethos_form.build(model, stored, tokens, context, key).write(source)
+            target = Path(folder) / f"{name}-{key}.tflite"
+            made[key] = ethos.compile_file(source, accelerator, target)
+            source.unlink()  # as large as the model
+        paths = {key: out / found.path.name for key, found in made.items()}
+        with ExitStack() as files:
+            for key, path in paths.items():
+                path.unlink(missing_ok=True)
+                shutil.copyfile(made[key].path, files.enter_context(artifacts.new_file(path)))
+    return {key: replace(found, path=paths[key]) for key, found in made.items()}
 
 
 def emulated(

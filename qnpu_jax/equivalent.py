@@ -70,7 +70,8 @@ def scaled(
 
     Args:
       name: global, `layers.attn.q.weight`.
-      x: a weight (out, in), a bias (out,) or `layers.attn.prefix_{k,v}` (N, P, K).
+      x: a weight (out, in), a bias (out,) `layers.attn.prefix_k` (N, P, K) or
+        `prefix_v` (N, K, P).
 
     Raises:
       UserError: no parameter of the graph has this name.
@@ -84,7 +85,7 @@ def scaled(
         case "attn.v.weight" | "attn.v.bias":
             return (x.reshape(len(x), -1) * v_o.reshape(-1, 1)).reshape(x.shape)
         case "attn.prefix_v":
-            return x * v_o[:, None]
+            return x * v_o[:, :, None]
         case "attn.o.weight":
             return (x.reshape(len(x), n, -1, 2 * half) / v_o[None, :, None]).reshape(x.shape)
         case "attn.k.weight" | "attn.k.bias":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,16 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from qnpu_jax.accumulators import check, proved_bounds, wider_linear
+from qnpu_jax.accumulators import check, narrow_biases, proved_bounds, wider_linear
 from qnpu_jax.config import BitPlan, ModelConfig, UserError
-from qnpu_jax.decoder import Decoder, decoder, layer_inputs
+from qnpu_jax.decoder import MASK, Decoder, decoder, layer_inputs
 from qnpu_jax.evaluate import Params
 from qnpu_jax.graph import Graph, Node, TensorSpec
-from qnpu_jax.ops import FullyConnected
+from qnpu_jax.ops import AddMask, FullyConnected
 from qnpu_jax.quant import QParams, Scales, expand, quantize
 from qnpu_jax.resolve import resolve
 
-FORMAT = 2
+FORMAT = 3
 """Version of the stored form; a reader refuses any other."""
 
 
@@ -134,12 +135,65 @@ def freeze(dec: Decoder, params: Params, free: Scales, prefix: tuple[int, ...]) 
             raise UserError(
                 f"{name}: scale must be finite and positive, got {s.ravel()[:4]}; calibrate again"
             )
+    check_mask(dec, scale)
     codes: dict[str, np.ndarray] = {}
     for graph in dec.graphs:
         _freeze_weights(graph, params, scale, zero_point, codes)
         _freeze_biases(graph, params, scale, zero_point, codes)
-    check(proved_bounds(dec, codes, zero_point))
-    return IntegerModel(dec.config, dec.plan, tuple(prefix), codes, scale, zero_point)
+    plan, codes = _narrow_biases(dec, codes, zero_point)
+    return IntegerModel(dec.config, plan, tuple(prefix), codes, scale, zero_point)
+
+
+def check_mask(dec: Decoder, scale: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError where the highest score, masked, would not be the lowest code: where it lies
+    above -2^(b-1) times the scale of masked scores."""
+    quant = dec.layer["mask"].quant
+    assert quant is not None
+    bits = quant.bits[0]
+    top = 2 ** (bits - 1)
+    for node in dec.layer.nodes:
+        if isinstance(node.op, AddMask):
+            scores, masked = (scale[f"layers.{n}"] for n in (node.inputs[0], node.output))
+            highest = (top - 1) * scores + MASK[bits] + top * masked
+            if highest.max() > 0:
+                layer = int(highest.argmax())
+                raise UserError(
+                    f"layers.{layer}.{node.inputs[0]}: scores reach"
+                    f" {(top - 1) * scores[layer]:.0f}, which the {bits}-bit mask of"
+                    f" {MASK[bits]:.0f} does not hide; expected at most"
+                    f" about {-MASK[bits] / 2:.0f}; give *.scores, *.masked and *.softmax 16 bits"
+                    " in the bit plan, or calibrate on other text"
+                )
+
+
+def _narrow_biases(
+    dec: Decoder, codes: dict[str, np.ndarray], zero_point: dict[str, np.ndarray]
+) -> tuple[BitPlan, dict[str, np.ndarray]]:
+    """The plan and codes with 32 bits for a 64-bit bias wherever its linear provably needs no more:
+    CPU kernels then accumulate in 32 bits, several times as fast.
+
+    Raises:
+      UserError: an accumulator can overflow.
+    """
+    bounds = proved_bounds(dec, codes, zero_point)
+    check(bounds)
+    biases = {
+        g.prefix + t.name: [_numbered(g, i, t.name) for i in range(g.layers)]
+        for g in dec.graphs
+        for t in g.named("param")
+        if t.name.endswith("bias")
+    }
+    names = [n for every in biases.values() for n in every]
+    plan = dec.plan.replaced(narrow_biases(bounds), names)
+    narrowed = dict(codes)
+    for name, every in biases.items():
+        wide = any(plan.bits(n) == 64 for n in every)
+        narrowed[name] = codes[name].astype(np.int64 if wide else np.int32)
+    return plan, narrowed
+
+
+def _numbered(graph: Graph, layer: int, name: str) -> str:
+    return f"layers.{layer}.{name}" if graph.prefix == "layers." else graph.prefix + name
 
 
 def dequantize(model: IntegerModel) -> dict[str, np.ndarray]:

@@ -88,7 +88,7 @@ class Stream:
     position: Int32[Array, " b"]
     ended: Bool[Array, " b"]
     k: Float32[Array, "l b n c h"]
-    v: Float32[Array, "l b n c h"]
+    v: Float32[Array, "l b n h c"]
 
 
 def sample(
@@ -250,7 +250,7 @@ def _start(dec: Decoder, key: Key[Array, ""], first: int, rows: int, prompts: in
         position=jnp.zeros(rows, jnp.int32),
         ended=jnp.ones(rows, bool),
         k=jnp.zeros(cache, jnp.float32),
-        v=jnp.zeros(cache, jnp.float32),
+        v=jnp.zeros((*cache[:3], cfg.head_dim, dec.cache), jnp.float32),
     )
 
 
@@ -327,9 +327,9 @@ def _next_logits(
         partial(_layer, dec, shared), x, (local(params, "layers."), at.k, at.v)
     )
     # Written here, in place, for all layers: caches that the scan returned would be copies.
-    slot = (slice(None), jnp.arange(len(at.token)), slice(None), at.position)
-    k = at.k.at[slot].set(jnp.moveaxis(k, 1, 0), mode="drop")  # indexed axes first: (B, L, N, K)
-    v = at.v.at[slot].set(jnp.moveaxis(v, 1, 0), mode="drop")
+    every, rows = slice(None), jnp.arange(len(at.token))
+    k = at.k.at[every, rows, :, at.position].set(jnp.moveaxis(k, 1, 0), mode="drop")
+    v = at.v.at[every, rows, :, :, at.position].set(jnp.moveaxis(v, 1, 0), mode="drop")
     return jax.vmap(head)(x, shared["norm.eps"]), replace(at, k=k, v=v)
 
 
@@ -337,7 +337,7 @@ def _layer(
     dec: Decoder,
     shared: Tensors,
     x: Float32[Array, "b 1 d"],
-    values: tuple[Tensors, Float32[Array, "b n c h"], Float32[Array, "b n c h"]],
+    values: tuple[Tensors, Float32[Array, "b n c h"], Float32[Array, "b n h c"]],
 ) -> tuple[Float32[Array, "b 1 d"], tuple[Float32[Array, "b n h"], Float32[Array, "b n h"]]]:
     """The new residual, and the token's row of keys and of values."""
     weights, k, v = values
@@ -345,6 +345,6 @@ def _layer(
     def row(x: Array, k: Array, v: Array, shared: Mapping[str, Array]):
         inputs = {"input.residual": x, "attn.cache_k": k, "attn.cache_v": v}
         env = evaluate(dec.layer, {**inputs, **shared, **weights})
-        return env["mlp.residual"], (env["attn.k_rows"][:, 0], env["attn.v_rows"][:, 0])
+        return env["mlp.residual"], (env["attn.k_rows"][:, 0], env["attn.v_rows"][..., 0])
 
     return jax.vmap(row)(x, k, v, shared)

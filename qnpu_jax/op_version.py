@@ -59,6 +59,7 @@ _BY_INPUT_TYPE: dict[int, dict[str, int]] = {
     Code.SLICE: {"int8": 2, "int16": 4},
     Code.TRANSPOSE: {"int8": 2, "bool": 3, "int16": 5, "int4": 7},
     Code.PAD: {"int8": 2, "int16": 3, "bool": 5},
+    Code.DEQUANTIZE: {"int8": 2, "int16": 3},
 }
 """Version by the type of the first input; other types have version 1, as have operators that are
 not listed."""

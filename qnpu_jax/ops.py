@@ -52,6 +52,11 @@ class AddMask:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """y = x keep, keep 1 or 0: x at its own scale, or exactly 0. TFLite MUL."""
+
+
+@dataclass(frozen=True)
 class Mul:
     """y = x z, with broadcasting."""
 
@@ -116,6 +121,7 @@ Op = (
     | BatchMatmul
     | Add
     | AddMask
+    | Keep
     | Mul
     | Requantize
     | Softmax
@@ -140,7 +146,7 @@ def eval_op(op: Op, *x: Array) -> Array:
             return jnp.einsum("bmk,bnk->bmn" if adj_y else "bmk,bkn->bmn", x[0], x[1])
         case Add() | AddMask():
             return x[0] + x[1]
-        case Mul():
+        case Mul() | Keep():
             return x[0] * x[1]
         case Requantize():
             return x[0]
@@ -229,7 +235,7 @@ def constraint(op: Op) -> Constraint:
             return Free()
         case Embedding():
             return Same((1,))
-        case Reshape() | Transpose() | Slice():
+        case Reshape() | Transpose() | Slice() | Keep():
             return Same((0,))
         case Concat():
             return Same(())  # every input; the builder knows how many

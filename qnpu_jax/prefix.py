@@ -156,8 +156,8 @@ def _outliers(
 def add_prefix(
     config: ModelConfig, plan: BitPlan, params: Params, tokens: tuple[int, ...]
 ) -> Params:
-    """The parameters with `layers.attn.prefix_{k,v}` (L, N, P, K): K after RoPE and V of the
-    prefix, in float."""
+    """The parameters with `layers.attn.prefix_k` (L, N, P, K), after RoPE, and `prefix_v`
+    (L, N, K, P): of the prefix, in float."""
     rows = _rows(config, plan, params, tokens, len(tokens))
     return {**params, **{name: np.asarray(x) for name, x in rows.items()}}
 

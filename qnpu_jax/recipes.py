@@ -285,7 +285,7 @@ _ROUNDING = Stage(
 )
 
 
-def _ours(weights: int, activations: int, scores: int = 16) -> Recipe:
+def _ours(weights: int, activations: int, scores: int = 16, stream: int = 16) -> Recipe:
     """Everything at once; then, at 4 bits, which way each weight rounds: GPTQ, then by gradient.
 
     With 8-bit weights and 16-bit activations nothing learns: calibrated, the model is as good as
@@ -296,8 +296,9 @@ def _ours(weights: int, activations: int, scores: int = 16) -> Recipe:
         stages = (dataclasses.replace(_TOGETHER, share=0.5), _ROUNDING)
     elif activations > 8:
         stages = ()
-    name = f"w{weights}a{activations}" + "s8" * (scores == 8)
-    return Recipe(name=name, bits=bit_plan(weights, activations, scores), stages=stages)
+    suffix = "i8" if stream == 8 else "s8" if scores == 8 else ""
+    plan = bit_plan(weights, activations, scores, stream)
+    return Recipe(name=f"w{weights}a{activations}{suffix}", bits=plan, stages=stages)
 
 
 _PLAIN: dict[str, Any] = {"rotation": "none", "prefix": "none", "activation_init": "minmax"}
@@ -342,7 +343,7 @@ where its authors quantize dynamically; Cayley-SGD at their rate of 1.5 does wor
 tried: SGD at its rate of 0.01 and unmasked gradients diverge here (benchmarks/README.md)."""
 
 RECIPES: dict[str, Recipe] = {f"w{w}a{a}": _ours(w, a) for w in (8, 4) for a in (8, 16)}
-RECIPES |= {r.name: r for r in (_ours(8, 8, 8), _ours(4, 8, 8))}
+RECIPES |= {r.name: r for w in (8, 4) for r in (_ours(w, 8, 8), _ours(w, 8, 8, 8))}
 RECIPES |= {
     f"{method}-{bits}": Recipe(name=f"{method}-{bits}", bits=ours.bits, **settings)
     for method, settings in METHODS.items()

@@ -301,7 +301,7 @@ def rotated(
     Args:
       name: global, `layers.attn.q.weight`.
       x: a weight (out, in), a bias (out,), a block of rows of `embed.weight` or `head.weight`, or
-        `layers.attn.prefix_{k,v}` (N, P, K).
+        `layers.attn.prefix_k` (N, P, K) or `prefix_v` (N, K, P).
       r2: of this layer; `embed.*` and `head.*` have none.
 
     Raises:
@@ -334,7 +334,7 @@ def _rotated_values(
         case "v.bias":
             return (x.reshape(-1, k) @ r2).reshape(x.shape)
         case "prefix_v":
-            return x @ r2
+            return r2.T @ x
         case "o.weight":
             return r1.T @ (x.reshape(len(r1), -1, k) @ r2).reshape(x.shape)
     raise UserError(f"{name}: not expected; expected a parameter of `fold_norms` or the prefix's")
@@ -347,7 +347,7 @@ def rotate(
 
     E <- E R1; q, k, gate, up, head: W <- W R1; v: W <- R2_i^T W R1, b <- R2_i^T b for each KV head;
     o: W <- R1^T W blockdiag(R2_i), b <- R1^T b; down: W <- R1^T W, b <- R1^T b; values of a prefix:
-    V <- V R2_i.
+    V <- R2_i^T V.
 
     Args:
       params: the output of `fold_norms` (or of `rotate`: rotations compose), with the prefix's K

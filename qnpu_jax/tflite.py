@@ -6,7 +6,7 @@ Tensors keep their names (`layers.3.attn.q`), scales and zero points exactly as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -26,6 +26,7 @@ from qnpu_jax.ops import (
     Concat,
     Embedding,
     FullyConnected,
+    Keep,
     Logistic,
     Mul,
     Op,
@@ -72,7 +73,7 @@ def build(
     ids = subgraph.add_tensor("ids", (tokens,), "int32")
     common = Emitter(stored, subgraph, dec.layer, 0)
     shared = {name: common.tensor(name, x, name) for name, x in stored.inputs(dec).items()}
-    out, _ = _emit(stored, subgraph, dec, ids, shared, [{}] * dec.layer.layers)
+    out, _ = emit(stored, subgraph, dec.graphs, ids, shared, [{}] * dec.layer.layers)
     subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": out})
     return writer
 
@@ -87,11 +88,12 @@ def write_cached(
     """Writes the signatures `prefill_<prefill>` and `decode` (one token), which share all weights.
 
     Inputs of T tokens: `ids` (T,) int32; `positions` (T,) int32, 0 for the first token after the
-    prefix; `mask` (T, 1, S) as wide as the scores, 0 where a token may look, the code of
-    `decoder.MASK` elsewhere, S = prefix + context; for every layer i `kv_cache_k_<i>` and
-    `kv_cache_v_<i>` (N, context - T, K) int8, the slots before the new tokens, those not filled yet
-    masked. Outputs: `logits`, and the new rows `kv_slice_k_<i>`, `kv_slice_v_<i>` (N, T, K), which
-    the host puts in the cache.
+    prefix; `mask` (1, T G, S) as wide as the scores, 0 where a token may look and -127 (int8) or
+    -32512 (int16, `decoder.MASK`) elsewhere, with a row for each of the G query heads of a KV head,
+    S = prefix + context; beside 16-bit probabilities `keep`, of that shape, 32767 and 0; for every
+    layer i `kv_cache_k_<i>` (N, context - T, K) and `kv_cache_v_<i>` (N, K, context - T) int8, the
+    slots before the new tokens, those not filled yet masked. Outputs: `logits`, and the new rows
+    `kv_slice_k_<i>` (N, T, K), `kv_slice_v_<i>` (N, K, T), which the host puts in the cache.
 
     Every signature has the same S: LiteRT's int16 SOFTMAX leaves a little to each masked key, so
     only then chunks and single steps give the bits that one long prefill gives.
@@ -119,29 +121,28 @@ def build_cached(
     writer = ModelWriter()
     for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
         dec = cached_decoder(model, tokens, context, logits)
-        _add_cached(stored, writer.add_subgraph(key), key, dec, model.decoder(context))
+        add_cached(stored, writer.add_subgraph(key), key, dec, model.decoder(context))
     return writer
 
 
-def _add_cached(
-    stored: Stored, subgraph: SubgraphWriter, key: str, dec: Decoder, whole: Decoder
+def add_cached(
+    stored: Stored,
+    subgraph: SubgraphWriter,
+    key: str,
+    dec: Decoder,
+    whole: Decoder,
+    emitter: type[Emitter] | None = None,
 ) -> None:
-    """One signature of `write_cached`; `whole` takes all positions at once, for its RoPE tables."""
+    """One signature of `write_cached`; `whole` takes all positions at once, for its RoPE tables.
+    An `emitter` of its own spells ops its own way."""
     ids, positions = (
         subgraph.add_tensor(name, (dec.tokens,), "int32") for name in ("ids", "positions")
     )
+    shared = at_positions(stored, subgraph, dec, whole, positions)
     common = Emitter(stored, subgraph, dec.layer, 0)
-    tables = stored.inputs(whole)
-    shared = {
-        "mask": common.tensor("mask", label="mask"),
-        "norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps"),
-    }
-    for name in ("rope.cos", "rope.sin"):
-        every = Emitter(stored, subgraph, whole.layer, 0)
-        table = every.tensor(name, tables[name], f"{name}.table")
-        shared[name] = common.tensor(name, label=name)
-        code, options, _ = spell(Embedding(), dec.layer, dec.layer.nodes[0], 0)
-        subgraph.add_op(code, options, [table, positions], [shared[name]])
+    names = {t.name for t in dec.layer.named("input")}
+    masks = {n: common.tensor(n, label=n) for n in ("mask", "keep") if n in names}
+    shared |= masks
     caches = [
         {
             f"attn.cache_{letter}": Emitter(stored, subgraph, dec.layer, i).tensor(
@@ -151,8 +152,8 @@ def _add_cached(
         }
         for i in range(dec.layer.layers)
     ]
-    out, rows = _emit(stored, subgraph, dec, ids, shared, caches)
-    inputs = {"ids": ids, "positions": positions, "mask": shared["mask"]}
+    out, rows = emit(stored, subgraph, dec.graphs, ids, shared, caches, emitter)
+    inputs = {"ids": ids, "positions": positions, **masks}
     outputs = {"logits": out}
     for i, (cache, new) in enumerate(zip(caches, rows, strict=True)):
         for letter, row in zip("kv", new, strict=True):
@@ -177,23 +178,43 @@ def cached_decoder(
     return model.decoder(tokens, context - tokens, logits)
 
 
-def _emit(
+def at_positions(
+    stored: Stored, subgraph: SubgraphWriter, dec: Decoder, whole: Decoder, positions: int
+) -> dict[str, int]:
+    """What all layers share but the mask: RoPE rows of `positions` (T,), from the tables of
+    `whole`, which takes all positions at once."""
+    common, every = (Emitter(stored, subgraph, d.layer, 0) for d in (dec, whole))
+    tables = stored.inputs(whole)
+    shared = {"norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps")}
+    for name in ("rope.cos", "rope.sin"):
+        table = every.tensor(name, tables[name], f"{name}.table")
+        shared[name] = common.tensor(name, label=name)
+        code, options, _ = spell(Embedding(), dec.layer, dec.layer.nodes[0], 0)
+        subgraph.add_op(code, options, [table, positions], [shared[name]])
+    return shared
+
+
+def emit(
     stored: Stored,
     subgraph: SubgraphWriter,
-    dec: Decoder,
+    graphs: Sequence[Graph],
     ids: int,
     shared: dict[str, int],
     caches: list[dict[str, int]],
+    emitter: type[Emitter] | None = None,
 ) -> tuple[int, list[list[int]]]:
-    """All graphs, layers unrolled: the logits, and each layer's new rows of keys and values."""
+    """A decoder's graphs, layers unrolled: the logits, or what the last graph gives, and each
+    layer's new rows of keys and values."""
+    emitter = emitter or Emitter
     values, out, rows = {"ids": ids}, ids, []
-    for graph in dec.graphs:
+    for graph in graphs:
+        is_layer = graph.prefix == "layers."
         for layer in range(graph.layers):
-            own = caches[layer] if graph is dec.layer else {}
-            env = Emitter(stored, subgraph, graph, layer).emit(values | shared | own)
+            own = caches[layer] if is_layer else {}
+            env = emitter(stored, subgraph, graph, layer).emit(values | shared | own)
             out = env[graph.outputs[0]]
             values = {"input.residual": out}
-            if graph is dec.layer:
+            if is_layer:
                 rows.append([env[name] for name in graph.outputs[1:]])
     return out, rows
 
@@ -290,7 +311,7 @@ def spell(op: Op, graph: Graph, node: Node, layer: int) -> tuple[int, Any, list[
             options = schema.AddOptionsT()
             options.potScaleInt16 = False  # the schema's default would round scales to powers of 2
             return code.ADD, options, []
-        case Mul():
+        case Mul() | Keep():
             return code.MUL, schema.MulOptionsT(), []
         case Requantize():
             return code.QUANTIZE, schema.QuantizeOptionsT(), []

@@ -26,6 +26,7 @@ from qnpu_jax.ops import (
     Concat,
     Embedding,
     FullyConnected,
+    Keep,
     Logistic,
     Mul,
     Requantize,
@@ -223,7 +224,7 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
             )
         case Add() | AddMask():
             return kernels.add(x[0], x[1], constants)
-        case Mul():
+        case Mul() | Keep():
             return kernels.mul(x[0], x[1], constants)
         case Requantize():
             return kernels.quantize(x[0], constants, dtype=dtype_of(graph[node.output], layer))
@@ -318,7 +319,7 @@ def _prepare(
             return prepare.prepare_batch_matmul(dtype, *x, *y, *pair(out))
         case Add() | AddMask():
             return prepare.prepare_add(dtype, *pair(names[0]), *pair(names[1]), *pair(out))
-        case Mul():
+        case Mul() | Keep():
             return prepare.prepare_mul(*pair(names[0]), *pair(names[1]), *pair(out))
         case Requantize():
             return prepare.prepare_quantize(*pair(names[0]), *pair(out))

@@ -169,6 +169,19 @@ def add_mask(rng: Generator, dtype: str) -> Case:
     return Case([scores, m], z, (scores.data, mask), constants)
 
 
+def keep(rng: Generator, dtype: str) -> Case:
+    """Probabilities times 1 or 0: themselves or 0, exactly."""
+    p = Tensor(dtype, rng.integers(0, 32768, (4, 32, 96)).astype(dtype), np.float32(1 / 32768))
+    seen = np.where(rng.random((1, 32, 96)) < 0.5, 32767, 0).astype(dtype)
+    k = Tensor(dtype, seen, np.float32(1 / 32767))
+    z = Tensor(dtype, None, p.scale, shape=p.data.shape)
+
+    def constants(profile: Profile) -> tuple:
+        return (prepare.prepare_mul(*qparams(p, k, z)),)
+
+    return Case([p, k], z, (p.data, seen), constants)
+
+
 def mul(rng: Generator, dtype: str, shapes: tuple) -> Case:
     x, y = (draw_tensor(rng, dtype, s) for s in shapes)
     z = draw_output(rng, dtype, real_range(x) * real_range(y), np.broadcast_shapes(*shapes))
@@ -336,6 +349,7 @@ def _movement(dtype: str) -> list[Variant]:
 VARIANTS: list[Variant] = [
     *(_fully_connected("int8", bits, "int32") for bits in (8, 4)),
     *(_fully_connected("int16", bits, b) for bits in (8, 4) for b in ("int32", "int64")),
+    Variant(ops.Keep, "int16", Code.MUL, options("Mul"), kernels.mul, partial(keep, dtype="int16")),
     _batch_matmul("int16", False, (3, 40, 48, 60), (False, True)),
     _batch_matmul("int16", True, (3, 40, 48, 60), (True, False)),
     _batch_matmul("int16", True, (3, 40, 48, 60), (True, True)),

@@ -81,8 +81,8 @@ def made(plan: str = "w4a8") -> tuple[Decoder, Params, Scales]:
     params = rotate(CONFIG, fold_norms(CONFIG, checkpoint()), random_rotation(CONFIG, 0))
     rng = np.random.default_rng(1)
     shape = (CONFIG.num_layers, CONFIG.num_kv_heads, len(PREFIX), CONFIG.head_dim)
-    for letter in "kv":
-        params[f"layers.attn.prefix_{letter}"] = rng.normal(size=shape).astype(np.float32)
+    keys, values = (rng.normal(size=shape).astype(np.float32) for _ in "kv")
+    params |= {"layers.attn.prefix_k": keys, "layers.attn.prefix_v": values.swapaxes(2, 3)}
     dec = decoder(CONFIG, tiny.PLANS[plan], TOKENS, len(PREFIX))
     on_device = {n: jnp.asarray(x) for n, x in params.items()}
     stats = collect(dec, on_device, random_ids(4))

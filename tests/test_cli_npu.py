@@ -5,7 +5,7 @@ from importlib import metadata
 import pytest
 
 from qnpu_jax.config import UserError
-from qnpu_jax.npu import hexagon
+from qnpu_jax.npu import ethos, hexagon
 
 
 @pytest.fixture
@@ -13,6 +13,15 @@ def extra():
     """Skips where the extra is missing."""
     try:
         hexagon.check_installed()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def arm():
+    """Skips where the extra is missing."""
+    try:
+        ethos.check_installed()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -28,6 +37,20 @@ def no_extra(monkeypatch):
 @pytest.mark.parametrize("command", ["compile out", "compare --npu out"])
 def test_without_the_extra_it_is_named(refused, no_extra, command):
     assert 'pip install "qnpu[qnn]"' in refused(*command.split())
+
+
+def test_without_the_extra_for_arm_it_is_named(refused, no_extra):
+    assert 'pip install "qnpu[ethos]"' in refused("compile", "out", "--soc", "ethos-u85-256")
+
+
+def test_both_families_are_named(refused):
+    said = refused("compile", "out", "--soc", "ethos-u85")
+    assert "'SM8650'" in said and "'ethos-u85-2048'" in said
+
+
+def test_weights_are_shared_by_snapdragons_only(refused):
+    said = refused("compile", "out", "--soc", "ethos-u85-256", "--share-weights")
+    assert said.startswith("--share-weights: not for ethos-u85-256")
 
 
 @pytest.mark.parametrize("command", ["compile out", "compare out"])
@@ -68,6 +91,24 @@ def test_compile_reports_and_writes(qnpu, here, extra):
     assert qnpu("compile", "out", "--prefill", "4", "--context", "32")[0] == 0  # replaced
 
 
+@pytest.mark.parametrize("soc", ["ethos-u85-256", "ethos-u65-512"])
+def test_compile_reports_arms_estimate(qnpu, here, arm, soc):
+    arguments = ["compile", "out", "--soc", soc, "--prefill", "4", "--context", "32"]
+    status, out, err = qnpu(*arguments)
+    whole = soc.startswith("ethos-u85")
+    assert status == (0 if whole else 1), err
+    assert ", not a phone" in out and "estimated tokens/s" in out and "Arm's compiler vela" in out
+    assert ("BATCH_MATMUL on the CPU: Matmul with" in out) != whole
+    files = sorted(p.name for p in (here / "out").glob(f"{soc}-*"))
+    assert [f.split("-4-32-")[1] for f in files] == ["decode.tflite", "prefill_4.tflite"]
+    assert qnpu(*arguments)[0] == status  # replaced
+
+
+def test_a_bad_length_for_arm_leaves_nothing(refused, arm):
+    said = refused("compile", "out", "--soc", "ethos-u85-256", "--prefill", "9", "--context", "9")
+    assert said.startswith("context: 9 positions for 9 new tokens")
+
+
 def test_compare_measures_ops_layers_and_perplexity(qnpu, here, extra):
     arguments = "compare --npu out --layers 1 --tokens 16 --windows 2"
     status, out, err = qnpu(*arguments.split())
@@ -79,6 +120,13 @@ def test_compare_measures_ops_layers_and_perplexity(qnpu, here, extra):
 def test_a_layer_that_there_is_not_is_refused(refused, extra):
     said = refused("compare", "out", "--layers", "2")
     assert said == "--layers 2: expected 0 to 1; choose others"
+
+
+def test_verify_proves_the_signatures_over_a_cache(qnpu, here):
+    status, out, err = qnpu(*["verify", "out", "--prefill", "4", "--context", "32"])
+    assert status == 0, err
+    assert "fed in steps of 4, 1, 1, 4, 1, 1 tokens" in out
+    assert "0 of " in out and " elements differ, in 0 of " in out
 
 
 def test_bench_measures_here_and_estimates(qnpu, here):

@@ -38,16 +38,27 @@ def test_every_rule_needs_a_tensor():
     BitPlan(plan.rules[::2]).check_used(["head.weight", "head.logits"])
 
 
+def test_replaced_bits_come_first_and_rules_without_a_tensor_go():
+    plan = BitPlan((("a.bias", 64), ("*.bias", 64), ("*", 8)))
+    names = ["a.bias", "b.bias"]
+    assert plan.replaced({"a.bias": 32}, names).rules == (("a.bias", 32), *plan.rules[1:])
+    assert plan.replaced({"*.bias": 32}, names).rules == (("*.bias", 32), ("*", 8))
+    assert plan.replaced({}, names) == plan
+
+
 @pytest.mark.parametrize(
-    ("weights", "activations", "bias", "scores"), [(4, 8, 32, 16), (4, 8, 32, 8), (8, 16, 64, 16)]
+    ("weights", "activations", "bias", "scores", "stream"),
+    [(4, 8, 32, 16, 16), (4, 8, 32, 8, 16), (4, 8, 32, 8, 8), (8, 16, 64, 16, 16)],
 )
-def test_plan_of_the_named_recipes(weights, activations, bias, scores):
-    plan = bit_plan(weights, activations, scores)
+def test_plan_of_the_named_recipes(weights, activations, bias, scores, stream):
+    plan = bit_plan(weights, activations, scores, stream)
     assert plan.bits("layers.3.attn.q.weight") == weights
     assert plan.bits("head.weight") == plan.bits("embed.weight") == 8
     assert plan.bits("layers.3.attn.q.bias") == bias
     for tensor in ("scores", "masked", "softmax"):
         assert plan.bits(f"layers.3.attn.kv0.{tensor}") == scores
+    for tensor in ("mlp.residual", "attn.norm.out", "attn.rope.q_cos", "rope.cos"):
+        assert plan.bits(f"layers.3.{tensor}") == stream
     assert plan.bits("layers.3.attn.k_cache") == 8
     assert plan.bits("layers.3.mlp.act") == activations
 

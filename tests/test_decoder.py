@@ -11,7 +11,14 @@ import pytest
 import tiny
 
 from qnpu_jax.config import RopeScaling
-from qnpu_jax.decoder import causal_mask, decoder, layer_inputs, rope_frequencies, rope_tables
+from qnpu_jax.decoder import (
+    decoder,
+    layer_inputs,
+    masks,
+    rope_frequencies,
+    rope_tables,
+    visible,
+)
 from qnpu_jax.evaluate import evaluate, forward, local
 from qnpu_jax.evaluation import float_logits
 from qnpu_jax.models import load_params
@@ -147,15 +154,16 @@ def test_decode_with_a_cache_equals_prefill(name):
         return np.asarray(tensors(dec.head, head)["logits"]), rows
 
     first, rows = run(decoder(config, PLAN, 6, 2), ids[:6], [{}] * config.num_layers, 0)
-    shape = (config.num_kv_heads, slots, config.head_dim)
+    n, width = config.num_kv_heads, config.head_dim
+    shapes = {"k": (n, slots, width), "v": (n, width, slots)}
     # What is in the slots that are not filled must not matter.
-    caches = [{k: np.full(shape, 7.0, np.float32) for k in "kv"} for _ in rows]
+    caches = [{k: np.full(s, 7.0, np.float32) for k, s in shapes.items()} for _ in rows]
     assert relative_error(first, expected[:6]) <= 1e-5  # other lengths, other order of sums
     filled = 0
     for token in (6, 7):
         for cache, new in zip(caches, rows, strict=True):
-            for k in "kv":
-                cache[k][:, filled : filled + new[k].shape[1]] = new[k]
+            cache["k"][:, filled:token] = new["k"]
+            cache["v"][..., filled:token] = new["v"]
         filled = token
         step = decoder(config, PLAN, 1, 2, slots)
         logits, rows = run(step, ids[token : token + 1], caches, filled)
@@ -222,17 +230,34 @@ def test_llama3_scaling_has_all_three_bands():
     ("prefix", "cache", "filled"), [(0, 0, 0), (2, 0, 0), (0, 5, 3), (2, 5, 0), (2, 5, 5)]
 )
 def test_a_token_sees_prefix_filled_slots_and_itself_and_what_came_before(prefix, cache, filled):
-    mask = causal_mask(4, prefix, cache, filled)
-    assert mask.shape == (4, 1, prefix + cache + 4) and mask.dtype == np.float32
+    seen = visible(4, prefix, cache, filled)
+    assert seen.shape == (4, prefix + cache + 4)
     for t in range(4):
-        for s in range(mask.shape[2]):
+        for s in range(seen.shape[1]):
             if s < prefix:
-                visible = True
+                expected = True
             elif s < prefix + cache:
-                visible = s - prefix < filled
+                expected = s - prefix < filled
             else:
-                visible = s - prefix - cache <= t
-            assert mask[t, 0, s] == (0.0 if visible else -2032.0)
+                expected = s - prefix - cache <= t
+            assert seen[t, s] == expected
+
+
+def test_masks_have_a_row_for_every_query_head_of_a_token():
+    seen = visible(2, 1)
+    made = masks(seen, groups=3, bits=16)
+    assert all(x.shape == (1, 6, 3) and x.dtype == np.float32 for x in made.values())
+    for row in range(6):
+        for s in range(3):
+            expected = (0.0, 1.0) if seen[row // 3, s] else (-2032.0, 0.0)
+            assert (made["mask"][0, row, s], made["keep"][0, row, s]) == expected
+
+
+def test_only_16_bit_probabilities_are_kept_apart():
+    config, _ = folded("gqa_llama3")
+    for plan in ("w8a8", "w8a8s8", "w8a16"):
+        dec = decoder(config, tiny.PLANS[plan], 4)
+        assert ("keep" in layer_inputs(dec)) == (plan == "w8a16")
 
 
 def test_positions_go_on_after_prefix_and_filled_slots():
@@ -242,7 +267,7 @@ def test_positions_go_on_after_prefix_and_filled_slots():
     cos, sin = rope_tables(config, np.arange(5, 9))
     np.testing.assert_array_equal(inputs["rope.cos"], cos)
     np.testing.assert_array_equal(inputs["rope.sin"], sin)
-    np.testing.assert_array_equal(inputs["mask"], causal_mask(4, 2, 5, 3))
+    np.testing.assert_array_equal(inputs["mask"], masks(visible(4, 2, 5, 3), 2, 16)["mask"])
     assert inputs["norm.eps"].item() == np.float32(config.hidden_size * config.rms_norm_eps)
 
 

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
+from qnpu_jax.accumulators import proved_bounds
 from qnpu_jax.config import BitPlan, UserError
 from qnpu_jax.decoder import decoder
 from qnpu_jax.freeze import activation_scales, check_bits, dequantize, freeze, load, save
@@ -68,15 +69,36 @@ def test_biases_are_rounded_to_the_accumulators_grid(plan):
 
 
 def test_biases_are_as_wide_as_their_layer_has_them():
-    model = tiny.quantized("mqa_linear_bias", "mixed")
+    dec, params, free = tiny.calibrated("mqa_linear_bias", "mixed")
+    bias = np.array(params["layers.mlp.down.bias"])
+    bias[1, 0] = 1e7  # its code passes 2^31
+    model = freeze(dec, {**params, "layers.mlp.down.bias": bias}, free, tiny.PREFIX)
     layer = model.decoder(8).layer
     widths = [model.constants(layer, i)["mlp.down.bias"].dtype for i in range(3)]
     assert widths == [np.int32, np.int64, np.int32]
     for i in range(3):
         stored = model.codes["layers.mlp.down.bias"][i]
         np.testing.assert_array_equal(model.constants(layer, i)["mlp.down.bias"], stored)
-    for plan, width in (("w8a8", np.int32), ("w8a16", np.int64)):
-        assert tiny.quantized("mqa_linear_bias", plan).codes["layers.mlp.down.bias"].dtype == width
+
+
+def test_scores_that_an_8_bit_mask_does_not_hide_are_refused():
+    dec, params, free = tiny.calibrated("gqa_llama3", "w8a8s8")
+    name = "layers.attn.kv1.scores"
+    for scale, fits in ((0.9, True), (1.1, False)):
+        q = QParams(scale=np.asarray([0.1, scale], np.float32), zero_point=free[name].zero_point)
+        if fits:
+            freeze(dec, params, free | {name: q}, tiny.PREFIX)
+        else:
+            with pytest.raises(UserError, match=r"layers\.1\.attn\.kv1\.scores: scores reach 140"):
+                freeze(dec, params, free | {name: q}, tiny.PREFIX)
+
+
+def test_64_bit_biases_are_narrowed_where_the_proof_allows():
+    model = tiny.quantized("mqa_linear_bias", "w8a16")
+    assert {model.codes[n].dtype for n in model.codes if n.endswith("bias")} == {np.dtype("int32")}
+    bounds = proved_bounds(model.decoder(8), model.codes, model.zero_point)
+    assert all(b.available == 32 for b in bounds if b.op == "FULLY_CONNECTED")
+    assert "*.bias" not in dict(model.plan.rules)  # left without a tensor
 
 
 @plans
@@ -110,15 +132,25 @@ def test_every_tensor_has_scale_and_zero_point(plan):
     assert activation_scales(model).keys() == names - model.codes.keys() - only
 
 
-@pytest.mark.parametrize(("plan", "low"), [("w8a8s8", -127), ("w8a8", -32512)])
-def test_shared_inputs_are_codes_of_their_values(plan, low):
+@pytest.mark.parametrize(
+    ("plan", "narrow", "low"),
+    [
+        ("w8a8i8", {"mask", "norm.eps", "rope.cos", "rope.sin"}, -127),
+        ("w8a8s8", {"mask"}, -127),
+        ("w8a8", set(), -32512),
+        ("w8a16", set(), -32512),
+    ],
+)
+def test_shared_inputs_are_codes_of_their_values(plan, narrow, low):
     model = tiny.quantized("gqa_llama3", plan)
     codes = model.inputs(model.decoder(5))
-    assert codes["mask"].dtype == (np.int8 if plan == "w8a8s8" else np.int16)
-    assert all(c.dtype == np.int16 for name, c in codes.items() if name != "mask")
+    for name, x in codes.items():
+        assert x.dtype == (np.int8 if name in narrow else np.int16), name
+    assert codes["norm.eps"].item() == (127 if "norm.eps" in narrow else 32767)
+    assert codes["mask"].max() == 0
     assert set(np.unique(codes["mask"])) == {low, 0}
-    assert codes["norm.eps"].item() == 32767
-    assert codes["rope.cos"].max() <= 32767
+    if plan == "w8a16":
+        np.testing.assert_array_equal(codes["keep"], np.where(codes["mask"] == 0, 32767, 0))
     np.testing.assert_array_equal(codes["mask"][0, 0], [0, 0, 0, low, low, low, low])
 
 
@@ -172,14 +204,14 @@ def test_a_file_cut_short_is_refused(stored, name, keep):
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00binary", b"[1, 2]", b"null", b'{"a": 1}'])
 def test_a_foreign_description_is_refused(stored, content):
     (stored / FILES[0]).write_bytes(content)
-    with pytest.raises(UserError, match=r"damaged|format .* expected 2"):
+    with pytest.raises(UserError, match=r"damaged|format .* expected 3"):
         load(stored)
 
 
 def test_another_format_is_refused(stored):
     meta = json.loads((stored / FILES[0]).read_text())
     (stored / FILES[0]).write_text(json.dumps(meta | {"format": 1}))
-    with pytest.raises(UserError, match=r"integer_model\.json: format 1, expected 2"):
+    with pytest.raises(UserError, match=r"integer_model\.json: format 1, expected 3"):
         load(stored)
 
 

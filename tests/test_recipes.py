@@ -19,7 +19,7 @@ from qnpu_jax.recipes import (
     load_recipe,
 )
 
-OURS = ("w8a8", "w4a8", "w8a16", "w4a16", "w8a8s8", "w4a8s8")
+OURS = ("w8a8", "w4a8", "w8a16", "w4a16", "w8a8s8", "w4a8s8", "w8a8i8", "w4a8i8")
 STAGE = {
     "learn": [["rotation", 0.1], ["rounding", 1]],
     "share": 1,

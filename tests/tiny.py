@@ -33,7 +33,7 @@ MIXED = BitPlan(
     )
 )
 """One layer's wide MLP: what mixed precision does, with an accumulator of its own width."""
-WIDTHS = ("w8a8", "w8a16", "w4a8", "w4a16", "w8a8s8", "w4a8s8")
+WIDTHS = ("w8a8", "w8a16", "w4a8", "w4a16", "w8a8s8", "w4a8s8", "w8a8i8", "w4a8i8")
 PLANS: dict[str, BitPlan] = {n: RECIPES[n].bits for n in WIDTHS}
 PLANS |= {"mixed": MIXED}
 

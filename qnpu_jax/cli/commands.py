@@ -27,6 +27,8 @@ from qnpu_jax.tflite import Positions
 
 SHOWN = 20
 """Differing tensors that are named: the first says most."""
+PACKAGED_CONTEXT = 512
+"""Positions of the KV cache of a `.litertlm`."""
 
 app = typer.Typer(
     add_completion=False,
@@ -101,10 +103,25 @@ def quantize(
 
 
 @app.command()
-def verify(folder: Folder, text: EvalText = None) -> None:
-    """Compares every tensor of a folder's model.tflite, run by LiteRT, with the simulator's."""
+def verify(
+    folder: Folder,
+    text: EvalText = None,
+    prefill: Prefill = 128,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the file with a KV cache of so many positions, which `generate` runs."
+        ),
+    ] = None,
+) -> None:
+    """Compares every tensor of a folder's model.tflite, run by LiteRT, with the simulator's; with
+    --context those of both signatures over a KV cache, which chunks and single steps fill."""
     with Display() as clock:
-        found = job.check(folder, text, Simulated, clock)["verify"]
+        if context is None:
+            found = job.check(folder, text, Simulated, clock)["verify"]
+        else:
+            found = deploy.verified(folder, prefill, context, text, SimulatedBackend, clock)
+            typer.echo(f"fed in steps of {', '.join(map(str, found['steps']))} tokens")
     typer.echo(_verdict(found))
     _fail_on_difference(found)
 
@@ -112,7 +129,7 @@ def verify(folder: Folder, text: EvalText = None) -> None:
 @app.command()
 def export(
     folder: Folder,
-    file: Annotated[Path, typer.Argument(help="The .tflite to write.")],
+    file: Annotated[Path, typer.Argument(help="The .tflite or .litertlm to write.")],
     prefill: Prefill = 128,
     logits: Logits = "all",
     context: Annotated[
@@ -121,10 +138,21 @@ def export(
             help="Positions of a KV cache: writes prefill_N and decode. Without it, one prefill."
         ),
     ] = None,
+    litertlm: Annotated[
+        bool,
+        typer.Option(
+            "--litertlm",
+            help="A package for LiteRT-LM: model with a KV cache (512 positions, if --context does"
+            " not say otherwise), tokenizer and chat template (extra: litertlm).",
+        ),
+    ] = False,
 ) -> None:
-    """Writes the model of a folder again: another length, or with a KV cache."""
+    """Writes the model of a folder again: another length, with a KV cache, or for LiteRT-LM."""
     with Display() as clock, clock.stage("write"):
-        deploy.export(folder, file, prefill, logits, context)
+        if litertlm:
+            deploy.package(folder, file, prefill, PACKAGED_CONTEXT if context is None else context)
+        else:
+            deploy.export(folder, file, prefill, logits, context)
     typer.echo(f"wrote {file}, {megabytes(file.stat().st_size)}")
 
 

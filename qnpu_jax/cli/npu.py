@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,8 @@ from qnpu_jax import deploy
 from qnpu_jax.cli.display import Display, megabytes
 from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill
 from qnpu_jax.cli.simulated import Simulated
+from qnpu_jax.config import UserError
+from qnpu_jax.npu import ethos
 from qnpu_jax.npu.compare import LayerDifference, OpDifference
 from qnpu_jax.npu.hexagon import SOCS, Compiled
 from qnpu_jax.npu.profile import DEFAULT, ProfileName
@@ -22,12 +25,16 @@ Profile = Annotated[
     ProfileName, typer.Option(help="hexagon: norms as the NPU's own op; plain: as for CPUs.")
 ]
 Soc = Annotated[str, typer.Option(help=f"Snapdragon: {', '.join(SOCS)}.")]
+Target = Annotated[
+    str,
+    typer.Option(help=f"Snapdragon: {', '.join(SOCS)}. Ethos-U: {', '.join(ethos.ACCELERATORS)}."),
+]
 
 
 @app.command()
 def compile(
     folder: Folder,
-    soc: Soc = "SM8650",
+    soc: Target = "SM8650",
     prefill: Prefill = 128,
     context: Context = 512,
     profile: Profile = DEFAULT,
@@ -39,17 +46,20 @@ def compile(
         ),
     ] = False,
 ) -> None:
-    """Compiles a model for a Snapdragon's Hexagon NPU with Qualcomm's compiler (extra: qnn).
+    """Compiles a model for a Snapdragon's Hexagon NPU with Qualcomm's compiler (extra: qnn), or for
+    an Arm Ethos-U with vela (extra: ethos), which estimates its latency.
 
     Exit status 1 where not every op is on the NPU, in one partition.
     """
+    deploy.check_target(soc)
+    if soc in ethos.ACCELERATORS:
+        _compile_for_arm(folder, soc, prefill, context, share_weights)
+        return
     with Display() as clock, clock.stage("compile"):
         made = deploy.compiled(folder, soc, prefill, context, profile, share=share_weights)
     _print_compiled(made)
     typer.echo(f"wrote {made.path}")
-    if not all(s.whole for s in made.signatures):
-        typer.echo("not all of it is on the NPU: the CPU runs the rest", err=True)
-        raise typer.Exit(1)
+    _exit(whole=all(s.whole for s in made.signatures))
 
 
 @app.command()
@@ -86,6 +96,68 @@ def compare(
             f" {soc} emulator {scores['emulator']:.2f} ({ratio:+.2f}%);"
             f" {100 * found['differing']:.1f}% of the logits' codes differ"
         )
+
+
+def _exit(*, whole: bool) -> None:
+    if not whole:
+        typer.echo("not all of it is on the NPU: the CPU runs the rest", err=True)
+        raise typer.Exit(1)
+
+
+def _compile_for_arm(folder: Path, soc: str, prefill: int, context: int, share: bool) -> None:
+    if share:
+        raise UserError(
+            f"--share-weights: not for {soc}, whose signatures are files of their own; expected a"
+            " Snapdragon; leave it out"
+        )
+    with Display() as clock, clock.stage("compile"):
+        made = deploy.compiled_for_arm(folder, soc, prefill, context)
+    _print_arm(soc, made, prefill)
+    for found in made.values():
+        typer.echo(f"wrote {found.path}")
+    _exit(whole=all(c.placement.whole for c in made.values()))
+
+
+def _print_arm(soc: str, made: dict[str, ethos.Compiled], prefill: int) -> None:
+    chip = soc.replace("ethos-u", "Ethos-U")
+    table = Table(title=f"Arm's estimate for {chip}, not a phone", title_justify="left")
+    table.add_column("")
+    for name in made:
+        table.add_column(name, justify="right")
+    columns = [_arm_column(c, 1 if name == "decode" else prefill) for name, c in made.items()]
+    for label in columns[0]:
+        table.add_row(label, *(column[label] for column in columns))
+    Console(soft_wrap=False).print(table)
+    for name, c in made.items():
+        for op, count in c.placement.on_cpu.items():
+            typer.echo(f"{name}: {count} {op} on the CPU: {c.reasons.get(op, 'no reason given')}")
+    e = next(iter(made.values())).estimate
+    typer.echo(
+        f"all by Arm's compiler vela, in its model of {chip} at {e.clock / 1e9:.1f} GHz:"
+        f" {e.sram / 2**20:.0f} MiB of SRAM at {e.sram_rate / 1e9:.0f} GB/s, DRAM at"
+        f" {e.dram_rate / 1e9:.0f} GB/s ({e.system}, {e.memory_mode}); a CPU's ops are not"
+        f" in it; compiled in {sum(c.compile_seconds for c in made.values()):.0f} s"
+    )
+
+
+def _arm_column(c: ethos.Compiled, tokens: int) -> dict[str, str]:
+    """Of one signature, by label."""
+    p, e = c.placement, c.estimate
+    return {
+        "ops on the NPU": f"{p.on_npu:,} of {p.ops:,}",
+        "parts on the NPU": f"{p.parts:,}",
+        "estimated latency": f"{1000 * e.seconds:.2f} ms",
+        "estimated tokens/s": f"{tokens / e.seconds:.1f}",
+        "NPU cycles": f"{e.npu_cycles:,}",
+        "cycles with memory": f"{e.cycles:,}",
+        "SRAM traffic": megabytes(e.sram_bytes),
+        "DRAM traffic": megabytes(e.dram_bytes),
+        "weights": megabytes(e.weights),
+        "weights, encoded": megabytes(e.encoded),
+        "constants": megabytes(p.constants),
+        "arena": megabytes(p.arena),
+        "SRAM used": megabytes(p.sram),
+    }
 
 
 def _print_compiled(made: Compiled) -> None:

@@ -104,6 +104,8 @@ def _inputs(path: Path, key: str, details: Mapping[str, Any]) -> dict[str, np.nd
     slots, tokens = inputs["kv_cache_k_0"].shape[1], len(inputs["ids"])
     inputs["positions"] = np.arange(slots, slots + tokens, dtype=np.int32)
     inputs["mask"] = np.zeros_like(inputs["mask"])
+    if "keep" in inputs:
+        inputs["keep"] = np.full_like(inputs["keep"], 32767)
     return inputs
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int8, Integer
+from jaxtyping import Bool, Int8, Integer
 
 from qnpu_jax.config import UserError
-from qnpu_jax.decoder import MASK_SCALE, causal_mask
+from qnpu_jax.decoder import KEEP_SCALE, MASK_SCALE, masks, visible
 from qnpu_jax.litert import KernelSet, open_interpreter
 from qnpu_jax.npu.session import Shape, Step
 
@@ -50,7 +50,8 @@ class LiteRTBackend:
             1: interpreter.get_signature_runner("decode"),
             int(lengths[0]): interpreter.get_signature_runner(PREFILL + lengths[0]),
         }
-        inputs = self._runners[1].get_input_details()
+        self._inputs = {t: r.get_input_details() for t, r in self._runners.items()}
+        inputs = self._inputs[1]
         heads, slots, width = (int(n) for n in inputs["kv_cache_k_0"]["shape"])
         self.shape = Shape(
             prefill=int(lengths[0]),
@@ -60,7 +61,6 @@ class LiteRTBackend:
             width=width,
         )
         self._prefix = int(inputs["mask"]["shape"][2]) - self.shape.context
-        self._mask = inputs["mask"]["dtype"]
         scales = self._runners[1].get_output_details()["logits"]["quantization_parameters"]
         self.logit_scale = float(scales["scales"][0])
 
@@ -69,17 +69,19 @@ class LiteRTBackend:
         ids: Integer[np.ndarray, " t"],
         filled: int,
         k: Int8[np.ndarray, "l n c k"],
-        v: Int8[np.ndarray, "l n c k"],
+        v: Int8[np.ndarray, "l n k c"],
     ) -> Step:
         """As `session.Backend.step`."""
+        tokens = len(ids)
         inputs: dict[str, Any] = {
             "ids": np.asarray(ids, np.int32),
-            "positions": np.arange(filled, filled + len(ids), dtype=np.int32),
-            "mask": mask_codes(len(ids), self._prefix, k.shape[2], filled, self._mask),
+            "positions": np.arange(filled, filled + tokens, dtype=np.int32),
         }
+        seen = visible(tokens, self._prefix, k.shape[2], filled)
+        inputs |= mask_codes(seen, self._inputs[tokens])
         inputs |= {f"kv_cache_k_{i}": x for i, x in enumerate(k)}
         inputs |= {f"kv_cache_v_{i}": x for i, x in enumerate(v)}
-        out: Mapping[str, np.ndarray] = self._runners[len(ids)](**inputs)
+        out: Mapping[str, np.ndarray] = self._runners[tokens](**inputs)
         new = [
             np.stack([out[f"kv_slice_{letter}_{i}"] for i in range(self.shape.layers)])
             for letter in "kv"
@@ -95,8 +97,19 @@ class LiteRTBackend:
 
 
 def mask_codes(
-    tokens: int, prefix: int, cache: int, filled: int, dtype: Any
-) -> Integer[np.ndarray, "t 1 s"]:
-    """Codes of `decoder.causal_mask` in int8 or int16."""
-    scale = MASK_SCALE[8 * np.dtype(dtype).itemsize]
-    return (causal_mask(tokens, prefix, cache, filled) / scale).astype(dtype)
+    seen: Bool[np.ndarray, "t s"], inputs: Mapping[str, Any]
+) -> dict[str, Integer[np.ndarray, "1 r s"]]:
+    """Codes of `decoder.masks`, those that a signature takes.
+
+    Args:
+      inputs: details of its inputs by name, as LiteRT gives them.
+    """
+    codes = {}
+    groups = int(inputs["mask"]["shape"][1]) // len(seen)
+    bits = 8 * np.dtype(inputs["mask"]["dtype"]).itemsize
+    for name, x in masks(seen, groups, bits).items():
+        if name in inputs:
+            dtype = np.dtype(inputs[name]["dtype"])
+            scale = {"mask": MASK_SCALE, "keep": KEEP_SCALE}[name][8 * dtype.itemsize]
+            codes[name] = np.rint(x / scale).astype(dtype)
+    return codes

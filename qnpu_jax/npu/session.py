@@ -21,12 +21,12 @@ class Step(NamedTuple):
 
     Attributes:
       logits: (T, V) or (1, V), int8 or int16.
-      k, v: new rows of every layer.
+      k, v: of the new tokens, in every layer.
     """
 
     logits: Integer[np.ndarray, "r v"]
     k: Int8[np.ndarray, "l n t k"]
-    v: Int8[np.ndarray, "l n t k"]
+    v: Int8[np.ndarray, "l n k t"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Shape:
     Attributes:
       prefill: tokens that the long signature takes.
       context: positions after the prefix, at most.
-      layers, heads, width: of the cache, (L, N, C, K).
+      layers, heads, width: of the cache, keys (L, N, C, K) and values (L, N, K, C).
     """
 
     prefill: int
@@ -63,7 +63,7 @@ class Backend(Protocol):
         ids: Integer[np.ndarray, " t"],
         filled: int,
         k: Int8[np.ndarray, "l n c k"],
-        v: Int8[np.ndarray, "l n c k"],
+        v: Int8[np.ndarray, "l n k c"],
     ) -> Step:
         """T tokens, T = 1 or `shape.prefill`, after `filled` ones.
 
@@ -86,7 +86,7 @@ class Session:
         s = backend.shape
         self._backend = backend
         self.k = np.zeros((s.layers, s.heads, s.context, s.width), np.int8)
-        self.v = np.zeros_like(self.k)
+        self.v = np.zeros((s.layers, s.heads, s.width, s.context), np.int8)
         self.filled = 0
 
     @property
@@ -107,20 +107,23 @@ class Session:
         before = np.asarray(ids[:-1], np.int32)
         chunk = self._backend.shape.prefill
         while len(before) > 1 and self.room >= chunk:
-            self._step(np.resize(before[:chunk], chunk), min(chunk, len(before)))
+            self.step(np.resize(before[:chunk], chunk), min(chunk, len(before)))
             before = before[chunk:]
         for token in before:
-            self._step(np.asarray([token], np.int32), 1)
-        return self._step(np.asarray(ids[-1:], np.int32), 1).logits[-1]
+            self.step(np.asarray([token], np.int32), 1)
+        return self.step(np.asarray(ids[-1:], np.int32), 1).logits[-1]
 
-    def _step(self, ids: Integer[np.ndarray, " t"], count: int) -> Step:
-        """Runs a signature; its first `count` rows enter the cache."""
+    def step(self, ids: Integer[np.ndarray, " t"], count: int) -> Step:
+        """Runs the signature of so many tokens; what is new of the first `count` enters the cache.
+
+        `feed` is the front door; this is for those who look at single steps.
+        """
         slots = self._backend.shape.context - len(ids)
-        past = [np.ascontiguousarray(x[:, :, :slots]) for x in (self.k, self.v)]
+        past = [np.ascontiguousarray(x) for x in (self.k[:, :, :slots], self.v[..., :slots])]
         step = self._backend.step(ids, self.filled, *past)
         end = self.filled + count
         self.k[:, :, self.filled : end] = step.k[:, :, :count]
-        self.v[:, :, self.filled : end] = step.v[:, :, :count]
+        self.v[..., self.filled : end] = step.v[..., :count]
         self.filled = end
         return step
 

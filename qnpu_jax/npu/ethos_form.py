@@ -1,0 +1,174 @@
+"""The form of a file that Arm's compiler takes whole: the same model, the same bits in LiteRT, and
+other spellings where the compiler stops at ours.
+
+* 4-bit weights lie in INT8 tensors: the compiler divides by zero on an INT4 one, and its own coder
+  makes them small again.
+* SQRT, which it leaves to the CPU, is a table of its codes and a GATHER.
+* A prefill's sums of squares, which it takes row by row, are the diagonal of one product.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from qnpu_jax.flatbuffer import ModelWriter
+from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.graph import Graph, Node
+from qnpu_jax.litert import open_interpreter
+from qnpu_jax.ops import BatchMatmul, Sqrt
+from qnpu_jax.stored import Integers
+from qnpu_jax.tflite import Emitter, add_cached, cached_decoder, spell
+
+
+def codes_of(form: Mapping[str, Any]) -> np.ndarray:
+    """What a SQRT can take, in the order of its table: int16 codes of zero point 0 that are not
+    negative; all int8 codes, with those of negative numbers, which cannot come, as that of 0."""
+    if form["dtype"] == "int16":
+        return np.arange(2**15, dtype=np.int16)
+    return np.maximum(np.arange(-128, 128), form["zero_point"]).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Wide(Integers):
+    """As `Integers`, with 4-bit codes in INT8 tensors: the same codes and scales, twice the size.
+
+    Attributes:
+      roots: what each SQRT gives for `codes_of` its input, by the name of its tensor; empty where
+        ops keep their spelling.
+    """
+
+    roots: Mapping[str, np.ndarray]
+
+    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
+        form = super().form(graph, layer, name)
+        return form | {"dtype": "int8"} if form["dtype"] == "int4" else form
+
+
+class ArmEmitter(Emitter):
+    """Emits what Arm's compiler takes; `stored` is a `Wide`."""
+
+    def add(self, node: Node, env: Mapping[str, int]) -> int:
+        assert isinstance(self.stored, Wide)
+        table = self.stored.roots.get(self._global(node.output))
+        match node.op:
+            case Sqrt() if table is not None:
+                return self._gathered(node, env[node.inputs[0]], table)
+            case BatchMatmul(adj_y=True) if len({*node.inputs}) == 1 and self._rows(node) > 1:
+                return self._diagonal(node, env[node.inputs[0]])
+            case _:
+                return super().add(node, env)
+
+    def _rows(self, node: Node) -> int:
+        return self.graph[node.output].shape[0]
+
+    def _gathered(self, node: Node, x: int, table: np.ndarray) -> int:
+        """table[x], with x as int32; an int8 x plus 128."""
+        name, shape = self._global(node.output), self.graph[node.output].shape
+        codes, add = schema.BuiltinOperator, self.subgraph.add_tensor
+        narrow = self.stored.form(self.graph, self.layer, node.inputs[0])["dtype"] == "int8"
+        index = add(f"{name}/index", shape, "int32", self._scale(node.inputs[0]))
+        options = schema.CastOptionsT()
+        options.inDataType = schema.TensorType.INT8 if narrow else schema.TensorType.INT16
+        options.outDataType = schema.TensorType.INT32
+        self.subgraph.add_op(codes.CAST, options, [x], [index])
+        if narrow:
+            half = add(f"{name}/half", (1,), "int32", data=np.asarray([128], np.int32))
+            place = add(f"{name}/place", shape, "int32")
+            self.subgraph.add_op(codes.ADD, schema.AddOptionsT(), [index, half], [place])
+            index = place
+        form = self.stored.form(self.graph, self.layer, node.output)
+        held = self.subgraph.add_tensor(f"{name}/table", table.shape, data=table, **form)
+        output = self.tensor(node.output)
+        self._gather(held, index, output)
+        return output
+
+    def _diagonal(self, node: Node, x: int) -> int:
+        """The squares x_i x_i^T of rows as the diagonal of x x^T: (T, 1, D) to (T, 1, 1)."""
+        rows, _, width = self.graph[node.inputs[0]].shape
+        form = self.stored.form(self.graph, self.layer, node.output)
+        name, add = self._global(node.output), self.subgraph.add_tensor
+        form_x = self.stored.form(self.graph, self.layer, node.inputs[0])
+        flat = add(f"{name}/rows", (1, rows, width), **form_x)
+        products = add(f"{name}/products", (1, rows, rows), **form)
+        line = add(f"{name}/line", (rows * rows,), **form)
+        at = (np.arange(rows, dtype=np.int32) * (rows + 1)).reshape(rows, 1, 1)
+        index = add(f"{name}/index", at.shape, "int32", data=at)
+        self._reshape(x, flat)
+        code, options, _ = spell(node.op, self.graph, node, self.layer)
+        self.subgraph.add_op(code, options, [flat, flat], [products])
+        self._reshape(products, line)
+        output = self.tensor(node.output)
+        self._gather(line, index, output)
+        return output
+
+    def _reshape(self, x: int, y: int) -> None:
+        shape = np.asarray(self.subgraph.tensors[y].shape, np.int32)
+        options = schema.ReshapeOptionsT()
+        options.newShape = shape.tolist()
+        name = f"{self.subgraph.tensors[y].name}/shape"
+        held = self.subgraph.add_tensor(name, shape.shape, "int32", data=shape)
+        self.subgraph.add_op(schema.BuiltinOperator.RESHAPE, options, [x, held], [y])
+
+    def _gather(self, table: int, index: int, y: int) -> None:
+        options = schema.GatherOptionsT()
+        options.axis = 0
+        self.subgraph.add_op(schema.BuiltinOperator.GATHER, options, [table, index], [y])
+
+    def _scale(self, name: str) -> np.floating:
+        return self.stored.form(self.graph, self.layer, name)["scale"]
+
+
+def build(model: IntegerModel, stored: Wide, tokens: int, context: int, key: str) -> ModelWriter:
+    """One signature of `tflite.write_cached`, alone in its file.
+
+    Raises:
+      UserError: as `tflite.write_cached`.
+    """
+    dec, writer = cached_decoder(model, tokens, context), ModelWriter()
+    whole = model.decoder(context)
+    emitter = ArmEmitter if stored.roots else None
+    add_cached(stored, writer.add_subgraph(key), key, dec, whole, emitter)
+    return writer
+
+
+def wide(model: IntegerModel, *, respell: bool = True) -> Wide:
+    """The form of a model; without `respell` only the weights differ from `Integers`."""
+    return Wide(model, square_roots(model) if respell else {})
+
+
+def square_roots(model: IntegerModel) -> dict[str, np.ndarray]:
+    """What LiteRT's reference kernel gives for every code of every SQRT, by the name of its tensor:
+    it is asked, so that a table holds its bits whatever its arithmetic."""
+    stored, writer = Integers(model), ModelWriter()
+    subgraph = writer.add_subgraph("roots")
+    x, y, asked = {}, {}, {}
+    for graph, layer, node in _roots(model):
+        emitter = Emitter(stored, subgraph, graph, layer)
+        name = emitter._global(node.output)
+        forms = [stored.form(graph, layer, n) for n in (node.inputs[0], node.output)]
+        asked[name] = codes_of(forms[0])
+        shape = asked[name].shape
+        x[name], y[name] = (subgraph.add_tensor(name, shape, **form) for form in forms)
+        code, options, _ = spell(node.op, graph, node, layer)
+        subgraph.add_op(code, options, [x[name]], [y[name]])
+    subgraph.add_signature("roots", x, y)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "roots.tflite"
+        writer.write(path)
+        runner = open_interpreter(path, "ref").get_signature_runner("roots")
+        return runner(**asked)
+
+
+def _roots(model: IntegerModel) -> Iterator[tuple[Graph, int, Node]]:
+    for graph in model.decoder(1).graphs:
+        for layer in range(graph.layers):
+            for node in graph.nodes:
+                if isinstance(node.op, Sqrt):
+                    yield graph, layer, node

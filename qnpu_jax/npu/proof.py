@@ -1,0 +1,83 @@
+"""The proof of a file with a KV cache: every tensor of both signatures, run by LiteRT's reference
+kernels, equals the simulator's, while chunks and single steps fill a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int8, Integer
+
+from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.npu.litert_backend import LiteRTBackend
+from qnpu_jax.npu.session import Session, Shape
+from qnpu_jax.tflite import cached_decoder
+from qnpu_jax.verify import Comparison, compare, op_names
+
+
+@runtime_checkable
+class CachedSimulator(Protocol):
+    """The simulated signatures of `tflite.write_cached`."""
+
+    shape: Shape
+
+    def tensors(
+        self,
+        ids: Integer[np.ndarray, " t"],
+        filled: int,
+        k: Int8[np.ndarray, "l n c k"],
+        v: Int8[np.ndarray, "l n k c"],
+    ) -> Mapping[str, np.ndarray]:
+        """Codes of every tensor of the signature of T tokens, by global name; arguments as those of
+        `session.Backend.step`."""
+        ...
+
+
+def steps(prefill: int, length: int) -> Iterator[int]:
+    """How `length` tokens are fed: a chunk, two single steps, and so on; the rest one by one."""
+    left = length
+    while left:
+        for count in (prefill, 1, 1):
+            if count <= left:
+                yield count
+                left -= count
+
+
+def prove(
+    path: Path,
+    model: IntegerModel,
+    simulator: CachedSimulator,
+    ids: Integer[np.ndarray, " t"],
+) -> tuple[Comparison, tuple[int, ...]]:
+    """Feeds real text through both, side by side, and compares every tensor of every step.
+
+    Args:
+      path: that `tflite.write_cached` wrote of the model, with logits of the last position.
+      simulator: of the same lengths.
+      ids: at most as many as the context has.
+
+    Returns:
+      What was compared, all steps together, and the tokens of each step.
+    """
+    backend = LiteRTBackend(path, "ref", keep_tensors=True)
+    session, shape = Session(backend), simulator.shape
+    taken = tuple(steps(shape.prefill, len(ids)))
+    found = []
+    for count in taken:
+        at, slots = session.filled, shape.context - count
+        now = np.asarray(ids[at : at + count], np.int32)
+        past = (session.k[:, :, :slots], session.v[..., :slots])
+        expected = simulator.tensors(now, at, *past)
+        session.step(now, count)
+        ops = op_names(cached_decoder(model, count, shape.context))
+        found.append(compare(backend.tensors(count), expected, ops))
+    return (
+        Comparison(
+            sum(c.tensors for c in found),
+            sum(c.elements for c in found),
+            tuple(d for c in found for d in c.differences),
+        ),
+        taken,
+    )
