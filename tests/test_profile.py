@@ -41,7 +41,7 @@ def test_plain_is_what_export_writes(tmp_path):
 
 
 @pytest.mark.parametrize("kernels", ["ref", "opt", "xnn"])
-@pytest.mark.parametrize("plan", ["w8a8", "w4a8s8", "w4a16", "mixed"])
+@pytest.mark.parametrize("plan", ["w8a8", "w4a8s8", "w8a8i8", "w4a16", "mixed"])
 def test_composites_change_no_bit_on_a_cpu(tmp_path, plan, kernels):
     model, ids = tiny.quantized("gqa_llama3", plan), tiny.random_ids((TOKENS,), 3)
     logits = []

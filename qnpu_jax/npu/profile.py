@@ -30,8 +30,8 @@ class Profile:
     """What is spelled in an NPU's own ops.
 
     Attributes:
-      rms_norm: a norm is a composite, for which Qualcomm's compiler takes its own op; our ops are
-        the decomposition, which everything else runs.
+      rms_norm: a norm is a composite, for which Qualcomm's compiler takes its own op, if it is of
+        16 bits; our ops are the decomposition, which everything else runs.
     """
 
     rms_norm: bool = False
