@@ -248,19 +248,23 @@ def test_the_frozen_model_is_the_learned_one(runs):
     """Integer arithmetic rounds otherwise than float32 does: a code differs by one here and there
     (test_parity), which two layers at 8 bits make about one code of every logit."""
     dec, params, _ = learnable.made()
-    made, ids = runs[0], TEXT.held_out[0]
+    made = runs[0]
     model = freeze(dec, made.params, made.free, learnable.PREFIX)
-    codes = simulate(compile_model(model, model.decoder(len(ids))), ids)["head.logits"]
+    simulator = compile_model(model, model.decoder(learnable.TOKENS))
     scale, zero = (v["head.logits"] for v in (model.scale, model.zero_point))
-    integer = (np.asarray(codes, np.float64) - zero) * scale
     after = {n: jnp.asarray(x) for n, x in made.params.items()}
+    windows = np.concatenate([TEXT.held_out, TEXT.learning])
     fake, exact = (
-        learnable.logits_of(dec, r, ids)
+        np.rint(np.concatenate([learnable.logits_of(dec, r, ids) for ids in windows]) / scale)
         for r in (Reading(after, resolve(dec, made.free)), Reading(params, {}))
     )
-    assert np.abs(integer - fake).mean() <= 1.5 * scale
-    assert np.abs(exact - fake).mean() > 4 * scale, "quantization costs more than that"
-    # Their first choices are one, or closer in the other's logits than the two codes, one of each
-    # logit, that integer arithmetic can put between them.
-    behind = fake.max(axis=-1) - np.take_along_axis(fake, integer.argmax(-1)[:, None], -1)[:, 0]
-    assert (behind <= 2 * scale).all() and (behind == 0).mean() >= 0.75
+    codes = np.concatenate([simulate(simulator, ids)["head.logits"] for ids in windows])
+    integer = codes.astype(np.float64) - zero
+    assert np.abs(integer - fake).mean() <= 1.5
+    assert np.abs(exact - fake).mean() > 4, "quantization costs more than that"
+    # A first choice that leads by more than the 3 codes which the two roundings have put between
+    # any first and second of these 160 positions is the same one, everywhere.
+    runner_up, best = np.partition(fake, -2, axis=-1)[:, -2:].T
+    clear = best - runner_up > 3
+    assert clear.mean() >= 0.85
+    assert (integer.argmax(axis=-1) == fake.argmax(axis=-1))[clear].all()
