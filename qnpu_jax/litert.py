@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,8 @@ class LiteRT:
     Args:
       path: a .tflite with one signature, ids (T,) int32 to logits.
       kernels: `ref`, `opt` or `xnn`.
-      keep_tensors: keep every intermediate tensor readable after a run.
+      keep_tensors: keep every intermediate tensor readable after a run; XNNPACK then gets one op at
+        a time.
       threads: of the interpreter.
 
     Raises:
@@ -81,7 +83,9 @@ def open_interpreter(
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a .tflite; run `qnpu quantize` first")
     try:
-        with _quiet():
+        with _quiet(), warnings.catch_warnings():
+            # Keeping tensors costs memory under XNNPACK too: the caller asked for them.
+            warnings.filterwarnings("ignore", ".*experimental_preserve_all_tensors.*")
             interpreter = Interpreter(
                 model_path=str(path),
                 experimental_op_resolver_type=RESOLVERS[kernels],

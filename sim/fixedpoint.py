@@ -10,7 +10,7 @@ caller opens around tracing and running; without it these functions raise instea
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,10 @@ library of the arguments. A union would be no help: JAX and NumPy type their ope
 """
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+
+Rounding = Literal["double", "single"]
+Ties = Literal["up", "away", "even"]
+"""Where half a code goes: towards plus infinity, away from zero, to the even neighbour."""
 
 
 def wide(x: Codes) -> Codes:
@@ -127,9 +131,10 @@ def multiply_by_quantized_multiplier_64(x: Codes, multiplier: Codes, shift: Code
     """MBQM64: floor(x m 2^(shift - 15) + 1/2) with m = M rounded to 15 bits.
 
     Args:
-      x: int64, |x| < 2^47.
+      x: int64, |x| 2^max(shift - 14, 0) < 2^47.
       multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
-      shift: int32 in [-31, 7].
+      shift: int32 in [-31, 7]; up to 21 for an x that the reference has 2^7 or 2^14 times larger,
+        with a shift as much smaller.
 
     Returns:
       int32; a larger result wraps, as the reference's cast does.
@@ -140,13 +145,40 @@ def multiply_by_quantized_multiplier_64(x: Codes, multiplier: Codes, shift: Code
     reduced = reduced - (
         reduced >> np.int64(15)
     )  # 2^15 becomes 2^15 - 1; everything else is below it
-    total = np.int64(15) - wide(shift)
+    left = (wide(shift) - np.int64(14)) * (shift > np.int32(14)).astype(np.int64)
+    total = np.int64(15) - wide(shift) + left
     half = np.int64(1) << (total - np.int64(1))
-    return ((wide(x) * reduced + half) >> total).astype(np.int32)
+    return (((wide(x) << left) * reduced + half) >> total).astype(np.int32)
 
 
-def multiply_by_quantized_multiplier_wide(x: Codes, multiplier: Codes, shift: Codes) -> Codes:
-    """MBQM of a 64-bit accumulator: the same two roundings with all 31 bits of the multiplier.
+def multiply_by_quantized_multiplier_single(x: Codes, multiplier: Codes, shift: Codes) -> Codes:
+    """x M 2^(shift - 31) by the vector code of x86: rounded twice, ties upwards both times.
+
+    Args:
+      x: int32; x 2^max(shift, 0) wraps at 32 bits.
+      multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
+      shift: int32 in [-31, 31].
+
+    Returns:
+      int32.
+
+    Reference: ruy apply_multiplier.cc, `MultiplyByQuantizedMultiplier`; LiteRT optimized
+      `MultiplyByQuantizedMultiplier4Rows` in its NEON form, which x86 runs by translation.
+    """
+    zero = np.int32(0)
+    left = shift * (shift > zero).astype(np.int32)
+    high = _high_multiply(x << left, multiplier)
+    exponent = wide(left - shift)
+    return ((high + ((np.int64(1) << exponent) >> np.int64(1))) >> exponent).astype(np.int32)
+
+
+def multiply_by_quantized_multiplier_wide(
+    x: Codes, multiplier: Codes, shift: Codes, rounding: Rounding = "double", ties: Ties = "away"
+) -> Codes:
+    """x M 2^(shift - 31) of a 64-bit accumulator with all 31 bits of the multiplier.
+
+    `double` rounds as a rounding doubling high multiply (ties upwards) and a rounding shift
+    (`ties`) do, one after the other: MBQM. `single` rounds the whole product once.
 
     Args:
       x: int64, |x| 2^max(shift, 0) < 2^47.
@@ -156,21 +188,37 @@ def multiply_by_quantized_multiplier_wide(x: Codes, multiplier: Codes, shift: Co
     Returns:
       int32; a larger result saturates.
 
-    Reference: own; equal to `multiply_by_quantized_multiplier` wherever that neither wraps nor
-      saturates.
+    Reference: own; `double` with ties `away` is equal to `multiply_by_quantized_multiplier`
+      wherever that neither wraps nor saturates.
     """
-    zero = np.int64(0)
     m, s = wide(multiplier), wide(shift)
-    left = s * (s > zero).astype(np.int64)
+    left = s * (s > np.int64(0)).astype(np.int64)
     x = wide(x) << left
-    # x = 2^16 h + l: h m fits 62 bits, where x m would not fit 64.
-    high = (x >> np.int64(16)) * m + (((x & np.int64(0xFFFF)) * m) >> np.int64(16))
-    high = (high + np.int64(2**14)) >> np.int64(15)
-    exponent = left - s
-    mask = ~(np.int64(-1) << exponent)
-    threshold = (mask >> np.int64(1)) + (high < zero).astype(np.int64)
-    y = (high >> exponent) + ((high & mask) > threshold).astype(np.int64)
+    # x M = 2^16 high + low: as one number it would not fit 64 bits.
+    product = (x & np.int64(0xFFFF)) * m
+    high, low = (x >> np.int64(16)) * m + (product >> np.int64(16)), product & np.int64(0xFFFF)
+    if rounding == "double":
+        y = _divide((high + np.int64(2**14)) >> np.int64(15), left - s, ties)
+    else:
+        y = _divide(high, left - s + np.int64(15), ties, sticky=low)
     return y.clip(np.int64(INT32_MIN), np.int64(INT32_MAX)).astype(np.int32)
+
+
+def _divide(x: Codes, exponent: Codes, ties: Ties, sticky: Codes = 0) -> Codes:
+    """x / 2^exponent rounded to the nearest; `sticky` > 0 says that x is really a little larger.
+
+    Args:
+      x: int64.
+      exponent: int64 in [0, 62], broadcasting.
+    """
+    one, zero = np.int64(1), np.int64(0)
+    half = (one << exponent) >> one
+    y = (x + half) >> exponent
+    if ties == "up":
+        return y
+    tied = ((x & ((one << exponent) - one)) == half) & (half > zero) & (sticky == zero)
+    back = (x < zero) if ties == "away" else (y & one) == one
+    return y - (tied & back).astype(np.int64)
 
 
 def round_half_away(x: Codes) -> Codes:
@@ -222,21 +270,25 @@ def integer_sqrt(x: np.ndarray) -> np.ndarray:
 
 
 def lut_lookup(x: Codes, lut: Codes) -> Codes:
-    """Linear interpolation in a table of 513 entries over the int16 range: 9 bits index, 7 bits
-    interpolate.
+    """Linear interpolation in a table of 2^n + 1 entries over the int16 range: n bits index, the
+    other 16 - n interpolate.
 
     Args:
       x: int32 in [-2^15, 2^15).
-      lut: int16, 513 entries.
+      lut: int16; LiteRT's have 513 entries.
 
     Returns:
-      int32 in the int16 range: base + (slope offset + 64) / 128, base and slope wrapping at 16
-      bits.
+      int32 in the int16 range: base + (slope offset + half) / 2^(16 - n), base and slope wrapping
+      at 16 bits.
 
     Reference: LiteRT tflite/kernels/internal/common.h, `LUTLookup` (int16).
     """
-    index = (x >> np.int32(7)) + np.int32(256)
+    rest = 16 - (len(lut) - 1).bit_length() + 1
+    if rest == 0:
+        return lut[x + np.int32(2**15)].astype(np.int32)
+    index = (x >> np.int32(rest)) + np.int32((len(lut) - 1) // 2)
     base, following = lut[index], lut[index + np.int32(1)]
     slope = (following - base).astype(np.int32)
-    delta = (slope * (x & np.int32(127)) + np.int32(64)) >> np.int32(7)
+    offset = x & np.int32(2**rest - 1)
+    delta = (slope * offset + np.int32(2 ** (rest - 1))) >> np.int32(rest)
     return (base.astype(np.int32) + delta).astype(np.int16).astype(np.int32)

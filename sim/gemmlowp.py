@@ -1,4 +1,5 @@
-"""Transcendental functions in fixed point: the arithmetic behind int8 SOFTMAX and RSQRT.
+"""Transcendental functions in fixed point: the arithmetic behind int8 SOFTMAX and RSQRT, and int16
+LOGISTIC at one scale.
 
 A Qm.n number is an int32 with m integer bits and n = 31 - m fraction bits. As in `sim.fixedpoint`,
 operators only: the functions take NumPy and JAX arrays.
@@ -106,3 +107,56 @@ def inverse_sqrt(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.where(is_one, INT32_MAX, x).astype(np.int32),
         np.where(is_one, 0, -np.maximum(shift, 0)).astype(np.int32),
     )
+
+
+def _high16(a: Codes, b: Codes | int) -> Codes:
+    """round(a b / 2^15) of int16 values held as int32, ties upwards.
+
+    Reference: fixedpoint.h, `SaturatingRoundingDoublingHighMul` (int16); no factor here is -2^15.
+    """
+    return (a * np.int32(b) + np.int32(2**14)) >> np.int32(15)
+
+
+def _clip16(x: Codes) -> Codes:
+    return x.clip(np.int32(-(2**15)), np.int32(2**15 - 1))
+
+
+def _exp16(a: np.ndarray) -> np.ndarray:
+    """exp(a) as Q0.15 for a Q3.12 in [-8, 0]: as `exp_on_negative_values`, in int16.
+
+    Its constants are those of int32, rounded to their upper half.
+    """
+    quarter = np.int32(1 << 10)
+    rest = (a & (quarter - np.int32(1))) - quarter
+    x = (rest << np.int32(3)) + np.int32(1 << 12)
+    x2 = _high16(x, x)
+    x3, x4 = _high16(x2, x), _high16(x2, x2)
+    third = _high16(rounding_divide_by_pot(x4, np.int32(2)) + x3, 10923)
+    higher = rounding_divide_by_pot(third + x2, np.int32(1))
+    result = _clip16(np.int32(28918) + _high16(x + higher, 28918))
+    for k, factor in enumerate(_EXP_OF_POWERS[:5]):
+        picked = ((rest - a) >> np.int32(10 + k)) & np.int32(1) == 1
+        multiplier = int(rounding_divide_by_pot(np.int32(factor), np.int32(16)))
+        result = np.where(picked, _high16(result, multiplier), result)
+    return np.where(a == 0, np.int32(2**15 - 1), result).astype(np.int32)
+
+
+def logistic16(a: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-a)) as Q0.15 for a Q3.12: exponential and Newton-Raphson in int16.
+
+    Args:
+      a: int32 in the int16 range.
+
+    Returns:
+      int32 in the int16 range.
+
+    Reference: fixedpoint.h, `logistic`, `one_over_one_plus_x_for_x_in_0_1` (int16).
+    """
+    half_denominator = (_exp16(-np.abs(a)) + np.int32(2**15)) >> np.int32(1)
+    x = np.int32(23130) + _high16(half_denominator, -15420)
+    for _ in range(3):
+        error = np.int32(1 << 13) - _high16(half_denominator, x)
+        x = x + _clip16(_high16(x, error) << np.int32(2))
+    positive = _clip16(x << np.int32(1))
+    y = np.where(a > 0, positive, np.int32(2**15 - 1) - positive)
+    return np.where(a == 0, np.int32(1 << 14), y).astype(np.int32)

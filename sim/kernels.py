@@ -23,70 +23,43 @@ import numpy as np
 from jax import Array
 
 from qnpu_jax.ops import WIDENING
-from sim.fixedpoint import (
-    lut_lookup,
-    multiply_by_quantized_multiplier,
-    rounding_divide_by_pot,
-    saturate,
-    srdhm,
-    wide,
-)
+from sim.accumulate import Limit, Saturate, Wrap, saturating_sum, wrap
+from sim.elementwise import Leaf
+from sim.fixedpoint import lut_lookup, rounding_divide_by_pot, saturate, srdhm, wide
 from sim.gemmlowp import one_over_one_plus_x
 from sim.numerics import Scale, rescale
-
-Leaf = np.ndarray | Array
-"""A constant: NumPy as prepared, traced inside a jitted kernel."""
 
 
 class FullyConnectedConstants(NamedTuple):
     """offset (N,): bias plus what input zero point or byte split adds, int32 (wraps) or int64 (wide
-    accumulator)."""
+    accumulator); limit: of an accumulator that may be too narrow."""
 
     offset: Leaf
     scale: Scale
     zero_point: Leaf
+    limit: Limit = None
 
 
 class BatchMatmulConstants(NamedTuple):
-    """Zero points (int32 scalars) of both inputs and the output."""
+    """Zero points (int32 scalars) of both inputs and the output; limit: of an accumulator that may
+    be too narrow."""
 
     x_zero_point: Leaf
     y_zero_point: Leaf
     scale: Scale
     zero_point: Leaf
-
-
-class AddConstants(NamedTuple):
-    """Zero points of both inputs; multiplier and shift of x, of y and of the sum, in this order,
-    each (3,)."""
-
-    x_zero_point: Leaf
-    y_zero_point: Leaf
-    multiplier: Leaf
-    shift: Leaf
-    zero_point: Leaf
-
-
-class MulConstants(NamedTuple):
-    """Zero points of both inputs and the output; scale of the product."""
-
-    x_zero_point: Leaf
-    y_zero_point: Leaf
-    scale: Scale
-    zero_point: Leaf
-
-
-class QuantizeConstants(NamedTuple):
-    """Zero points of input and output; scale of the difference."""
-
-    x_zero_point: Leaf
-    scale: Scale
-    zero_point: Leaf
+    limit: Limit = None
 
 
 class SoftmaxInt8Constants(NamedTuple):
     """exp (256,): Q0.31 of exp(-scale d) by d = row maximum - code; 0 where the kernel drops the
     term."""
+
+    exp: Leaf
+
+
+class SoftmaxFloatConstants(NamedTuple):
+    """exp (256,): float32 exp(-scale d) by d = row maximum - code."""
 
     exp: Leaf
 
@@ -120,12 +93,17 @@ def fully_connected(x: Array, w: Array, c: FullyConnectedConstants) -> Array:
     Reference: LiteRT reference/integer_ops/fully_connected.h, `FullyConnectedPerChannel`.
     """
     offset = _row(c.offset, x.ndim)
-    if x.dtype == jnp.int8:
+    if isinstance(c.limit, Saturate):
+        rows = _less(x, c.limit.x_zero_point).reshape(1, -1, x.shape[-1])
+        acc = saturating_sum(rows, w.T[None], c.limit).reshape(*x.shape[:-1], w.shape[0])
+    elif x.dtype == jnp.int8:
         acc = _dot(x, w, (((x.ndim - 1,), (1,)), ((), ()))) + offset
     else:
         # One dot of both bytes reads the weights once.
         both = _dot(jnp.stack(_bytes(x)), w, (((x.ndim,), (1,)), ((), ()))).astype(offset.dtype)
         acc = (both[0] << jnp.asarray(8, offset.dtype)) + both[1] + offset
+    if isinstance(c.limit, Wrap):
+        acc = wrap(acc, c.limit.bits)
     return saturate(rescale(acc, c.scale) + _row(c.zero_point, 0), x.dtype)
 
 
@@ -160,7 +138,10 @@ def batch_matmul(
     k_axis = 2 if adj_y else 1
     # |codes - zero point| <= 255: a sum of so few products fits 31 bits, whatever x's type.
     small = x_is_byte and y_is_byte and x.shape[2] * 255**2 < 2**31
-    if x.dtype == jnp.int16 and x.shape[1] == y.shape[3 - k_axis] == 1:
+    if isinstance(c.limit, Saturate):
+        y_real = _less(y.swapaxes(1, 2) if adj_y else y, c.y_zero_point)
+        acc = saturating_sum(_less(x, c.x_zero_point), y_real, c.limit)
+    elif x.dtype == jnp.int16 and x.shape[1] == y.shape[3 - k_axis] == 1:
         acc = _row_products(x // WIDENING if x_is_byte else x, y // WIDENING if y_is_byte else y)
     else:
         acc = _matmul(
@@ -169,7 +150,13 @@ def batch_matmul(
             k_axis,
             jnp.int32 if x.dtype == jnp.int8 or small else jnp.int64,
         )
+    if isinstance(c.limit, Wrap):
+        acc = wrap(acc, c.limit.bits)
     return saturate(rescale(acc, c.scale) + _row(c.zero_point, 0), x.dtype)
+
+
+def _less(x: Array, zero_point: Leaf) -> Array:
+    return x.astype(jnp.int32) - jnp.asarray(zero_point)
 
 
 def _row_products(x: Array, y: Array) -> Array:
@@ -237,63 +224,7 @@ def _row(leaf: Leaf, ndim: int) -> Array:
     return array.reshape((1,) * (ndim - array.ndim) + array.shape) if array.ndim else array
 
 
-def add(x: Array, y: Array, c: AddConstants) -> Array:
-    """z = clip(MBQM(MBQM((x - zx) 2^L) + MBQM((y - zy) 2^L)) + zero_point), L = 20 for int8, 15 for
-    int16.
-
-    Args:
-      x, y: codes of one type, shapes that broadcast as in NumPy.
-      c: from `prepare_add`.
-
-    Returns:
-      Codes of the broadcast shape.
-
-    Reference: LiteRT reference/add.h, `AddElementwise`; kernels/add.cc, `Prepare` with
-      pot_scale_int16 = False.
-    """
-    shape = jnp.broadcast_shapes(x.shape, y.shape)
-    multiplier, shift = jnp.asarray(c.multiplier), jnp.asarray(c.shift)
-    left = np.int32(20 if x.dtype == jnp.int8 else 15)
-
-    def term(codes: Array, zero_point: Leaf, i: int) -> Array:
-        real = (codes.astype(jnp.int32) - jnp.asarray(zero_point)) << left
-        return jnp.broadcast_to(
-            multiply_by_quantized_multiplier(real, multiplier[i], shift[i]), shape
-        )
-
-    total = term(x, c.x_zero_point, 0) + term(y, c.y_zero_point, 1)
-    z = multiply_by_quantized_multiplier(total, multiplier[2], shift[2])
-    return saturate(z + jnp.asarray(c.zero_point), x.dtype)
-
-
-def mul(x: Array, y: Array, c: MulConstants) -> Array:
-    """z = clip(rescale((x - zx)(y - zy)) + zero_point).
-
-    Args:
-      x, y: codes of one type, shapes that broadcast as in NumPy.
-      c: from `prepare_mul`.
-
-    Returns:
-      Codes of the broadcast shape.
-
-    Reference: LiteRT reference/integer_ops/mul.h, `MulElementwise`.
-    """
-    shape = jnp.broadcast_shapes(x.shape, y.shape)
-    x_real = jnp.broadcast_to(x.astype(jnp.int32) - jnp.asarray(c.x_zero_point), shape)
-    y_real = jnp.broadcast_to(y.astype(jnp.int32) - jnp.asarray(c.y_zero_point), shape)
-    return saturate(rescale(x_real * y_real, c.scale) + jnp.asarray(c.zero_point), x.dtype)
-
-
-def quantize(x: Array, c: QuantizeConstants, *, dtype: np.dtype | type) -> Array:
-    """y = clip(rescale(x - x_zero_point) + zero_point) as `dtype` (int8 or int16).
-
-    Reference: LiteRT reference/requantize.h, `Requantize`.
-    """
-    real = x.astype(jnp.int32) - jnp.asarray(c.x_zero_point)
-    return saturate(rescale(real, c.scale) + jnp.asarray(c.zero_point), dtype)
-
-
-def softmax_int8(x: Array, c: SoftmaxInt8Constants) -> Array:
+def softmax_int8(x: Array, c: SoftmaxInt8Constants | SoftmaxFloatConstants) -> Array:
     """exp(x) / sum exp(x) over the last axis at scale 1/256, zero point -128.
 
     exp is Q0.31, the sum Q12.19, its reciprocal by Newton-Raphson. LiteRT aborts where the sum of
@@ -301,7 +232,7 @@ def softmax_int8(x: Array, c: SoftmaxInt8Constants) -> Array:
 
     Args:
       x: (..., T) int8 codes.
-      c: from `prepare_softmax_int8`.
+      c: from `prepare_softmax_int8`; its type says fixed point or float32.
 
     Returns:
       (..., T) int8.
@@ -310,6 +241,8 @@ def softmax_int8(x: Array, c: SoftmaxInt8Constants) -> Array:
     """
     below = jnp.max(x, -1, keepdims=True).astype(jnp.int32) - x.astype(jnp.int32)
     exp = _lookup(c.exp, below)
+    if isinstance(c, SoftmaxFloatConstants):
+        return _softmax_float(exp)
     total = jnp.sum(rounding_divide_by_pot(exp, np.int32(12)), -1, keepdims=True, dtype=jnp.int32)
     headroom = jax.lax.clz(total)
     mantissa = (total << headroom) ^ np.int32(-(2**31))  # bit 31 is the leading one
@@ -317,6 +250,22 @@ def softmax_int8(x: Array, c: SoftmaxInt8Constants) -> Array:
     exponent = np.int32(12 + 31 - 8) - headroom
     y = rounding_divide_by_pot(srdhm(exp, reciprocal), exponent)
     return saturate(y - np.int32(128), jnp.int8)
+
+
+def _softmax_float(exp: Array) -> Array:
+    """round_half_away(exp (1 / (sum / 256))) - 128, the sum taken from left to right in float32.
+
+    Reference: LiteRT optimized/optimized_ops.h, `Softmax` (int8, with a table of exp).
+    """
+    total = jax.lax.fori_loop(
+        0,
+        exp.shape[-1],
+        lambda i, total: total + jax.lax.dynamic_index_in_dim(exp, i, -1, keepdims=False),
+        jnp.zeros(exp.shape[:-1], jnp.float32),
+    )
+    inverse = np.float32(1) / (total * np.float32(1 / 256))
+    y = jax.lax.round(exp * inverse[..., None], jax.lax.RoundingMethod.AWAY_FROM_ZERO)
+    return saturate(y.astype(jnp.int32) - np.int32(128), jnp.int8)
 
 
 def softmax_int16(x: Array, c: SoftmaxInt16Constants) -> Array:

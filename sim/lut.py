@@ -35,25 +35,27 @@ def interpolation_table(
     scale: np.floating,
     zero_point: int,
     output_scale: np.floating,
+    entries: int = 513,
 ) -> np.ndarray:
-    """513 samples of a function over the int16 range, for `lut_lookup`; output zero point 0.
+    """Samples of a function over the int16 range, for `lut_lookup`; output zero point 0.
 
     Each sample is moved by half the interpolation error in the middle of its interval.
 
     Args:
       function: on arrays of the type of the scales.
       scale, output_scale: float32, or float64 where the kernel computes in double.
+      entries: 2^n + 1.
 
     Returns:
-      int16 (513,).
+      int16 (entries,).
 
     Reference: LiteRT tflite/kernels/internal/common.h, `LUTPopulateInt16`.
     """
     real = type(scale)
     low, high = scale * real(-32768 - zero_point), scale * real(32767 - zero_point)
-    step = (high - low) / real(512)
+    step = (high - low) / real(entries - 1)
     inverse = real(65536) / (output_scale * real(32767) - output_scale * real(-32768))
-    i = np.arange(512).astype(real)
+    i = np.arange(entries - 1).astype(real)
     here = function(low + i * step)
     middle = function(low + i * step + step / real(2))
     following = function(low + (i + real(1)) * step)
@@ -65,18 +67,54 @@ def interpolation_table(
     return _saturate(np.concatenate([samples, last]), np.int16)
 
 
+def sampled(
+    function: Callable[[np.ndarray], np.ndarray],
+    dtype: np.dtype | type,
+    entries: int,
+    output: np.dtype | type | None = None,
+) -> np.ndarray:
+    """A function of one code as a machine with so many samples of it computes it: linear between
+    equally spaced codes, rounded half upwards; exact where there is a sample per code.
+
+    Args:
+      function: float64 codes (up to qmax + 1) to float64 output codes, unrounded.
+      entries: 2^n + 1 samples over the range of `dtype`.
+      output: type of the result; None: `dtype`.
+    """
+    output = dtype if output is None else output
+    limits, every = np.iinfo(output), codes(dtype).astype(np.int64)
+    rest = max(np.iinfo(dtype).bits - (entries - 1).bit_length() + 1, 0)
+    knots = np.arange(0, len(every) + 1, 2**rest) + every[0]
+    samples = fixedpoint.round_half_away(function(knots.astype(np.float64)))
+    samples = np.clip(samples, limits.min, limits.max).astype(np.int64)
+    position = every - every[0]
+    index, offset = position >> rest, position & (2**rest - 1)
+    delta = (samples[index + 1] - samples[index]) * offset + (2**rest >> 1)
+    return (samples[index] + (delta >> rest)).astype(output)
+
+
 @cache
-def softmax_tables() -> tuple[np.ndarray, np.ndarray]:
-    """The 513-entry tables of int16 SOFTMAX: exp on [-10, 0] and 1 / (1 + x) on [0, 1].
+def softmax_tables(entries: int = 513) -> tuple[np.ndarray, np.ndarray]:
+    """The tables of int16 SOFTMAX: exp on [-10, 0], and 1 / (1 + x) on [0, 1] in 513 entries.
 
     Reference: LiteRT tflite/kernels/activations.cc, `SoftmaxPrepare`.
     """
     span, output = np.float64(65535.0), np.float64(2.0) / np.float64(65535.0)
-    exp = interpolation_table(np.exp, np.float64(10.0) / span, 32767, output)
+    exp = interpolation_table(np.exp, np.float64(10.0) / span, 32767, output, entries)
     reciprocal = interpolation_table(
         lambda x: 1.0 / (1.0 + x), np.float64(1.0) / span, -32768, output
     )
     return exp, reciprocal
+
+
+def softmax_exp(scale: np.float32) -> np.ndarray:
+    """float32 exp(-scale d), d in [0, 255].
+
+    Reference: LiteRT optimized/optimized_ops.h, `PopulateSoftmaxLookupTable`.
+    """
+    # The C library's expf rounds correctly in all but rare cases; NumPy's float32 exp does not.
+    x = -scale * np.arange(256, dtype=np.float32)
+    return np.exp(x.astype(np.float64)).astype(np.float32)
 
 
 def logistic_int8(scale: np.float32, zero_point: int) -> np.ndarray:
@@ -90,6 +128,19 @@ def logistic_int8(scale: np.float32, zero_point: int) -> np.ndarray:
         exp = np.exp(-x.astype(np.float64)).astype(np.float32)
     y = np.float32(1) / (np.float32(1) + exp)
     return _saturate(fixedpoint.round_half_away(y * np.float32(256)) - np.float32(128), np.int8)
+
+
+def logistic_xnn(scale: np.float32, zero_point: int) -> np.ndarray:
+    """LOGISTIC on int8 by XNNPACK: the function in float64, its scaling in float32, rounded half to
+    even after the zero point is added.
+
+    Reference: XNNPACK src/reference/unary-elementwise.cc; the precision is measured (ai-edge-litert
+      2.3.0): float32 would differ at 3 of a million codes.
+    """
+    x = scale * (INT8_CODES - zero_point).astype(np.float32)
+    with np.errstate(over="ignore"):
+        y = (1 / (1 + np.exp(-x.astype(np.float64)))).astype(np.float32)
+    return _saturate(np.rint(y * np.float32(256) - np.float32(128)), np.int8)
 
 
 def _logistic_multiplier(scale: np.float32) -> tuple[int, int]:
@@ -108,12 +159,19 @@ def _logistic_multiplier(scale: np.float32) -> tuple[int, int]:
     return int(multiplier), shift
 
 
-def logistic_int16(scale: np.float32) -> np.ndarray:
+def logistic_int16(scale: np.float32, gemmlowp_at_2_12: bool = False) -> np.ndarray:
     """LOGISTIC on int16: a 256-entry sigmoid table on [0, 10.7), interpolated, point-symmetric.
 
-    Reference: LiteRT reference/integer_ops/logistic.h, `Logistic` (int16).
+    Args:
+      gemmlowp_at_2_12: the kernels that compute an input scale of 2^-12 (within 0.07%) otherwise:
+        the optimized ones.
+
+    Reference: LiteRT reference/integer_ops/logistic.h, `Logistic` (int16); activations.cc,
+      `SigmoidEval`.
     """
     multiplier, shift = _logistic_multiplier(scale)
+    if gemmlowp_at_2_12 and (multiplier, shift) == (3, 0):
+        return gemmlowp.logistic16(INT16_CODES).astype(np.int16)
     half = 1 << (shift - 1) if shift else 0
     # The kernel's product is an int32 and wraps; its shift is arithmetic.
     product = (INT16_CODES.astype(np.int64) * multiplier + half).astype(np.int32)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qnpu_jax.accumulators import overflowing, proved_bounds
+from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node, TensorSpec, is_identity
 from qnpu_jax.ops import (
@@ -37,8 +39,8 @@ from qnpu_jax.ops import (
     Sqrt,
     Transpose,
 )
-from sim import kernels, prepare
-from sim.numerics import Profile
+from sim import elementwise, kernels, prepare
+from sim.numerics import Profile, Rules, rules_of
 
 Codes = dict[str, jax.Array]
 NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
@@ -65,8 +67,13 @@ def compile_model(model: IntegerModel, dec: Any, profile: Profile = "litert_ref"
 
     Args:
       dec: `model.decoder(tokens, ...)`.
-      profile: a row of `sim.numerics.PROFILES`.
+      profile: a name of `sim.numerics.PROFILES`, or an `Npu`.
+
+    Raises:
+      UserError: the profile cannot represent an op, or its accumulators may overflow.
     """
+    rules = rules_of(profile)
+    tight = _tight(model, dec, rules)
     shared = model.inputs(dec)
     with jax.enable_x64():
         codes, constants = [], []
@@ -74,7 +81,7 @@ def compile_model(model: IntegerModel, dec: Any, profile: Profile = "litert_ref"
             layers = range(graph.layers)
             own = [_codes_of(model, graph, i, shared) for i in layers]
             codes.append([jax.tree.map(jnp.asarray, c) for c in own])
-            made = [_constants_of(model, graph, i, own[i], profile) for i in layers]
+            made = [_constants_of(model, graph, i, own[i], rules, tight) for i in layers]
             constants.append([jax.tree.map(jnp.asarray, c) for c in made])
     return Program(dec, profile, codes, constants)
 
@@ -211,7 +218,8 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
         case FullyConnected():
             return kernels.fully_connected(x[0], x[1], constants)
         case BatchMatmul(adj_y=adj_y):
-            narrow = [narrow_source(graph, n, layer) for n in node.inputs]
+            tight = constants.limit is not None
+            narrow = [_operand(graph, n, layer, tight) for n in node.inputs]
             y = graph[narrow[1]].quant
             return kernels.batch_matmul(
                 x[0],
@@ -223,11 +231,11 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
                 y_is_symmetric=y is not None and y.symmetric,
             )
         case Add() | AddMask():
-            return kernels.add(x[0], x[1], constants)
+            return elementwise.add(x[0], x[1], constants)
         case Mul() | Keep():
-            return kernels.mul(x[0], x[1], constants)
+            return elementwise.mul(x[0], x[1], constants)
         case Requantize():
-            return kernels.quantize(x[0], constants, dtype=dtype_of(graph[node.output], layer))
+            return elementwise.quantize(x[0], constants, dtype=dtype_of(graph[node.output], layer))
         case Softmax():
             softmax = kernels.softmax_int8 if x[0].dtype == jnp.int8 else kernels.softmax_int16
             return softmax(x[0], constants)
@@ -273,8 +281,33 @@ def _at(array: np.ndarray, graph: Graph, layer: int) -> Any:
     return array[layer] if graph.prefix == "layers." else array[()]
 
 
+def _tight(model: IntegerModel, dec: Any, rules: Rules) -> frozenset[str]:
+    """Outputs of ops whose sums are not proved to fit the profile's accumulators, by global name.
+
+    Raises:
+      UserError: there are some, and the profile does not say what happens to them.
+    """
+    if rules.accumulator_bits is None:
+        return frozenset()
+    bounds = proved_bounds(dec, model.codes, model.zero_point)
+    passing = overflowing(bounds, rules.accumulator_bits)
+    if passing and rules.overflow == "error":
+        worst = max(passing, key=lambda b: b.needed)
+        raise UserError(
+            f"{worst.tensor}: its accumulator ({worst.op}) can reach [{worst.low}, {worst.high}],"
+            f" which needs {worst.needed} bits; got accumulator_bits={rules.accumulator_bits};"
+            f" {len(passing)} ops are past it: widen it, or choose overflow='wrap' or 'saturate'"
+        )
+    return frozenset(b.tensor for b in passing)
+
+
 def _constants_of(
-    model: IntegerModel, graph: Graph, layer: int, codes: dict[str, np.ndarray], profile: Profile
+    model: IntegerModel,
+    graph: Graph,
+    layer: int,
+    codes: dict[str, np.ndarray],
+    rules: Rules,
+    tight: frozenset[str],
 ) -> dict[str, Any]:
     def scale(name: str) -> Any:
         return _at(model.scale[graph.prefix + name], graph, layer)
@@ -282,12 +315,17 @@ def _constants_of(
     def pair(name: str) -> tuple[Any, int]:
         return scale(name), int(_at(model.zero_point[graph.prefix + name], graph, layer))
 
-    return {
-        node.output: constants
-        for node in graph.nodes
-        if not is_identity(graph, node, layer)
-        and (constants := _prepare(graph, node, layer, codes, profile, scale, pair)) is not None
-    }
+    made = {}
+    for node in graph.nodes:
+        if not is_identity(graph, node, layer):
+            name = global_name(graph, layer, node.output)
+            try:
+                constants = _prepare(graph, node, layer, codes, rules, name in tight, scale, pair)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            if constants is not None:
+                made[node.output] = constants
+    return made
 
 
 def _prepare(
@@ -295,7 +333,8 @@ def _prepare(
     node: Node,
     layer: int,
     codes: dict[str, np.ndarray],
-    profile: Profile,
+    rules: Rules,
+    tight: bool,
     scale: Callable[[str], Any],
     pair: Callable[[str], tuple[Any, int]],
 ) -> Any:
@@ -305,30 +344,41 @@ def _prepare(
     dtype = dtype_of(graph[names[0]], layer)
     match node.op:
         case FullyConnected():
+            weights = graph[names[1]].quant
+            assert weights is not None
             return prepare.prepare_fully_connected(
-                profile,
+                rules,
                 dtype,
                 codes[names[1]],
                 codes[names[2]],
                 *pair(names[0]),
                 scale(names[1]),
                 *pair(out),
+                weight_bits=weights.bits[layer],
+                tight=tight,
             )
         case BatchMatmul():
-            x, y = (pair(narrow_source(graph, n, layer)) for n in names)  # the byte's own
-            return prepare.prepare_batch_matmul(dtype, *x, *y, *pair(out))
+            x, y = (pair(_operand(graph, n, layer, tight)) for n in names)
+            return prepare.prepare_batch_matmul(rules, dtype, *x, *y, *pair(out), tight=tight)
         case Add() | AddMask():
-            return prepare.prepare_add(dtype, *pair(names[0]), *pair(names[1]), *pair(out))
+            return prepare.prepare_add(rules, dtype, *pair(names[0]), *pair(names[1]), *pair(out))
         case Mul() | Keep():
-            return prepare.prepare_mul(*pair(names[0]), *pair(names[1]), *pair(out))
+            return prepare.prepare_mul(rules, dtype, *pair(names[0]), *pair(names[1]), *pair(out))
         case Requantize():
-            return prepare.prepare_quantize(*pair(names[0]), *pair(out))
+            output = dtype_of(graph[out], layer)
+            return prepare.prepare_quantize(rules, dtype, output, *pair(names[0]), *pair(out))
         case Softmax() if dtype == np.int8:
-            return prepare.prepare_softmax_int8(scale(names[0]))
+            return prepare.prepare_softmax_int8(rules, scale(names[0]))
         case Softmax():
-            return prepare.prepare_softmax_int16(scale(names[0]))
+            return prepare.prepare_softmax_int16(rules, scale(names[0]))
         case Logistic() | Sqrt() | Rsqrt():
             kind: Any = type(node.op).__name__.lower()
-            return prepare.prepare_unary(kind, profile, dtype, *pair(names[0]), *pair(out))
+            return prepare.prepare_unary(kind, rules, dtype, *pair(names[0]), *pair(out))
         case _:
             assert_never(node.op)
+
+
+def _operand(graph: Graph, name: str, layer: int, tight: bool) -> str:
+    """What a BATCH_MATMUL multiplies: the byte behind a widened operand (`narrow_source`), but
+    where its sum is limited and so has to be the file's own."""
+    return name if tight else narrow_source(graph, name, layer)

@@ -15,8 +15,8 @@ from numpy.random import Generator
 from single_op import Tensor
 
 from qnpu_jax import ops
-from sim import kernels, prepare
-from sim.numerics import Profile
+from sim import elementwise, kernels, prepare
+from sim.numerics import Profile, rules_of
 
 Code = schema.BuiltinOperator
 ZERO_POINTS = (-128, -5, 0, 7, 127)
@@ -99,11 +99,13 @@ def fully_connected(rng: Generator, dtype: str, bits: int, bias_dtype: str) -> C
     magnitude = float(x.scale * weight_scale.mean()) * (2 ** BITS[dtype] * high * 5 + limit)
     y = draw_output(rng, dtype, magnitude, (t, n))
     w = Tensor(f"int{bits}", weights, weight_scale, constant=True)
-    b = Tensor(bias_dtype, bias, constant=True)
+    # XNNPACK takes the op only where the bias has scales.
+    b = Tensor(bias_dtype, bias, (weight_scale * x.scale).astype(np.float32), constant=True)
 
     def constants(profile: Profile) -> tuple:
         args: Any = (*qparams(x), weight_scale, *qparams(y))
-        return (prepare.prepare_fully_connected(profile, np.dtype(dtype), weights, bias, *args),)
+        made = prepare.prepare_fully_connected
+        return (made(rules_of(profile), np.dtype(dtype), weights, bias, *args, weight_bits=bits),)
 
     return Case([x, w, b], y, (x.data, weights), constants)
 
@@ -126,7 +128,9 @@ def batch_matmul(
             replace(t, scale=np.float32(128 * t.scale)) if is_byte else t
             for t, is_byte in zip((x, y), bytes_, strict=True)
         ]
-        return (prepare.prepare_batch_matmul(np.dtype(dtype), *qparams(*narrow, z)),)
+        return (
+            prepare.prepare_batch_matmul(rules_of(profile), np.dtype(dtype), *qparams(*narrow, z)),
+        )
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -149,7 +153,7 @@ def add(rng: Generator, dtype: str, shapes: tuple) -> Case:
     z = Tensor(dtype, None, max(z.scale, low), z.zero_point, shape=z.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_add(np.dtype(dtype), *qparams(x, y, z)),)
+        return (prepare.prepare_add(rules_of(profile), np.dtype(dtype), *qparams(x, y, z)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -164,7 +168,7 @@ def add_mask(rng: Generator, dtype: str) -> Case:
     z = Tensor(dtype, None, scale, shape=scores.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_add(np.dtype(dtype), *qparams(scores, m, z)),)
+        return (prepare.prepare_add(rules_of(profile), np.dtype(dtype), *qparams(scores, m, z)),)
 
     return Case([scores, m], z, (scores.data, mask), constants)
 
@@ -177,7 +181,7 @@ def keep(rng: Generator, dtype: str) -> Case:
     z = Tensor(dtype, None, p.scale, shape=p.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_mul(*qparams(p, k, z)),)
+        return (prepare.prepare_mul(rules_of(profile), np.dtype(dtype), *qparams(p, k, z)),)
 
     return Case([p, k], z, (p.data, seen), constants)
 
@@ -187,7 +191,7 @@ def mul(rng: Generator, dtype: str, shapes: tuple) -> Case:
     z = draw_output(rng, dtype, real_range(x) * real_range(y), np.broadcast_shapes(*shapes))
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_mul(*qparams(x, y, z)),)
+        return (prepare.prepare_mul(rules_of(profile), np.dtype(dtype), *qparams(x, y, z)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -197,7 +201,11 @@ def quantize(rng: Generator, dtype: str, output_dtype: str) -> Case:
     y = draw_output(rng, output_dtype, real_range(x), x.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_quantize(*qparams(x, y)),)
+        return (
+            prepare.prepare_quantize(
+                rules_of(profile), np.dtype(dtype), np.dtype(output_dtype), *qparams(x, y)
+            ),
+        )
 
     return Case([x], y, (x.data,), constants)
 
@@ -214,7 +222,7 @@ def softmax(rng: Generator, dtype: str) -> Case:
 
     def constants(profile: Profile) -> tuple:
         make = prepare.prepare_softmax_int8 if dtype == "int8" else prepare.prepare_softmax_int16
-        return (make(scale),)
+        return (make(rules_of(profile), scale),)
 
     return Case([x], Tensor(dtype, None, *FIXED[dtype], shape=(64, 200)), (x.data,), constants)
 
@@ -237,7 +245,7 @@ def unary(rng: Generator, dtype: str, op: Any) -> Case:
     x = Tensor(dtype, codes, scale, zero_point)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_unary(op, profile, np.dtype(dtype), *qparams(x, output)),)
+        return (prepare.prepare_unary(op, rules_of(profile), np.dtype(dtype), *qparams(x, output)),)
 
     return Case([x], output, (codes,), constants)
 
@@ -298,16 +306,18 @@ def _variants(dtype: str) -> list[Variant]:
     variants = [
         *(_batch_matmul(dtype, adj, (3, 40, 48, 60), plain) for adj in (False, True)),
         _batch_matmul(dtype, True, (7000, 1, 24, 1), plain),
-        variant(ops.AddMask, dtype, Code.ADD, sum_options, kernels.add, add_mask),
+        variant(ops.AddMask, dtype, Code.ADD, sum_options, elementwise.add, add_mask),
         variant(ops.Softmax, dtype, Code.SOFTMAX, o, softmax_kernel, softmax),
     ]
     for s in SHAPES:
         name, o = f"{dtype}-{s}", options("Mul")
-        variants.append(variant(ops.Add, name, Code.ADD, sum_options, kernels.add, add, shapes=s))
-        variants.append(variant(ops.Mul, name, Code.MUL, o, kernels.mul, mul, shapes=s))
+        variants.append(
+            variant(ops.Add, name, Code.ADD, sum_options, elementwise.add, add, shapes=s)
+        )
+        variants.append(variant(ops.Mul, name, Code.MUL, o, elementwise.mul, mul, shapes=s))
     for to in ("int8", "int16"):
         name, o = f"{dtype}-{to}", options("Quantize")
-        kernel = partial(kernels.quantize, dtype=np.dtype(to))
+        kernel = partial(elementwise.quantize, dtype=np.dtype(to))
         case = partial(quantize, output_dtype=to)
         variants.append(variant(ops.Requantize, name, Code.QUANTIZE, o, kernel, case))
     for op in (ops.Logistic, ops.Sqrt, ops.Rsqrt):
@@ -349,7 +359,9 @@ def _movement(dtype: str) -> list[Variant]:
 VARIANTS: list[Variant] = [
     *(_fully_connected("int8", bits, "int32") for bits in (8, 4)),
     *(_fully_connected("int16", bits, b) for bits in (8, 4) for b in ("int32", "int64")),
-    Variant(ops.Keep, "int16", Code.MUL, options("Mul"), kernels.mul, partial(keep, dtype="int16")),
+    Variant(
+        ops.Keep, "int16", Code.MUL, options("Mul"), elementwise.mul, partial(keep, dtype="int16")
+    ),
     _batch_matmul("int16", False, (3, 40, 48, 60), (False, True)),
     _batch_matmul("int16", True, (3, 40, 48, 60), (True, False)),
     _batch_matmul("int16", True, (3, 40, 48, 60), (True, True)),

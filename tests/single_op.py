@@ -1,12 +1,13 @@
-"""Single-op models and the reference interpreter that runs them."""
+"""Single-op models and the interpreter that runs them."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from ai_edge_litert.interpreter import Interpreter
 
 from qnpu_jax.flatbuffer import ModelWriter
+from qnpu_jax.litert import RESOLVERS, KernelSet
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,21 @@ def single_op(code: int, options: Any, inputs: list[Tensor], output: Tensor) -> 
     return writer
 
 
-def interpret(model: bytes | str, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """The output of signature `op` under LiteRT's reference kernels."""
+def interpret(
+    model: bytes | str, feeds: dict[str, np.ndarray], kernels: KernelSet = "ref"
+) -> np.ndarray:
+    """The output of signature `op` under one of LiteRT's kernel sets."""
     content, path = (model, None) if isinstance(model, bytes) else (None, model)
     interpreter = Interpreter(
         model_path=path,
         model_content=content,
-        experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+        experimental_op_resolver_type=RESOLVERS[kernels],
     )
     return interpreter.get_signature_runner("op")(**feeds)["y"]
 
 
-def run_reference(code: int, options: Any, inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def run_op(
+    code: int, options: Any, inputs: list[Tensor], output: Tensor, kernels: KernelSet = "ref"
+) -> np.ndarray:
     feeds = {f"x{i}": t.data for i, t in enumerate(inputs) if not t.constant}
-    return interpret(single_op(code, options, inputs, output).to_bytes(), feeds)
+    return interpret(single_op(code, options, inputs, output).to_bytes(), feeds, kernels)

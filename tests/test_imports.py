@@ -28,7 +28,13 @@ LEVELS = {
     for name in names.split()
 }  # fmt: skip
 PEERS = {3, 4}  # levels whose modules may import one another
-SIM_IMPORTS = {"ops", "graph", "freeze", "config"}  # all that sim may see of qnpu_jax
+SIM_IMPORTS = {
+    "ops",
+    "graph",
+    "freeze",
+    "config",
+    "accumulators",
+}  # all that sim may see of qnpu_jax
 SIM_IMPORTERS = {"cli"}  # all of qnpu_jax that may see sim
 FILES = [p for package in ("qnpu_jax", "sim") for p in sorted((ROOT / package).rglob("*.py"))]
 

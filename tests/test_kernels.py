@@ -1,4 +1,4 @@
-"""Kernels against LiteRT's reference kernels: no element differs, on every op of the union."""
+"""Kernels against LiteRT's kernel sets: no element differs, on every op of the union."""
 
 import warnings
 from typing import Any, get_args
@@ -8,15 +8,23 @@ import jax
 import jax.extend.core
 import numpy as np
 import pytest
-from kernel_cases import VARIANTS, Variant
-from single_op import run_reference
+from kernel_cases import VARIANTS, Case, Variant
+from single_op import run_op
 
 from qnpu_jax import ops
-from sim import kernels, prepare
-from sim.numerics import FixedScale, FixedScaleWide
+from qnpu_jax.config import UserError
+from qnpu_jax.litert import KernelSet
+from sim import elementwise, prepare
+from sim.numerics import FixedScale, FixedScaleWide, ProfileName, rules_of
 
 ELEMENTS = 100_000
 """At least as many output elements are compared for every variant."""
+
+KERNELS: dict[ProfileName, KernelSet] = {
+    "litert_ref": "ref",
+    "litert_opt": "opt",
+    "litert_xnn": "xnn",
+}
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
@@ -35,16 +43,36 @@ def test_every_op_has_a_case():
     assert {v.op for v in VARIANTS} == set(get_args(ops.Op))
 
 
+def represented(case: Case, profile: ProfileName) -> tuple | None:
+    """The constants, or None for an op that the kernel set refuses."""
+    try:
+        return case.constants(profile)
+    except UserError:
+        return None
+
+
+@pytest.mark.parametrize("profile", list(KERNELS))
 @variants
-def test_equals_the_reference_interpreter(variant):
+def test_equals_the_interpreter(variant, profile):
     kernel: Any = jax.jit(lambda *args: variant.kernel(*args))  # a cache of its own
+    kinds = set()
+    compared = 0
     with jax.enable_x64():
         for case in cases(variant, ELEMENTS):
-            y = np.asarray(kernel(*case.arrays, *case.constants("litert_ref")))
-            expected = run_reference(variant.code, variant.options, case.inputs, case.output)
+            model = (variant.code, variant.options, case.inputs, case.output, KERNELS[profile])
+            constants = represented(case, profile)
+            if constants is None:
+                with pytest.raises(RuntimeError, match="XNNPACK"):
+                    run_op(*model)
+                continue
+            y = np.asarray(kernel(*case.arrays, *constants))
+            expected = run_op(*model)
             assert y.dtype == expected.dtype
             np.testing.assert_array_equal(y, expected)
-        assert kernel._cache_size() == 1, "constants must be arguments, not compiled in"
+            kinds.add(jax.tree.structure(constants))
+            compared += y.size
+    assert compared >= ELEMENTS // 2
+    assert kernel._cache_size() == len(kinds), "constants must be arguments, not compiled in"
 
 
 def dtypes(jaxpr: Any) -> set[np.dtype]:
@@ -104,10 +132,11 @@ def test_vmaps_over_codes_and_constants(variant):
 
 def test_without_64_bits_the_kernels_raise():
     x = np.ones((2, 3), np.int8)
-    constants = prepare.prepare_quantize(np.float32(1), 0, np.float32(2), 0)
+    scales = (np.float32(1), 0, np.float32(2), 0)
+    constants = prepare.prepare_quantize(rules_of("npu"), np.int8, np.int8, *scales)
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # JAX warns that it truncates; production code may not see it
         with pytest.raises(RuntimeError, match="enable_x64"):
-            jax.jit(lambda x, c: kernels.quantize(x, c, dtype=np.int8))(x, constants)
+            jax.jit(lambda x, c: elementwise.quantize(x, c, dtype=np.int8))(x, constants)

@@ -19,7 +19,7 @@ from qnpu_jax.evaluate import fake_quant_edge, local, ranges_of
 from qnpu_jax.evaluation import float_logits, integer_logits
 from qnpu_jax.freeze import IntegerModel, activation_scales, dequantize
 from qnpu_jax.graph import Graph, is_identity
-from qnpu_jax.litert import LiteRT
+from qnpu_jax.litert import KernelSet, LiteRT
 from qnpu_jax.ops import Rsqrt, Softmax, eval_op
 from sim.run import compile_model, global_name, run, run_graph
 
@@ -30,6 +30,8 @@ few = pytest.mark.parametrize(
     [("mha_tied", "w8a8"), ("gqa_llama3", "w4a16"), ("mqa_linear_bias", "mixed")],
 )
 profiles = pytest.mark.parametrize("profile", ["litert_ref", "npu"])
+KERNELS: dict[str, KernelSet] = {"litert_ref": "ref", "litert_opt": "opt", "litert_xnn": "xnn"}
+kernel_sets = pytest.mark.parametrize("profile", list(KERNELS))
 IDS = tiny.random_ids((tiny.TOKENS,), 3)
 
 Tensors = dict[str, np.ndarray]
@@ -67,12 +69,22 @@ def report(line: str) -> None:
 
 
 def assert_same_as_litert(
-    model: IntegerModel, ids: np.ndarray, got: Tensors, path, logits: Any = "all"
+    model: IntegerModel,
+    ids: np.ndarray,
+    got: Tensors,
+    path,
+    logits: Any = "all",
+    kernels: KernelSet = "ref",
 ):
-    """No element of any tensor differs, and no tensor that an op makes is left out."""
+    """No element of any tensor differs, and no tensor that an op makes is left out.
+
+    Kept tensors cut what XNNPACK takes into single ops; the logits of a run without are compared
+    as well.
+    """
     tflite.write(model, path, len(ids), logits)
-    interpreter = LiteRT(path, keep_tensors=True)
+    interpreter = LiteRT(path, kernels, keep_tensors=True)
     output = interpreter.run(ids)
+    np.testing.assert_array_equal(output, LiteRT(path, kernels, threads=2).run(ids))
     expected = dict(interpreter.tensors())
     nodes = made(model.decoder(len(ids), logits=logits))
     assert got.keys() == nodes.keys()
@@ -87,10 +99,11 @@ def assert_same_as_litert(
     report(f"{compared} codes compared, 0 differ")
 
 
+@kernel_sets
 @cases
-def test_simulator_equals_litert_in_every_tensor(tmp_path, name, plan):
-    got = tiny_run(name, plan, "litert_ref")
-    assert_same_as_litert(tiny.quantized(name, plan), IDS, got, tmp_path / "m.tflite")
+def test_simulator_equals_litert_in_every_tensor(tmp_path, name, plan, profile):
+    got, path = tiny_run(name, plan, profile), tmp_path / "m.tflite"
+    assert_same_as_litert(tiny.quantized(name, plan), IDS, got, path, kernels=KERNELS[profile])
     assert len(np.unique(got["head.logits"])) > 30, "a model that says nothing proves nothing"
 
 
