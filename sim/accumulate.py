@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,8 @@ class Saturate:
       start: (N,) what the accumulator holds before the first product (the bias), or 0.
     """
 
-    x_zero_point: np.ndarray
-    start: np.ndarray
+    x_zero_point: Any
+    start: Any
     bits: int
 
 

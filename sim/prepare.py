@@ -299,7 +299,7 @@ def _sampled(
         if op == "logistic":
             y = 1 / (1 + np.exp(-np.clip(x, -700, 700)))
         else:
-            y = np.where(x > 0, 1 / np.sqrt(np.where(x > 0, x, 1)), np.inf)
+            y = np.where(x > 0, 1 / np.sqrt(np.where(x > 0, x, 1)), 2**16 * scale)
         return y / scale + zero_point
 
     return lut.sampled(function, dtype, entries)

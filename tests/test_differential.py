@@ -71,7 +71,8 @@ def save(name: str, model: bytes, feeds: dict[str, np.ndarray], expected: Any, g
     """The model, its inputs and both outputs; the last one saved is hypothesis' smallest."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{name}.tflite").write_bytes(model)
-    np.savez(FOLDER / f"{name}.npz", **feeds, expected=expected, got=got)
+    arrays: Any = {**feeds, "expected": expected, "got": got}
+    np.savez(FOLDER / f"{name}.npz", **arrays)
 
 
 @profiles
