@@ -105,7 +105,7 @@ def quantize(
 @app.command()
 def verify(
     folder: Folder,
-    text: EvalText = None,
+    eval_text: EvalText = None,
     prefill: Prefill = 128,
     context: Annotated[
         int | None,
@@ -118,9 +118,9 @@ def verify(
     --context those of both signatures over a KV cache, which chunks and single steps fill."""
     with Display() as clock:
         if context is None:
-            found = job.check(folder, text, Simulated, clock)["verify"]
+            found = job.check(folder, eval_text, Simulated, clock)["verify"]
         else:
-            found = deploy.verified(folder, prefill, context, text, SimulatedBackend, clock)
+            found = deploy.verified(folder, prefill, context, eval_text, SimulatedBackend, clock)
             typer.echo(f"fed in steps of {', '.join(map(str, found['steps']))} tokens")
     typer.echo(_verdict(found))
     _fail_on_difference(found)
