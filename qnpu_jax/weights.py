@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64, Int
 
-from qnpu_jax.columns import Channels, Rounded, Rows, Square, round_columns
+from qnpu_jax.columns import Channels, Rows, Square, round_columns
 from qnpu_jax.decoder import Decoder
 from qnpu_jax.evaluate import Params, Tensors, graph_tensors, local, ranges_of, shared_inputs
 from qnpu_jax.graph import Graph
@@ -89,15 +89,14 @@ def gptq(
 
     Reference: GPTQ, arXiv 2210.17323, algorithm 1; asymmetric: GPTAQ, arXiv 2504.02692.
     """
-
-    def fit(site: Site, m: Moments) -> tuple[Rows, Channels, Channels]:
-        codes, real, scale = _rounded(site, m, factors, damping, asymmetric)
-        rounded = codes * scale[:, None]
-        mean = m.mean_q + asymmetric * (m.mean - m.mean_q)
-        bias = site.bias + site.weight @ mean - rounded @ m.mean_q if biases else site.bias
-        inside = np.clip(real, codes - INSIDE, codes + INSIDE) * scale[:, None]
-        return rounded if exact else inside, bias, scale
-
+    fit = partial(
+        _fit,
+        factors=factors,
+        damping=damping,
+        asymmetric=asymmetric,
+        biases=biases,
+        exact=exact,
+    )
     fitted = _Pass.over(dec, params, scales, windows, batch)
     return _sweep(fitted, params, fit, only, track, measure=asymmetric != 0)
 
@@ -164,14 +163,26 @@ Fit = Callable[[Site, Moments], tuple[Rows, Channels, Channels]]
 """New weight, bias and scale of linears, stacked as the site's."""
 
 
-def _rounded(
-    site: Site, m: Moments, factors: tuple[float, ...], damping: float, asymmetric: float
-) -> Rounded:
-    """Arguments as of `gptq`."""
+def _fit(
+    site: Site,
+    m: Moments,
+    *,
+    factors: tuple[float, ...],
+    damping: float,
+    asymmetric: float,
+    biases: bool,
+    exact: bool,
+) -> tuple[Rows, Channels, Channels]:
+    """A `Fit`; the rest as in `gptq`."""
     damp = damping * max(np.mean(np.diag(m.gram)), np.finfo(np.float32).tiny)
     h = m.gram + damp * np.eye(len(m.gram))
     target = site.weight if asymmetric == 0 else _target(site.weight, m, h, asymmetric)
-    return round_columns(target, site.scale, site.qmax, h, factors)
+    codes, real, scale = round_columns(target, site.scale, site.qmax, h, factors)
+    rounded = codes * scale[:, None]
+    mean = m.mean_q + asymmetric * (m.mean - m.mean_q)
+    bias = site.bias + site.weight @ mean - rounded @ m.mean_q if biases else site.bias
+    inside = np.clip(real, codes - INSIDE, codes + INSIDE) * scale[:, None]
+    return rounded if exact else inside, bias, scale
 
 
 def _target(w: Rows, m: Moments, h: Square, strength: float) -> Rows:
