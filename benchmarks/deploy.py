@@ -17,15 +17,14 @@ import multiprocessing
 import re
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import outcome
 from sim_speed import MODEL, quantize
 
 from qnpu_jax import tflite
-from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.models.checkpoint import resolve
 from qnpu_jax.npu import host
@@ -135,27 +134,25 @@ def report(
     return 1 if short else 0
 
 
+def measured(args: argparse.Namespace) -> int:
+    """The exit status."""
+    integers, _ = quantize(args.recipes, quick=True)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = written(integers, Path(folder), args)
+        work = [call for n, path in paths.items() for call in host.named(n, path, args.threads)]
+        rows = host.measure(work + llama(resolve(MODEL), args), args.rounds)
+        peak = partial(peak_memory, threads=args.threads)
+        files = {}
+        for name, path in paths.items():
+            # A new process per file: a peak never falls.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                files[name] = (path.stat().st_size / 1e6, pool.apply(peak, (path,)))
+    return report(rows, files, args)
+
+
 def main() -> int:
     args = arguments()
-    try:
-        integers, _ = quantize(args.recipes, quick=True)
-        with tempfile.TemporaryDirectory() as folder:
-            paths = written(integers, Path(folder), args)
-            work = [call for n, path in paths.items() for call in host.named(n, path, args.threads)]
-            rows = host.measure(work + llama(resolve(MODEL), args), args.rounds)
-            peak = partial(peak_memory, threads=args.threads)
-            files = {}
-            for name, path in paths.items():
-                # A new process per file: a peak never falls.
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    files[name] = (path.stat().st_size / 1e6, pool.apply(peak, (path,)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception:  # an uncaught one would exit with 1, which says that a goal is missed
-        traceback.print_exc()
-        return 2
-    return report(rows, files, args)
+    return outcome.status(lambda: measured(args))
 
 
 if __name__ == "__main__":

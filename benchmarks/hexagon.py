@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +24,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import outcome
 
 from qnpu_jax import artifacts, deploy, freeze, pipeline, texts, tflite
 from qnpu_jax.cli.simulated import Simulated
-from qnpu_jax.config import ModelConfig, UserError
+from qnpu_jax.config import ModelConfig
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.learn.stages import Text
 from qnpu_jax.models.llama import expected_tensors
@@ -43,6 +43,9 @@ FASTER = 0.151
 NEAR = 0.02
 """How far the emulated perplexity may lie from the simulator's, relative."""
 SCORED = ("w8a8", "w4a8")
+WINDOWS = 8
+"""Scored by default. On 3 windows of 128 tokens of WikiText-2 chance is as large as NEAR: w4a8 lay
+2.03% below the simulator there, and 0.47% on 8."""
 TINY = ModelConfig(
     family="llama",
     vocab_size=256,
@@ -106,7 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=128)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--layers", nargs="*", type=int, default=[0, 15, 29])
-    parser.add_argument("--windows", type=int, default=3, help="of text, scored; 0 for none")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of text, scored; 0 for none")
     parser.add_argument("--tokens", type=int, default=128, help="of a window")
     parser.add_argument("--text", type=Path, help="held out; default: pydoc_data.topics")
     parser.add_argument(
@@ -264,33 +267,29 @@ def headline(rows: Sequence[Row], emulated: Sequence[Emulated]) -> str:
     return "; ".join(parts)
 
 
-def main() -> int:
-    args = arguments()
-    try:
-        hexagon.check_installed()
-        if args.quick:
-            cases = [tiny_case("w4a8", args)]
-        else:
-            cases = [read_case(folder, args) for folder in args.folders]
-        rows = [
-            compiled(c, soc, p, args) for c in cases for soc in args.socs for p in args.profiles
-        ]
-        print_compiled(rows)
-        emulated: list[Emulated] = []
-        for case in (c for c in cases if c.recipe in SCORED):
-            for profile in args.profiles:
-                emulated.append(run_emulated(case, profile, args))
-                print_emulated(emulated[-1])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception:  # an uncaught one would exit with 1, which says that a goal is missed
-        traceback.print_exc()
-        return 2
+def measured(args: argparse.Namespace) -> int:
+    """Prints rows as they come, what falls short, and last the headline; the exit status."""
+    hexagon.check_installed()
+    if args.quick:
+        cases = [tiny_case("w4a8", args)]
+    else:
+        cases = [read_case(folder, args) for folder in args.folders]
+    rows = [compiled(c, soc, p, args) for c in cases for soc in args.socs for p in args.profiles]
+    print_compiled(rows)
+    emulated: list[Emulated] = []
+    for case in (c for c in cases if c.recipe in SCORED):
+        for profile in args.profiles:
+            emulated.append(run_emulated(case, profile, args))
+            print_emulated(emulated[-1])
     short = verdict(rows, emulated)
     print("".join(f"short of the goal: {s}\n" for s in short), end="")
     print(headline(rows, emulated))
     return 1 if short else 0
+
+
+def main() -> int:
+    args = arguments()
+    return outcome.status(lambda: measured(args))
 
 
 if __name__ == "__main__":

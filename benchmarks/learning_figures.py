@@ -99,7 +99,7 @@ def draw_activations(found: dict[str, dict[str, np.ndarray]], path: Path) -> Non
 
 
 def draw_losses(rows: list[Row], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = plt.subplots(figsize=(9, 4))
     for index, row in enumerate(rows):
         start, color = 0, f"C{index}"  # one color for all stages of a row
         for stage, (loss, held_out) in enumerate(
@@ -116,7 +116,7 @@ def draw_losses(rows: list[Row], path: Path) -> None:
             start += len(loss)
     axis.set(yscale="log", xlabel="step", ylabel="KL to the float model, nats per token")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

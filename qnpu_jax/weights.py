@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64, Int
 
+from qnpu_jax.columns import Channels, Rows, Square, round_columns
 from qnpu_jax.decoder import Decoder
 from qnpu_jax.evaluate import Params, Tensors, graph_tensors, local, ranges_of, shared_inputs
 from qnpu_jax.graph import Graph
@@ -27,16 +28,11 @@ from qnpu_jax.quant import Scales, code_range
 
 FACTORS = (1.0, 0.8, 0.9, 1.1)
 """What `gptq` multiplies scales with, to choose per output channel."""
-BLOCK = 64
-"""Columns fed back at once to those after them: (BLOCK, N) should fit a CPU's cache."""
 INSIDE = 0.499
 """Compensated weights stay within so many codes of the chosen code, so that both round alike."""
 
 Chooser = Callable[[str], bool]
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
-Rows = Float64[np.ndarray, "n k"]
-Channels = Float64[np.ndarray, " n"]
-Square = Float64[np.ndarray, "k k"]
 
 
 def in_layers(name: str) -> bool:
@@ -93,18 +89,14 @@ def gptq(
 
     Reference: GPTQ, arXiv 2210.17323, algorithm 1; asymmetric: GPTAQ, arXiv 2504.02692.
     """
-
-    def fit(site: Site, m: Moments) -> tuple[Rows, Channels, Channels]:
-        damp = damping * max(np.mean(np.diag(m.gram)), np.finfo(np.float32).tiny)
-        h = m.gram + damp * np.eye(len(m.gram))
-        target = site.weight if asymmetric == 0 else _target(site.weight, m, h, asymmetric)
-        codes, real, scale = round_columns(target, site.scale, site.qmax, h, factors)
-        rounded = codes * scale[:, None]
-        mean = m.mean_q + asymmetric * (m.mean - m.mean_q)
-        bias = site.bias + site.weight @ mean - rounded @ m.mean_q if biases else site.bias
-        inside = np.clip(real, codes - INSIDE, codes + INSIDE) * scale[:, None]
-        return rounded if exact else inside, bias, scale
-
+    fit = partial(
+        _fit,
+        factors=factors,
+        damping=damping,
+        asymmetric=asymmetric,
+        biases=biases,
+        exact=exact,
+    )
     fitted = _Pass.over(dec, params, scales, windows, batch)
     return _sweep(fitted, params, fit, only, track, measure=asymmetric != 0)
 
@@ -171,104 +163,34 @@ Fit = Callable[[Site, Moments], tuple[Rows, Channels, Channels]]
 """New weight, bias and scale of linears, stacked as the site's."""
 
 
+def _fit(
+    site: Site,
+    m: Moments,
+    *,
+    factors: tuple[float, ...],
+    damping: float,
+    asymmetric: float,
+    biases: bool,
+    exact: bool,
+) -> tuple[Rows, Channels, Channels]:
+    """A `Fit`; the rest as in `gptq`."""
+    damp = damping * max(np.mean(np.diag(m.gram)), np.finfo(np.float32).tiny)
+    h = m.gram + damp * np.eye(len(m.gram))
+    target = site.weight if asymmetric == 0 else _target(site.weight, m, h, asymmetric)
+    codes, real, scale = round_columns(target, site.scale, site.qmax, h, factors)
+    rounded = codes * scale[:, None]
+    mean = m.mean_q + asymmetric * (m.mean - m.mean_q)
+    bias = site.bias + site.weight @ mean - rounded @ m.mean_q if biases else site.bias
+    inside = np.clip(real, codes - INSIDE, codes + INSIDE) * scale[:, None]
+    return rounded if exact else inside, bias, scale
+
+
 def _target(w: Rows, m: Moments, h: Square, strength: float) -> Rows:
     """The real W' of least E||W x' - W' x_q||^2 + lambda ||W - W'||^2, x' between x_q and x.
 
     W' H = W (E[x' x_q^T] + lambda I); what rounding W' adds to that is (W_q - W') H (W_q - W')^T.
     """
     return np.linalg.solve(h, (w @ (h + strength * (m.cross - m.gram))).T).T
-
-
-def inverse_factor(h: Square) -> Square:
-    """Upper triangular U with U^T U = H^-1.
-
-    H = R R^T, R upper triangular: Cholesky from the last row to the first; U = R^-1.
-    """
-    r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return np.triu(np.linalg.inv(r))
-
-
-class Rounded(NamedTuple):
-    """Codes, the compensated weights (in codes) that were rounded to them, and the scales."""
-
-    codes: Rows
-    real: Rows
-    scale: Channels
-
-
-def round_columns(
-    w: Rows,
-    scale: Float32[np.ndarray, " n"],
-    qmax: Float32[np.ndarray, " n"],
-    h: Square,
-    factors: tuple[float, ...] = (1.0,),
-) -> Rounded:
-    """What GPTQ makes of w under the damped Hessian h, per row at the best of scale * factors."""
-    order = np.argsort(-np.diag(h), kind="stable")  # last is what nothing makes up for
-    u = inverse_factor(h[np.ix_(order, order)])
-    real = [jnp.asarray(x, jnp.float32) for x in (w, scale, qmax, factors, u)]
-    found = _round_columns(*real, jnp.asarray(order, jnp.int32))
-    return Rounded(*(np.asarray(x, np.float64) for x in found))
-
-
-@jax.jit
-def _round_columns(
-    w: Float32[Array, "n k"],
-    scale: Float32[Array, " n"],
-    qmax: Float32[Array, " n"],
-    factors: Float32[Array, " f"],
-    u: Float32[Array, "k k"],
-    order: Int[Array, " k"],
-) -> tuple[Float32[Array, "n k"], Float32[Array, "n k"], Float32[Array, " n"]]:
-    """`Rounded`. Rows do not touch each other: those of all factors are rounded side by side."""
-    n, k = w.shape
-    scales = factors[:, None] * scale[None]
-    columns = (w[None, :, order] / scales[:, :, None]).reshape(-1, k).T
-    codes, real, loss = _feed_back(columns, jnp.tile(qmax, len(factors)), u)
-    best = jnp.argmin(loss.reshape(-1, n) * jnp.square(scales), axis=0)
-    chosen = best * n + jnp.arange(n)
-    back = jnp.argsort(order)
-    return codes.T[chosen][:, back], real.T[chosen][:, back], scales.reshape(-1)[chosen]
-
-
-def _feed_back(
-    w: Float32[Array, "k n"], qmax: Float32[Array, " n"], u: Float32[Array, "k k"]
-) -> tuple[Float32[Array, "k n"], Float32[Array, "k n"], Float32[Array, " n"]]:
-    """Codes, weights when they were rounded, and (w_q - w) H (w_q - w)^T, all in codes.
-
-    Columns of W lie in rows here, where they are contiguous. A block of them is fed back within,
-    then to all that follow.
-    """
-    k = w.shape[0]
-    pad = -k % BLOCK
-    w = jnp.pad(w, ((0, pad), (0, 0)))
-    ends = jnp.where(jnp.arange(k + pad) < k, jnp.float32(0), jnp.float32(1))
-    u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(ends)
-
-    def column(j: jax.Array, state: Any) -> Any:
-        rows, codes, errors, corner = state
-        code = jnp.clip(jnp.round(rows[j]), -qmax, qmax)
-        error = (rows[j] - code) / corner[j, j]
-        later = jnp.where(jnp.arange(BLOCK) > j, corner[j], jnp.float32(0))
-        rows = rows - later[:, None] * error[None, :]
-        return rows, codes.at[j].set(code), errors.at[j].set(error), corner
-
-    def block(i: jax.Array, state: Any) -> Any:
-        w, codes, real, loss = state
-        start = i * BLOCK
-        rows = jax.lax.dynamic_slice_in_dim(w, start, BLOCK)
-        wide = jax.lax.dynamic_slice_in_dim(u, start, BLOCK)
-        corner = jax.lax.dynamic_slice_in_dim(wide, start, BLOCK, axis=1)
-        none = jnp.zeros_like(rows)
-        rows, code, errors, _ = jax.lax.fori_loop(0, BLOCK, column, (rows, none, none, corner))
-        # What this does to the block itself and to those before it is never read.
-        w = w - jnp.matmul(wide.T, errors, precision=jax.lax.Precision.HIGHEST)
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return w, put(codes, code), put(real, rows), loss + jnp.sum(jnp.square(errors), axis=0)
-
-    state = (w, jnp.zeros_like(w), jnp.zeros_like(w), jnp.zeros_like(qmax))
-    _, codes, real, loss = jax.lax.fori_loop(0, (k + pad) // BLOCK, block, state)
-    return codes[:k], real[:k], loss
 
 
 class Linears(NamedTuple):

@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a
 ablation = importlib.import_module("ablation")
 accuracy = importlib.import_module("accuracy")
 hexagon = importlib.import_module("hexagon")
+outcome = importlib.import_module("outcome")
 protocol = importlib.import_module("protocol")
 step_memory = importlib.import_module("step_memory")
 
@@ -256,6 +257,25 @@ def test_arguments_of_learning(monkeypatch, script, options, effort, steps):
     monkeypatch.setattr(sys, "argv", argv)
     args = {"ablation": ablation, "accuracy": accuracy}[script].arguments()
     assert (args.effort, args.steps) == (effort, steps)
+
+
+# Exit status.
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("f: missing"), "f: missing\n"),
+        (KeyError("f"), "Traceback (most recent call last):\n"),
+    ],
+)
+def test_an_error_is_no_missed_goal(capsys, error, said):
+    def fails():
+        raise error
+
+    assert outcome.status(fails) == 2
+    assert capsys.readouterr().err.startswith(said)
+    assert [outcome.status(lambda n=n: n) for n in (0, 1)] == [0, 1]
 
 
 # Goals of hexagon.py.

@@ -132,7 +132,7 @@ def test_recipe_and_graph(qnpu, here):
 
 
 def test_verify(qnpu, here):
-    status, out, err = qnpu("verify", "out", "--text", "text.txt")
+    status, out, err = qnpu("verify", "out", "--eval-text", "text.txt")
     assert (status, err) == (0, "")
     elements = json.loads((here / "out" / "report.json").read_text())["verify"]["elements"]
     assert out.startswith(f"0 of {elements:,} elements differ, in 0 of ")
@@ -218,7 +218,7 @@ def test_not_an_output_folder(refused):
 def test_text_too_short_to_verify(refused, here):
     (here / "short.txt").write_text("short")
     assert "short.txt: 4 tokens are too few; expected at least 16 (one window)" in refused(
-        "verify", "out", "--text", "short.txt"
+        "verify", "out", "--eval-text", "short.txt"
     )
 
 

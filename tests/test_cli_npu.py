@@ -3,43 +3,19 @@
 from importlib import metadata
 
 import pytest
+from extras import needs
 
-from qnpu_jax.config import UserError
 from qnpu_jax.npu import ethos, hexagon
 
-
-@pytest.fixture
-def extra():
-    """Skips where the extra is missing."""
-    try:
-        hexagon.check_installed()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def arm():
-    """Skips where the extra is missing."""
-    try:
-        ethos.check_installed()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def no_extra(monkeypatch):
-    def version(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(hexagon.metadata, "version", version)
+needs_qnn, needs_ethos = needs(hexagon.check_installed), needs(ethos.check_installed)
 
 
 @pytest.mark.parametrize("command", ["compile out", "compare --npu out"])
-def test_without_the_extra_it_is_named(refused, no_extra, command):
+def test_without_the_extra_it_is_named(refused, no_packages, command):
     assert 'pip install "qnpu[qnn]"' in refused(*command.split())
 
 
-def test_without_the_extra_for_arm_it_is_named(refused, no_extra):
+def test_without_the_extra_for_arm_it_is_named(refused, no_packages):
     assert 'pip install "qnpu[ethos]"' in refused("compile", "out", "--soc", "ethos-u85-256")
 
 
@@ -61,7 +37,7 @@ def test_an_unknown_soc_is_refused(refused, command):
 @pytest.mark.parametrize("command", ["compile out", "compare --npu out"])
 def test_another_version_of_the_extra_is_refused(refused, monkeypatch, command):
     versions = {"ai-edge-litert": "2.3.0", "onnxruntime-qnn": "2.7.0"}
-    monkeypatch.setattr(hexagon.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(metadata, "version", versions.__getitem__)
     said = refused(*command.split())
     assert said.startswith("onnxruntime-qnn: version 2.7.0, expected 2.6.*; install qnpu's extra")
 
@@ -72,7 +48,8 @@ def test_an_unknown_profile_is_refused(refused, command):
     assert "'best' is not one of 'plain', 'hexagon'" in said
 
 
-def test_profiles_have_files_of_their_own(qnpu, here, extra):
+@needs_qnn
+def test_profiles_have_files_of_their_own(qnpu, here):
     """What `qnpu generate` runs is never what was written for the compiler."""
     for profile in ("plain", "hexagon"):
         arguments = f"compile out --prefill 4 --context 32 --profile {profile}"
@@ -82,7 +59,8 @@ def test_profiles_have_files_of_their_own(qnpu, here, extra):
     assert len([*(here / "out").glob("SM8650-*-4-32.tflite")]) == 2
 
 
-def test_compile_reports_and_writes(qnpu, here, extra):
+@needs_qnn
+def test_compile_reports_and_writes(qnpu, here):
     status, out, _ = qnpu("compile", "out", "--prefill", "4", "--context", "32")
     assert status == 0
     assert "prefill_4" in out and "decode" in out and "wrote" in out
@@ -92,7 +70,8 @@ def test_compile_reports_and_writes(qnpu, here, extra):
 
 
 @pytest.mark.parametrize("soc", ["ethos-u85-256", "ethos-u65-512"])
-def test_compile_reports_arms_estimate(qnpu, here, arm, soc):
+@needs_ethos
+def test_compile_reports_arms_estimate(qnpu, here, soc):
     arguments = ["compile", "out", "--soc", soc, "--prefill", "4", "--context", "32"]
     status, out, err = qnpu(*arguments)
     whole = soc.startswith("ethos-u85")
@@ -104,12 +83,14 @@ def test_compile_reports_arms_estimate(qnpu, here, arm, soc):
     assert qnpu(*arguments)[0] == status  # replaced
 
 
-def test_a_bad_length_for_arm_leaves_nothing(refused, arm):
+@needs_ethos
+def test_a_bad_length_for_arm_leaves_nothing(refused):
     said = refused("compile", "out", "--soc", "ethos-u85-256", "--prefill", "9", "--context", "9")
     assert said.startswith("context: 9 positions for 9 new tokens")
 
 
-def test_compare_measures_ops_layers_and_perplexity(qnpu, here, extra):
+@needs_qnn
+def test_compare_measures_ops_layers_and_perplexity(qnpu, here):
     arguments = "compare --npu out --layers 1 --tokens 16 --windows 2"
     status, out, err = qnpu(*arguments.split())
     assert status == 0, err
@@ -117,7 +98,8 @@ def test_compare_measures_ops_layers_and_perplexity(qnpu, here, extra):
     assert "perplexity of 2 x 16 tokens: simulator" in out
 
 
-def test_a_layer_that_there_is_not_is_refused(refused, extra):
+@needs_qnn
+def test_a_layer_that_there_is_not_is_refused(refused):
     said = refused("compare", "out", "--layers", "2")
     assert said == "--layers 2: expected 0 to 1; choose others"
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from ai_edge_litert.interpreter import Interpreter
+from extras import needs
 
 from qnpu_jax import tflite
 from qnpu_jax.config import UserError
@@ -33,15 +34,7 @@ Reason: another
 """
 
 
-def installed() -> bool:
-    try:
-        ethos.check_installed()
-    except UserError:
-        return False
-    return True
-
-
-needs_extra = pytest.mark.skipif(not installed(), reason="the extra ethos is not installed")
+needs_extra = needs(ethos.check_installed)
 
 
 def inputs(interpreter: Interpreter, key: str) -> dict[str, np.ndarray]:
@@ -138,11 +131,7 @@ def test_another_version_is_refused(monkeypatch):
         ethos.check_installed()
 
 
-def test_without_the_extra_it_is_named(monkeypatch):
-    def version(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", version)
+def test_without_the_extra_it_is_named(no_packages):
     with pytest.raises(UserError, match=r'not installed; install .* pip install "qnpu\[ethos\]"'):
         ethos.check_installed()
 

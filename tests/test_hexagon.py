@@ -6,6 +6,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 import tiny
+from extras import needs
 
 from qnpu_jax import tflite
 from qnpu_jax.cli.simulated import Simulated
@@ -38,15 +39,7 @@ INFO: [compiler_plugin.cc:742] Partitioned subgraph<1>, selected 9 ops, from a t
 """  # noqa: E501 - as the compiler prints it
 
 
-def installed() -> bool:
-    try:
-        hexagon.check_installed()
-    except UserError:
-        return False
-    return True
-
-
-needs_extra = pytest.mark.skipif(not installed(), reason="the extra qnn is not installed")
+needs_extra = needs(hexagon.check_installed)
 
 
 def test_the_log_tells_of_every_signature():
@@ -74,11 +67,7 @@ def test_another_version_is_refused(monkeypatch, got):
         hexagon.check_installed()
 
 
-def test_without_the_extra_it_is_named(monkeypatch):
-    def version(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", version)
+def test_without_the_extra_it_is_named(no_packages):
     with pytest.raises(UserError, match=r'not installed; install .* pip install "qnpu\[qnn\]"'):
         hexagon.check_installed()
 

@@ -16,7 +16,7 @@ LEVELS = {
     name: level
     for level, names in enumerate([
         "ops config",
-        "graph recipes orthogonal",
+        "graph recipes orthogonal columns",
         "quant decoder rotate",
         "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
         " flatbuffer op_version contents stored",

@@ -118,18 +118,14 @@ def test_a_context_needs_room_for_a_cache(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_without_the_extra_it_is_named(refused, monkeypatch):
-    def version(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(litertlm.metadata, "version", version)
+def test_without_the_extra_it_is_named(refused, no_packages):
     said = refused("export", "out", "m.litertlm", "--litertlm")
     assert 'litert-lm-builder: not installed; install qnpu\'s extra "litertlm"' in said
 
 
 @pytest.mark.parametrize("got", ["0.9.2", "0.17.0"])
 def test_an_old_builder_is_refused(monkeypatch, got):
-    monkeypatch.setattr(litertlm.metadata, "version", lambda name: got)
+    monkeypatch.setattr(metadata, "version", lambda name: got)
     with pytest.raises(UserError, match=f"litert-lm-builder: version {got}, expected 0.18 or"):
         litertlm.load_builder()
 

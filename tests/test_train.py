@@ -318,7 +318,7 @@ def test_a_model_learns(learned):
     # The same windows before and after: losses of single steps are of other texts each.
     held_out = learnable.compiled(dec, learnable.ROTATED, EFFORT, 40).held_out
     before, after = (
-        float(held_out(theta, learnable.base_of(dec, params, free), WINDOWS))
+        float(held_out(theta, learnable.base_of(dec, params, free), jnp.asarray(WINDOWS)))
         for theta in (begin, best)
     )
     assert after < 0.85 * before, "less KL on the text that it learned from"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qnpu_jax import deploy, freeze
 from qnpu_jax.cli.display import Display
-from qnpu_jax.cli.options import Context, Folder, Prefill
+from qnpu_jax.cli.options import Context, Folder, Prefill, Threads
 from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.npu import adb, host, phone, roofline
@@ -27,7 +27,7 @@ def bench(
     folder: Folder,
     prefill: Prefill = 128,
     context: Context = 512,
-    threads: Annotated[int, typer.Option(min=1, help="Of LiteRT.")] = 1,
+    threads: Threads = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each signature.")] = 15,
     on_phone: Annotated[
         bool, typer.Option("--adb", help="On an attached phone, with --binary.")
@@ -55,28 +55,24 @@ def bench(
     With --adb, on a phone instead. No phone was at hand when this was written: those runs are
     untested.
     """
-    if on_phone or dry_run:
-        if binary is None:
-            raise UserError(
-                "--binary: missing; expected LiteRT's benchmark_model for the phone's CPU; build"
-                " or download it, and give its path"
-            )
-        file = deploy.deployed(folder, prefill, context) if model is None else model
-        request = phone.Request(
-            file,
-            binary,
-            tuple(delegate or ["cpu"]),  # pyright: ignore[reportArgumentType] - `check` refuses others
-            tuple(library or ()),
-            serial,
-            threads,
-            rounds,
-        )
-        _phone(request, dry_run)
+    if not (on_phone or dry_run):
+        _host(freeze.load(folder), prefill, context, threads, rounds)
         return
-    loaded = freeze.load(folder)
+    if binary is None:
+        raise UserError(
+            "--binary: missing; expected LiteRT's benchmark_model for the phone's CPU; build or"
+            " download it, and give its path"
+        )
+    file = deploy.deployed(folder, prefill, context) if model is None else model
+    delegates: Any = tuple(delegate or ["cpu"])  # `phone.check` refuses others
+    options = (delegates, tuple(library or ()), serial, threads, rounds)
+    _phone(phone.Request(file, binary, *options), dry_run)
+
+
+def _host(model: IntegerModel, prefill: int, context: int, threads: int, rounds: int) -> None:
     with Display() as watch, watch.stage("measure"):
         rows = host.compare(
-            loaded,
+            model,
             prefill,
             context,
             threads,
@@ -84,7 +80,7 @@ def bench(
             lambda steps, length: watch.track(steps, length, "measure"),
         )
     _print_host(rows, threads)
-    _print_estimates(loaded, prefill, context)
+    _print_estimates(model, prefill, context)
 
 
 def _phone(request: phone.Request, dry_run: bool) -> None:

@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 from qnpu_jax import artifacts, deploy, freeze, job, models
 from qnpu_jax.cli import INTERRUPTED, bench, complain, npu
 from qnpu_jax.cli.display import Display, megabytes, print_report
-from qnpu_jax.cli.options import EvalText, Folder, Prefill
+from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Threads
 from qnpu_jax.cli.simulated import Simulated, SimulatedBackend
 from qnpu_jax.config import UserError
 from qnpu_jax.decoder import decoder
@@ -105,7 +105,7 @@ def quantize(
 @app.command()
 def verify(
     folder: Folder,
-    text: EvalText = None,
+    eval_text: EvalText = None,
     prefill: Prefill = 128,
     context: Annotated[
         int | None,
@@ -118,9 +118,9 @@ def verify(
     --context those of both signatures over a KV cache, which chunks and single steps fill."""
     with Display() as clock:
         if context is None:
-            found = job.check(folder, text, Simulated, clock)["verify"]
+            found = job.check(folder, eval_text, Simulated, clock)["verify"]
         else:
-            found = deploy.verified(folder, prefill, context, text, SimulatedBackend, clock)
+            found = deploy.verified(folder, prefill, context, eval_text, SimulatedBackend, clock)
             typer.echo(f"fed in steps of {', '.join(map(str, found['steps']))} tokens")
     typer.echo(_verdict(found))
     _fail_on_difference(found)
@@ -172,9 +172,9 @@ def generate(
     kernels: Annotated[
         KernelSet, typer.Option(help="LiteRT's: xnn (XNNPACK), opt, or ref.")
     ] = "xnn",
-    threads: Annotated[int, typer.Option(min=1, help="Of LiteRT.")] = 1,
+    threads: Threads = 1,
     prefill: Prefill = 128,
-    context: Annotated[int, typer.Option(help="Positions of the KV cache.")] = 512,
+    context: Context = 512,
 ) -> None:
     """Generates text from a quantized model, with what it needs a second."""
     sampling = Sampling(temperature, top_k, top_p, seed)

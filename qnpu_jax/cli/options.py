@@ -10,6 +10,7 @@ import typer
 Folder = Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")]
 Prefill = Annotated[int, typer.Option(help="Tokens that the signature takes.")]
 Context = Annotated[int, typer.Option(help="Positions of the KV cache.")]
+Threads = Annotated[int, typer.Option(min=1, help="Of LiteRT.")]
 EvalText = Annotated[
     Path | None, typer.Option(help="Held-out text or JSONL; without it, Python's documentation.")
 ]

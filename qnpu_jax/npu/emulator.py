@@ -18,6 +18,7 @@ import numpy as np
 from qnpu_jax.config import UserError
 from qnpu_jax.npu import dispatch
 from qnpu_jax.npu.dispatch import Dispatched, Port
+from qnpu_jax.npu.extras import remedy
 from qnpu_jax.npu.hexagon import EXTRA, check_installed
 
 PROVIDER = "QNNExecutionProvider"
@@ -113,4 +114,4 @@ def _import(name: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:
-        raise UserError(f"{name}: cannot be imported ({error}); {EXTRA}") from None
+        raise UserError(f"{name}: cannot be imported ({error}); {remedy(EXTRA)}") from None

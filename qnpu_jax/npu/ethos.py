@@ -22,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,11 @@ from ai_edge_litert import schema_py_generated as schema
 from qnpu_jax.artifacts import new_file
 from qnpu_jax.config import UserError
 from qnpu_jax.litert import open_interpreter
+from qnpu_jax.npu import extras
 
 PACKAGE, WANTED = "ethos-u-vela", "5.2."
 """The version whose reports are read here."""
-EXTRA = 'install qnpu\'s extra "ethos": pip install "qnpu[ethos]"'
+EXTRA = "ethos"
 CONFIG = "Arm/vela.ini"
 """vela's own file of system configurations, within its package."""
 MEMORY_MODE, SRAM = "Dedicated_Sram", 2**21
@@ -167,12 +167,7 @@ def check_accelerator(name: str) -> None:
 
 def check_installed() -> None:
     """Raises UserError where the extra is missing or of another version."""
-    try:
-        got = metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        raise UserError(f"{PACKAGE}: not installed; {EXTRA}") from None
-    if not got.startswith(WANTED):
-        raise UserError(f"{PACKAGE}: version {got}, expected {WANTED}*; {EXTRA}")
+    extras.check(PACKAGE, WANTED, EXTRA)
 
 
 def _system(accelerator: str) -> str:
@@ -253,7 +248,7 @@ def read_summary(text: str) -> Estimate:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"vela's summary: cannot be read ({error}) in {len(rows)} rows; expected that of"
-            f" {PACKAGE} {WANTED}*; {EXTRA}"
+            f" {PACKAGE} {WANTED}*; {extras.remedy(EXTRA)}"
         ) from None
 
 

@@ -14,18 +14,18 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import IO
 
 from qnpu_jax.artifacts import new_file
 from qnpu_jax.config import UserError
 from qnpu_jax.litert import open_interpreter
-from qnpu_jax.npu import dispatch
+from qnpu_jax.npu import dispatch, extras
 
 WANTED = {"ai-edge-litert": "2.3.", "onnxruntime-qnn": "2.6."}
 """Versions whose interfaces match: the plugin is built against the QNN of that wheel."""
-EXTRA = 'install qnpu\'s extra "qnn": pip install "qnpu[qnn]"'
+EXTRA = "qnn"
 SOCS = ("SM8350", "SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8845", "SM8850")
 """Snapdragons that the plugin of ai-edge-litert 2.3 compiles for."""
 
@@ -135,19 +135,14 @@ def check_installed() -> Path:
       UserError: the extra is missing or of another version.
     """
     for package, wanted in WANTED.items():
-        try:
-            got = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise UserError(f"{package}: not installed; {EXTRA}") from None
-        if not got.startswith(wanted):
-            raise UserError(f"{package}: version {got}, expected {wanted}*; {EXTRA}")
+        extras.check(package, wanted, EXTRA)
     return _package("ai_edge_litert")
 
 
 def _package(name: str) -> Path:
     found = util.find_spec(name)
     if found is None or found.origin is None:
-        raise UserError(f"{name}: not installed; {EXTRA}")
+        raise UserError(f"{name}: not installed; {extras.remedy(EXTRA)}")
     return Path(found.origin).parent
 
 
@@ -156,7 +151,7 @@ def libraries() -> Path:
     package = _package("onnxruntime_qnn")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qnpu"
     tag = hashlib.sha256(str(package).encode()).hexdigest()[:12]
-    folder = cache / f"qnn-{metadata.version('onnxruntime-qnn')}-{tag}"
+    folder = cache / f"qnn-{extras.version('onnxruntime-qnn', EXTRA)}-{tag}"
     files = [*package.glob("*.so"), *package.with_name("onnxruntime_qnn.libs").iterdir()]
     folder.mkdir(parents=True, exist_ok=True)
     # The plugin lists an LPAI library, which no wheel has and nothing here calls: any will do.
@@ -212,7 +207,8 @@ def read_log(log: str, names: tuple[str, ...]) -> tuple[Signature, ...]:
     if len(parts) != len(names) or sum(p[3] for p in parts) != len(moved):
         raise UserError(
             f"Qualcomm's compiler: told of {len(parts)} subgraphs and the traffic of {len(moved)}"
-            f" partitions; expected {len(names)} and {sum(p[3] for p in parts)}; {EXTRA}"
+            f" partitions; expected {len(names)} and {sum(p[3] for p in parts)};"
+            f" {extras.remedy(EXTRA)}"
         )
     signatures, at = [], 0
     for name, (_, on_npu, ops, count) in zip(names, parts, strict=True):

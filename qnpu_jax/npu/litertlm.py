@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.models import Tokenizer
 from qnpu_jax.models.tokenizer import TOKENIZER
-from qnpu_jax.npu import lm_signatures
+from qnpu_jax.npu import extras, lm_signatures
 
 BUILDER = "litert-lm-builder"
 OLDEST = (0, 18)
 """The first version whose metadata says what a model cannot do."""
-EXTRA = 'install qnpu\'s extra "litertlm": pip install "qnpu[litertlm]"'
+EXTRA = "litertlm"
 
 PLAIN_CONTENT = (
     "{%- set plain = namespace(messages=[]) -%}"
@@ -77,13 +76,12 @@ def load_builder() -> Any:
     Raises:
       UserError: the extra is missing or too old.
     """
-    try:
-        got = metadata.version(BUILDER)
-    except metadata.PackageNotFoundError:
-        raise UserError(f"{BUILDER}: not installed; {EXTRA}") from None
+    got = extras.version(BUILDER, EXTRA)
     if tuple(int(n) for n in got.split(".")[:2] if n.isdecimal()) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        raise UserError(f"{BUILDER}: version {got}, expected {wanted} or newer; {EXTRA}")
+        raise UserError(
+            f"{BUILDER}: version {got}, expected {wanted} or newer; {extras.remedy(EXTRA)}"
+        )
     return importlib.import_module("litert_lm_builder")
 
 
