@@ -226,7 +226,7 @@ def _originals(
         watch.say(f"KL from the model's {OWN}, as its original is not at hand: {error}")
         return OWN, [None] * len(ids)
     tracked = watch.track(ids, len(ids), "original")
-    return str(source), [np.asarray(logits(window)) for window in tracked]
+    return str(source), [jnp.asarray(logits(window)) for window in tracked]
 
 
 def original(source: str, folder: Path, model: IntegerModel) -> Logits:
