@@ -219,18 +219,18 @@ def _originals(
     try:
         if request.model is None and source not in EMBEDDED:
             raise UserError("name it by --model")
-        logits = original(str(source), request.folder, model)
+        name, logits = original(str(source), request.folder, model)
     except UserError as error:
         if request.model is not None:
             raise
         watch.say(f"KL from the model's {OWN}, as its original is not at hand: {error}")
         return OWN, [None] * len(ids)
     tracked = watch.track(ids, len(ids), "original")
-    return str(source), [jnp.asarray(logits(window)) for window in tracked]
+    return name, [jnp.asarray(logits(window)) for window in tracked]
 
 
-def original(source: str, folder: Path, model: IntegerModel) -> Logits:
-    """The float model that a folder was quantized from, behind the same prefix.
+def original(source: str, folder: Path, model: IntegerModel) -> tuple[str, Logits]:
+    """The float model that a folder was quantized from, behind the same prefix, and its name.
 
     Raises:
       UserError: as `models.load`, or it is another model.
@@ -251,7 +251,7 @@ def original(source: str, folder: Path, model: IntegerModel) -> Logits:
     params = {name: jnp.asarray(x) for name, x in folded.items()}
     if model.prefix:
         params = add_prefix(model.config, model.plan, params, model.prefix)
-    return float_logits(model.config, model.plan, params)
+    return checkpoint.source, float_logits(model.config, model.plan, params)
 
 
 def _exact_kls(

@@ -14,11 +14,11 @@ GRAPH = "main"
 
 Colours = Sequence[tuple[float, str]]
 """The highest value of a colour, rising; above the last there is none."""
-SQNR: Colours = ((10, "#a50026"), (20, "#e34a33"), (30, "#fc8d59"), (40, "#fee8c8"))
+SQNR: Colours = ((10.0, "#a50026"), (20.0, "#e34a33"), (30.0, "#fc8d59"), (40.0, "#fee8c8"))
 """Of decibels: the lower, the darker."""
 SHARE: Colours = (
-    (0.05, "#ffffff"), (0.2, "#fee8c8"), (0.5, "#fdbb84"), (1, "#fc8d59"), (3, "#e34a33"),
-    (100, "#a50026"),
+    (0.05, "#ffffff"), (0.2, "#fee8c8"), (0.5, "#fdbb84"), (1.0, "#fc8d59"), (3.0, "#e34a33"),
+    (100.0, "#a50026"),
 )  # fmt: skip
 """Of percent: the higher, the darker."""
 

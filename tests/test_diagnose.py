@@ -381,7 +381,7 @@ def test_without_the_original_or_matplotlib(qnpu, here, monkeypatch):
         ("out --text no.txt", "no.txt: no such file"),
         ("out --text text.txt --tokens 400000", "text.txt: "),
         ("out --tokens 600", "length: prefix"),
-        ("out --tokens 1", "1 is not in the range x>=2"),
+        ("out --tokens 1", "'--tokens': Input should be greater than or equal to 2"),
         ("out --replace layers.7.attn.q", "--replace layers.7.attn.q: matches no tensor that is"),
         (
             "out --out model",
