@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ MODEL = "model.tflite"
 REPORT = "report.json"
 RECIPE = "recipe.json"
 TOKENIZER = "tokenizer"
-FILES = {MODEL, REPORT, RECIPE, TOKENIZER, "integer_model.json", "integer_model.safetensors"}
-"""All that an output folder holds."""
+DIAGNOSIS = "diagnosis"
 
 FORMAT = 1
 """Version of the folder; a reader refuses any other."""
@@ -32,17 +32,41 @@ WIDTH = 100
 """Of lines in our JSON files."""
 
 
-def check_writable(out: Path, overwrite: bool) -> None:
+@dataclass(frozen=True)
+class Kind:
+    """Folders that a command makes.
+
+    Attributes:
+      files: all that they hold.
+      mark: the one that they always hold.
+    """
+
+    command: str
+    files: frozenset[str]
+    mark: str
+
+
+MODELS = Kind(
+    "qnpu quantize",
+    frozenset(
+        {MODEL, REPORT, RECIPE, TOKENIZER, DIAGNOSIS}
+        | {"integer_model.json", "integer_model.safetensors"}
+    ),
+    REPORT,
+)
+
+
+def check_writable(out: Path, overwrite: bool, kind: Kind = MODELS) -> None:
     """Raises UserError where `out` cannot be made: call it before the work, not after.
 
-    Only a folder that holds our files and no others is ever replaced: `--overwrite --out ~` harms
-    nobody.
+    Only a folder that holds files of its kind and no others is ever replaced: `--overwrite --out ~`
+    harms nobody.
     """
     with system_errors(out):
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is a file; expected a folder; choose another --out")
         if out.is_dir() and (held := {p.name for p in out.iterdir()}):
-            _check_ours(out, held, overwrite)
+            _check_ours(out, held, overwrite, kind)
         parent = next(p for p in out.resolve().parents if p.exists())
         if not parent.is_dir():
             raise UserError(f"{out}: {parent} is a file; expected a folder; choose another --out")
@@ -50,22 +74,23 @@ def check_writable(out: Path, overwrite: bool) -> None:
             pass  # to try is the only sure test: root, quotas, read-only disks
 
 
-def _check_ours(out: Path, held: set[str], overwrite: bool) -> None:
+def _check_ours(out: Path, held: set[str], overwrite: bool, kind: Kind) -> None:
     if not overwrite:
         raise UserError(f"{out}: not empty; expected a new or empty folder; use --overwrite")
-    if REPORT not in held or held - FILES:
-        what = f"holds {min(held - FILES)}" if held - FILES else f"holds no {REPORT}"
+    if kind.mark not in held or held - kind.files:
+        foreign = held - kind.files
+        what = f"holds {min(foreign)}" if foreign else f"holds no {kind.mark}"
         raise UserError(
             f"{out}: {what}, so it is not ours to overwrite; expected an output folder of"
-            " `qnpu quantize` and nothing else in it; choose another --out"
+            f" `{kind.command}` and nothing else in it; choose another --out"
         )
 
 
 @contextmanager
-def writing(out: Path, overwrite: bool) -> Iterator[Path]:
+def writing(out: Path, overwrite: bool, kind: Kind = MODELS) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends well and vanishes
     otherwise."""
-    check_writable(out, overwrite)
+    check_writable(out, overwrite, kind)
     out = out.resolve()
     made = [p for p in out.parents if not p.exists()]
     with system_errors(out):

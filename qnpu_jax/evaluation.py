@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.decoder import decoder
@@ -85,7 +86,13 @@ def divergence(
 
 @jax.jit
 def _compare(p_logits: jax.Array, q_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over positions of KL in nats, and of equal argmax.
+    """Sums over positions of KL in nats, and of equal argmax."""
+    same = jnp.argmax(p_logits, axis=-1) == jnp.argmax(q_logits, axis=-1)
+    return jnp.sum(kl_terms(p_logits, q_logits)), jnp.sum(same)
+
+
+def kl_terms(p_logits: Float[Array, "*b v"], q_logits: Float[Array, "*b v"]) -> jax.Array:
+    """Terms (.., V) that sum to KL(p || q) in nats at every position, none of them negative.
 
     As sum p = sum q = 1, KL = sum p (e^-d - 1 + d) with d = log p - log q. No term is negative, and
     errors of the normalisers cancel to first order: sum p d alone would lose a small KL in the
@@ -95,9 +102,7 @@ def _compare(p_logits: jax.Array, q_logits: jax.Array) -> tuple[jax.Array, jax.A
     p, q, d = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
     # Where q is far larger, e^-d overflows but p e^-d = q does not; without p, q is all that stays.
     near = p * (jnp.expm1(-jnp.maximum(d, -1.0)) + d)
-    terms = jnp.where(p == 0, q, jnp.where(d < -1.0, q - p + p * d, near))
-    same = jnp.argmax(p_logits, axis=-1) == jnp.argmax(q_logits, axis=-1)
-    return jnp.sum(terms), jnp.sum(same)
+    return jnp.where(p == 0, q, jnp.where(d < -1.0, q - p + p * d, near))
 
 
 def _batches(windows: np.ndarray, batch: int | None, track: Any) -> Iterator[np.ndarray]:

@@ -275,4 +275,4 @@ def test_changed_and_missing_files(tmp_path):
 
 
 def test_files_are_named_once():
-    assert {MODEL, REPORT, artifacts.RECIPE, artifacts.TOKENIZER} < artifacts.FILES
+    assert {MODEL, REPORT, artifacts.RECIPE, artifacts.TOKENIZER} < artifacts.MODELS.files

@@ -32,7 +32,7 @@ def quantize(*changes: str) -> list[str]:
 def test_help(qnpu):
     status, out, _ = qnpu("--help")
     assert status == 0
-    for command in ("quantize", "verify", "export", "graph", "recipe"):
+    for command in ("quantize", "verify", "export", "diagnose", "graph", "recipe"):
         assert f"│ {command}" in out
         status, text, _ = qnpu(command, "--help")
         assert status == 0

@@ -21,7 +21,7 @@ LEVELS = {
         "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
         " flatbuffer op_version contents stored",
         "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof"
-        " job deploy npu",
+        " job deploy npu diagnose attribution tally diagnosis overlay heat_map",
         "cli",
         "__init__",  # a table of contents: no module imports it
     ])
