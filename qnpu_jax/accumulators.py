@@ -10,7 +10,7 @@ z_x| max|y - z_y|.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,6 +140,13 @@ def check(bounds: list[Bound]) -> None:
                 f"{bound.tensor}: its accumulator can reach {reach}, which needs {bound.needed}"
                 f" bits; expected at most {bound.available}; {way_out} in the bit plan"
             )
+
+
+def overflowing(bounds: Iterable[Bound], bits: int) -> list[Bound]:
+    """The ops whose interval does not fit a two's-complement accumulator of `bits` bits, in the
+    order given: on [-2^(bits-1), 2^(bits-1) - 1] all others neither wrap nor saturate, whatever the
+    input. What these have available (`Bound.available`) plays no part."""
+    return [bound for bound in bounds if bound.needed > bits]
 
 
 def narrow_biases(bounds: list[Bound]) -> dict[str, int]:

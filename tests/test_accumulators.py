@@ -10,7 +10,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qnpu_jax.accumulators import Bound, check, proved_bounds
+from qnpu_jax.accumulators import Bound, check, overflowing, proved_bounds
 from qnpu_jax.config import BitPlan, ModelConfig, UserError, bit_plan
 from qnpu_jax.decoder import decoder
 from qnpu_jax.freeze import freeze
@@ -44,6 +44,13 @@ def test_check_stops_at_one_beyond_32_bits(low, high, fits):
     else:
         with pytest.raises(UserError, match=r"^layers\.3\.mlp\.down: .* 2147483648, .* 33 bits"):
             check([bound])
+
+
+@given(st.lists(st.tuples(st.integers(-(2**40), 0), st.integers(0, 2**40))), st.integers(2, 64))
+def test_what_overflows_a_width_is_what_passes_its_ends(ends, bits):
+    bounds = [Bound(f"x{i}", "FULLY_CONNECTED", *e, 32, 8) for i, e in enumerate(ends)]
+    smallest, largest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    assert overflowing(bounds, bits) == [b for b in bounds if b.low < smallest or b.high > largest]
 
 
 @pytest.mark.parametrize(
