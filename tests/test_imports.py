@@ -19,9 +19,9 @@ LEVELS = {
         "graph recipes orthogonal",
         "quant decoder rotate",
         "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
-        " flatbuffer op_version contents stored",
+        " intermediates flatbuffer op_version contents stored",
         "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof"
-        " job deploy npu",
+        " widths job deploy npu",
         "cli",
         "__init__",  # a table of contents: no module imports it
     ])

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from qnpu_jax import artifacts, deploy, freeze, job, models
-from qnpu_jax.cli import INTERRUPTED, bench, complain, npu
+from qnpu_jax.cli import INTERRUPTED, bench, complain, npu, proof
 from qnpu_jax.cli.display import Display, megabytes, print_report
 from qnpu_jax.cli.options import EvalText, Folder, Prefill
 from qnpu_jax.cli.simulated import Simulated, SimulatedBackend
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(npu.app)
 app.add_typer(bench.app)
+app.add_typer(proof.app)
 Model = Annotated[
     str, typer.Argument(help="smollm2-135m, a .gguf file, a Hugging Face folder, or org/name.")
 ]
