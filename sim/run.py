@@ -7,15 +7,16 @@ per pattern of bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node, TensorSpec, is_identity
@@ -37,7 +38,7 @@ from qnpu_jax.ops import (
     Sqrt,
     Transpose,
 )
-from sim import kernels, prepare
+from sim import kernels, parallel, prepare
 from sim.numerics import Profile
 
 Codes = dict[str, jax.Array]
@@ -52,31 +53,42 @@ class Program:
       decoder: the staged graphs (`IntegerModel.decoder`).
       codes: per graph and layer, codes of parameters and shared inputs by local name.
       constants: per graph and layer, the kernels' constants by output name.
+      mesh: the devices that share a batch's sequences; None for one.
     """
 
     decoder: Any
     profile: Profile
     codes: list[list[Codes]]
     constants: list[list[dict[str, Any]]]
+    mesh: Mesh | None = None
 
 
-def compile_model(model: IntegerModel, dec: Any, profile: Profile = "litert_ref") -> Program:
+def compile_model(
+    model: IntegerModel,
+    dec: Any,
+    profile: Profile = "litert_ref",
+    devices: Sequence[Any] | None = None,
+) -> Program:
     """Makes the constants of every op and puts them and the weights on the device.
 
     Args:
       dec: `model.decoder(tokens, ...)`.
       profile: a row of `sim.numerics.PROFILES`.
+      devices: of JAX; each gets all weights, and its share of the sequences of a batch (data parallelism);
+        None for JAX's default device. The bits do not depend on them.
     """
     shared = model.inputs(dec)
+    mesh = None if devices is None else parallel.mesh_of(devices)
+    put = partial(jax.tree.map, jnp.asarray) if mesh is None else partial(parallel.replicate, mesh)
     with jax.enable_x64():
         codes, constants = [], []
         for graph in dec.graphs:
             layers = range(graph.layers)
             own = [_codes_of(model, graph, i, shared) for i in layers]
-            codes.append([jax.tree.map(jnp.asarray, c) for c in own])
+            codes.append([put(c) for c in own])
             made = [_constants_of(model, graph, i, own[i], profile) for i in layers]
-            constants.append([jax.tree.map(jnp.asarray, c) for c in made])
-    return Program(dec, profile, codes, constants)
+            constants.append([put(c) for c in made])
+    return Program(dec, profile, codes, constants, mesh)
 
 
 def run(
@@ -88,7 +100,8 @@ def run(
     """Codes of the logits, and of every tensor whose global name `keep` accepts.
 
     Args:
-      ids: (T,) or (B, T) token ids.
+      ids: (T,) or (B, T) token ids. Of a program on several devices each takes B / devices
+        sequences, rounded up; one sequence (T,) alone is run by all of them alike.
       keep: chooses tensors by global name (`layers.3.attn.q`).
       inputs: of the layers; cached keys and values `layers.3.attn.cache_k` (N, C, K) where the
         program has a cache, and in place of the program's own what all layers share (`mask`,
@@ -117,8 +130,9 @@ def steps(
 ) -> Iterator[tuple[Graph, int, Codes]]:
     """Graph by graph and layer by layer: its output and the kept tensors, by local name."""
     with jax.enable_x64():
-        values: Codes = {"ids": jnp.asarray(ids, jnp.int32)}
-        x = None
+        mesh, ids = program.mesh, jnp.asarray(ids, jnp.int32)
+        values: Codes = {"ids": ids if mesh is None else parallel.spread(mesh, ids)}
+        run_layer = _compiled_layer(mesh)
         for graph, codes, constants in zip(
             program.decoder.graphs, program.codes, program.constants, strict=True
         ):
@@ -133,10 +147,10 @@ def steps(
                 own = {t.name: global_name(graph, layer, t.name) for t in graph.named("input")}
                 given = {n: inputs.get(g, inputs.get(n)) for n, g in own.items()}
                 values |= {n: jnp.asarray(x) for n, x in given.items() if x is not None}
-                env = _compiled_layer()(graph, like, kept, codes[layer], constants[layer], values)
-                yield graph, layer, env
-                x = env[graph.outputs[0]]
-                values = {"input.residual": x}
+                env = run_layer(graph, like, kept, codes[layer], constants[layer], values)
+                filled = mesh is not None and ids.ndim == 2 and ids.shape[0] % mesh.size
+                yield graph, layer, {n: x[: len(ids)] for n, x in env.items()} if filled else env
+                values = {"input.residual": env[graph.outputs[0]]}
 
 
 def global_name(graph: Graph, layer: int, name: str) -> str:
@@ -163,9 +177,11 @@ _TOKENS = 512
 
 
 @cache
-def _compiled_layer() -> Callable[..., Codes]:
-    options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
-    return jax.jit(_run_layer, static_argnums=(0, 1, 2), compiler_options=options)
+def _compiled_layer(mesh: Mesh | None) -> Callable[..., Codes]:
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    options = _CPU_OPTIONS if platform == "cpu" else None
+    function = _run_layer if mesh is None else partial(_run_layer_on, mesh)
+    return jax.jit(function, static_argnums=(0, 1, 2), compiler_options=options)
 
 
 def _run_layer(
@@ -185,6 +201,21 @@ def _run_layer(
     if first.ndim == len(shape):
         return one(values)
     return jax.lax.map(one, values, batch_size=max(1, _TOKENS // shape[0]))
+
+
+def _run_layer_on(
+    mesh: Mesh,
+    graph: Graph,
+    layer: int,
+    kept: tuple[str, ...],
+    codes: Codes,
+    constants: dict[str, Any],
+    values: Codes,
+) -> Codes:
+    name, first = next(iter(values.items()))
+    batched = first.ndim > len(graph[name].shape)
+    function = partial(_run_layer, graph, layer, kept)
+    return parallel.shards(mesh, function, batched=batched)(codes, constants, values)
 
 
 def run_graph(graph: Graph, layer: int, values: Codes, constants: Mapping[str, Any]) -> Codes:
