@@ -39,6 +39,7 @@ from qnpu_jax.ops import (
     Transpose,
 )
 from sim import kernels, parallel, prepare
+from sim.blocks import by_channels
 from sim.numerics import Profile
 
 Codes = dict[str, jax.Array]
@@ -74,7 +75,7 @@ def compile_model(
     Args:
       dec: `model.decoder(tokens, ...)`.
       profile: a row of `sim.numerics.PROFILES`.
-      devices: of JAX; each gets all weights, and its share of the sequences of a batch (data parallelism);
+      devices: of JAX; each gets all weights, and its share of the sequences of a batch;
         None for JAX's default device. The bits do not depend on them.
     """
     shared = model.inputs(dec)
@@ -240,7 +241,7 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
         case Embedding():
             return kernels.gather(x[0], x[1])
         case FullyConnected():
-            return kernels.fully_connected(x[0], x[1], constants)
+            return by_channels(kernels.fully_connected, x[0], x[1], constants)
         case BatchMatmul(adj_y=adj_y):
             narrow = [narrow_source(graph, n, layer) for n in node.inputs]
             y = graph[narrow[1]].quant
