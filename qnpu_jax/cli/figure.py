@@ -28,7 +28,7 @@ def draw(linears: Sequence[Row], path: Path) -> Path:
     groups: dict[str, list[Row]] = {}
     for row in linears:
         groups.setdefault(row.kind, []).append(row)
-    with mpl.rc_context({"svg.hashsalt": "qnpu"}):
+    with mpl.rc_context({"svg.hashsalt": "qnpu", "svg.fonttype": "none"}):
         figure = Figure(figsize=(11, 5), layout="constrained")
         columns = -(-len(groups) // 2)
         axes: Any = figure.subplots(2, columns, sharey=True, squeeze=False)
@@ -63,7 +63,7 @@ def _panel(axis: Any, kind: str, rows: Sequence[Row]) -> None:
     }
     for label, reaches in lines.items():
         bits = [math.log2(max(reach, 1)) + 1 for reach in reaches]
-        axis.plot(layers, bits, "o-", ms=2.5, lw=1, label=label)
+        axis.plot(layers, bits, "o" if len(rows) == 1 else "-", ms=3, lw=1.2, label=label)
     axis.set_title(kind, fontsize=9)
     if len(rows) > 1:
         axis.set_xlabel("layer", fontsize=8)
