@@ -91,7 +91,8 @@ def points(args: argparse.Namespace, model: IntegerModel, params: Params) -> lis
         rows = list(rows_of(*shallow(model, params, layers), tokens))
         measure(rows, args.repeats)
         found += [Point(r.reader, tokens, layers, float(np.median(r.seconds))) for r in rows]
-        print(f"measured {tokens} tokens, {layers} layers", file=sys.stderr)
+        speeds = ", ".join(f"{r.reader} {r.rate:.0f}" for r in rows)
+        print(f"{tokens} tokens, {layers} layers: {speeds} tokens/s", file=sys.stderr, flush=True)
     return found
 
 

@@ -282,6 +282,9 @@ def main() -> int:
             for tokens in args.tokens:
                 part = list(rows_of(tokens, args.batch, integers, params, Path(name)))
                 measure(part, args.repeats)
+                for r in part:  # a run that is stopped has measured something
+                    where = f"{r.recipe} {r.reader} T={r.tokens} batch {r.batch}"
+                    print(f"{where}: {r.rate:.0f} tokens/s", file=sys.stderr, flush=True)
                 rows += [replace(r, call=lambda: None) for r in part]  # frees the models
             peaks = memory(integers, params, Path(name), max(args.tokens))
     except UserError as error:
