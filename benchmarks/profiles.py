@@ -25,8 +25,9 @@ from bitexact import integers, real_text
 from qnpu_jax.config import UserError
 from qnpu_jax.evaluation import divergence, integer_logits, perplexity
 from qnpu_jax.freeze import IntegerModel
+from sim.constants import global_name
 from sim.numerics import Npu, Profile
-from sim.run import Program, compile_model, global_name, run, run_op
+from sim.run import Program, compile_model, run, run_op
 
 PLAIN = Npu()
 PROFILES: dict[str, Profile] = {

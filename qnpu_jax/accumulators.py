@@ -3,15 +3,20 @@ weights.
 
 FULLY_CONNECTED: y_j = sum_k w_jk (x_k - z) + b_j with x_k - z in [lo, hi] lies in
 [P_j lo + N_j hi + b_j, P_j hi + N_j lo + b_j], P and N the sums of the positive and negative
-weights of row j. Both ends are reached by an input, so the bound is tight. BATCH_MATMUL: K max|x -
-z_x| max|y - z_y|.
+weights of row j. BATCH_MATMUL: K times the interval of one product; of a square, K times
+[0, max|x - z|^2]. Both ends are reached by an input, so a bound is tight.
+
+lo <= 0 <= hi, so no term of an extreme sum has the other sign: a sum that starts at its bias stays
+in the interval at every step, in whatever order its terms come, and also where hardware folds the
+zero point into the bias. An accumulator as wide as `needed` says neither wraps nor saturates.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +26,9 @@ from qnpu_jax.config import UserError
 from qnpu_jax.decoder import Decoder
 from qnpu_jax.graph import Graph, Node, TensorSpec
 from qnpu_jax.ops import WIDENING, BatchMatmul, FullyConnected, Requantize
+
+Interval = tuple[int, int]
+"""Lowest and highest value, codes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,41 @@ class Bound:
     @property
     def needed(self) -> int:
         """Bits of the smallest two's-complement integer that holds the interval."""
-        return max(self.high.bit_length(), (-self.low - 1).bit_length() if self.low < 0 else 0) + 1
+        return needed_bits(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class ChannelBounds:
+    """The proved interval of every channel of one op's accumulator.
+
+    Attributes:
+      op: as in `Bound`; so are `tensor`, `available` and `input_bits`.
+      low, high: one per output channel of a FULLY_CONNECTED; one for all of a BATCH_MATMUL, which
+        has no weights.
+    """
+
+    tensor: str
+    op: Literal["FULLY_CONNECTED", "BATCH_MATMUL"]
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    available: int
+    input_bits: int
+
+    @cached_property
+    def bound(self) -> Bound:
+        """The interval that holds those of all channels."""
+        low, high = min(self.low), max(self.high)
+        return Bound(self.tensor, self.op, low, high, self.available, self.input_bits)
+
+    @cached_property
+    def needed(self) -> tuple[int, ...]:
+        """Bits of each channel."""
+        return tuple(map(needed_bits, self.low, self.high))
+
+
+def needed_bits(low: int, high: int) -> int:
+    """Bits of the smallest two's-complement integer that holds [low, high]."""
+    return max(high.bit_length() if high > 0 else 0, (-low - 1).bit_length() if low < 0 else 0) + 1
 
 
 def proved_bounds(
@@ -56,74 +98,105 @@ def proved_bounds(
       codes: integer weights and biases by global name, as in `IntegerModel`.
       zero_point: by global name.
     """
+    return [channels.bound for channels in channel_bounds(dec, codes, zero_point)]
+
+
+def channel_bounds(
+    dec: Decoder, codes: Mapping[str, np.ndarray], zero_point: Mapping[str, np.ndarray]
+) -> list[ChannelBounds]:
+    """`proved_bounds`, channel by channel."""
     return [
-        bound
+        bounds
         for graph in dec.graphs
         for layer in range(graph.layers)
-        for bound in _graph_bounds(graph, layer, codes, zero_point)
+        for bounds in _graph_bounds(graph, layer, codes, zero_point)
     ]
 
 
 def _graph_bounds(
     graph: Graph, layer: int, codes: Mapping[str, np.ndarray], zero_point: Mapping[str, np.ndarray]
-) -> Iterator[Bound]:
-    layered = graph.prefix == "layers."
+) -> Iterator[ChannelBounds]:
+    interval = intervals(graph, layer, zero_point)
+    for node in graph.nodes:
+        name = numbered(graph, layer, node.output)
+        match node.op:
+            case FullyConnected():
+                x, w, b = node.inputs
+                bits, available = (_bits(graph[n], layer) for n in (x, b))
+                own_w, own_b = (_at(graph, layer, codes, n) for n in (w, b))
+                low, high = linear_interval(own_w, own_b, *interval(x))
+                yield ChannelBounds(name, "FULLY_CONNECTED", low, high, available, bits)
+            case BatchMatmul():
+                x, y = node.inputs
+                _, rows, terms = graph[x].shape
+                square = x == y and rows == 1 and node.op.adj_y
+                low, high = product(interval(x), interval(y), square=square)
+                bits = _bits(graph[x], layer)
+                available = 32 if bits <= 8 else 64
+                yield ChannelBounds(
+                    name, "BATCH_MATMUL", (terms * low,), (terms * high,), available, bits
+                )
+            case _:
+                pass
+
+
+def intervals(
+    graph: Graph, layer: int, zero_point: Mapping[str, np.ndarray]
+) -> Callable[[str], Interval]:
+    """What gives the reachable values of code - zero point of a tensor by local name; of a widened
+    tensor, those of its source made wider."""
     producer = {n.output: n for n in graph.nodes}
 
-    def at(values: Mapping[str, np.ndarray], name: str) -> Any:
-        array = values[graph.prefix + name]
-        return array[layer] if layered else array
-
-    def interval(name: str) -> tuple[int, int]:
-        """Reachable values of code - zero point; of a widened tensor, those of its source made
-        wider."""
+    def interval(name: str) -> Interval:
         node: Node | None = producer.get(name)
         if node is not None and isinstance(node.op, Requantize):
             source = node.inputs[0]
             if _bits(graph[source], layer) < _bits(graph[name], layer):
                 low, high = interval(source)
                 return WIDENING * low, WIDENING * high
-        low, high = _limits(graph[name], layer)
-        zero = int(at(zero_point, name))
-        return low - zero, high - zero
+        half = 2 ** (_bits(graph[name], layer) - 1)
+        zero = int(_at(graph, layer, zero_point, name))
+        return -half - zero, half - 1 - zero
 
-    for node in graph.nodes:
-        name = f"layers.{layer}.{node.output}" if layered else graph.prefix + node.output
-        match node.op:
-            case FullyConnected():
-                x, w, b = node.inputs
-                bits, available = (_bits(graph[n], layer) for n in (x, b))
-                low, high = _linear(at(codes, w), at(codes, b), *interval(x))
-                yield Bound(name, "FULLY_CONNECTED", low, high, available, bits)
-            case BatchMatmul():
-                x, y = node.inputs
-                largest = [max(abs(v) for v in interval(n)) for n in (x, y)]
-                reach = largest[0] * largest[1] * graph[x].shape[2]
-                bits = _bits(graph[x], layer)
-                available = 32 if bits <= 8 else 64
-                yield Bound(name, "BATCH_MATMUL", -reach, reach, available, bits)
-            case _:
-                pass
+    return interval
 
 
-def _linear(
+def product(x: Interval, y: Interval, *, square: bool = False) -> Interval:
+    """Smallest and largest product of a value of x and one of y; `square`: of one value by
+    itself, where [lo, hi] holds 0."""
+    ends = [a * b for a in x for b in y]
+    return (0 if square else min(ends)), max(ends)
+
+
+def linear_interval(
     w: Int[np.ndarray, "n k"], b: Int[np.ndarray, " n"], low: int, high: int
-) -> tuple[int, int]:
-    """Smallest and largest accumulator over all rows."""
-    positive = np.where(w > 0, w, 0).sum(axis=1, dtype=np.int64)
-    negative = w.sum(axis=1, dtype=np.int64) - positive
-    ends = (positive * low + negative * high + b, positive * high + negative * low + b)
-    return int(ends[0].min()), int(ends[1].max())
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Smallest and largest accumulator of each row of w, where x - z lies in [low, high].
+
+    Python's integers: beside a 64-bit bias near its limit, NumPy's would wrap.
+    """
+    positive = np.where(w > 0, w, 0).sum(axis=1, dtype=np.int64).tolist()
+    total = w.sum(axis=1, dtype=np.int64).tolist()
+    rows = list(zip(positive, total, b.tolist(), strict=True))
+    return (
+        tuple(p * low + (t - p) * high + b for p, t, b in rows),
+        tuple(p * high + (t - p) * low + b for p, t, b in rows),
+    )
+
+
+def numbered(graph: Graph, layer: int, name: str) -> str:
+    """The global name of a tensor in one layer, with the layer's number."""
+    return f"layers.{layer}.{name}" if graph.prefix == "layers." else graph.prefix + name
+
+
+def _at(graph: Graph, layer: int, values: Mapping[str, np.ndarray], name: str) -> Any:
+    array = values[graph.prefix + name]
+    return array[layer] if graph.prefix == "layers." else array
 
 
 def _bits(spec: TensorSpec, layer: int) -> int:
     assert spec.quant is not None
     return spec.quant.bits[layer]
-
-
-def _limits(spec: TensorSpec, layer: int) -> tuple[int, int]:
-    bits = _bits(spec, layer)
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def check(bounds: list[Bound]) -> None:

@@ -24,6 +24,12 @@ REPORT = "report.json"
 RECIPE = "recipe.json"
 TOKENIZER = "tokenizer"
 DIAGNOSIS = "diagnosis"
+ACCUMULATORS, ACCUMULATORS_FIGURE = "accumulators.json", "accumulators.svg"
+FILES = {
+    *(MODEL, REPORT, RECIPE, TOKENIZER, "integer_model.json", "integer_model.safetensors"),
+    *(ACCUMULATORS, ACCUMULATORS_FIGURE),  # `qnpu proof`
+}
+"""All that an output folder holds."""
 
 FORMAT = 1
 """Version of the folder; a reader refuses any other."""
@@ -108,10 +114,14 @@ def writing(out: Path, overwrite: bool, kind: Kind = MODELS) -> Iterator[Path]:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends well and vanishes otherwise."""
+def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends well and vanishes otherwise.
+
+    Args:
+      replace: an older file of that name goes at the end; without it, it is an error.
+    """
     with system_errors(path):
-        if path.exists():
+        if path.exists() and not replace:
             raise UserError(f"{path}: exists; expected a new file; choose another name")
         if not path.absolute().parent.is_dir():
             raise UserError(

@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node
 from qnpu_jax.ops import BatchMatmul, FullyConnected
-from sim.run import global_name
+from sim.constants import global_name
+from sim.run import Program, steps
+
+
+class Range(NamedTuple):
+    """Smallest and largest accumulator of each channel, (N,) int64: one per output channel of a
+    FULLY_CONNECTED, one for all of a BATCH_MATMUL."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    def joined(self, other: Range) -> Range:
+        """That of both runs."""
+        return Range(np.minimum(self.low, other.low), np.maximum(self.high, other.high))
+
+
+def observed_ranges(model: IntegerModel, program: Program, ids: np.ndarray) -> dict[str, Range]:
+    """What every FULLY_CONNECTED and BATCH_MATMUL reached on a text, by global name.
+
+    Holds one layer's tensors at a time.
+
+    Args:
+      program: of the model and of T tokens.
+      ids: (B, T) token ids, one sequence after the other.
+    """
+    found: dict[str, Range] = {}
+    for sequence in ids:
+        for graph, layer, env in steps(program, sequence, lambda _: True):
+            tensors = jax.tree.map(np.asarray, env)
+            for name, seen in _layer_ranges(model, graph, layer, tensors).items():
+                found[name] = found[name].joined(seen) if name in found else seen
+    return found
 
 
 def observed_accumulators(
     model: IntegerModel, dec: Any, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, int]:
     """Largest |accumulator| of every FULLY_CONNECTED and BATCH_MATMUL, by global name.
-
-    Sums are made anew from the codes in float64, where they are exact: |x - z| < 2^17, |w| < 2^7
-    and fewer than 2^20 terms stay below 2^53 (16 x 16 bits: fewer than 2^21 terms of 2^32).
 
     Args:
       dec: the graphs that ran.
@@ -28,28 +57,46 @@ def observed_accumulators(
     found: dict[str, int] = {}
     for graph in dec.graphs:
         for layer in range(graph.layers):
-            for node in graph.nodes:
-                if isinstance(node.op, FullyConnected | BatchMatmul):
-                    name = global_name(graph, layer, node.output)
-                    found[name] = _largest(model, graph, layer, node, tensors)
+            names = {t.name: global_name(graph, layer, t.name) for t in graph.tensors}
+            local = {n: tensors[g] for n, g in names.items() if g in tensors}
+            for name, seen in _layer_ranges(model, graph, layer, local).items():
+                found[name] = int(max(-seen.low.min(), seen.high.max()))
     return found
 
 
-def _largest(
+def _layer_ranges(
+    model: IntegerModel, graph: Graph, layer: int, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Range]:
+    """By global name, from activations by local name.
+
+    Sums are made anew from the codes in float64, where they are exact: |x - z| < 2^17, |w| < 2^7
+    and fewer than 2^20 terms stay below 2^53 (16 x 16 bits: fewer than 2^21 terms of 2^32).
+    """
+    return {
+        global_name(graph, layer, node.output): _range(model, graph, layer, node, tensors)
+        for node in graph.nodes
+        if isinstance(node.op, FullyConnected | BatchMatmul)
+    }
+
+
+def _range(
     model: IntegerModel, graph: Graph, layer: int, node: Node, tensors: Mapping[str, np.ndarray]
-) -> int:
+) -> Range:
     def at(values: dict[str, np.ndarray], name: str) -> Any:
         array = values[graph.prefix + name]
         return array[layer] if graph.prefix == "layers." else array
 
     def centred(name: str) -> np.ndarray:
-        codes = tensors[global_name(graph, layer, name)]
-        return codes.astype(np.float64) - float(at(model.zero_point, name))
+        return tensors[name].astype(np.float64) - float(at(model.zero_point, name))
 
     x = centred(node.inputs[0])
     if isinstance(node.op, FullyConnected):
-        w, b = (at(model.codes, n).astype(np.float64) for n in node.inputs[1:])
-        return int(np.abs(x @ w.T + b).max())
-    y = centred(node.inputs[1])
-    adjoint = isinstance(node.op, BatchMatmul) and node.op.adj_y
-    return int(np.abs(x @ (y.swapaxes(1, 2) if adjoint else y)).max())
+        w, b = (at(model.codes, n) for n in node.inputs[1:])
+        acc = x @ w.T.astype(np.float64)
+        low, high = (end.astype(np.int64) + b for end in (acc.min(0), acc.max(0)))
+    else:
+        assert isinstance(node.op, BatchMatmul)
+        y = centred(node.inputs[1])
+        acc = x @ (y.swapaxes(1, 2) if node.op.adj_y else y)
+        low, high = (np.asarray([end], np.int64) for end in (acc.min(), acc.max()))
+    return Range(low, high)

@@ -7,20 +7,19 @@ per pattern of bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from qnpu_jax.accumulators import overflowing, proved_bounds
-from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.graph import Graph, Node, TensorSpec, is_identity
+from qnpu_jax.graph import Graph, Node, is_identity
 from qnpu_jax.ops import (
     Add,
     AddMask,
@@ -39,8 +38,10 @@ from qnpu_jax.ops import (
     Sqrt,
     Transpose,
 )
-from sim import elementwise, kernels, prepare
-from sim.numerics import Profile, Rules, rules_of
+from sim import elementwise, kernels, parallel
+from sim.blocks import by_channels
+from sim.constants import constants_of, dtype_of, global_name, operand, tight_sums
+from sim.numerics import Profile, rules_of
 
 Codes = dict[str, jax.Array]
 NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
@@ -54,36 +55,47 @@ class Program:
       decoder: the staged graphs (`IntegerModel.decoder`).
       codes: per graph and layer, codes of parameters and shared inputs by local name.
       constants: per graph and layer, the kernels' constants by output name.
+      mesh: the devices that share a batch's sequences; None for one.
     """
 
     decoder: Any
     profile: Profile
     codes: list[list[Codes]]
     constants: list[list[dict[str, Any]]]
+    mesh: Mesh | None = None
 
 
-def compile_model(model: IntegerModel, dec: Any, profile: Profile = "litert_ref") -> Program:
+def compile_model(
+    model: IntegerModel,
+    dec: Any,
+    profile: Profile = "litert_ref",
+    devices: Sequence[Any] | None = None,
+) -> Program:
     """Makes the constants of every op and puts them and the weights on the device.
 
     Args:
       dec: `model.decoder(tokens, ...)`.
       profile: a name of `sim.numerics.PROFILES`, or an `Npu`.
+      devices: of JAX; each gets all weights, and its share of the sequences of a batch;
+        None for JAX's default device. The bits do not depend on them.
 
     Raises:
       UserError: the profile cannot represent an op, or its accumulators may overflow.
     """
     rules = rules_of(profile)
-    tight = _tight(model, dec, rules)
+    tight = tight_sums(model, dec, rules)
     shared = model.inputs(dec)
+    mesh = None if devices is None else parallel.mesh_of(devices)
+    put = partial(jax.tree.map, jnp.asarray) if mesh is None else partial(parallel.replicate, mesh)
     with jax.enable_x64():
         codes, constants = [], []
         for graph in dec.graphs:
             layers = range(graph.layers)
             own = [_codes_of(model, graph, i, shared) for i in layers]
-            codes.append([jax.tree.map(jnp.asarray, c) for c in own])
-            made = [_constants_of(model, graph, i, own[i], rules, tight) for i in layers]
-            constants.append([jax.tree.map(jnp.asarray, c) for c in made])
-    return Program(dec, profile, codes, constants)
+            codes.append([put(c) for c in own])
+            made = [constants_of(model, graph, i, own[i], rules, tight) for i in layers]
+            constants.append([put(c) for c in made])
+    return Program(dec, profile, codes, constants, mesh)
 
 
 def run(
@@ -95,7 +107,8 @@ def run(
     """Codes of the logits, and of every tensor whose global name `keep` accepts.
 
     Args:
-      ids: (T,) or (B, T) token ids.
+      ids: (T,) or (B, T) token ids. Of a program on several devices each takes B / devices
+        sequences, rounded up; one sequence (T,) alone is run by all of them alike.
       keep: chooses tensors by global name (`layers.3.attn.q`).
       inputs: of the layers; cached keys and values `layers.3.attn.cache_k` (N, C, K) where the
         program has a cache, and in place of the program's own what all layers share (`mask`,
@@ -124,8 +137,9 @@ def steps(
 ) -> Iterator[tuple[Graph, int, Codes]]:
     """Graph by graph and layer by layer: its output and the kept tensors, by local name."""
     with jax.enable_x64():
-        values: Codes = {"ids": jnp.asarray(ids, jnp.int32)}
-        x = None
+        mesh, ids = program.mesh, jnp.asarray(ids, jnp.int32)
+        values: Codes = {"ids": ids if mesh is None else parallel.spread(mesh, ids)}
+        run_layer = _compiled_layer(mesh)
         for graph, codes, constants in zip(
             program.decoder.graphs, program.codes, program.constants, strict=True
         ):
@@ -140,15 +154,10 @@ def steps(
                 own = {t.name: global_name(graph, layer, t.name) for t in graph.named("input")}
                 given = {n: inputs.get(g, inputs.get(n)) for n, g in own.items()}
                 values |= {n: jnp.asarray(x) for n, x in given.items() if x is not None}
-                env = _compiled_layer()(graph, like, kept, codes[layer], constants[layer], values)
-                yield graph, layer, env
-                x = env[graph.outputs[0]]
-                values = {"input.residual": x}
-
-
-def global_name(graph: Graph, layer: int, name: str) -> str:
-    """`layers.3.attn.q` for the layer graph, `embed.out`, `head.logits` elsewhere."""
-    return f"layers.{layer}.{name}" if graph.prefix == "layers." else graph.prefix + name
+                env = run_layer(graph, like, kept, codes[layer], constants[layer], values)
+                filled = mesh is not None and ids.ndim == 2 and ids.shape[0] % mesh.size
+                yield graph, layer, {n: x[: len(ids)] for n, x in env.items()} if filled else env
+                values = {"input.residual": env[graph.outputs[0]]}
 
 
 def _same_bits(graph: Graph, layer: int) -> int:
@@ -170,9 +179,11 @@ _TOKENS = 512
 
 
 @cache
-def _compiled_layer() -> Callable[..., Codes]:
-    options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
-    return jax.jit(_run_layer, static_argnums=(0, 1, 2), compiler_options=options)
+def _compiled_layer(mesh: Mesh | None) -> Callable[..., Codes]:
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    options = _CPU_OPTIONS if platform == "cpu" else None
+    function = _run_layer if mesh is None else partial(_run_layer_on, mesh)
+    return jax.jit(function, static_argnums=(0, 1, 2), compiler_options=options)
 
 
 def _run_layer(
@@ -192,6 +203,21 @@ def _run_layer(
     if first.ndim == len(shape):
         return one(values)
     return jax.lax.map(one, values, batch_size=max(1, _TOKENS // shape[0]))
+
+
+def _run_layer_on(
+    mesh: Mesh,
+    graph: Graph,
+    layer: int,
+    kept: tuple[str, ...],
+    codes: Codes,
+    constants: dict[str, Any],
+    values: Codes,
+) -> Codes:
+    name, first = next(iter(values.items()))
+    batched = first.ndim > len(graph[name].shape)
+    function = partial(_run_layer, graph, layer, kept)
+    return parallel.shards(mesh, function, batched=batched)(codes, constants, values)
 
 
 def run_graph(graph: Graph, layer: int, values: Codes, constants: Mapping[str, Any]) -> Codes:
@@ -216,10 +242,10 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
         case Embedding():
             return kernels.gather(x[0], x[1])
         case FullyConnected():
-            return kernels.fully_connected(x[0], x[1], constants)
+            return by_channels(kernels.fully_connected, x[0], x[1], constants)
         case BatchMatmul(adj_y=adj_y):
             tight = constants.limit is not None
-            narrow = [_operand(graph, n, layer, tight) for n in node.inputs]
+            narrow = [operand(graph, n, layer, tight) for n in node.inputs]
             y = graph[narrow[1]].quant
             return kernels.batch_matmul(
                 x[0],
@@ -253,132 +279,8 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
             assert_never(node.op)
 
 
-def dtype_of(spec: TensorSpec, layer: int) -> np.dtype:
-    """int8 for codes of up to 8 bits, int16 above."""
-    assert spec.quant is not None
-    return np.dtype(np.int8 if spec.quant.bits[layer] <= 8 else np.int16)
-
-
-def narrow_source(graph: Graph, name: str, layer: int) -> str:
-    """The 8-bit tensor that `name` was widened from (exactly), or `name`."""
-    producer = next((n for n in graph.nodes if n.output == name), None)
-    if producer is None or not isinstance(producer.op, Requantize):
-        return name
-    source, target = graph[producer.inputs[0]].quant, graph[name].quant
-    assert source is not None and target is not None
-    widens = source.bits[layer] == 8 and target.bits[layer] == 16
-    return producer.inputs[0] if widens else name
-
-
 def _codes_of(
     model: IntegerModel, graph: Graph, layer: int, shared: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     own = model.constants(graph, layer)
     return own | {t.name: shared[t.name] for t in graph.named("input") if t.name in shared}
-
-
-def _at(array: np.ndarray, graph: Graph, layer: int) -> Any:
-    return array[layer] if graph.prefix == "layers." else array[()]
-
-
-def _tight(model: IntegerModel, dec: Any, rules: Rules) -> frozenset[str]:
-    """Outputs of ops whose sums are not proved to fit the profile's accumulators, by global name.
-
-    Raises:
-      UserError: there are some, and the profile does not say what happens to them.
-    """
-    if rules.accumulator_bits is None:
-        return frozenset()
-    bounds = proved_bounds(dec, model.codes, model.zero_point)
-    passing = overflowing(bounds, rules.accumulator_bits)
-    if passing and rules.overflow == "error":
-        worst = max(passing, key=lambda b: b.needed)
-        raise UserError(
-            f"{worst.tensor}: its accumulator ({worst.op}) can reach [{worst.low}, {worst.high}],"
-            f" which needs {worst.needed} bits; got accumulator_bits={rules.accumulator_bits};"
-            f" {len(passing)} ops are past it: widen it, or choose overflow='wrap' or 'saturate'"
-        )
-    return frozenset(b.tensor for b in passing)
-
-
-def _constants_of(
-    model: IntegerModel,
-    graph: Graph,
-    layer: int,
-    codes: dict[str, np.ndarray],
-    rules: Rules,
-    tight: frozenset[str],
-) -> dict[str, Any]:
-    def scale(name: str) -> Any:
-        return _at(model.scale[graph.prefix + name], graph, layer)
-
-    def pair(name: str) -> tuple[Any, int]:
-        return scale(name), int(_at(model.zero_point[graph.prefix + name], graph, layer))
-
-    made = {}
-    for node in graph.nodes:
-        if not is_identity(graph, node, layer):
-            name = global_name(graph, layer, node.output)
-            try:
-                constants = _prepare(graph, node, layer, codes, rules, name in tight, scale, pair)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
-            if constants is not None:
-                made[node.output] = constants
-    return made
-
-
-def _prepare(
-    graph: Graph,
-    node: Node,
-    layer: int,
-    codes: dict[str, np.ndarray],
-    rules: Rules,
-    tight: bool,
-    scale: Callable[[str], Any],
-    pair: Callable[[str], tuple[Any, int]],
-) -> Any:
-    names, out = node.inputs, node.output
-    if isinstance(node.op, Embedding | Reshape | Transpose | Slice | Concat):
-        return None
-    dtype = dtype_of(graph[names[0]], layer)
-    match node.op:
-        case FullyConnected():
-            weights = graph[names[1]].quant
-            assert weights is not None
-            return prepare.prepare_fully_connected(
-                rules,
-                dtype,
-                codes[names[1]],
-                codes[names[2]],
-                *pair(names[0]),
-                scale(names[1]),
-                *pair(out),
-                weight_bits=weights.bits[layer],
-                tight=tight,
-            )
-        case BatchMatmul():
-            x, y = (pair(_operand(graph, n, layer, tight)) for n in names)
-            return prepare.prepare_batch_matmul(rules, dtype, *x, *y, *pair(out), tight=tight)
-        case Add() | AddMask():
-            return prepare.prepare_add(rules, dtype, *pair(names[0]), *pair(names[1]), *pair(out))
-        case Mul() | Keep():
-            return prepare.prepare_mul(rules, dtype, *pair(names[0]), *pair(names[1]), *pair(out))
-        case Requantize():
-            output = dtype_of(graph[out], layer)
-            return prepare.prepare_quantize(rules, dtype, output, *pair(names[0]), *pair(out))
-        case Softmax() if dtype == np.int8:
-            return prepare.prepare_softmax_int8(rules, scale(names[0]))
-        case Softmax():
-            return prepare.prepare_softmax_int16(rules, scale(names[0]))
-        case Logistic() | Sqrt() | Rsqrt():
-            kind: Any = type(node.op).__name__.lower()
-            return prepare.prepare_unary(kind, rules, dtype, *pair(names[0]), *pair(out))
-        case _:
-            assert_never(node.op)
-
-
-def _operand(graph: Graph, name: str, layer: int, tight: bool) -> str:
-    """What a BATCH_MATMUL multiplies: the byte behind a widened operand (`narrow_source`), but
-    where its sum is limited and so has to be the file's own."""
-    return name if tight else narrow_source(graph, name, layer)

@@ -17,8 +17,9 @@ from qnpu_jax.freeze import freeze
 from qnpu_jax.ops import BatchMatmul, FullyConnected
 from qnpu_jax.quant import QParams
 from qnpu_jax.resolve import is_free
+from sim.constants import global_name
 from sim.observe import observed_accumulators
-from sim.run import compile_model, global_name, run
+from sim.run import compile_model, run
 
 plans = pytest.mark.parametrize("plan", tiny.PLANS)
 
@@ -48,7 +49,9 @@ def test_check_stops_at_one_beyond_32_bits(low, high, fits):
 
 @given(st.lists(st.tuples(st.integers(-(2**40), 0), st.integers(0, 2**40))), st.integers(2, 64))
 def test_what_overflows_a_width_is_what_passes_its_ends(ends, bits):
-    bounds = [Bound(f"x{i}", "FULLY_CONNECTED", *e, 32, 8) for i, e in enumerate(ends)]
+    bounds = [
+        Bound(f"x{i}", "FULLY_CONNECTED", low, high, 32, 8) for i, (low, high) in enumerate(ends)
+    ]
     smallest, largest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     assert overflowing(bounds, bits) == [b for b in bounds if b.low < smallest or b.high > largest]
 
@@ -129,26 +132,28 @@ def test_an_input_reaches_the_bound_of_every_linear(plan):
 
 
 def test_bounds_of_attention_products():
-    """K max|x| max|y|; 128 times the 8-bit codes where a 16-bit operand was widened from them."""
+    """K times the largest and the smallest product; 128 times the 8-bit codes where a 16-bit
+    operand was widened from them; a square is never negative."""
     model = tiny.quantized("gqa_llama3", "w8a8")
     bounds, k = bounds_of("gqa_llama3", "w8a8"), 24
     dec = model.decoder(8)
 
-    def reach(name: str, layer: int) -> int:
-        zero = int(model.zero_point["layers." + name][layer])
-        return max(-128 - zero, 127 - zero, key=abs)
+    def products(x: str, y: str, layer: int) -> list[int]:
+        zero = [int(model.zero_point["layers." + n][layer]) for n in (x, y)]
+        ends = [(-128 - z, 127 - z) for z in zero]
+        return [a * b for a in ends[0] for b in ends[1]]
 
     for layer in range(2):
         score = bounds[f"layers.{layer}.attn.kv1.scores"]
-        queries, keys = reach("attn.q_pos", layer), reach("attn.k_cache", layer)
-        assert score.high == -score.low == k * 128 * abs(queries) * 128 * abs(keys)
+        ends = products("attn.q_pos", "attn.k_cache", layer)
+        assert (score.low, score.high) == (k * 128**2 * min(ends), k * 128**2 * max(ends))
         assert score.available == 64
         mixed = bounds[f"layers.{layer}.attn.kv1.mixed"]
-        probs, values = reach("attn.kv1.probs", layer), reach("attn.v_cache", layer)
-        assert mixed.high == dec.keys * abs(probs) * abs(values)
+        ends = products("attn.kv1.probs", "attn.v_cache", layer)
+        assert (mixed.low, mixed.high) == (dec.keys * min(ends), dec.keys * max(ends))
         assert mixed.available == 32
         squares = bounds[f"layers.{layer}.attn.norm.squares"]
-        assert squares.high == 48 * 32768**2 and squares.available == 64
+        assert (squares.low, squares.high) == (0, 48 * 32768**2) and squares.available == 64
 
 
 @plans

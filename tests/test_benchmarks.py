@@ -10,13 +10,16 @@ from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from qnpu_jax import freeze
 from qnpu_jax.config import UserError
 from qnpu_jax.npu.hexagon import Compiled, Signature, Traffic
 from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
+from sim.run import compile_model, run
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 ablation = importlib.import_module("ablation")
@@ -24,6 +27,8 @@ accuracy = importlib.import_module("accuracy")
 hexagon = importlib.import_module("hexagon")
 outcome = importlib.import_module("outcome")
 protocol = importlib.import_module("protocol")
+sim_scaling = importlib.import_module("sim_scaling")
+sim_speed = importlib.import_module("sim_speed")
 step_memory = importlib.import_module("step_memory")
 
 SHARED = {"model": "m", "text": "t", "calibration": "c", "windows": 2, "length": 8}
@@ -354,3 +359,61 @@ def test_activations_grow_with_the_tokens_and_weights_do_not():
     # Arguments: both models, the parameters and what Adam keeps of them.
     assert 2 * one.weights < one.arguments < 3 * one.weights
     assert 0 < two.temporary - one.temporary < 4 * one.layer
+
+
+def speed_rows(times_float: float, times_reference: float) -> list:
+    """w8a8 beside a float model of 1,000 tokens/s at one length."""
+    made = {
+        ("-", "float32"): 1000.0,
+        ("w8a8", "litert_ref"): 1000 * times_float,
+        ("w8a8", "BUILTIN_REF"): 1000 * times_float / times_reference,
+    }
+    return [
+        sim_speed.Row(recipe, reader, 128, 1, lambda: None, [128 / rate])
+        for (recipe, reader), rate in made.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("times_float", "times_reference", "memory", "short"),
+    [
+        (1.01, 20.5, 1.4, []),
+        (0.99, 20.5, 1.4, ["0.99x float32"]),
+        (1.01, 19.5, 1.4, ["19.5x BUILTIN_REF"]),
+        (1.01, 20.5, 1.6, ["1.60x the memory"]),
+    ],
+)
+def test_the_goals_of_speed_hold_and_can_fail(capsys, times_float, times_reference, memory, short):
+    rows = speed_rows(times_float, times_reference)
+    found = sim_speed.report(rows, {"float32": 1000.0, "w8a8": 1000 * memory})
+    assert len(found) == len(short)
+    assert all(said in line for said, line in zip(short, found, strict=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("goals missed" if short else "goals met")
+    assert f"at least {sim_speed.MIN_TIMES_FLOAT:g}x float32" in lines[-2 - len(short)]
+
+
+def test_a_shallow_model_is_the_first_layers_of_it():
+    model = tiny.quantized("gqa_llama3", "w8a8")
+    params = {n: jnp.asarray(x) for n, x in freeze.dequantize(model).items()}
+    cut, cut_params = sim_scaling.shallow(model, params, 1)
+    ids = tiny.random_ids((8,))
+    expected = run(compile_model(model, model.decoder(8)), ids, lambda n: "layers.0." in n)
+    got = run(compile_model(cut, cut.decoder(8)), ids, lambda n: "layers.0." in n)
+    for name in expected.keys() - {"head.logits"}:
+        assert (np.asarray(expected[name]) == np.asarray(got[name])).all(), name
+    rows = list(sim_scaling.rows_of(cut, cut_params, 8))
+    assert [r.reader for r in rows] == ["float32", "litert_ref", "npu"]
+    assert [np.asarray(r.call()["head.logits"]).shape for r in rows[1:]] == [(8, 96)] * 2
+
+
+def test_bfloat16_is_the_float_model_in_bfloat16():
+    model = tiny.quantized("gqa_llama3", "w8a8")
+    dec, ids = model.decoder(8), jnp.asarray(tiny.random_ids((2, 8)))
+    params = {n: jnp.asarray(x) for n, x in freeze.dequantize(model).items()}
+    expected = sim_speed.float_logits(dec, params, ids)
+    halves = {n: x.astype(jnp.bfloat16) for n, x in params.items()}
+    got = sim_speed.float_logits(dec, halves, ids)
+    assert got.dtype == jnp.bfloat16
+    a, b = np.asarray(expected).ravel(), np.asarray(got.astype(jnp.float32)).ravel()
+    assert np.corrcoef(a, b)[0, 1] > 0.98  # 8 bits of mantissa, through two layers

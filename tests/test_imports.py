@@ -19,9 +19,9 @@ LEVELS = {
         "graph recipes orthogonal columns",
         "quant decoder rotate",
         "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
-        " flatbuffer op_version contents stored",
+        " intermediates flatbuffer op_version contents stored",
         "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof"
-        " job deploy npu diagnose attribution tally diagnosis overlay heat_map",
+        " widths job deploy npu diagnose attribution tally diagnosis overlay heat_map",
         "cli",
         "__init__",  # a table of contents: no module imports it
     ])

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from qnpu_jax import artifacts, deploy, freeze, job, models
-from qnpu_jax.cli import INTERRUPTED, bench, complain, instrument, npu
+from qnpu_jax.cli import INTERRUPTED, bench, complain, instrument, npu, proof
 from qnpu_jax.cli.display import Display, megabytes, print_report
 from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Threads
 from qnpu_jax.cli.simulated import Simulated, SimulatedBackend
@@ -40,6 +40,7 @@ app = typer.Typer(
 app.add_typer(npu.app)
 app.add_typer(bench.app)
 app.add_typer(instrument.app)
+app.add_typer(proof.app)
 Model = Annotated[
     str, typer.Argument(help="smollm2-135m, a .gguf file, a Hugging Face folder, or org/name.")
 ]

@@ -11,7 +11,7 @@ from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.npu.session import Shape, Step
 from qnpu_jax.tflite import Positions, cached_decoder
 from sim import run as simulator
-from sim.observe import observed_accumulators
+from sim.observe import observed_accumulators, observed_ranges
 
 
 class Simulated:
@@ -31,6 +31,12 @@ class Simulated:
 
     def accumulators(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, int]:
         return observed_accumulators(self._model, self._program.decoder, tensors)
+
+
+def observed(model: IntegerModel, ids: np.ndarray) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    """`widths.Observe` by `sim`."""
+    program = simulator.compile_model(model, model.decoder(ids.shape[1]), "litert_ref")
+    return observed_ranges(model, program, ids)
 
 
 class SimulatedBackend:
