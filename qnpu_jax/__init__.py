@@ -4,6 +4,7 @@ Read in this order: `ops` (the closed set of operations), `graph` and `decoder` 
 `quant` and `resolve` (scales and their ties), `evaluate` (float and fake-quantized), `rotate`,
 `prefix` and `calibrate` (what makes static scales possible), `recipes` and `learn` (what is learned
 of them), `weights` (rounding with the data in view), `freeze` (rounding, once), `tflite` (the
-file). `pipeline` puts them in order, `job` adds proof and measurement, `cli` is the command.
+file). `pipeline` puts them in order, `job` adds proof and measurement, `diagnose`
+and `attribution` tell where precision is lost, `cli` is the command.
 The integer simulator is the package `sim`.
 """

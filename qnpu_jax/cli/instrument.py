@@ -47,9 +47,9 @@ def diagnose(
     """Tells where precision is lost: SQNR, clipping, use of the code range and share of the KL of
     every tensor.
 
-    SQNR is against the model's own integer weights run in float: the folder keeps no others, and
-    learned ones are the original's no more. It shows what activations lose, not weights. KL is from
-    the original, and its share split among tensors by integrated gradients.
+    SQNR is against the model's own integer constants run in float, as the
+    folder keeps no others: what activations lose, not weights. KL is from the
+    original, its share of a tensor by integrated gradients.
     """
     asked = diagnosis.Request(
         folder, text, tokens, windows, model, tuple(replace or ()), exact, out
