@@ -36,12 +36,10 @@ PROFILES: dict[str, Profile] = {
     "litert_xnn": "litert_xnn",
     "npu": PLAIN,
     "npu single": replace(PLAIN, rounding="single"),
-    "npu single up": replace(PLAIN, rounding="single", ties="up"),
     "npu single even": replace(PLAIN, rounding="single", ties="even"),
     "npu 15 bits": replace(PLAIN, multiplier_bits=15),
     "npu 65 entries": replace(PLAIN, table_entries=65),
     "npu 257 entries": replace(PLAIN, table_entries=257),
-    "npu 4097 entries": replace(PLAIN, table_entries=4097),
 }
 JUDGED = ("litert_opt", "litert_xnn", "npu", "npu single")
 EVERY = 3
@@ -134,12 +132,15 @@ def measure(
     def logits_of(program: Program) -> Any:
         return integer_logits(model, lambda ids: run(program, ids)["head.logits"])
 
+    some = windows[:4]
+    expected = {ids.tobytes(): np.asarray(logits_of(first)(ids)) for ids in some}
+
     for label, profile in profiles.items():
         start = time.perf_counter()
         got = np.asarray(run(compile_model(model, short, profile), ids)["head.logits"])
         distance = np.abs(got.astype(np.int64) - tensors["head.logits"])
         reading = logits_of(compile_model(model, dec, profile))
-        apart = divergence(logits_of(first), reading, windows[:4])
+        apart = divergence(lambda ids: expected[ids.tobytes()], reading, some)
         yield Row(
             name,
             label,

@@ -8,8 +8,7 @@ and scanned.
 Call them inside `with jax.enable_x64():`; without 64-bit integers they raise.
 
 Accumulators are 32 bits wide and wrap, as in the hardware and in LiteRT, unless said otherwise.
-Products of bytes are summed by int8 dots with int32 results, exact for up to 131,071 terms; int16
-operands are split in two bytes first.
+Products of bytes are summed by exact dots (`sim.dots`); int16 operands are split in two bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from jax import Array
 
 from qnpu_jax.ops import WIDENING
 from sim.accumulate import Limit, Saturate, Wrap, saturating_sum, wrap
+from sim.dots import INT8, Dot, dot
 from sim.elementwise import Leaf
 from sim.fixedpoint import lut_lookup, rounding_divide_by_pot, saturate, srdhm, wide
 from sim.gemmlowp import one_over_one_plus_x
@@ -32,12 +32,13 @@ from sim.numerics import Scale, rescale
 
 class FullyConnectedConstants(NamedTuple):
     """offset (N,): bias plus what input zero point or byte split adds, int32 (wraps) or int64 (wide
-    accumulator); limit: of an accumulator that may be too narrow."""
+    accumulator); limit: of an accumulator that may be too narrow; dot: how bytes are multiplied."""
 
     offset: Leaf
     scale: Scale
     zero_point: Leaf
     limit: Limit = None
+    dot: Dot = INT8
 
 
 class BatchMatmulConstants(NamedTuple):
@@ -97,10 +98,11 @@ def fully_connected(x: Array, w: Array, c: FullyConnectedConstants) -> Array:
         rows = _less(x, c.limit.x_zero_point).reshape(1, -1, x.shape[-1])
         acc = saturating_sum(rows, w.T[None], c.limit).reshape(*x.shape[:-1], w.shape[0])
     elif x.dtype == jnp.int8:
-        acc = _dot(x, w, (((x.ndim - 1,), (1,)), ((), ()))) + offset
+        acc = dot(x, w, (((x.ndim - 1,), (1,)), ((), ())), c.dot) + offset
     else:
         # One dot of both bytes reads the weights once.
-        both = _dot(jnp.stack(_bytes(x)), w, (((x.ndim,), (1,)), ((), ()))).astype(offset.dtype)
+        both = dot(jnp.stack(_bytes(x)), w, (((x.ndim,), (1,)), ((), ())), c.dot)
+        both = both.astype(offset.dtype)
         acc = (both[0] << jnp.asarray(8, offset.dtype)) + both[1] + offset
     if isinstance(c.limit, Wrap):
         acc = wrap(acc, c.limit.bits)
@@ -200,7 +202,7 @@ def _matmul(x: _Digits, y: _Digits, k_axis: int, dtype: type) -> Array:
     # With x = X + a and y = Y + b: xy = XY + a Y + b (X + a), summed over K.
     assert x.rest is not None  # known to be 0 for y only
     dims = (((2,), (k_axis,)), ((0,), (0,)))
-    products = [(v * w, _dot(p, q, dims)) for v, p in x.terms for w, q in y.terms]
+    products = [(v * w, dot(p, q, dims)) for v, p in x.terms for w, q in y.terms]
     acc = weighted(products) + x.rest.astype(dtype) * total(y, k_axis)[:, None, :]
     if y.rest is None:
         return acc
@@ -212,10 +214,6 @@ def _bytes(x: Array) -> tuple[Array, Array]:
     """int16 as two int8: x = 256 high + low + 128."""
     high = x >> np.int16(8)
     return high.astype(jnp.int8), ((x & np.int16(255)) - np.int16(128)).astype(jnp.int8)
-
-
-def _dot(x: Array, y: Array, dims: tuple) -> Array:
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.int32)
 
 
 def _row(leaf: Leaf, ndim: int) -> Array:

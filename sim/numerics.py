@@ -135,6 +135,7 @@ class Rules:
       accumulator_bits: of FULLY_CONNECTED and BATCH_MATMUL; None: those of the bias, 32 for int8
         BATCH_MATMUL, 64 for int16.
       overflow: what an accumulator of these bits does where a sum may pass it; `error` refuses.
+      floats: floating point may serve where it is exact (`sim.dots`).
     """
 
     linear8: Rule
@@ -150,6 +151,7 @@ class Rules:
     table_entries: int | None = None
     accumulator_bits: int | None = None
     overflow: Literal["error", "wrap", "saturate"] = "error"
+    floats: bool = True
 
 
 _MBQM, _MBQM64, _RUY = fixed(FixedScale), fixed(FixedScale64), fixed(SingleScale)
@@ -211,6 +213,7 @@ class Npu:
             table_entries=self.table_entries,
             accumulator_bits=self.accumulator_bits,
             overflow=self.overflow,
+            floats=False,
         )
 
     def _chosen(self, real: Any) -> ChosenScale:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from sim import elementwise, fixedpoint, gemmlowp, lut, xnnpack
+from sim import dots, elementwise, fixedpoint, gemmlowp, lut, xnnpack
 from sim.accumulate import Limit, Saturate, Wrap
 from sim.elementwise import AddConstants, MulConstants, QuantizeConstants
 from sim.kernels import (
@@ -78,7 +78,9 @@ def prepare_fully_connected(
         wide = bias.dtype == np.int64 or isinstance(limit, Saturate)
         rule = rules.linear8 if narrow else rules.linear16
         made = (rules.linear16_wide if wide else rule)(real)
-    return FullyConnectedConstants(offset.astype(bias.dtype), made, _int32(zero_point), limit)
+    dot = dots.fastest(weights) if rules.floats else dots.INT8
+    offset = offset.astype(bias.dtype)
+    return FullyConnectedConstants(offset, made, _int32(zero_point), limit, dot)
 
 
 def _limit(rules: Rules, tight: bool, x_zero_point: int, start: np.ndarray) -> Limit:
