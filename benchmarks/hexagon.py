@@ -42,7 +42,7 @@ FASTER = 0.151
 """How far w4a8's prefill should lie below w4a16's: what Quant.npu reports of SM8650."""
 NEAR = 0.02
 """How far the emulated perplexity may lie from the simulator's, relative."""
-SCORED = ("w8a8", "w4a8")
+SCORED = ("w8a8", "w4a8", "w8a8i8", "w4a8i8")
 WINDOWS = 8
 """Scored by default. The log-ratio of the two perplexities has a standard deviation of 2.7% (w4a8)
 to 3.1% (w8a8) from one window of 128 tokens of WikiText-2 to the next: a standard error of up to
