@@ -12,17 +12,15 @@ import argparse
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import outcome
 from sim_speed import MODEL, quantize
 
 from qnpu_jax import corpus, freeze, models, tflite, verify
-from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.litert import KernelSet, LiteRT
 from sim.numerics import ProfileName
@@ -130,20 +128,17 @@ def measure(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def main() -> int:
-    args: Any = arguments()
-    try:
-        rows = measure(args)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception:  # an uncaught one would exit with 1, which says that elements differ
-        traceback.print_exc()
-        return 2
+def measured(args: argparse.Namespace) -> int:
+    rows = measure(args)
     total = sum(r.differing for r in rows)
     elements = sum(r.tensors.elements for r in rows)
     print(f"differing elements, simulator against LiteRT: {total} of {elements}")
     return 1 if total else 0
+
+
+def main() -> int:
+    args = arguments()
+    return outcome.status(lambda: measured(args))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import outcome
 from bitexact import integers, real_text
 
-from qnpu_jax.config import UserError
 from qnpu_jax.evaluation import divergence, integer_logits, perplexity
 from qnpu_jax.freeze import IntegerModel
 from sim.constants import global_name
@@ -170,32 +169,29 @@ def short_of(rows: list[Row], quick: bool) -> list[str]:
     return short
 
 
-def main() -> int:
-    args = arguments()
+def measured(args: argparse.Namespace) -> int:
     chosen = dict(list(PROFILES.items())[:4]) if args.quick else PROFILES
+    ids = real_text(args.text, args.windows * args.length)
+    windows = ids.reshape(args.windows, args.length)
     print(
         f"{'model':16}{'profile':18}{'perplexity':>10}{'KL':>10}{'top-1':>8}{'logits':>9}"
         f"{'most':>7}{'s':>7}  codes that differ, op by op (by at most)"
     )
     rows: list[Row] = []
-    try:
-        ids = real_text(args.text, args.windows * args.length)
-        windows = ids.reshape(args.windows, args.length)
-        for name, model in integers(args.models, args.quick):
-            for row in measure(name, model, windows, chosen):
-                rows.append(row)
-                print(row, flush=True)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception:  # an uncaught one would exit with 1, which says that a goal is missed
-        traceback.print_exc()
-        return 2
+    for name, model in integers(args.models, args.quick):
+        for row in measure(name, model, windows, chosen):
+            rows.append(row)
+            print(row, flush=True)
     short = short_of(rows, args.quick)
     print("".join(f"short of the goal: {s}\n" for s in short), end="")
     far = max(rows, key=lambda r: r.kl)
     print(f"furthest from litert_ref: {far.model} under {far.profile}, KL {far.kl:.5f}")
     return 1 if short else 0
+
+
+def main() -> int:
+    args = arguments()
+    return outcome.status(lambda: measured(args))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+import outcome
 from matplotlib.figure import Figure
 from sim_speed import Row, float_logits, float_name, measure, quantize
 
@@ -174,32 +174,29 @@ def report(found: list[Point], depth_tokens: int) -> None:
     print(f"{depth_tokens} tokens: {'; '.join(said)}")
 
 
-def main() -> int:
-    args = arguments()
-    try:
-        if args.folder or args.random:
-            if args.folder:
-                artifacts.read_report(args.folder)
-            model = freeze.load(args.folder) if args.folder else random_model()
-            params = {n: jnp.asarray(x) for n, x in freeze.dequantize(model).items()}
-        else:
-            integers, params = quantize(["w8a8"], quick=True)
-            model = integers["w8a8"]
-        if too_deep := [n for n in args.layers if not 1 <= n <= model.config.num_layers]:
-            raise UserError(
-                f"--layers {too_deep[0]}: expected 1 to {model.config.num_layers}; choose others"
-            )
-        found = points(args, model, params)
-        if not args.quick:
-            draw(found, model.config.num_layers, args.depth_tokens, args.figure)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 2
+def measured(args: argparse.Namespace) -> int:
+    if args.folder or args.random:
+        if args.folder:
+            artifacts.read_report(args.folder)
+        model = freeze.load(args.folder) if args.folder else random_model()
+        params = {n: jnp.asarray(x) for n, x in freeze.dequantize(model).items()}
+    else:
+        integers, params = quantize(["w8a8"], quick=True)
+        model = integers["w8a8"]
+    if too_deep := [n for n in args.layers if not 1 <= n <= model.config.num_layers]:
+        raise UserError(
+            f"--layers {too_deep[0]}: expected 1 to {model.config.num_layers}; choose others"
+        )
+    found = points(args, model, params)
+    if not args.quick:
+        draw(found, model.config.num_layers, args.depth_tokens, args.figure)
     report(found, args.depth_tokens)
     return 0
+
+
+def main() -> int:
+    args = arguments()
+    return outcome.status(lambda: measured(args))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import re
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +30,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import outcome
 
 from qnpu_jax import artifacts, corpus, freeze, models, pipeline, tflite
-from qnpu_jax.config import UserError
 from qnpu_jax.evaluate import Params, evaluate, forward, local, shared_inputs
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import TensorSpec
@@ -273,27 +272,24 @@ def report(rows: list[Row], peaks: dict[str, float]) -> list[str]:
     return short
 
 
+def measured(args: argparse.Namespace) -> int:
+    integers, params = models_of(args)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        for tokens in args.tokens:
+            part = list(rows_of(tokens, args.batch, integers, params, Path(name)))
+            measure(part, args.repeats)
+            for r in part:  # a run that is stopped has measured something
+                where = f"{r.recipe} {r.reader} T={r.tokens} batch {r.batch}"
+                print(f"{where}: {r.rate:.0f} tokens/s", file=sys.stderr, flush=True)
+            rows += [replace(r, call=lambda: None) for r in part]  # frees the models
+        peaks = memory(integers, params, Path(name), max(args.tokens))
+    return 1 if report(rows, peaks) else 0
+
+
 def main() -> int:
     args = arguments()
-    try:
-        integers, params = models_of(args)
-        rows: list[Row] = []
-        with tempfile.TemporaryDirectory() as name:
-            for tokens in args.tokens:
-                part = list(rows_of(tokens, args.batch, integers, params, Path(name)))
-                measure(part, args.repeats)
-                for r in part:  # a run that is stopped has measured something
-                    where = f"{r.recipe} {r.reader} T={r.tokens} batch {r.batch}"
-                    print(f"{where}: {r.rate:.0f} tokens/s", file=sys.stderr, flush=True)
-                rows += [replace(r, call=lambda: None) for r in part]  # frees the models
-            peaks = memory(integers, params, Path(name), max(args.tokens))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception:  # an uncaught one would exit with 1, which says that a goal is missed
-        traceback.print_exc()
-        return 2
-    return 1 if report(rows, peaks) else 0
+    return outcome.status(lambda: measured(args))
 
 
 if __name__ == "__main__":
