@@ -15,6 +15,7 @@ from typing import Any
 from qnpu_jax import artifacts, freeze, texts, tflite
 from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.litert import KernelSet
 from qnpu_jax.models import Tokenizer
 from qnpu_jax.npu import ethos, ethos_form, hexagon, litertlm
 from qnpu_jax.npu.emulation import Emulation
@@ -106,6 +107,7 @@ def verified(
     text: Path | None,
     simulate: Callable[[IntegerModel, int, int], CachedSimulator],
     clock: Clock,
+    kernels: KernelSet = "ref",
 ) -> dict[str, Any]:
     """The file of `deployed` against the simulator, every tensor of both signatures while text
     fills the cache: two chunks, with single steps between and after, as far as there is room.
@@ -124,7 +126,7 @@ def verified(
         read = ids.first(length, length).windows[0]
         simulator = simulate(model, prefill, context)
     with clock.stage("verify"):
-        found, taken = prove(file, model, simulator, read)
+        found, taken = prove(file, model, simulator, read, kernels)
     return {
         "tensors": found.tensors,
         "elements": found.elements,

@@ -31,7 +31,7 @@ from qnpu_jax.deploy import check_prefill
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.learn.stages import Store, schedule
 from qnpu_jax.learn.train import History
-from qnpu_jax.litert import LiteRT
+from qnpu_jax.litert import KernelSet, LiteRT
 from qnpu_jax.models import Checkpoint, Tokenizer
 from qnpu_jax.pipeline import Clock
 from qnpu_jax.proof import Simulate, prove
@@ -345,8 +345,14 @@ def _measure(
     return {"perplexity": scores, **proof}
 
 
-def check(out: Path, text: Path | None, simulate: Simulate, clock: Clock) -> dict[str, Any]:
-    """`prove` for a folder that `run` wrote, on any text.
+def check(
+    out: Path,
+    text: Path | None,
+    simulate: Simulate,
+    clock: Clock,
+    kernels: KernelSet = "ref",
+) -> dict[str, Any]:
+    """`prove` for a folder that `run` wrote, on any text, in the kernels that `simulate` is of.
 
     Raises:
       UserError: not such a folder, a file of it changed since, or the text is too short.
@@ -354,7 +360,7 @@ def check(out: Path, text: Path | None, simulate: Simulate, clock: Clock) -> dic
     artifacts.read_report(out)
     with clock.stage("load"):
         model = freeze.load(out)
-        runner = LiteRT(out / artifacts.MODEL, "ref", keep_tensors=True)
+        runner = LiteRT(out / artifacts.MODEL, kernels, keep_tensors=True)
         tokenizer = Tokenizer.load(out / artifacts.TOKENIZER)
         read = texts.tokenized(text, tokenizer, model.config.vocab_size)
         ids = read.first(runner.tokens, runner.tokens).windows[0]

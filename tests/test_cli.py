@@ -146,6 +146,13 @@ def rehash(out: Path) -> None:
     (out / "report.json").write_text(json.dumps(report))
 
 
+@pytest.mark.parametrize(("kernels", "name"), [("opt", "optimized kernels"), ("xnn", "XNNPACK")])
+def test_verify_against_what_runs(qnpu, here, kernels, name):
+    status, out, err = qnpu("verify", "out", "--kernels", kernels)
+    assert status == 0, err
+    assert out.startswith("0 of ") and f"simulator against LiteRT's {name})" in out
+
+
 def test_verify_finds_one_changed_weight(qnpu, here):
     file = here / "out" / "model.tflite"
     model = freeze.load(here / "out")

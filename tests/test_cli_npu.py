@@ -104,8 +104,10 @@ def test_a_layer_that_there_is_not_is_refused(refused):
     assert said == "--layers 2: expected 0 to 1; choose others"
 
 
-def test_verify_proves_the_signatures_over_a_cache(qnpu, here):
-    status, out, err = qnpu(*["verify", "out", "--prefill", "4", "--context", "32"])
+@pytest.mark.parametrize("kernels", ["ref", "opt", "xnn"])
+def test_verify_proves_the_signatures_over_a_cache(qnpu, here, kernels):
+    arguments = "verify out --prefill 4 --context 32 --kernels"
+    status, out, err = qnpu(*arguments.split(), kernels)
     assert status == 0, err
     assert "fed in steps of 4, 1, 1, 4, 1, 1 tokens" in out
     assert "0 of " in out and " elements differ, in 0 of " in out

@@ -308,8 +308,7 @@ def test_model_explorer_finds_every_tensor(diagnosed, made):
     """By its own loader of .tflite files and its own classes of node data."""
     adapter = pytest.importorskip("model_explorer.builtin_tflite_flatbuffer_adapter")
     builder = pytest.importorskip("model_explorer.node_data_builder")
-    import dacite
-
+    dacite = pytest.importorskip("dacite")
     path = str(made / "out" / "model.tflite")
     (collection,) = adapter.BuiltinTfliteFlatbufferAdapter().convert(path, {})["graphCollections"]
     (graph,) = collection.graphs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,16 +116,21 @@ def verify(
             help="Of the file with a KV cache of so many positions, which `generate` runs."
         ),
     ] = None,
+    kernels: Annotated[
+        KernelSet, typer.Option(help="LiteRT's: ref, opt, or xnn (XNNPACK, one op at a time).")
+    ] = "ref",
 ) -> None:
     """Compares every tensor of a folder's model.tflite, run by LiteRT, with the simulator's; with
     --context those of both signatures over a KV cache, which chunks and single steps fill."""
     with Display() as clock:
         if context is None:
-            found = job.check(folder, eval_text, Simulated, clock)["verify"]
+            simulate = partial(Simulated, kernels=kernels)
+            found = job.check(folder, eval_text, simulate, clock, kernels)["verify"]
         else:
-            found = deploy.verified(folder, prefill, context, eval_text, SimulatedBackend, clock)
+            cached = partial(SimulatedBackend, kernels=kernels)
+            found = deploy.verified(folder, prefill, context, eval_text, cached, clock, kernels)
             typer.echo(f"fed in steps of {', '.join(map(str, found['steps']))} tokens")
-    typer.echo(_verdict(found))
+    typer.echo(_verdict(found, kernels))
     _fail_on_difference(found)
 
 
@@ -242,11 +248,12 @@ def _resumable(request: job.Job) -> Iterator[None]:
         ) from None
 
 
-def _verdict(found: dict[str, Any]) -> str:
+def _verdict(found: dict[str, Any], kernels: KernelSet = "ref") -> str:
+    names = {"ref": "reference kernels", "opt": "optimized kernels", "xnn": "XNNPACK"}
     return (
         f"{found['differing']:,} of {found['elements']:,} elements differ, in"
         f" {len(found['differences']):,} of {found['tensors']:,} tensors"
-        " (simulator against LiteRT's reference kernels)"
+        f" (simulator against LiteRT's {names[kernels]})"
     )
 
 

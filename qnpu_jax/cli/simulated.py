@@ -8,19 +8,33 @@ from typing import Any
 import numpy as np
 
 from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.litert import KernelSet
 from qnpu_jax.npu.session import Shape, Step
 from qnpu_jax.tflite import Positions, cached_decoder
 from sim import run as simulator
+from sim.numerics import ProfileName
 from sim.observe import observed_accumulators, observed_ranges
+
+PROFILES: dict[KernelSet, ProfileName] = {
+    "ref": "litert_ref",
+    "opt": "litert_opt",
+    "xnn": "litert_xnn",
+}
 
 
 class Simulated:
-    """`proof.Simulator` by `sim`."""
+    """`proof.Simulator` by `sim`, in the bits of LiteRT's kernels."""
 
-    def __init__(self, model: IntegerModel, tokens: int, logits: Positions = "all") -> None:
+    def __init__(
+        self,
+        model: IntegerModel,
+        tokens: int,
+        logits: Positions = "all",
+        kernels: KernelSet = "ref",
+    ) -> None:
         self._model = model
         dec = model.decoder(tokens, logits=logits)
-        self._program = simulator.compile_model(model, dec, "litert_ref")
+        self._program = simulator.compile_model(model, dec, PROFILES[kernels])
 
     def logits(self, ids: np.ndarray) -> Any:
         return simulator.run(self._program, ids)["head.logits"]
@@ -40,18 +54,26 @@ def observed(model: IntegerModel, ids: np.ndarray) -> Mapping[str, tuple[np.ndar
 
 
 class SimulatedBackend:
-    """`npu.session.Backend` by `sim`, in the bits of LiteRT's reference kernels.
+    """`npu.session.Backend` by `sim`, in the bits of LiteRT's kernels.
 
     Args:
       prefill, context, logits: as `tflite.write_cached`.
     """
 
     def __init__(
-        self, model: IntegerModel, prefill: int, context: int, logits: Positions = "last"
+        self,
+        model: IntegerModel,
+        prefill: int,
+        context: int,
+        logits: Positions = "last",
+        kernels: KernelSet = "ref",
     ) -> None:
         self._model = model
         decoders = {t: cached_decoder(model, t, context, logits) for t in (prefill, 1)}
-        self._programs = {t: simulator.compile_model(model, d) for t, d in decoders.items()}
+        profile = PROFILES[kernels]
+        self._programs = {
+            t: simulator.compile_model(model, d, profile) for t, d in decoders.items()
+        }
         cfg = model.config
         self.shape = Shape(prefill, context, cfg.num_layers, cfg.num_kv_heads, cfg.head_dim)
         self.logit_scale = float(model.scale["head.logits"])

@@ -1,5 +1,5 @@
-"""The proof of a file with a KV cache: every tensor of both signatures, run by LiteRT's reference
-kernels, equals the simulator's, while chunks and single steps fill a cache."""
+"""The proof of a file with a KV cache: every tensor of both signatures, run by LiteRT's kernels,
+equals the simulator's, while chunks and single steps fill a cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int8, Integer
 
 from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.litert import KernelSet
 from qnpu_jax.npu.litert_backend import LiteRTBackend
 from qnpu_jax.npu.session import Session, Shape
 from qnpu_jax.tflite import cached_decoder
@@ -50,18 +51,19 @@ def prove(
     model: IntegerModel,
     simulator: CachedSimulator,
     ids: Integer[np.ndarray, " t"],
+    kernels: KernelSet = "ref",
 ) -> tuple[Comparison, tuple[int, ...]]:
     """Feeds real text through both, side by side, and compares every tensor of every step.
 
     Args:
       path: that `tflite.write_cached` wrote of the model, with logits of the last position.
-      simulator: of the same lengths.
+      simulator: of the same lengths, and of these kernels.
       ids: at most as many as the context has.
 
     Returns:
       What was compared, all steps together, and the tokens of each step.
     """
-    backend = LiteRTBackend(path, "ref", keep_tensors=True)
+    backend = LiteRTBackend(path, kernels, keep_tensors=True)
     session, shape = Session(backend), simulator.shape
     taken = tuple(steps(shape.prefill, len(ids)))
     found = []
