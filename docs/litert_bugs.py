@@ -154,6 +154,17 @@ def scale_of_256() -> tuple[Any, Any]:
     return "loads", "loads"
 
 
+def underflow() -> tuple[Any, Any]:
+    """XNNPACK's FULLY_CONNECTED: below -2^31 a negative zero point turns the lowest code over."""
+    scale = np.full(1, 200, np.float32)
+    bias = np.full(1, -(2**24), np.int32)
+    constants = (("int8", np.zeros((1, 2), np.int8), scale), ("int32", bias, scale))
+    y = ("int8", (1, 1), (1, -1))
+    return -128, run(
+        Code.FULLY_CONNECTED, LINEAR, [(row(0, 0), (1, 0))], y, "xnn", constants
+    ).item()
+
+
 def flat_softmax() -> None:
     """Reference int8 SOFTMAX: 512 equal logits abort the process."""
     x = np.zeros((1, 512), np.int8)
@@ -177,7 +188,7 @@ WRONG: dict[str, Callable[[], tuple[Any, Any]]] = {
     f.__name__: f
     for f in (
         int4_accumulator, int16_wraps, add_wraps, mul_wraps, position_matters, softmax_leaks,
-        logistic_underflows, types_differ, scale_of_256,
+        logistic_underflows, types_differ, scale_of_256, underflow,
     )
 }  # fmt: skip
 """Expected and got."""

@@ -37,10 +37,12 @@ class DoubleScale(NamedTuple):
 
 
 class FloatScale(NamedTuple):
-    """round_half_even(float32(acc) * factor), all in float32, clipped to 16 bits on the way.
+    """round_half_even(float32(acc) * factor), all in float32.
 
-    Reference: XNNPACK src/qs8-requantization, `xnn_qs8_requantize_fp32`; the kernels clip to the
-      output's range first, which is the same, as its ends are integers.
+    Large results are clipped on the way, small ones are not: what is below -2^31 becomes that, and
+    a negative zero point then wraps it to the other end, as in the kernels.
+
+    Reference: XNNPACK src/qs8-gemm, AVX512: min, CVTPS2DQ, then the zero point.
     """
 
     factor: np.ndarray
@@ -273,8 +275,8 @@ def rescale(acc: jax.Array, scale: Scale) -> jax.Array:
             return fixedpoint.cast_to_int32(fixedpoint.round_half_away(product))
         case FloatScale(factor):
             product = acc.astype(jnp.float32) * at(factor)
-            limit = np.float32(2**15)
-            return jnp.round(jnp.clip(product, -limit, limit)).astype(jnp.int32)
+            low, high = np.float32(-(2.0**31)), np.float32(2**15)
+            return jnp.round(jnp.clip(product, low, high)).astype(jnp.int32)
         case FixedScale(multiplier, shift):
             return fixedpoint.multiply_by_quantized_multiplier(acc, at(multiplier), at(shift))
         case SingleScale(multiplier, shift):

@@ -19,6 +19,7 @@ from qnpu_jax import freeze
 from qnpu_jax.config import UserError
 from qnpu_jax.npu.hexagon import Compiled, Signature, Traffic
 from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
+from sim.numerics import PROFILES
 from sim.run import compile_model, run
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
@@ -403,8 +404,8 @@ def test_a_shallow_model_is_the_first_layers_of_it():
     for name in expected.keys() - {"head.logits"}:
         assert (np.asarray(expected[name]) == np.asarray(got[name])).all(), name
     rows = list(sim_scaling.rows_of(cut, cut_params, 8))
-    assert [r.reader for r in rows] == ["float32", "litert_ref", "npu"]
-    assert [np.asarray(r.call()["head.logits"]).shape for r in rows[1:]] == [(8, 96)] * 2
+    assert [r.reader for r in rows] == ["float32", *PROFILES]
+    assert [np.asarray(r.call()["head.logits"]).shape for r in rows[1:]] == [(8, 96)] * len(PROFILES)
 
 
 def test_bfloat16_is_the_float_model_in_bfloat16():

@@ -9,6 +9,7 @@ import pytest
 
 from sim import blocks, kernels, prepare
 from sim.blocks import by_channels
+from sim.numerics import PROFILES
 
 T, K = 3, 16
 
@@ -25,7 +26,7 @@ def test_blocks_give_the_bits_of_the_whole(monkeypatch, size, profile, dtype, bi
     x = rng.integers(limits.min, limits.max, (2, T, K), dtype, endpoint=True)
     w = rng.integers(-128, 127, (size, K), np.int8, endpoint=True)
     c = prepare.prepare_fully_connected(
-        profile,
+        PROFILES[profile],
         np.dtype(dtype),
         w,
         rng.integers(-999, 999, size, bias),
