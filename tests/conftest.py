@@ -44,6 +44,14 @@ jaxtyping.install_import_hook(["qnpu_jax", "sim"], "beartype.beartype")
 pytest_plugins = ["command"]  # imported after the hook
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _clear_caches():
+    """A compiled program holds a dozen memory maps as long as a cache holds it, and Linux gives a
+    process 65,530: past them, XLA's compiler ends the process with a segmentation fault."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M as w8a8 (`tiny.Real`), made once for all slow tests."""
