@@ -21,29 +21,16 @@ import matplotlib as mpl
 import numpy as np
 import outcome
 from matplotlib.figure import Figure
+from random_model import random_model
 from sim_speed import Row, float_logits, float_name, measure, quantize
 
 from qnpu_jax import artifacts, freeze
-from qnpu_jax.config import ModelConfig, UserError
-from qnpu_jax.decoder import decoder
+from qnpu_jax.config import UserError
 from qnpu_jax.evaluate import Params
 from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.recipes import RECIPES
 from sim.numerics import PROFILES
 from sim.run import compile_model, run
 
-SMOLLM2 = ModelConfig(
-    family="llama",
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    max_positions=8192,
-    tie_embeddings=True,
-)
 FIGURE = Path("benchmarks/figures/sim_scaling.svg")
 
 
@@ -74,29 +61,6 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.tokens, args.layers, args.depth_tokens, args.repeats = [16, 32], [1, 2], 32, 2
     return args
-
-
-def random_model() -> IntegerModel:
-    """SmolLM2-135M's shapes in w8a8, with a prefix of two tokens; codes change no speed."""
-    plan, rng = RECIPES["w8a8"].bits, np.random.default_rng(0)
-    graphs = [
-        g for logits in ("all", "last") for g in decoder(SMOLLM2, plan, 1, 2, 1, logits).graphs
-    ]
-    codes, scale, zero_point = {}, {}, {}
-    for graph in graphs:
-        stack = (SMOLLM2.num_layers,) if graph.prefix == "layers." else ()
-        for spec in graph.tensors:
-            name = graph.prefix + spec.name
-            if spec.quant is None or name in scale:
-                continue
-            channels = () if spec.quant.axis is None else (spec.shape[spec.quant.axis],)
-            value = spec.fixed[0] if spec.fixed else 0.01
-            scale[name] = np.full(stack + channels, value, np.float32)
-            zero_point[name] = np.zeros(stack, np.int32)
-            if spec.kind == "param":
-                dtype = np.int32 if name.endswith("bias") else np.int8
-                codes[name] = rng.integers(-127, 128, stack + spec.shape).astype(dtype)
-    return IntegerModel(SMOLLM2, plan, (0, 0), codes, scale, zero_point)
 
 
 def shallow(model: IntegerModel, params: Params, layers: int) -> tuple[IntegerModel, Params]:
@@ -178,7 +142,7 @@ def measured(args: argparse.Namespace) -> int:
     if args.folder or args.random:
         if args.folder:
             artifacts.read_report(args.folder)
-        model = freeze.load(args.folder) if args.folder else random_model()
+        model = freeze.load(args.folder) if args.folder else random_model("w8a8")
         params = {n: jnp.asarray(x) for n, x in freeze.dequantize(model).items()}
     else:
         integers, params = quantize(["w8a8"], quick=True)

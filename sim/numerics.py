@@ -284,7 +284,11 @@ def rescale(acc: jax.Array, scale: Scale) -> jax.Array:
                 acc, at(multiplier), at(shift)
             )
         case FixedScale64(multiplier, shift):
-            return fixedpoint.multiply_by_quantized_multiplier_64(acc, at(multiplier), at(shift))
+            narrow = acc.dtype == jnp.int32
+            function = fixedpoint.multiply_by_quantized_multiplier_64
+            if narrow:
+                function = fixedpoint.multiply_by_quantized_multiplier_64_in_double
+            return function(acc, at(multiplier), at(shift))
         case FixedScaleWide(multiplier, shift):
             return fixedpoint.multiply_by_quantized_multiplier_wide(acc, at(multiplier), at(shift))
         case ChosenScale(multiplier, shift, rounding, ties):

@@ -29,12 +29,12 @@ def test_both_are_exact_up_to_the_proved_bound(how, k):
 
 
 def test_bfloat16_needs_the_instructions_and_the_proof(monkeypatch):
-    monkeypatch.setattr(dots, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(dots, "_bfloat16_is_faster", lambda: True)
     k = 2**24 // (128 * 127)  # 1032 weights of 127 stay below 2^24, one more may not
     assert fastest(np.full((2, k), -127, np.int8)) == BFLOAT16
     assert fastest(np.full((2, k + 1), -127, np.int8)) == INT8
     assert fastest(np.full((2, 8 * k), 15, np.int8)) == BFLOAT16
-    monkeypatch.setattr(dots, "_cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(dots, "_bfloat16_is_faster", lambda: False)
     assert fastest(np.ones((1, 1), np.int8)) == INT8
 
 

@@ -79,6 +79,16 @@ def test_multiply_by_quantized_multiplier_64(x, multiplier, shift):
     assert evaluate(function, x, multiplier, shift, dtypes=dtypes) == expected
 
 
+@given(INT32, MULTIPLIER, st.integers(-31, 19))
+def test_multiply_by_quantized_multiplier_64_in_double(x, multiplier, shift):
+    reduced = min((multiplier + 2**15) >> 16, 0x7FFF)
+    expected = wrap32(half_up(x * reduced * Fraction(2) ** (shift - 15)))
+    function = fixedpoint.multiply_by_quantized_multiplier_64_in_double
+    with jax.enable_x64():
+        got = jax.jit(function)(*(jnp.asarray(v, jnp.int32) for v in (x, multiplier, shift)))
+    assert got == expected
+
+
 @given(st.integers(-(2**47) + 1, 2**47 - 1), MULTIPLIER, st.integers(-31, 0))
 def test_multiply_by_quantized_multiplier_wide(x, multiplier, shift):
     high = half_up(Fraction(x * multiplier, 2**31))
@@ -126,7 +136,16 @@ def test_round_half_away(x):
 
 @pytest.mark.parametrize(
     ("x", "expected"),
-    [(2.0**31 - 1, 2**31 - 1), (-(2.0**31), -(2**31)), (2.0**31, -(2**31)), (1e300, -(2**31))],
+    [
+        (2.0**31 - 1, 2**31 - 1),
+        (-(2.0**31), -(2**31)),
+        (2.0**31, -(2**31)),
+        (-(2.0**31) - 1, -(2**31)),
+        (1e300, -(2**31)),
+        (-float("inf"), -(2**31)),
+        (-0.0, 0),
+        (-7.0, -7),
+    ],
 )
 def test_cast_to_int32_is_indefinite_out_of_range(x, expected):
     with jax.enable_x64():

@@ -1,0 +1,48 @@
+"""SmolLM2-135M's shapes with random integers: codes change no speed, and nothing has to be read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qnpu_jax.config import ModelConfig
+from qnpu_jax.decoder import decoder
+from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.recipes import RECIPES
+
+SMOLLM2 = ModelConfig(
+    family="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_positions=8192,
+    tie_embeddings=True,
+)
+
+
+def random_model(recipe: str) -> IntegerModel:
+    """SmolLM2-135M in this recipe's bits, with a prefix of two tokens."""
+    plan, rng = RECIPES[recipe].bits, np.random.default_rng(0)
+    graphs = [
+        g for logits in ("all", "last") for g in decoder(SMOLLM2, plan, 1, 2, 1, logits).graphs
+    ]
+    codes, scale, zero_point = {}, {}, {}
+    for graph in graphs:
+        stack = (SMOLLM2.num_layers,) if graph.prefix == "layers." else ()
+        for spec in graph.tensors:
+            name = graph.prefix + spec.name
+            if spec.quant is None or name in scale:
+                continue
+            channels = () if spec.quant.axis is None else (spec.shape[spec.quant.axis],)
+            value = spec.fixed[0] if spec.fixed else 0.01
+            scale[name] = np.full(stack + channels, value, np.float32)
+            zero_point[name] = np.zeros(stack, np.int32)
+            if spec.kind == "param":
+                bias = name.endswith("bias")
+                top = 127 if bias else 2 ** (spec.quant.bits[0] - 1) - 1
+                dtype = np.int32 if bias else np.int8
+                codes[name] = rng.integers(-top, top + 1, stack + spec.shape).astype(dtype)
+    return IntegerModel(SMOLLM2, plan, (0, 0), codes, scale, zero_point)
