@@ -19,8 +19,9 @@ emulation:
     QEMU_LD_PREFIX=$PWD/root PYTHONHOME=$PWD/root/usr PYTHONPATH=$PWD/site \\
         qemu-aarch64-static root/usr/bin/python3.11 benchmarks/aarch64.py check FOLDER
 
-The last line is the headline. It exits with 1 where the reference kernels differ: those are plain
-C++, the same on every machine; what the others differ in is the finding.
+The last line is the headline. `check` exits with 1 where the reference kernels differ, or crash:
+those are plain C++, the same on every machine; what the others differ in is the finding. Both exit
+with 2 where they could not run.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import argparse
 import os
 import platform
 import sys
+import traceback
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -129,18 +131,28 @@ def check(folder: Path) -> int:
     }
     shown = ", ".join(f"{p} {n} of {m} ({c} crashed)" for p, (n, m, c) in totals.items())
     print(f"elements that differ on {platform.machine()}: {shown}")
-    return 1 if totals["litert_ref"][0] or not totals["litert_ref"][1] else 0
+    differ, size, crashed = totals["litert_ref"]
+    return 1 if differ or crashed or not size else 0
 
 
-def main() -> int:
-    args = arguments()
+def run(args: argparse.Namespace) -> int:
     if args.command == "make":
         make(args.folder, 1 if args.quick else args.cases)
+        print(f"{len(list(args.folder.glob('*.tflite')))} cases in {args.folder}")
         return 0
     if not any(args.folder.glob("*.tflite")):
         print(f"{args.folder}: no .tflite; expected what `make` wrote there", file=sys.stderr)
         return 2
     return check(args.folder)
+
+
+def main() -> int:
+    args = arguments()
+    try:  # not `outcome.status`, which is of the package: `check` does without
+        return run(args)
+    except Exception:
+        traceback.print_exc()
+        return 2
 
 
 if __name__ == "__main__":

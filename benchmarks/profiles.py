@@ -24,7 +24,6 @@ from bitexact import integers, real_text
 
 from qnpu_jax.evaluation import divergence, integer_logits, perplexity
 from qnpu_jax.freeze import IntegerModel
-from sim.constants import global_name
 from sim.numerics import Npu, Profile
 from sim.run import Program, compile_model, run, run_op
 
@@ -102,7 +101,7 @@ def op_by_op(program: Program, tensors: dict[str, np.ndarray]) -> dict[str, tupl
             program.decoder.graphs, program.codes, program.constants, strict=True
         ):
             for layer in range(graph.layers):
-                made = {n.output: global_name(graph, layer, n.output) for n in graph.nodes}
+                made = {n.output: graph.global_name(layer, n.output) for n in graph.nodes}
                 held = codes[layer] | residual | {n: tensors[g] for n, g in made.items()}
                 residual = {"input.residual": held[graph.outputs[0]]}
                 for node in graph.nodes:

@@ -90,37 +90,52 @@ def needed_bits(low: int, high: int) -> int:
 
 
 def proved_bounds(
-    dec: Decoder, codes: Mapping[str, np.ndarray], zero_point: Mapping[str, np.ndarray]
+    dec: Decoder,
+    codes: Mapping[str, np.ndarray],
+    zero_point: Mapping[str, np.ndarray],
+    *,
+    linears: bool = True,
 ) -> list[Bound]:
     """One bound per FULLY_CONNECTED and BATCH_MATMUL and layer, by global name.
 
     Args:
       codes: integer weights and biases by global name, as in `IntegerModel`.
       zero_point: by global name.
+      linears: False leaves FULLY_CONNECTED out: its weights take a second to read, and its bounds
+        do not depend on the length.
     """
-    return [channels.bound for channels in channel_bounds(dec, codes, zero_point)]
+    found = channel_bounds(dec, codes, zero_point, linears=linears)
+    return [channels.bound for channels in found]
 
 
 def channel_bounds(
-    dec: Decoder, codes: Mapping[str, np.ndarray], zero_point: Mapping[str, np.ndarray]
+    dec: Decoder,
+    codes: Mapping[str, np.ndarray],
+    zero_point: Mapping[str, np.ndarray],
+    *,
+    linears: bool = True,
 ) -> list[ChannelBounds]:
     """`proved_bounds`, channel by channel."""
     return [
         bounds
         for graph in dec.graphs
         for layer in range(graph.layers)
-        for bounds in _graph_bounds(graph, layer, codes, zero_point)
+        for bounds in _graph_bounds(graph, layer, codes, zero_point, linears)
     ]
 
 
 def _graph_bounds(
-    graph: Graph, layer: int, codes: Mapping[str, np.ndarray], zero_point: Mapping[str, np.ndarray]
+    graph: Graph,
+    layer: int,
+    codes: Mapping[str, np.ndarray],
+    zero_point: Mapping[str, np.ndarray],
+    linears: bool,
 ) -> Iterator[ChannelBounds]:
     interval = intervals(graph, layer, zero_point)
     for node in graph.nodes:
-        name = numbered(graph, layer, node.output)
+        name = graph.global_name(layer, node.output)
         match node.op:
-            case FullyConnected():
+            case FullyConnected() if linears:
                 x, w, b = node.inputs
                 bits, available = (_bits(graph[n], layer) for n in (x, b))
                 own_w, own_b = (_at(graph, layer, codes, n) for n in (w, b))
@@ -182,11 +197,6 @@ def linear_interval(
         tuple(p * low + (t - p) * high + b for p, t, b in rows),
         tuple(p * high + (t - p) * low + b for p, t, b in rows),
     )
-
-
-def numbered(graph: Graph, layer: int, name: str) -> str:
-    """The global name of a tensor in one layer, with the layer's number."""
-    return f"layers.{layer}.{name}" if graph.prefix == "layers." else graph.prefix + name
 
 
 def _at(graph: Graph, layer: int, values: Mapping[str, np.ndarray], name: str) -> Any:

@@ -25,11 +25,6 @@ RECIPE = "recipe.json"
 TOKENIZER = "tokenizer"
 DIAGNOSIS = "diagnosis"
 ACCUMULATORS, ACCUMULATORS_FIGURE = "accumulators.json", "accumulators.svg"
-FILES = {
-    *(MODEL, REPORT, RECIPE, TOKENIZER, "integer_model.json", "integer_model.safetensors"),
-    *(ACCUMULATORS, ACCUMULATORS_FIGURE),  # `qnpu proof`
-}
-"""All that an output folder holds."""
 
 FORMAT = 1
 """Version of the folder; a reader refuses any other."""
@@ -55,8 +50,8 @@ class Kind:
 MODELS = Kind(
     "qnpu quantize",
     frozenset(
-        {MODEL, REPORT, RECIPE, TOKENIZER, DIAGNOSIS}
-        | {"integer_model.json", "integer_model.safetensors"}
+        {MODEL, REPORT, RECIPE, TOKENIZER, "integer_model.json", "integer_model.safetensors"}
+        | {DIAGNOSIS, ACCUMULATORS, ACCUMULATORS_FIGURE}  # `qnpu diagnose`, `qnpu proof`
     ),
     REPORT,
 )
@@ -76,8 +71,19 @@ def check_writable(out: Path, overwrite: bool, kind: Kind = MODELS) -> None:
         parent = next(p for p in out.resolve().parents if p.exists())
         if not parent.is_dir():
             raise UserError(f"{out}: {parent} is a file; expected a folder; choose another --out")
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".qnpu"):
-            pass  # to try is the only sure test: root, quotas, read-only disks
+        _try_to_create(parent)
+
+
+def check_can_create(folder: Path) -> None:
+    """Raises UserError where nothing can be created in an existing folder."""
+    with system_errors(folder):
+        _try_to_create(folder)
+
+
+def _try_to_create(folder: Path) -> None:
+    """To try is the only sure test: root, quotas, read-only disks."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".qnpu"):
+        pass
 
 
 def _check_ours(out: Path, held: set[str], overwrite: bool, kind: Kind) -> None:
@@ -218,19 +224,26 @@ def layout(value: Any, newline: str = "\n") -> str:
 
 
 def columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rows with a "tensor" each as columns by tensor: one value per layer, or one where all agree.
+    """Rows with a "tensor" each as columns by tensor: one value per layer, or one where all agree;
+    with "layers" where only some have a row.
 
     A report with a row for every layer would be thousands of lines.
     """
     table: dict[str, dict[str, list[Any]]] = {}
+    layers: dict[str, list[int]] = {}
     for row in rows:
-        columns = table.setdefault(re.sub(r"^layers\.\d+\.", "layers.", row["tensor"]), {})
+        name = re.sub(r"^layers\.\d+\.", "layers.", row["tensor"])
+        columns = table.setdefault(name, {})
+        if name != row["tensor"]:
+            layers.setdefault(name, []).append(int(row["tensor"].split(".")[1]))
         for key, value in row.items():
             if key != "tensor":
                 short = float(f"{value:.5g}") if isinstance(value, float) else value
                 columns.setdefault(key, []).append(short)
+    every = sorted({layer for some in layers.values() for layer in some})
     return {
         name: {k: v[0] if len(set(v)) == 1 else v for k, v in columns.items()}
+        | ({"layers": some} if (some := layers.get(name, every)) != every else {})
         for name, columns in table.items()
     }
 

@@ -28,7 +28,7 @@ from qnpu_jax.decoder import Decoder
 from qnpu_jax.evaluate import Bounds, Tensors, evaluate, local, ranges_of
 from qnpu_jax.freeze import IntegerModel, activation_scales, dequantize
 from qnpu_jax.graph import Graph, Node, is_identity
-from qnpu_jax.ops import AddMask, Fixed, Masked, Narrowed, Op, Same, constraint, eval_op
+from qnpu_jax.ops import AddMask, Fixed, Narrowed, Op, Same, constraint, eval_op
 from qnpu_jax.quant import QParams
 
 Quant = dict[str, tuple[QParams, Any, Any]]
@@ -50,25 +50,19 @@ def rounds(graph: Graph, node: Node, layer: int) -> bool:
 
 
 def by_design(op: Op) -> str | None:
-    """Why codes at the ends of the range are no sign of a bad scale, None where they are one."""
+    """Why codes at the ends of the range are no sign of a bad scale, None where they are one: of
+    masked scores too, as only keys are counted that are not masked."""
     match constraint(op):
-        case Masked():
-            return "masked keys are meant to saturate; only the others are counted"
         case Fixed():
             return "the kernel fixes the range to [0, 1): 1 is the code above the highest"
         case _:
             return None
 
 
-def global_name(graph: Graph, layer: int, name: str) -> str:
-    """`layers.3.attn.q` in the layer graph, `head.logits` elsewhere: as the simulator has it."""
-    return f"layers.{layer}.{name}" if graph.prefix == "layers." else graph.prefix + name
-
-
 def rounding_tensors(dec: Decoder) -> dict[str, tuple[str, int]]:
     """What can lose precision, by global name: the name without its layer, and the layer."""
     return {
-        global_name(graph, layer, node.output): (graph.prefix + node.output, layer)
+        graph.global_name(layer, node.output): (graph.prefix + node.output, layer)
         for graph in dec.graphs
         for layer in range(graph.layers)
         for node in graph.nodes
@@ -195,12 +189,12 @@ def measure(
     errors: dict[str, list[jax.Array]] = defaultdict(list)
     x: tuple[Tensors, Tensors] = ({}, {})
     for graph, layer, own, quant in constants.layers(ids):
-        codes = {n: jnp.asarray(tensors[global_name(graph, layer, n)]) for n in quant}
+        codes = {n: jnp.asarray(tensors[graph.global_name(layer, n)]) for n in quant}
         found, error, *last = _read(graph, *x, own, codes, quant)
         x = ({"input.residual": last[0]}, {"input.residual": last[1]})
         each = zip(*(x.tolist() for x in jax.device_get(found)), strict=True)
         for node, values in zip(graph.nodes, each, strict=True):
-            sums[global_name(graph, layer, node.output)] = Sums(*values)
+            sums[graph.global_name(layer, node.output)] = Sums(*values)
         for name, e in error.items():
             errors[graph.prefix + name].append(e)
     stacked = {n: jnp.stack(e) if n.startswith("layers.") else e[0] for n, e in errors.items()}

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -149,6 +150,7 @@ Draw = Callable[[Diagnosis, Path], None]
 """Draws into a file."""
 
 
+@jax.default_matmul_precision("highest")  # TF32, what a GPU would take, errs more than 16 bits do
 def run(request: Request, simulate: Simulate, watch: Observer) -> Diagnosis:
     """Reads windows of text in the simulator and in float, and compares.
 

@@ -178,7 +178,7 @@ def _narrow_biases(
     bounds = proved_bounds(dec, codes, zero_point)
     check(bounds)
     biases = {
-        g.prefix + t.name: [_numbered(g, i, t.name) for i in range(g.layers)]
+        g.prefix + t.name: [g.global_name(i, t.name) for i in range(g.layers)]
         for g in dec.graphs
         for t in g.named("param")
         if t.name.endswith("bias")
@@ -190,10 +190,6 @@ def _narrow_biases(
         wide = any(plan.bits(n) == 64 for n in every)
         narrowed[name] = codes[name].astype(np.int64 if wide else np.int32)
     return plan, narrowed
-
-
-def _numbered(graph: Graph, layer: int, name: str) -> str:
-    return f"layers.{layer}.{name}" if graph.prefix == "layers." else graph.prefix + name
 
 
 def dequantize(model: IntegerModel) -> dict[str, np.ndarray]:

@@ -97,6 +97,10 @@ class Graph:
         """The tensors of one kind, in order of appearance."""
         return tuple(t for t in self.tensors if t.kind == kind)
 
+    def global_name(self, layer: int, name: str) -> str:
+        """`layers.3.attn.q` in the layer graph, `head.logits` elsewhere."""
+        return f"{self.prefix}{layer}.{name}" if self.prefix == "layers." else self.prefix + name
+
     @cached_property
     def layers(self) -> int:
         """How many sets of values the graph is evaluated with."""

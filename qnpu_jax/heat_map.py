@@ -58,7 +58,7 @@ def draw(found: Diagnosis, target: Path) -> None:
         _panel(left, sqnr, Normalize(*DECIBELS), "YlOrRd_r", "own SQNR (dB)")
         _panel(right, share, LogNorm(*PERCENT), "YlOrRd", "share of the KL (%)")
         left.set_yticks(range(len(names)), names, fontsize=6)
-        figure.suptitle(title, fontsize=8)
+        figure.suptitle(title, fontsize=8, parse_math=False)
         figure.savefig(target, format="svg", metadata={"Date": None})
 
 

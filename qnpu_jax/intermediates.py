@@ -6,13 +6,14 @@ It fits 32 bits in every kernel but for one: the sum of int8 SOFTMAX over 4,096 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
 import numpy as np
 
-from qnpu_jax.accumulators import Interval, intervals, needed_bits, numbered, product
+from qnpu_jax.accumulators import Interval, intervals, needed_bits, product
+from qnpu_jax.config import UserError
 from qnpu_jax.decoder import Decoder
 from qnpu_jax.graph import Graph, Node, is_identity
 from qnpu_jax.ops import (
@@ -88,6 +89,17 @@ def proved_intermediates(dec: Decoder, zero_point: Mapping[str, np.ndarray]) -> 
     return list(_found(dec, zero_point))
 
 
+def check(found: Iterable[Intermediate]) -> None:
+    """Raises UserError for the first that does not fit `AVAILABLE` bits."""
+    for i in found:
+        if i.needed > AVAILABLE:
+            raise UserError(
+                f"{i.tensor}: its {i.what} ({i.op}) can reach {max(-i.low, i.high)}, which needs"
+                f" {i.needed} bits; expected at most {AVAILABLE}; choose a shorter length, or give"
+                " *.scores, *.masked and *.softmax 16 bits in the bit plan"
+            )
+
+
 def _found(dec: Decoder, zero_point: Mapping[str, np.ndarray]) -> Iterator[Intermediate]:
     for graph in dec.graphs:
         for layer in range(graph.layers):
@@ -97,7 +109,7 @@ def _found(dec: Decoder, zero_point: Mapping[str, np.ndarray]) -> Iterator[Inter
                     found := _intermediate(graph, node, layer, interval)
                 ):
                     kind, what, (low, high) = found
-                    yield Intermediate(numbered(graph, layer, node.output), kind, what, low, high)
+                    yield Intermediate(graph.global_name(layer, node.output), kind, what, low, high)
 
 
 def _intermediate(

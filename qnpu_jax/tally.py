@@ -14,7 +14,6 @@ from qnpu_jax.diagnose import (
     Sums,
     by_design,
     decibels,
-    global_name,
     measure,
     rounding_tensors,
 )
@@ -95,7 +94,7 @@ class Tally:
             for graph in dec.graphs
             for layer in range(graph.layers)
             for node in graph.nodes
-            for name in [global_name(graph, layer, node.output)]
+            for name in [graph.global_name(layer, node.output)]
         ]
 
     def charged(self) -> dict[str, tuple[float, float | None]]:
@@ -120,7 +119,7 @@ def _row(
     assert quant is not None
     nats, error = charged or (None, None)
     return Row(
-        tensor=global_name(graph, layer, node.output),
+        tensor=graph.global_name(layer, node.output),
         op=type(node.op).__name__,
         bits=quant.bits[layer],
         sqnr=decibels(s.signal, s.noise),

@@ -115,10 +115,9 @@ def op_names(dec: Decoder) -> dict[str, str]:
     """The op behind every tensor of the written file, by global name; dropped identities left
     out."""
     return {
-        (f"layers.{i}.{node.output}" if graph.prefix == "layers." else graph.prefix + node.output):
-        type(node.op).__name__
+        graph.global_name(i, node.output): type(node.op).__name__
         for graph in dec.graphs
         for i in range(graph.layers)
         for node in graph.nodes
         if not is_identity(graph, node, i)
-    }  # fmt: skip
+    }

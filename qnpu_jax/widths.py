@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qnpu_jax import artifacts, freeze, texts
+from qnpu_jax import artifacts, freeze, intermediates, texts
 from qnpu_jax.accumulators import ChannelBounds, channel_bounds, check, needed_bits
 from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
@@ -223,11 +223,12 @@ def measure(
       tokens: of the text that are read, in sequences of `prefill`.
 
     Raises:
-      UserError: not such a folder, the text is too short, more positions than the model has, or an
-        accumulator can overflow at this length.
+      UserError: not such a folder or one that cannot be written to, the text is too short, more
+        positions than the model has, or an accumulator can overflow at this length.
     """
     check_lengths(tokens, prefill)
     report = artifacts.read_report(out)
+    artifacts.check_can_create(out)
     with clock.stage("load"):
         model = freeze.load(out)
         tokenizer = Tokenizer.load(out / artifacts.TOKENIZER)
@@ -237,6 +238,7 @@ def measure(
         bounds = channel_bounds(dec, model.codes, model.zero_point)
         check([b.bound for b in bounds])
         between = proved_intermediates(dec, model.zero_point)
+        intermediates.check(between)
     with clock.stage("observe"):
         rows = join(bounds, observe(model, read.windows))
     sha256 = report["sha256"].get("integer_model.safetensors", "")

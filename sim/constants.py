@@ -7,7 +7,8 @@ from typing import Any, assert_never
 
 import numpy as np
 
-from qnpu_jax.accumulators import overflowing, proved_bounds
+from qnpu_jax import accumulators, intermediates
+from qnpu_jax.accumulators import Bound
 from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node, TensorSpec, is_identity
@@ -29,13 +30,8 @@ from qnpu_jax.ops import (
     Sqrt,
     Transpose,
 )
-from sim import prepare
+from sim import prepare, xnnpack
 from sim.numerics import Rules
-
-
-def global_name(graph: Graph, layer: int, name: str) -> str:
-    """`layers.3.attn.q` for the layer graph, `embed.out`, `head.logits` elsewhere."""
-    return f"layers.{layer}.{name}" if graph.prefix == "layers." else graph.prefix + name
 
 
 def dtype_of(spec: TensorSpec, layer: int) -> np.dtype:
@@ -63,20 +59,57 @@ def tight_sums(model: IntegerModel, dec: Any, rules: Rules) -> frozenset[str]:
     """Outputs of ops whose sums are not proved to fit the profile's accumulators, by global name.
 
     Raises:
-      UserError: there are some, and the profile does not say what happens to them.
+      UserError: there are some, and the profile does not say what happens to them; or a sum passes
+        what the file and the profile's kernels have for it.
     """
-    if rules.accumulator_bits is None:
+    intermediates.check(intermediates.proved_intermediates(dec, model.zero_point))
+    bits = rules.accumulator_bits
+    int4 = _int4_linears(dec) if rules.xnnpack else frozenset()
+    # Of linears, `freeze` has proved that they fit what the file has for them.
+    proved = bits is None and rules.rescaled_bits == 64 and not int4
+    bounds = accumulators.proved_bounds(dec, model.codes, model.zero_point, linears=not proved)
+    if bits is None:
+        accumulators.check(bounds)
+        if passing := accumulators.overflowing(bounds, rules.rescaled_bits):
+            takes = f"this profile's requantization takes {rules.rescaled_bits}"
+            raise _too_wide(passing, takes, "choose a shorter length, or narrower codes")
+        narrow = [b for b in bounds if b.tensor in int4]
+        if passing := accumulators.overflowing(narrow, xnnpack.INT4_BITS):
+            takes = f"XNNPACK has {xnnpack.INT4_BITS} beside int4 weights"
+            raise _too_wide(passing, takes, "choose profile litert_opt, or weights of 8 bits")
         return frozenset()
-    bounds = proved_bounds(dec, model.codes, model.zero_point)
-    passing = overflowing(bounds, rules.accumulator_bits)
+    passing = accumulators.overflowing(bounds, bits)
     if passing and rules.overflow == "error":
-        worst = max(passing, key=lambda b: b.needed)
-        raise UserError(
-            f"{worst.tensor}: its accumulator ({worst.op}) can reach [{worst.low}, {worst.high}],"
-            f" which needs {worst.needed} bits; got accumulator_bits={rules.accumulator_bits};"
-            f" {len(passing)} ops are past it: widen it, or choose overflow='wrap' or 'saturate'"
-        )
+        options = "widen it, or choose overflow='wrap' or 'saturate'"
+        raise _too_wide(passing, f"got accumulator_bits={bits}", options)
     return frozenset(b.tensor for b in passing)
+
+
+def _int4_linears(dec: Any) -> frozenset[str]:
+    """Outputs of what XNNPACK may take with int4 weights."""
+    return frozenset(
+        graph.global_name(layer, node.output)
+        for graph in dec.graphs
+        for layer in range(graph.layers)
+        for node in graph.nodes
+        if isinstance(node.op, FullyConnected)
+        and _bits(graph, node.inputs[0], layer) == 8
+        and _bits(graph, node.inputs[1], layer) == 4
+    )
+
+
+def _bits(graph: Graph, name: str, layer: int) -> int:
+    quant = graph[name].quant
+    assert quant is not None
+    return quant.bits[layer]
+
+
+def _too_wide(passing: list[Bound], got: str, way_out: str) -> UserError:
+    worst = max(passing, key=lambda b: b.needed)
+    return UserError(
+        f"{worst.tensor}: its accumulator ({worst.op}) can reach [{worst.low}, {worst.high}], which"
+        f" needs {worst.needed} bits; {got}; {len(passing)} ops are past it: {way_out}"
+    )
 
 
 def constants_of(
@@ -96,7 +129,7 @@ def constants_of(
     made = {}
     for node in graph.nodes:
         if not is_identity(graph, node, layer):
-            name = global_name(graph, layer, node.output)
+            name = graph.global_name(layer, node.output)
             try:
                 constants = _prepare(graph, node, layer, codes, rules, name in tight, scale, pair)
             except UserError as error:

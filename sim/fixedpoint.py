@@ -202,9 +202,9 @@ def multiply_by_quantized_multiplier_wide(
     (`ties`) do, one after the other: MBQM. `single` rounds the whole product once.
 
     Args:
-      x: int64, |x| 2^max(shift, 0) < 2^47.
+      x: int64, |x| <= 2^47.
       multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
-      shift: int32 in [-31, 15].
+      shift: int32 in [-31, 31].
 
     Returns:
       int32; a larger result saturates.
@@ -214,7 +214,9 @@ def multiply_by_quantized_multiplier_wide(
     """
     m, s = wide(multiplier), wide(shift)
     left = s * (s > np.int64(0)).astype(np.int64)
-    x = wide(x) << left
+    # From 2^47 on, what is shifted to the left saturates whatever it is.
+    most = np.int64(2**47) >> left
+    x = wide(x).clip(-most, most) << left
     # x M = 2^16 high + low: as one number it would not fit 64 bits.
     product = (x & np.int64(0xFFFF)) * m
     high, low = (x >> np.int64(16)) * m + (product >> np.int64(16)), product & np.int64(0xFFFF)

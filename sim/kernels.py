@@ -226,10 +226,10 @@ def softmax_int8(x: Array, c: SoftmaxInt8Constants | SoftmaxFloatConstants) -> A
     """exp(x) / sum exp(x) over the last axis at scale 1/256, zero point -128.
 
     exp is Q0.31, the sum Q12.19, its reciprocal by Newton-Raphson. LiteRT aborts where the sum of
-    exp reaches 512 (512 nearly equal logits); here the sum then wraps.
+    exp reaches 512 (512 nearly equal logits): no term is then above half a code, all are 0 here.
 
     Args:
-      x: (..., T) int8 codes.
+      x: (..., T) int8 codes, T < 4096: more may wrap the sum.
       c: from `prepare_softmax_int8`; its type says fixed point or float32.
 
     Returns:
@@ -246,7 +246,8 @@ def softmax_int8(x: Array, c: SoftmaxInt8Constants | SoftmaxFloatConstants) -> A
     mantissa = (total << headroom) ^ np.int32(-(2**31))  # bit 31 is the leading one
     reciprocal = one_over_one_plus_x(mantissa)
     exponent = np.int32(12 + 31 - 8) - headroom
-    y = rounding_divide_by_pot(srdhm(exp, reciprocal), exponent)
+    y = rounding_divide_by_pot(srdhm(exp, reciprocal), jnp.minimum(exponent, np.int32(31)))
+    y = jnp.where(exponent > np.int32(31), np.int32(0), y)
     return saturate(y - np.int32(128), jnp.int8)
 
 

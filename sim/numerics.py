@@ -136,6 +136,7 @@ class Rules:
       table_entries: of LOGISTIC, RSQRT and SOFTMAX's exp; None: as LiteRT has them.
       accumulator_bits: of FULLY_CONNECTED and BATCH_MATMUL; None: those of the bias, 32 for int8
         BATCH_MATMUL, 64 for int16.
+      rescaled_bits: of the widest accumulator that its rules bring to an output.
       overflow: what an accumulator of these bits does where a sum may pass it; `error` refuses.
       floats: floating point may serve where it is exact (`sim.dots`).
     """
@@ -152,6 +153,7 @@ class Rules:
     sqrt: Literal["float32", "integer"] = "float32"
     table_entries: int | None = None
     accumulator_bits: int | None = None
+    rescaled_bits: int = 64
     overflow: Literal["error", "wrap", "saturate"] = "error"
     floats: bool = True
 
@@ -161,16 +163,21 @@ _REF = Rules(double, double, double, _MBQM, _MBQM64, _MBQM)
 _OPT = replace(_REF, linear8=_RUY, linear16=_RUY, lanes=True, softmax8="float32")
 
 
+WIDEST = 48
+"""Bits that `fixedpoint.multiply_by_quantized_multiplier_wide` takes."""
+
+
 @dataclass(frozen=True)
 class Npu:
     """The options of the `npu` profile: integers only, as a fixed-point machine computes.
 
     Attributes:
-      rounding: `double` as MBQM, or the whole product once.
+      rounding: of FULLY_CONNECTED, BATCH_MATMUL, ADD, MUL and QUANTIZE: `double` as MBQM, or the
+        whole product once. The other ops are tables, and SOFTMAX's fixed point is LiteRT's.
       ties: of the last rounding; in `double` the first one goes upwards, as the high multiply of
         all vector units does.
-      multiplier_bits: of every multiplier, without its sign.
-      accumulator_bits: 16 to 64, of FULLY_CONNECTED and BATCH_MATMUL; None: as the file has it.
+      multiplier_bits: of the multipliers of these five, without their sign.
+      accumulator_bits: 16 to 48, of FULLY_CONNECTED and BATCH_MATMUL; None: as the file has it.
       overflow: `error` refuses a model whose accumulators are not proved to fit; `wrap` keeps the
         low bits; `saturate` clips after every product, in the order of the inner index, the bias
         first.
@@ -193,7 +200,7 @@ class Npu:
             "rounding": ("double", "single"),
             "ties": ("up", "away", "even"),
             "multiplier_bits": (31, 15),
-            "accumulator_bits": (None, *range(16, 65)),
+            "accumulator_bits": (None, *range(16, WIDEST + 1)),
             "overflow": ("error", "wrap", "saturate"),
             "table_entries": (None, *(2**n + 1 for n in range(5, 17))),
         }.items():
@@ -214,6 +221,7 @@ class Npu:
             sqrt="integer",
             table_entries=self.table_entries,
             accumulator_bits=self.accumulator_bits,
+            rescaled_bits=WIDEST,
             overflow=self.overflow,
             floats=False,
         )

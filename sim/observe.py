@@ -11,7 +11,6 @@ import numpy as np
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node
 from qnpu_jax.ops import BatchMatmul, FullyConnected
-from sim.constants import global_name
 from sim.run import Program, steps
 
 
@@ -57,7 +56,7 @@ def observed_accumulators(
     found: dict[str, int] = {}
     for graph in dec.graphs:
         for layer in range(graph.layers):
-            names = {t.name: global_name(graph, layer, t.name) for t in graph.tensors}
+            names = {t.name: graph.global_name(layer, t.name) for t in graph.tensors}
             local = {n: tensors[g] for n, g in names.items() if g in tensors}
             for name, seen in _layer_ranges(model, graph, layer, local).items():
                 found[name] = int(max(-seen.low.min(), seen.high.max()))
@@ -73,7 +72,7 @@ def _layer_ranges(
     and fewer than 2^20 terms stay below 2^53 (16 x 16 bits: fewer than 2^21 terms of 2^32).
     """
     return {
-        global_name(graph, layer, node.output): _range(model, graph, layer, node, tensors)
+        graph.global_name(layer, node.output): _range(model, graph, layer, node, tensors)
         for node in graph.nodes
         if isinstance(node.op, FullyConnected | BatchMatmul)
     }

@@ -40,7 +40,7 @@ from qnpu_jax.ops import (
 )
 from sim import elementwise, kernels, parallel
 from sim.blocks import by_channels
-from sim.constants import constants_of, dtype_of, global_name, operand, tight_sums
+from sim.constants import constants_of, dtype_of, operand, tight_sums
 from sim.numerics import Profile, rules_of
 
 Codes = dict[str, jax.Array]
@@ -121,9 +121,9 @@ def run(
     for graph, layer, env in steps(program, ids, keep, inputs):
         out.update(
             {
-                global_name(graph, layer, n): x
+                graph.global_name(layer, n): x
                 for n, x in env.items()
-                if n in graph.outputs or keep(global_name(graph, layer, n))
+                if n in graph.outputs or keep(graph.global_name(layer, n))
             }
         )
     return {n: x for n, x in out.items() if n == "head.logits" or keep(n)}
@@ -136,28 +136,28 @@ def steps(
     inputs: Mapping[str, Any] = NO_INPUTS,
 ) -> Iterator[tuple[Graph, int, Codes]]:
     """Graph by graph and layer by layer: its output and the kept tensors, by local name."""
-    with jax.enable_x64():
-        mesh, ids = program.mesh, jnp.asarray(ids, jnp.int32)
-        values: Codes = {"ids": ids if mesh is None else parallel.spread(mesh, ids)}
-        run_layer = _compiled_layer(mesh)
-        for graph, codes, constants in zip(
-            program.decoder.graphs, program.codes, program.constants, strict=True
-        ):
-            for layer in range(graph.layers):
-                kept = tuple(
-                    t.name
-                    for t in graph.tensors
-                    if t.kind == "activation"
-                    and (t.name in graph.outputs[:1] or keep(global_name(graph, layer, t.name)))
-                )
-                like = _same_bits(graph, layer)
-                own = {t.name: global_name(graph, layer, t.name) for t in graph.named("input")}
-                given = {n: inputs.get(g, inputs.get(n)) for n, g in own.items()}
-                values |= {n: jnp.asarray(x) for n, x in given.items() if x is not None}
+    mesh, ids = program.mesh, jnp.asarray(ids, jnp.int32)
+    values: Codes = {"ids": ids if mesh is None else parallel.spread(mesh, ids)}
+    run_layer = _compiled_layer(mesh)
+    for graph, codes, constants in zip(
+        program.decoder.graphs, program.codes, program.constants, strict=True
+    ):
+        for layer in range(graph.layers):
+            kept = tuple(
+                t.name
+                for t in graph.tensors
+                if t.kind == "activation"
+                and (t.name in graph.outputs[:1] or keep(graph.global_name(layer, t.name)))
+            )
+            like = _same_bits(graph, layer)
+            own = {t.name: graph.global_name(layer, t.name) for t in graph.named("input")}
+            given = {n: inputs.get(g, inputs.get(n)) for n, g in own.items()}
+            values |= {n: jnp.asarray(x) for n, x in given.items() if x is not None}
+            with jax.enable_x64():  # not while the caller has what is yielded
                 env = run_layer(graph, like, kept, codes[layer], constants[layer], values)
-                filled = mesh is not None and ids.ndim == 2 and ids.shape[0] % mesh.size
-                yield graph, layer, {n: x[: len(ids)] for n, x in env.items()} if filled else env
-                values = {"input.residual": env[graph.outputs[0]]}
+            filled = mesh is not None and ids.ndim == 2 and ids.shape[0] % mesh.size
+            yield graph, layer, {n: x[: len(ids)] for n, x in env.items()} if filled else env
+            values = {"input.residual": env[graph.outputs[0]]}
 
 
 def _same_bits(graph: Graph, layer: int) -> int:

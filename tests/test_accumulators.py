@@ -17,7 +17,6 @@ from qnpu_jax.freeze import freeze
 from qnpu_jax.ops import BatchMatmul, FullyConnected
 from qnpu_jax.quant import QParams
 from qnpu_jax.resolve import is_free
-from sim.constants import global_name
 from sim.observe import observed_accumulators
 from sim.run import compile_model, run
 
@@ -87,7 +86,7 @@ def test_there_is_a_bound_for_every_product_of_every_layer():
     for graph in dec.graphs:
         for layer in range(graph.layers):
             products = (n for n in graph.nodes if isinstance(n.op, FullyConnected | BatchMatmul))
-            names |= {global_name(graph, layer, n.output) for n in products}
+            names |= {graph.global_name(layer, n.output) for n in products}
     assert bounds_of("mqa_linear_bias", "w8a8").keys() == names
     assert len(names) == 3 * (7 + 2 + 2) + 2
 
@@ -125,7 +124,7 @@ def test_an_input_reaches_the_bound_of_every_linear(plan):
 
                 largest = acc(np.where(w > 0, limit - 1, -limit)).max()
                 smallest = acc(np.where(w > 0, -limit, limit - 1)).min()
-                bound = bounds[global_name(graph, layer, node.output)]
+                bound = bounds[graph.global_name(layer, node.output)]
                 assert (bound.low, bound.high) == (smallest, largest)
                 reached += 1
     assert reached == 3 * 7 + 1

@@ -89,10 +89,10 @@ def test_multiply_by_quantized_multiplier_64_in_double(x, multiplier, shift):
     assert got == expected
 
 
-@given(st.integers(-(2**47) + 1, 2**47 - 1), MULTIPLIER, st.integers(-31, 0))
+@given(st.integers(-(2**47), 2**47), MULTIPLIER, st.integers(-31, 31))
 def test_multiply_by_quantized_multiplier_wide(x, multiplier, shift):
-    high = half_up(Fraction(x * multiplier, 2**31))
-    expected = max(min(half_away(Fraction(high, 2**-shift)), 2**31 - 1), -(2**31))
+    high = half_up(Fraction((x << max(shift, 0)) * multiplier, 2**31))
+    expected = max(min(half_away(Fraction(high, 2 ** max(-shift, 0))), 2**31 - 1), -(2**31))
     function = fixedpoint.multiply_by_quantized_multiplier_wide
     dtypes = (np.int64, np.int32, np.int32)
     assert evaluate(function, x, multiplier, shift, dtypes=dtypes) == expected

@@ -29,6 +29,7 @@ LEVELS = {
 }  # fmt: skip
 PEERS = {3, 4}  # levels whose modules may import one another
 SIM_IMPORTS = {
+    "intermediates",
     "ops",
     "graph",
     "freeze",

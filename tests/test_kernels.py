@@ -14,7 +14,7 @@ from single_op import run_op
 from qnpu_jax import ops
 from qnpu_jax.config import UserError
 from qnpu_jax.litert import KernelSet
-from sim import elementwise, prepare
+from sim import elementwise, kernels, prepare
 from sim.numerics import FixedScale, FixedScaleWide, ProfileName, rules_of
 
 ELEMENTS = 100_000
@@ -140,3 +140,15 @@ def test_without_64_bits_the_kernels_raise():
         )  # JAX warns that it truncates; production code may not see it
         with pytest.raises(RuntimeError, match="enable_x64"):
             jax.jit(lambda x, c: elementwise.quantize(x, c, dtype=np.int8))(x, constants)
+
+
+@pytest.mark.parametrize("keys", [511, 512, 600, 4000])
+def test_int8_softmax_of_many_equal_keys(keys):
+    """From 512 on no probability is above half a code; LiteRT's reference ends the process."""
+    x = np.concatenate([np.zeros(keys), np.full(90, -128)]).astype(np.int8)[None]
+    for profile in ("litert_ref", "npu"):
+        made = prepare.prepare_softmax_int8(rules_of(profile), np.float32(0.1))
+        with jax.enable_x64():
+            got = np.asarray(kernels.softmax_int8(jax.numpy.asarray(x), made)).astype(int) + 128
+        np.testing.assert_array_equal(got[0, :keys], 1 if keys == 511 else 0)
+        np.testing.assert_array_equal(got[0, keys:], 0)

@@ -20,7 +20,7 @@ from qnpu_jax.accumulators import proved_bounds
 from qnpu_jax.config import UserError
 from sim import fixedpoint, kernels, lut, prepare
 from sim.accumulate import Saturate, saturating_sum, wrap
-from sim.numerics import FixedScaleWide, Npu
+from sim.numerics import ChosenScale, FixedScaleWide, Npu
 from sim.run import compile_model, run
 
 IDS = tiny.random_ids((tiny.TOKENS,), 3)
@@ -37,18 +37,20 @@ def rounded(value: Fraction, ties: str) -> int:
 
 
 @given(
-    st.integers(-(2**46) + 1, 2**46 - 1),
+    st.integers(-(2**47), 2**47) | st.sampled_from([-(2**47), 2**47]),
     multipliers,
-    st.integers(-31, 0),
+    st.integers(-31, 31),
     st.sampled_from(["up", "away", "even"]),
     st.sampled_from(["single", "double"]),
 )
 @settings(max_examples=500)
 def test_roundings_are_exact(x, m, shift, ties, rounding):
+    left, right = max(shift, 0), max(-shift, 0)
+    product = Fraction((x << left) * m, 2**31)
     if rounding == "single":
-        exact = rounded(Fraction(x * m, 2 ** (31 - shift)), ties)
+        exact = rounded(product / 2**right, ties)
     else:
-        exact = rounded(Fraction(rounded(Fraction(x * m, 2**31), "up"), 2**-shift), ties)
+        exact = rounded(Fraction(rounded(product, "up"), 2**right), ties)
     args = (np.int64(x), np.int32(m), np.int32(shift))
     got = fixedpoint.multiply_by_quantized_multiplier_wide(*args, rounding, ties)
     assert int(got) == max(min(exact, 2**31 - 1), -(2**31))
@@ -65,12 +67,22 @@ def test_ties_are_hit(odd, exponent, ties):
     assert int(got) == rounded(Fraction(x, 2 ** (1 - shift)), ties)
 
 
-def test_the_default_is_the_plain_npu():
-    assert isinstance(Npu().rules().linear16_wide(0.01), FixedScaleWide)
-    model = tiny.quantized("gqa_llama3", "w8a8")
-    named, options = (simulated(model, IDS, p) for p in ("npu", Npu()))
-    for name, codes in named.items():
-        np.testing.assert_array_equal(codes, options[name], err_msg=name)
+@pytest.mark.parametrize("plan", ["w8a8", "w8a16"])
+def test_the_shortcuts_of_the_default_are_its_general_form(plan, monkeypatch):
+    """MBQM where no option asks for more: fewer operations, the same bits."""
+    rules = Npu().rules()
+    assert isinstance(rules.linear16_wide(0.01), FixedScaleWide)
+    model = tiny.quantized("gqa_llama3", plan)
+    short = simulated(model, IDS, "npu")
+    names = ("linear8", "linear16", "linear16_wide", "matmul8", "matmul16", "elementwise")
+
+    def chosen(real: Any) -> ChosenScale:
+        return ChosenScale(*fixedpoint.quantize_multiplier(real), "double", "away")
+
+    general = dataclasses.replace(rules, **dict.fromkeys(names, chosen))
+    monkeypatch.setattr("sim.run.rules_of", lambda _: general)
+    for name, codes in simulated(model, IDS, "npu").items():
+        np.testing.assert_array_equal(codes, short[name], err_msg=name)
 
 
 @given(st.floats(1e-9, 100))
@@ -92,6 +104,30 @@ def test_more_entries_come_closer(entries):
     # h^2 / 8 max|f''|, f'' <= 0.0963; half a code each for the sample and the interpolation.
     limit = step**2 / 8 * 0.0963 * 32768 + 1
     assert np.abs(np.minimum(exact, 32767) - table).max() <= limit
+
+
+@pytest.mark.parametrize("entries", [33, 257, 65537])
+def test_samples_of_rsqrt_and_exp(entries):
+    """Against the functions in real numbers: linear interpolation errs by h^2 / 8 max|f''|."""
+    rules, step = Npu(table_entries=entries).rules(), 65536 / (entries - 1)
+    scales = (np.float32(2.0**-10), np.float32(2.0**-13))
+    table = prepare.prepare_unary("rsqrt", rules, np.int16, scales[0], 0, scales[1], 0).table
+    code = np.arange(2**14, 2**15)
+    factor = 2.0**13 / np.sqrt(2.0**-10)
+    limit = step**2 / 8 * 0.75 * factor * 2.0 ** (-14 * 2.5) + 1
+    assert np.abs(factor / np.sqrt(code) - table[code + 2**15]).max() <= limit
+
+    exp = prepare.prepare_softmax_int16(rules, np.float32(10 / 65535)).exp
+    exact = 32768 * np.exp(-np.arange(65536) * 10 / 65535)
+    # exp(0) ends below 1 (32,762); one code for both roundings, and 5 for an index off by one.
+    assert np.abs(exp - exact).max() <= (10 * step / 65536) ** 2 / 8 * 32768 + 6 + 1
+
+    exp = prepare.prepare_softmax_int8(rules, np.float32(0.05)).exp
+    exact = np.minimum(2.0**31 * np.exp(-0.05 * np.arange(256)), 2**31 - 1)
+    step = max(256 / (entries - 1), 1)  # at a sample per code only rounding is left
+    interpolated = (0.05 * step) ** 2 / 8 * 2**31 if step > 1 else 0
+    float32 = 2.0**31 * 255 * 0.05 * 2.0**-25  # of the scale
+    assert np.abs(exp - exact).max() <= interpolated + float32 + 1
 
 
 def test_table_entries_of_8_bits_are_exact_from_257_on():
@@ -141,6 +177,32 @@ def test_a_model_that_may_overflow_is_refused_with_op_bound_and_options():
     assert worst.tensor in text and f"[{worst.low}, {worst.high}]" in text and "\n" not in text
     assert f"accumulator_bits={worst.needed - 1}" in text and "'wrap' or 'saturate'" in text
     compile_model(model, dec, Npu(accumulator_bits=worst.needed))
+
+
+def test_more_bits_than_the_requantization_takes_are_refused(monkeypatch):
+    model = tiny.quantized("gqa_llama3", "w8a16")
+    dec, worst = model.decoder(tiny.TOKENS), widest(model)
+    monkeypatch.setattr("sim.numerics.WIDEST", worst.needed)
+    compile_model(model, dec, Npu())
+    monkeypatch.setattr("sim.numerics.WIDEST", worst.needed - 1)
+    with pytest.raises(UserError, match=rf"{worst.tensor}.*takes {worst.needed - 1}; .* ops"):
+        compile_model(model, dec, Npu())
+
+
+def test_int4_sums_that_xnnpack_would_wrap_are_refused(monkeypatch):
+    model = tiny.quantized("gqa_llama3", "w4a8")
+    dec = model.decoder(tiny.TOKENS)
+    bounds = proved_bounds(dec, model.codes, model.zero_point)
+    worst = max(
+        (b for b in bounds if b.op == "FULLY_CONNECTED" and b.tensor != "head.logits"),
+        key=lambda b: b.needed,
+    )
+    monkeypatch.setattr("sim.xnnpack.INT4_BITS", worst.needed)
+    compile_model(model, dec, "litert_xnn")
+    monkeypatch.setattr("sim.xnnpack.INT4_BITS", worst.needed - 1)
+    with pytest.raises(UserError, match=r"XNNPACK has .* beside int4 weights; .* litert_opt"):
+        compile_model(model, dec, "litert_xnn")
+    compile_model(model, dec, "litert_opt")
 
 
 @pytest.mark.parametrize("plan", ["w8a8", "w8a16"])

@@ -21,7 +21,6 @@ from qnpu_jax.freeze import IntegerModel, activation_scales, dequantize
 from qnpu_jax.graph import Graph, is_identity
 from qnpu_jax.litert import KernelSet, LiteRT
 from qnpu_jax.ops import Rsqrt, Softmax, eval_op
-from sim.constants import global_name
 from sim.run import compile_model, run, run_graph
 
 CASES = [(name, plan) for name in tiny.NAMES for plan in tiny.PLANS]
@@ -54,7 +53,7 @@ def tiny_run(name: str, plan: str, profile: str) -> Tensors:
 def made(dec) -> dict[str, bool]:
     """Global name of every tensor that a node makes: is the node an identity in its layer?"""
     return {
-        global_name(graph, layer, node.output): is_identity(graph, node, layer)
+        graph.global_name(layer, node.output): is_identity(graph, node, layer)
         for graph in dec.graphs
         for layer in range(graph.layers)
         for node in graph.nodes
@@ -175,7 +174,7 @@ def node_by_node(model: IntegerModel, dec, ids: np.ndarray, codes: Tensors):
                 p, s, r = jax.tree.map(lambda a, i=layer: a[i], (own, q, bounds))
             else:
                 p, s, r = own, q, bounds
-            held = {n: codes[global_name(graph, layer, n.output)] for n in graph.nodes}
+            held = {n: codes[graph.global_name(layer, n.output)] for n in graph.nodes}
             held = {n.output: x for n, x in held.items()}
             held |= {n: x for n, x in shared.items() if n in s}
             if graph is not dec.embed:
@@ -189,7 +188,7 @@ def node_by_node(model: IntegerModel, dec, ids: np.ndarray, codes: Tensors):
             for node in graph.nodes:
                 if not is_identity(graph, node, layer):
                     yield graph, layer, node, np.asarray(got[node.output]), held
-            residual = global_name(graph, layer, graph.outputs[0])
+            residual = graph.global_name(layer, graph.outputs[0])
 
 
 def allowed(model: IntegerModel, graph: Graph, layer: int, node, held: Tensors) -> Any:
@@ -223,7 +222,7 @@ def assert_fake_quant_is_simulator(model: IntegerModel, ids: np.ndarray, codes: 
     dec = model.decoder(len(ids))
     for graph, layer, node, got, held in node_by_node(model, dec, ids, codes):
         difference = np.abs(got - held[node.output])
-        name = global_name(graph, layer, node.output)
+        name = graph.global_name(layer, node.output)
         limit = allowed(model, graph, layer, node, held)
         assert np.all(difference <= limit), (
             f"{name}: {difference.max()} codes, allowed {np.max(limit)}"

@@ -19,6 +19,12 @@ with warnings.catch_warnings():
 N = 1_000_000
 
 
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path, monkeypatch):
+    """The serializer writes its inputs into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def rescaled(acc: np.ndarray, multiplier: int, shift: int, rounding: str) -> np.ndarray:
     """TOSA's RESCALE to int32: acc multiplier 2^-shift, rounded; int48 with a 16-bit multiplier
     for int64."""

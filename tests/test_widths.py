@@ -2,6 +2,7 @@
 what runs reach."""
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -12,7 +13,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qnpu_jax import widths
+from qnpu_jax import artifacts, intermediates, widths
 from qnpu_jax.accumulators import (
     ChannelBounds,
     channel_bounds,
@@ -21,10 +22,10 @@ from qnpu_jax.accumulators import (
     product,
     proved_bounds,
 )
+from qnpu_jax.config import UserError
 from qnpu_jax.intermediates import NO_SUM, proved_intermediates
 from qnpu_jax.ops import FullyConnected
 from sim import kernels, prepare
-from sim.constants import global_name
 from sim.numerics import PROFILES
 from sim.observe import Range, observed_accumulators, observed_ranges
 from sim.run import compile_model, run
@@ -145,7 +146,7 @@ def test_channels_of_a_model_make_up_the_bounds_of_its_ops(plan):
         for layer in range(graph.layers):
             for node in graph.nodes:
                 if isinstance(node.op, FullyConnected):
-                    own = found[global_name(graph, layer, node.output)]
+                    own = found[graph.global_name(layer, node.output)]
                     assert len(own.low) == graph[node.output].shape[1]
                     assert max(own.needed) == own.bound.needed
 
@@ -211,7 +212,7 @@ def test_every_op_is_proved_or_said_to_sum_nothing(plan):
         for layer in range(graph.layers):
             for node in graph.nodes:
                 kind = type(node.op).__name__
-                name = global_name(graph, layer, node.output)
+                name = graph.global_name(layer, node.output)
                 known = names.get(kind, kind.upper()) in NO_SUM
                 assert known != (name in proved) or kind == "Requantize"  # an identity is dropped
     assert all(i.needed <= 32 for i in between)
@@ -228,6 +229,16 @@ def test_sums_of_softmax_follow_its_tables():
         sums = [i for i in proved_intermediates(dec, model.zero_point) if i.op == "SOFTMAX"]
         assert len(sums) == 2 * 2
         assert {(i.low, i.high) for i in sums} == {(int(top[bits]), dec.keys * int(top[bits]))}
+
+
+def test_a_sum_of_too_many_exponentials_is_refused():
+    model = tiny.quantized("gqa_llama3", "w8a8i8")
+    sums = proved_intermediates(model.decoder(126), model.zero_point)  # 128 keys
+    intermediates.check(sums)
+    # As of 4,096 keys, which are more than this model has.
+    longer = [dataclasses.replace(i, high=32 * i.high) for i in sums if i.op == "SOFTMAX"]
+    with pytest.raises(UserError, match=r"softmax.*33 bits.*at most 32; choose a shorter length"):
+        intermediates.check(longer)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +282,7 @@ def test_proof_replaces_what_it_wrote_and_the_folder_can_be_made_again(qnpu, her
     assert status == 0 and "widest linears" not in out
     assert first == {p.name: p.read_bytes() for p in (here / "out").glob("accumulators.*")}
     assert not list((here / "out").glob(".*"))
+    artifacts.check_writable(here / "out", overwrite=True)
 
 
 def test_proof_without_matplotlib_says_so(qnpu, here, monkeypatch):
@@ -278,6 +290,15 @@ def test_proof_without_matplotlib_says_so(qnpu, here, monkeypatch):
     status, _, err = qnpu("proof", "out", "--prefill", "4", "--tokens", "4")
     assert status == 0 and "pip install 'qnpu[figures]'" in err
     assert not (here / "out" / "accumulators.svg").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(refused, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    monkeypatch.setattr("qnpu_jax.freeze.load", lambda _: pytest.fail("worked before it looked"))
+    assert refused("proof", "out").startswith("out: cannot be written (Permission denied)")
 
 
 def test_mistakes_are_one_line(refused):

@@ -38,8 +38,8 @@ def draw(linears: Sequence[Row], path: Path) -> Path:
             axis.set_axis_off()
         for row_of_axes in axes:
             row_of_axes[0].set_ylabel("bits of the accumulator")
-        seen = [row.seen for row in linears]
-        axes.flat[0].set_ylim(min(*seen, *WIDTHS) - 1, max(*seen, 24) + 1.5)
+        low, high = min(row.seen for row in linears), max(row.needed for row in linears)
+        axes.flat[0].set_ylim(min(low, *WIDTHS) - 1, max(high, *WIDTHS) + 1)
         figure.legend(
             *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
         )
