@@ -125,6 +125,8 @@ class Rules:
     Attributes:
       linear8: rule of FULLY_CONNECTED on int8.
       linear16, linear16_wide: of FULLY_CONNECTED on int16 with a 32-bit and with a 64-bit bias.
+      one_scale: in which x_scale * weight_scale of FULLY_CONNECTED is computed, where all weights
+        have one scale and the accumulator has 32 bits.
       matmul8, matmul16: of BATCH_MATMUL.
       elementwise: of ADD, MUL and QUANTIZE.
       lanes: int8 ADD, MUL and QUANTIZE and int16 ADD run in vector code, 16 elements at a time,
@@ -147,6 +149,7 @@ class Rules:
     matmul8: Rule
     matmul16: Rule
     elementwise: Rule
+    one_scale: Literal["float64", "float32"] = "float64"
     lanes: bool = False
     xnnpack: bool = False
     softmax8: Literal["fixed", "float32"] = "fixed"
@@ -160,7 +163,9 @@ class Rules:
 
 _MBQM, _MBQM64, _RUY = fixed(FixedScale), fixed(FixedScale64), fixed(SingleScale)
 _REF = Rules(double, double, double, _MBQM, _MBQM64, _MBQM)
-_OPT = replace(_REF, linear8=_RUY, linear16=_RUY, lanes=True, softmax8="float32")
+_OPT = replace(
+    _REF, linear8=_RUY, linear16=_RUY, one_scale="float32", lanes=True, softmax8="float32"
+)
 
 
 WIDEST = 48

@@ -34,7 +34,7 @@ def prepare_fully_connected(
     bias: np.ndarray,
     x_scale: np.float32,
     x_zero_point: int,
-    weight_scale: np.ndarray,
+    weight_scale: np.ndarray | np.float32,
     scale: np.float32,
     zero_point: int,
     *,
@@ -51,7 +51,8 @@ def prepare_fully_connected(
       dtype: of the activations, int8 or int16.
       weights: (N, K) int8 codes.
       bias: (N,) int32, or int64 (int16 activations only) for a 64-bit accumulator.
-      weight_scale: float32, one or (N,).
+      weight_scale: float32, one or (N,): their products with x_scale are of float64, or by
+        `rules.one_scale`.
       weight_bits: of the codes in the file.
       tight: the sum is not proved to fit `rules.accumulator_bits`.
 
@@ -73,11 +74,11 @@ def prepare_fully_connected(
         xnnpack.check_linear(made)
         limit = Wrap(xnnpack.INT4_BITS) if weight_bits <= 4 else limit
     else:
-        # acc * double(sx) * double(sw) / double(sy), in this order of the two operations.
-        real = np.float64(x_scale) * weight_scales.astype(np.float64) / np.float64(scale)
         wide = bias.dtype == np.int64 or isinstance(limit, Saturate)
+        single = np.size(weight_scale) == 1 and not wide and rules.one_scale == "float32"
+        product = x_scale * weight_scales if single else np.float64(x_scale) * weight_scales
         rule = rules.linear8 if narrow else rules.linear16
-        made = (rules.linear16_wide if wide else rule)(real)
+        made = (rules.linear16_wide if wide else rule)(product.astype(np.float64) / scale)
     dot = dots.fastest(weights) if rules.floats else dots.INT8
     offset = offset.astype(bias.dtype)
     return FullyConnectedConstants(offset, made, _int32(zero_point), limit, dot)

@@ -98,7 +98,8 @@ def fully_connected(draw: Draw, dtype: str, bits: int, bias: str) -> Example:
     weights = np.clip(draw(codes("int8", (n, k))), -high - 1, high)
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     base = draw(scales())
-    weight_scale = (base * rng.uniform(0.1, 1, n)).astype(np.float32)
+    scales_of_weights = draw(st.sampled_from([n, n, 1]))
+    weight_scale = (base * rng.uniform(0.1, 1, scales_of_weights)).astype(np.float32)
     assume(weight_scale.min() > 0)
     limit = 2 ** draw(st.integers(0, 31 if bias == "int32" else 45)) - 1
     b = rng.integers(-limit, limit, n, endpoint=True).astype(bias)
@@ -106,6 +107,8 @@ def fully_connected(draw: Draw, dtype: str, bits: int, bias: str) -> Example:
     y = draw(outputs(dtype, (t, n), fit))
     real = np.float64(x.scale) * weight_scale.astype(np.float64) / np.float64(y.scale)
     assume(shifted(real, 30))
+    if len(weight_scale) == 1:
+        weight_scale = weight_scale[0]  # of the tensor, not of channels
     bias_scale = (weight_scale * x.scale).astype(np.float32)
     inputs = [
         x,

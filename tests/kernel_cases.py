@@ -87,12 +87,16 @@ def qparams(*tensors: Tensor) -> tuple:
     return tuple(v for t in tensors for v in (t.scale, t.zero_point))
 
 
-def fully_connected(rng: Generator, dtype: str, bits: int, bias_dtype: str) -> Case:
+def fully_connected(
+    rng: Generator, dtype: str, bits: int, bias_dtype: str, one_scale: bool
+) -> Case:
     t, k, n = 64, 80, 128
     x = draw_tensor(rng, dtype, (t, k))
     high = 2 ** (bits - 1) - 1
     weights = rng.integers(-high - 1, high, (n, k), np.int8, endpoint=True)
-    weight_scale = (10 ** rng.uniform(-3, -1, n)).astype(np.float32)
+    weight_scale: Any = (10 ** rng.uniform(-3, -1, n)).astype(np.float32)
+    if one_scale:
+        weight_scale = weight_scale[0]
     # Near the accumulator's limit one time in four: the int32 one must then wrap.
     limit = rng.choice([1e3, 1e6, 2**31 - 1, 2**40 if bias_dtype == "int64" else 1e4])
     bias = rng.integers(-int(limit), int(limit), n).astype(bias_dtype)
@@ -269,15 +273,15 @@ def embedding(rng: Generator, dtype: str) -> Case:
     return Case([table, ids], y, (ids.data, table.data), lambda profile: ())
 
 
-def _fully_connected(dtype: str, bits: int, bias: str) -> Variant:
+def _fully_connected(dtype: str, bits: int, bias: str, one_scale: bool = False) -> Variant:
     kind = getattr(schema.TensorType, bias.upper()) if dtype == "int16" else 0
     return Variant(
         ops.FullyConnected,
-        f"{dtype}-int{bits}-{bias}",
+        f"{dtype}-int{bits}-{bias}" + "-one_scale" * one_scale,
         Code.FULLY_CONNECTED,
         options("FullyConnected", keepNumDims=True, quantizedBiasType=kind),
         kernels.fully_connected,
-        partial(fully_connected, dtype=dtype, bits=bits, bias_dtype=bias),
+        partial(fully_connected, dtype=dtype, bits=bits, bias_dtype=bias, one_scale=one_scale),
     )
 
 
@@ -359,6 +363,8 @@ def _movement(dtype: str) -> list[Variant]:
 VARIANTS: list[Variant] = [
     *(_fully_connected("int8", bits, "int32") for bits in (8, 4)),
     *(_fully_connected("int16", bits, b) for bits in (8, 4) for b in ("int32", "int64")),
+    _fully_connected("int8", 8, "int32", one_scale=True),
+    *(_fully_connected("int16", 8, b, one_scale=True) for b in ("int32", "int64")),
     Variant(
         ops.Keep, "int16", Code.MUL, options("Mul"), elementwise.mul, partial(keep, dtype="int16")
     ),
