@@ -25,6 +25,8 @@ from qnpu_jax.intermediates import NO_SUM, Intermediate, proved_intermediates
 from qnpu_jax.models import Tokenizer
 from qnpu_jax.pipeline import Clock
 
+FORMAT = 1
+"""Version of accumulators.json."""
 WIDTHS = (16, 20, 24, 32)
 """Bits of accumulators that hardware has."""
 
@@ -151,6 +153,7 @@ class Widths:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "integer_model": self.sha256,
             "prefill": self.prefill,
             "text": self.text.to_json(),

@@ -260,7 +260,7 @@ def test_proof_prints_tables_and_writes_all_rows(qnpu, here):
     for name in ("attn.q", "attn.kv*.scores", "head.logits", "SOFTMAX", "of text.txt"):
         assert name in out
     found = json.loads((here / "out" / "accumulators.json").read_text())
-    assert found["text"]["tokens"] == 16 and found["prefill"] == 8
+    assert found["format"] == 1 and found["text"]["tokens"] == 16 and found["prefill"] == 8
     rows = {row["tensor"]: row for row in found["rows"]}
     q = rows["layers.1.attn.q"]
     assert len(rows) == 2 * (7 + 2 + 4) + 2 and q["channels"] == 32
