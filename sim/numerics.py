@@ -297,9 +297,8 @@ def rescale(acc: jax.Array, scale: Scale) -> jax.Array:
                 acc, at(multiplier), at(shift)
             )
         case FixedScale64(multiplier, shift):
-            narrow = acc.dtype == jnp.int32
             function = fixedpoint.multiply_by_quantized_multiplier_64
-            if narrow:
+            if acc.dtype == jnp.int32:
                 function = fixedpoint.multiply_by_quantized_multiplier_64_in_double
             return function(acc, at(multiplier), at(shift))
         case FixedScaleWide(multiplier, shift):
