@@ -7,6 +7,7 @@ import numpy as np
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.decoder import decoder
 from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.ops import WIDENING, Requantize
 from qnpu_jax.recipes import RECIPES
 
 SMOLLM2 = ModelConfig(
@@ -45,4 +46,11 @@ def random_model(recipe: str) -> IntegerModel:
                 top = 127 if bias else 2 ** (spec.quant.bits[0] - 1) - 1
                 dtype = np.int32 if bias else np.int8
                 codes[name] = rng.integers(-top, top + 1, stack + spec.shape).astype(dtype)
+        for node in graph.nodes:  # what widens is exact, as in a quantized model
+            source, target = graph[node.inputs[0]].quant, graph[node.output].quant
+            if (
+                isinstance(node.op, Requantize) and source.bits < target.bits
+            ):  # exact, as it must be
+                finer = scale[graph.prefix + node.inputs[0]] / np.float32(WIDENING)
+                scale[graph.prefix + node.output] = finer
     return IntegerModel(SMOLLM2, plan, (0, 0), codes, scale, zero_point)

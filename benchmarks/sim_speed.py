@@ -43,7 +43,7 @@ from qnpu_jax.learn.stages import Text
 from qnpu_jax.litert import LiteRT
 from qnpu_jax.recipes import RECIPES, load_recipe
 from sim.numerics import PROFILES
-from sim.run import compile_model, run
+from sim.run import compile_model, run, sequences_at_once
 
 MODEL = "smollm2-135m"
 MIN_TIMES_REFERENCE, MIN_TIMES_FLOAT, MAX_MEMORY = 20.0, 1.0, 1.5
@@ -133,13 +133,12 @@ def quantize(recipes: list[str], quick: bool) -> tuple[dict[str, IntegerModel], 
 
 @partial(jax.jit, static_argnums=0)
 def float_logits(dec: Any, params: Params, ids: jax.Array) -> jax.Array:
-    """In the type of the parameters; a batch goes through in parts of 512 tokens, as in the
-    simulator."""
+    """In the type of the parameters; as many sequences at once as in the simulator."""
     half = params["head.weight"].dtype == jnp.bfloat16
     one = partial(half_forward if half else forward, dec, params)
-    return (
-        one(ids) if ids.ndim == 1 else jax.lax.map(one, ids, batch_size=max(1, 512 // dec.tokens))
-    )
+    if ids.ndim == 1:
+        return one(ids)
+    return jax.lax.map(one, ids, batch_size=sequences_at_once(*ids.shape))
 
 
 def half_forward(dec: Any, params: Params, ids: jax.Array) -> jax.Array:

@@ -116,11 +116,19 @@ def add(x: Array, y: Array, c: Add) -> Array:
         case XnnAdd():
             return _add_xnn(x, y, c)
         case AddConstants():
-            left = _left(x)
-            a = rescale(_less(x, c.x_zero_point) << left, c.x_scale)
-            b = rescale(_less(y, c.y_zero_point) << left, c.y_scale)
-            z = rescale(_sum(a, b), c.scale)
-            return saturate(z + jnp.asarray(c.zero_point), x.dtype)
+            a = add_term(x, c.x_zero_point, c.x_scale)
+            b = add_term(y, c.y_zero_point, c.y_scale)
+            return add_terms(a, b, c, dtype=x.dtype)
+
+
+def add_term(x: Array, zero_point: Leaf, scale: Scale) -> Array:
+    """One summand of `add` in the scale of the sum, int32: rescale((x - zero_point) 2^L)."""
+    return rescale(_less(x, zero_point) << _left(x), scale)
+
+
+def add_terms(a: Array, b: Array, c: AddConstants, *, dtype: np.dtype | type) -> Array:
+    """What `add` makes of its two terms: clip(rescale(a + b) + zero_point)."""
+    return saturate(rescale(_sum(a, b), c.scale) + jnp.asarray(c.zero_point), dtype)
 
 
 def _sum(x: Array, y: Array) -> Array:

@@ -317,10 +317,11 @@ def lut_lookup(x: Codes, lut: Codes) -> Codes:
 
     Reference: LiteRT tflite/kernels/internal/common.h, `LUTLookup` (int16).
     """
-    rest = 16 - (len(lut) - 1).bit_length() + 1
+    entries = lut.shape[0]
+    rest = 16 - (entries - 1).bit_length() + 1
     if rest == 0:
         return lut[x + np.int32(2**15)].astype(np.int32)
-    index = (x >> np.int32(rest)) + np.int32((len(lut) - 1) // 2)
+    index = (x >> np.int32(rest)) + np.int32((entries - 1) // 2)
     base, following = lut[index], lut[index + np.int32(1)]
     slope = (following - base).astype(np.int32)
     offset = x & np.int32(2**rest - 1)

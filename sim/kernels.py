@@ -25,7 +25,7 @@ from qnpu_jax.ops import WIDENING
 from sim.accumulate import Limit, Saturate, Wrap, saturating_sum, wrap
 from sim.dots import INT8, Dot, dot
 from sim.elementwise import Leaf
-from sim.fixedpoint import lut_lookup, rounding_divide_by_pot, saturate, srdhm, wide
+from sim.fixedpoint import Codes, lut_lookup, rounding_divide_by_pot, saturate, srdhm, wide
 from sim.gemmlowp import one_over_one_plus_x
 from sim.numerics import Scale, rescale
 
@@ -285,6 +285,17 @@ def softmax_int16(x: Array, c: SoftmaxInt16Constants) -> Array:
     below = jnp.max(x, -1, keepdims=True).astype(jnp.int32) - x.astype(jnp.int32)
     exp = _lookup(c.exp, below).astype(jnp.int32)
     total = jnp.sum(exp, -1, keepdims=True, dtype=jnp.int32)
+    return softmax_quotient(exp, total, jnp.asarray(c.reciprocal))
+
+
+def softmax_quotient(exp: Array, total: Array, reciprocal: Codes) -> Array:
+    """exp / total as int16 at scale 1/32768: what int16 SOFTMAX does with a row's exponentials.
+
+    Args:
+      exp: (..., T) int32, Q0.15.
+      total: (..., 1) int32, their sum over the whole row.
+      reciprocal: (513,) int16, as in `SoftmaxInt16Constants`; an array or a reference to one.
+    """
     headroom = jax.lax.clz(total)
     # Normalized to [1, 2) as Q1.16, then 1 is subtracted and the rest centred on the table's int16
     # index.
@@ -292,9 +303,9 @@ def softmax_int16(x: Array, c: SoftmaxInt16Constants) -> Array:
     index = jnp.clip(
         normalized.astype(jnp.int32) - np.int32(2**15 + 2**16), np.int32(-32768), np.int32(32767)
     )
-    reciprocal = lut_lookup(index, jnp.asarray(c.reciprocal))
     right = np.int32(31) - headroom
-    y = (exp * reciprocal + (np.int32(1) << (right - np.int32(1)))) >> right
+    half = np.int32(1) << (right - np.int32(1))
+    y = (exp * lut_lookup(index, reciprocal) + half) >> right
     return jnp.clip(y, np.int32(0), np.int32(32767)).astype(jnp.int16)
 
 

@@ -39,13 +39,17 @@ def spread(mesh: Mesh, ids: jax.Array) -> jax.Array:
 
 
 def shards(mesh: Mesh, function: Callable[..., Any], *, batched: bool) -> Callable[..., Any]:
-    """function(codes, constants, values) on every device, with all codes and constants and its own
-    share of the values; with all of them where they are not `batched`."""
-    values = _SHARE if batched else _ALL
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(_ALL, _ALL, values),
-        out_specs=values,
-        check_vma=False,  # JAX cannot see that what is not batched is computed alike everywhere
-    )
+    """function(constants..., values) on every device, with all constants and its own share of the
+    values; with all of them where they are not `batched`."""
+    share = _SHARE if batched else _ALL
+
+    def call(*args: Any) -> Any:
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(*(_ALL for _ in args[1:]), share),
+            out_specs=share,
+            check_vma=False,  # JAX cannot see that what is not batched is computed alike everywhere
+        )(*args)
+
+    return call

@@ -2,16 +2,17 @@
 
 One compiled layer serves all layers: what differs between them (weights, multipliers, tables) is an
 argument. Bits are part of the compiled program, so a model of mixed precision compiles one layer
-per pattern of bits.
+per pattern of bits. A GPU computes all layers in one program (`sim.stack`), where only logits are
+asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from types import MappingProxyType
-from typing import Any, assert_never
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,31 +20,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.graph import Graph, Node, is_identity
-from qnpu_jax.ops import (
-    Add,
-    AddMask,
-    BatchMatmul,
-    Concat,
-    Embedding,
-    FullyConnected,
-    Keep,
-    Logistic,
-    Mul,
-    Requantize,
-    Reshape,
-    Rsqrt,
-    Slice,
-    Softmax,
-    Sqrt,
-    Transpose,
-)
-from sim import elementwise, kernels, parallel
-from sim.blocks import by_channels
-from sim.constants import constants_of, dtype_of, operand, tight_sums
+from qnpu_jax.graph import Graph
+from sim import parallel
+from sim.constants import constants_of, tight_sums
+from sim.layer import Codes, run_graph, same_bits
 from sim.numerics import Profile, rules_of
+from sim.stack import Stack, run_all, stacks
 
-Codes = dict[str, jax.Array]
 NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -56,6 +39,7 @@ class Program:
       codes: per graph and layer, codes of parameters and shared inputs by local name.
       constants: per graph and layer, the kernels' constants by output name.
       mesh: the devices that share a batch's sequences; None for one.
+      at_once: whether all layers run in one program where nothing but the logits is kept.
     """
 
     decoder: Any
@@ -63,6 +47,20 @@ class Program:
     codes: list[list[Codes]]
     constants: list[list[dict[str, Any]]]
     mesh: Mesh | None = None
+    at_once: bool = False
+
+    @cached_property
+    def stacks(self) -> list[list[Stack]]:
+        """Per graph its layers' codes and constants, stacked."""
+        graphs = zip(self.decoder.graphs, self.codes, self.constants, strict=True)
+        with jax.enable_x64():
+            made = [stacks(graph, list(zip(*own, strict=True))) for graph, *own in graphs]
+        return made if self.mesh is None else parallel.replicate(self.mesh, made)
+
+
+def nothing(_: str) -> bool:
+    """Keeps no tensor but the logits."""
+    return False
 
 
 def compile_model(
@@ -70,6 +68,7 @@ def compile_model(
     dec: Any,
     profile: Profile = "litert_ref",
     devices: Sequence[Any] | None = None,
+    at_once: bool | None = None,
 ) -> Program:
     """Makes the constants of every op and puts them and the weights on the device.
 
@@ -78,6 +77,8 @@ def compile_model(
       profile: a name of `sim.numerics.PROFILES`, or an `Npu`.
       devices: of JAX; each gets all weights, and its share of the sequences of a batch;
         None for JAX's default device. The bits do not depend on them.
+      at_once: all layers in one program where `run` keeps nothing; None: on a GPU. The bits do not
+        depend on it.
 
     Raises:
       UserError: the profile cannot represent an op, or its accumulators may overflow.
@@ -95,13 +96,15 @@ def compile_model(
             codes.append([put(c) for c in own])
             made = [constants_of(model, graph, i, own[i], rules, tight) for i in layers]
             constants.append([put(c) for c in made])
-    return Program(dec, profile, codes, constants, mesh)
+    if at_once is None:
+        at_once = _platform(mesh) == "gpu"
+    return Program(dec, profile, codes, constants, mesh, at_once)
 
 
 def run(
     program: Program,
     ids: Any,
-    keep: Callable[[str], bool] = lambda _: False,
+    keep: Callable[[str], bool] = nothing,
     inputs: Mapping[str, Any] = NO_INPUTS,
 ) -> Codes:
     """Codes of the logits, and of every tensor whose global name `keep` accepts.
@@ -117,6 +120,8 @@ def run(
     Returns:
       By global name: `head.logits` (.., T, V) and what was kept, with the batch axis of `ids`.
     """
+    if program.at_once and keep is nothing and not inputs:
+        return {"head.logits": _logits(program, jnp.asarray(ids, jnp.int32))}
     out: Codes = {}
     for graph, layer, env in steps(program, ids, keep, inputs):
         out.update(
@@ -127,6 +132,20 @@ def run(
             }
         )
     return {n: x for n, x in out.items() if n == "head.logits" or keep(n)}
+
+
+def _logits(program: Program, ids: jax.Array) -> jax.Array:
+    """By all layers in one program, for a part of the batch at a time."""
+    mesh, size = program.mesh, len(ids)
+    if ids.ndim == 2:
+        size = sequences_at_once(*ids.shape) * (1 if mesh is None else mesh.size)
+    done = []
+    for some in jnp.split(ids, [*range(size, len(ids), size)]):
+        fed = some if mesh is None else parallel.spread(mesh, some)
+        with jax.enable_x64():
+            logits = _compiled_program(mesh)(program.decoder.graphs, program.stacks, fed)
+        done.append(logits[: len(some)])
+    return done[0] if len(done) == 1 else jnp.concatenate(done)
 
 
 def steps(
@@ -149,7 +168,7 @@ def steps(
                 if t.kind == "activation"
                 and (t.name in graph.outputs[:1] or keep(graph.global_name(layer, t.name)))
             )
-            like = _same_bits(graph, layer)
+            like = same_bits(graph, layer)
             own = {t.name: graph.global_name(layer, t.name) for t in graph.named("input")}
             given = {n: inputs.get(g, inputs.get(n)) for n, g in own.items()}
             values |= {n: jnp.asarray(x) for n, x in given.items() if x is not None}
@@ -160,12 +179,6 @@ def steps(
             values = {"input.residual": env[graph.outputs[0]]}
 
 
-def _same_bits(graph: Graph, layer: int) -> int:
-    """The first layer with the same bits everywhere, which has the same compiled program."""
-    bits = [t.quant.bits for t in graph.tensors if t.quant is not None]
-    return next(i for i in range(layer + 1) if all(b[i] == b[layer] for b in bits))
-
-
 _CPU_OPTIONS = {
     "xla_disable_hlo_passes": "cse_barrier_expander,tree_reduction_rewriter",
     "xla_cpu_prefer_vector_width": 512,
@@ -174,16 +187,37 @@ _CPU_OPTIONS = {
 removes the barriers of `run_graph` before fusion, which then computes a tensor anew for each of its
 readers; the other cuts integer reductions into windows that it does not vectorize."""
 
-_TOKENS = 512
-"""Of a batch, so many tokens are computed at a time: enough for the dots, few enough for caches."""
+
+def sequences_at_once(batch: int, tokens: int) -> int:
+    """So many sequences of a batch are computed at a time: on a CPU enough for the dots and few
+    enough for caches, on a GPU enough to fill it."""
+    fit = (512 if jax.default_backend() == "cpu" else 8192) // tokens
+    return max(1, min(batch, fit))
+
+
+def _platform(mesh: Mesh | None) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 @cache
 def _compiled_layer(mesh: Mesh | None) -> Callable[..., Codes]:
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    options = _CPU_OPTIONS if platform == "cpu" else None
+    options = _CPU_OPTIONS if _platform(mesh) == "cpu" else None
     function = _run_layer if mesh is None else partial(_run_layer_on, mesh)
     return jax.jit(function, static_argnums=(0, 1, 2), compiler_options=options)
+
+
+@cache
+def _compiled_program(mesh: Mesh | None) -> Callable[..., jax.Array]:
+    options = _CPU_OPTIONS if _platform(mesh) == "cpu" else None
+    function = run_all if mesh is None else partial(_run_all_on, mesh)
+    return jax.jit(function, static_argnums=0, compiler_options=options)
+
+
+def _run_all_on(
+    mesh: Mesh, graphs: tuple[Graph, ...], of_graphs: list[list[Stack]], ids: jax.Array
+) -> jax.Array:
+    function = partial(run_all, graphs)
+    return parallel.shards(mesh, function, batched=ids.ndim == 2)(of_graphs, ids)
 
 
 def _run_layer(
@@ -202,7 +236,7 @@ def _run_layer(
     shape = graph[name].shape
     if first.ndim == len(shape):
         return one(values)
-    return jax.lax.map(one, values, batch_size=max(1, _TOKENS // shape[0]))
+    return jax.lax.map(one, values, batch_size=sequences_at_once(len(first), shape[0]))
 
 
 def _run_layer_on(
@@ -218,65 +252,6 @@ def _run_layer_on(
     batched = first.ndim > len(graph[name].shape)
     function = partial(_run_layer, graph, layer, kept)
     return parallel.shards(mesh, function, batched=batched)(codes, constants, values)
-
-
-def run_graph(graph: Graph, layer: int, values: Codes, constants: Mapping[str, Any]) -> Codes:
-    """Every tensor of one sequence by local name, from codes of inputs and parameters.
-
-    A barrier after every op keeps XLA from computing it again in each op that reads it.
-    """
-    env = dict(values)
-    for node in graph.nodes:
-        x = [env[n] for n in node.inputs]
-        if is_identity(graph, node, layer):
-            env[node.output] = x[0]
-        else:
-            y = run_op(graph, node, layer, x, constants.get(node.output))
-            env[node.output] = jax.lax.optimization_barrier(y)
-    return env
-
-
-def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: Any) -> jax.Array:
-    """The op's meaning on integer codes."""
-    match node.op:
-        case Embedding():
-            return kernels.gather(x[0], x[1])
-        case FullyConnected():
-            return by_channels(kernels.fully_connected, x[0], x[1], constants)
-        case BatchMatmul(adj_y=adj_y):
-            tight = constants.limit is not None
-            narrow = [operand(graph, n, layer, tight) for n in node.inputs]
-            y = graph[narrow[1]].quant
-            return kernels.batch_matmul(
-                x[0],
-                x[1],
-                constants,
-                adj_y=adj_y,
-                x_is_byte=narrow[0] != node.inputs[0],
-                y_is_byte=narrow[1] != node.inputs[1],
-                y_is_symmetric=y is not None and y.symmetric,
-            )
-        case Add() | AddMask():
-            return elementwise.add(x[0], x[1], constants)
-        case Mul() | Keep():
-            return elementwise.mul(x[0], x[1], constants)
-        case Requantize():
-            return elementwise.quantize(x[0], constants, dtype=dtype_of(graph[node.output], layer))
-        case Softmax():
-            softmax = kernels.softmax_int8 if x[0].dtype == jnp.int8 else kernels.softmax_int16
-            return softmax(x[0], constants)
-        case Logistic() | Sqrt() | Rsqrt():
-            return kernels.unary(x[0], constants)
-        case Reshape(shape=shape):
-            return kernels.reshape(x[0], shape=shape)
-        case Transpose(perm=perm):
-            return kernels.transpose(x[0], perm=perm)
-        case Slice(begin=begin, size=size):
-            return kernels.slice_(x[0], begin=begin, size=size)
-        case Concat(axis=axis):
-            return kernels.concatenation(*x, axis=axis)
-        case _:
-            assert_never(node.op)
 
 
 def _codes_of(

@@ -43,6 +43,11 @@ for profile in ("litert_ref", "npu"):
 ids = rng.integers(0, model.config.vocab_size, (4, 6))
 expected, got = (run(compile_model(model, dec, devices=d), ids) for d in (None, devices[5:]))
 assert (np.asarray(got["head.logits"]) == np.asarray(expected["head.logits"])).all()
+whole = compile_model(model, dec, devices=devices, at_once=True)
+for shape in ((11, 6), (6,)):
+    ids = rng.integers(0, model.config.vocab_size, shape)
+    expected, got = run(compile_model(model, dec), ids), run(whole, ids)
+    assert (np.asarray(got["head.logits"]) == np.asarray(expected["head.logits"])).all(), shape
 print("equal")
 """
 

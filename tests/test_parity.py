@@ -21,7 +21,8 @@ from qnpu_jax.freeze import IntegerModel, activation_scales, dequantize
 from qnpu_jax.graph import Graph, is_identity
 from qnpu_jax.litert import KernelSet, LiteRT
 from qnpu_jax.ops import Rsqrt, Softmax, eval_op
-from sim.run import compile_model, run, run_graph
+from sim.layer import run_graph
+from sim.run import compile_model, run
 
 CASES = [(name, plan) for name in tiny.NAMES for plan in tiny.PLANS]
 cases = pytest.mark.parametrize(("name", "plan"), CASES, ids=["-".join(c) for c in CASES])
