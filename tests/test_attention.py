@@ -23,7 +23,7 @@ INT8, INT16 = np.dtype(np.int8), np.dtype(np.int16)
 def constants(rules, x_zero_point: int, probs_zero_point: int) -> Constants:
     """Scores that spread over thousands of codes, exponentials over the whole table."""
     f = np.float32
-    return Constants(
+    made: tuple[Any, ...] = (
         prepare.prepare_batch_matmul(rules, INT16, f(0.02), x_zero_point, f(0.03), 0, f(0.002), 0),
         prepare.prepare_add(rules, INT16, f(0.002), 0, f(0.01), 0, f(0.0021), 0),
         prepare.prepare_softmax_int16(rules, f(0.0021)),
@@ -32,6 +32,7 @@ def constants(rules, x_zero_point: int, probs_zero_point: int) -> Constants:
             rules, INT8, f(1 / 200), probs_zero_point, f(0.04), 0, f(0.02), -7
         ),
     )
+    return Constants(*made)
 
 
 def op_by_op(q, k, v, mask, c: Constants, zero_point: int):
@@ -66,8 +67,8 @@ def test_the_codes_are_those_of_the_ops(profile, keys):
 
         batch = jax.vmap(fused)(*map(jnp.asarray, (q, k, v)))
         for i in range(3):
-            arrays = (jnp.asarray(a[i]) for a in (q, k, v))
-            scores, probs, expected = op_by_op(*arrays, jnp.asarray(mask), c, 11)
+            x, y, z, m = map(jnp.asarray, (q[i], k[i], v[i], mask))
+            scores, probs, expected = op_by_op(x, y, z, m, c, 11)
             assert expected.std() > 5
             assert keys == 1 or (scores.std() > 500 and probs.std() > 1), "nothing trivial"
             assert (batch[i] == expected).all()
@@ -76,8 +77,8 @@ def test_the_codes_are_those_of_the_ops(profile, keys):
 
 def fused_alone(q, k, v, mask, c):
     with jax.enable_x64():
-        arrays = map(jnp.asarray, (q[0], k[0], v[0], mask))
-        return attention.attention(*arrays, c, interpret=True)
+        x, y, z, m = map(jnp.asarray, (q[0], k[0], v[0], mask))
+        return attention.attention(x, y, z, m, c, interpret=True)
 
 
 def found(plan: str, tokens: int, profile: Any = "litert_ref", layer: int = 0) -> list[str]:
