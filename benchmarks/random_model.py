@@ -24,15 +24,15 @@ SMOLLM2 = ModelConfig(
 )
 
 
-def random_model(recipe: str) -> IntegerModel:
-    """SmolLM2-135M in this recipe's bits, with a prefix of two tokens."""
+def random_model(recipe: str, config: ModelConfig = SMOLLM2) -> IntegerModel:
+    """A model of these shapes in this recipe's bits, with a prefix of two tokens."""
     plan, rng = RECIPES[recipe].bits, np.random.default_rng(0)
     graphs = [
-        g for logits in ("all", "last") for g in decoder(SMOLLM2, plan, 1, 2, 1, logits).graphs
+        g for logits in ("all", "last") for g in decoder(config, plan, 1, 2, 1, logits).graphs
     ]
     codes, scale, zero_point = {}, {}, {}
     for graph in graphs:
-        stack = (SMOLLM2.num_layers,) if graph.prefix == "layers." else ()
+        stack = (config.num_layers,) if graph.prefix == "layers." else ()
         for spec in graph.tensors:
             name = graph.prefix + spec.name
             if spec.quant is None or name in scale:
@@ -46,11 +46,10 @@ def random_model(recipe: str) -> IntegerModel:
                 top = 127 if bias else 2 ** (spec.quant.bits[0] - 1) - 1
                 dtype = np.int32 if bias else np.int8
                 codes[name] = rng.integers(-top, top + 1, stack + spec.shape).astype(dtype)
-        for node in graph.nodes:  # what widens is exact, as in a quantized model
+        for node in graph.nodes:
             source, target = graph[node.inputs[0]].quant, graph[node.output].quant
-            if (
-                isinstance(node.op, Requantize) and source.bits < target.bits
-            ):  # exact, as it must be
+            if isinstance(node.op, Requantize) and source.bits < target.bits:
+                # Exact, as in a model that `freeze` made.
                 finer = scale[graph.prefix + node.inputs[0]] / np.float32(WIDENING)
-                scale[graph.prefix + node.output] = finer
-    return IntegerModel(SMOLLM2, plan, (0, 0), codes, scale, zero_point)
+                scale[graph.prefix + node.output] = np.asarray(finer)
+    return IntegerModel(config, plan, (0, 0), codes, scale, zero_point)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,20 @@ from qnpu_jax.graph import Graph, Node
 from qnpu_jax.ops import AddMask, BatchMatmul, Requantize, Softmax
 from sim import elementwise, kernels
 from sim.constants import narrow_source
+from sim.dots import dot
 from sim.elementwise import AddConstants, QuantizeConstants
-from sim.fixedpoint import saturate
 from sim.kernels import BatchMatmulConstants, SoftmaxInt16Constants
-from sim.numerics import rescale
 
 ROWS = 16
 """Queries of a block: the fewest that tensor cores multiply."""
 KEYS, REST = 128, 32
-"""Keys that are multiplied at a time, and at the end. Not fewer: of bytes tensor cores sum 32, and
-Triton 3 gives wrong sums of 16 without a word."""
+"""Keys that are multiplied at a time, and at the end."""
+FEWEST_TERMS = 32
+"""Tensor cores sum so many products of bytes. Of 16 Triton (in jax 0.11.2) gives wrong sums without
+a word."""
+MOST_KEYS = 5 * KEYS
+"""Registers hold the scores of so many: `ROWS` x `MOST_KEYS` are 80 for each thread of `WARPS`. 512
+and a prefix were measured; more would spill."""
 WARPS = 4
 
 
@@ -43,15 +47,6 @@ class Constants(NamedTuple):
     softmax: SoftmaxInt16Constants
     probs: QuantizeConstants
     mixed: BatchMatmulConstants
-
-
-_KINDS = (
-    BatchMatmulConstants,
-    AddConstants,
-    SoftmaxInt16Constants,
-    QuantizeConstants,
-    BatchMatmulConstants,
-)
 
 
 class Chain(NamedTuple):
@@ -77,8 +72,8 @@ def chains(graph: Graph, layer: int, constants: Mapping[str, Any]) -> dict[str, 
     """What of a graph `attention` can compute, by the name of the last output.
 
     That is where scores are products of bytes in int16, probabilities bytes, keys and values
-    symmetric, sums proved to fit, and every code depends on its own place alone (vector code's
-    does not).
+    symmetric, sums proved to fit, and every code depends on its operands alone (vector code's on
+    its place too); and where a GPU can: shapes in whole blocks, keys that its registers hold.
     """
     found = (_chain(graph, layer, n) for n in graph.nodes if isinstance(n.op, Softmax))
     return {c.outputs[-1]: c for c in found if c is not None and _fits(graph, layer, c, constants)}
@@ -104,7 +99,8 @@ def _chain(graph: Graph, layer: int, softmax: Node) -> Chain | None:
 
 def _fits(graph: Graph, layer: int, chain: Chain, constants: Mapping[str, Any]) -> bool:
     own = [constants.get(name) for name in chain.outputs]
-    if not all(isinstance(c, kind) for c, kind in zip(own, _KINDS, strict=True)):
+    kinds = get_type_hints(Constants).values()
+    if not all(isinstance(c, kind) for c, kind in zip(own, kinds, strict=True)):
         return False
 
     def bits(*names: str) -> set[int]:
@@ -116,6 +112,7 @@ def _fits(graph: Graph, layer: int, chain: Chain, constants: Mapping[str, Any]) 
         return quant is not None and quant.symmetric
 
     _, rows, size = graph[chain.queries].shape
+    keys = graph[chain.keys].shape[1]
     return (
         bits(chain.queries, chain.keys, chain.values, *chain.outputs[3:]) == {8}
         and bits(*chain.outputs[:3]) == {16}
@@ -123,6 +120,8 @@ def _fits(graph: Graph, layer: int, chain: Chain, constants: Mapping[str, Any]) 
         and symmetric(chain.values)
         and all(c.limit is None for c in own if isinstance(c, BatchMatmulConstants))
         and rows % ROWS == 0
+        and keys <= MOST_KEYS
+        and FEWEST_TERMS <= size < 2**31 // 255**2
         and size & (size - 1) == 0
     )
 
@@ -150,8 +149,8 @@ def attention(
     """mix(probs(softmax(scores + mask))), the codes of each op from those of the one before.
 
     Args:
-      queries: (M, K) int8, M a multiple of `ROWS`, K a power of two.
-      keys: (N, K) int8, zero point 0.
+      queries: (M, K) int8, M a multiple of `ROWS`, K a power of two from `FEWEST_TERMS` on.
+      keys: (N, K) int8, zero point 0; N up to `MOST_KEYS`.
       values: (K, N) int8, zero point 0.
       mask: (M, N) int16.
       interpret: compute as ordinary JAX, where there is no GPU.
@@ -212,9 +211,8 @@ def _attend(
     for b in blocks:
         part = pl.ds(b.start, b.size)
         acc = _product(rows, keys[part, :]) + offset[part][None, :]
-        a = elementwise.add_term(
-            _codes(acc, c.scores, jnp.int16), c.mask.x_zero_point, c.mask.x_scale
-        )
+        scores = kernels.codes_of_sums(acc, c.scores, jnp.int16)
+        a = elementwise.add_term(scores, c.mask.x_zero_point, c.mask.x_scale)
         z = elementwise.add_terms(a, masks[:, part], c.mask, dtype=jnp.int16).astype(jnp.int32)
         masked.append(_only_real(z, b, -(2**15)))
     top = reduce(jnp.maximum, (jnp.max(z, 1) for z in masked))[:, None]
@@ -226,7 +224,7 @@ def _attend(
         y = kernels.softmax_quotient(e, total, c.softmax.reciprocal)
         probs = elementwise.quantize(y, c.probs, dtype=jnp.int8)
         acc = acc + _product(probs, values[:, pl.ds(b.start, b.size)])
-    return _codes(acc, c.mixed, jnp.int8)
+    return kernels.codes_of_sums(acc, c.mixed, jnp.int8)
 
 
 def _offset(c: BatchMatmulConstants, y: Array) -> Array:
@@ -236,13 +234,7 @@ def _offset(c: BatchMatmulConstants, y: Array) -> Array:
 
 def _product(x: Array, y: Array) -> Array:
     """x y^T of bytes."""
-    dims = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.int32)
-
-
-def _codes(acc: Array, c: BatchMatmulConstants, dtype: type) -> Array:
-    """What BATCH_MATMUL makes of its accumulators."""
-    return saturate(rescale(acc, c.scale) + jnp.asarray(c.zero_point), dtype)
+    return dot(x, y, (((1,), (1,)), ((), ())))
 
 
 def _only_real(x: Array, block: _Block, other: int) -> Array:

@@ -106,7 +106,7 @@ def fully_connected(x: Array, w: Array, c: FullyConnectedConstants) -> Array:
         acc = (both[0] << jnp.asarray(8, offset.dtype)) + both[1] + offset
     if isinstance(c.limit, Wrap):
         acc = wrap(acc, c.limit.bits)
-    return saturate(rescale(acc, c.scale) + _row(c.zero_point, 0), x.dtype)
+    return codes_of_sums(acc, c, x.dtype)
 
 
 def batch_matmul(
@@ -154,7 +154,14 @@ def batch_matmul(
         )
     if isinstance(c.limit, Wrap):
         acc = wrap(acc, c.limit.bits)
-    return saturate(rescale(acc, c.scale) + _row(c.zero_point, 0), x.dtype)
+    return codes_of_sums(acc, c, x.dtype)
+
+
+def codes_of_sums(
+    acc: Array, c: FullyConnectedConstants | BatchMatmulConstants, dtype: np.dtype | type
+) -> Array:
+    """What FULLY_CONNECTED and BATCH_MATMUL make of their sums: clip(rescale(acc) + zero_point)."""
+    return saturate(rescale(acc, c.scale) + jnp.asarray(c.zero_point), dtype)
 
 
 def _less(x: Array, zero_point: Leaf) -> Array:

@@ -112,7 +112,8 @@ def run_all(graphs: tuple[Graph, ...], of_graphs: list[list[Stack]], ids: Array)
 
 
 def _run_stack(graph: Graph, stack: Stack, x: Array) -> Array:
-    name, output = ("ids", "input.residual")[graph.prefix != "embed."], graph.outputs[0]
+    name = "ids" if graph.prefix == "embed." else "input.residual"
+    output = graph.outputs[0]
 
     def step(x: Array, arrays: dict[str, Array]) -> tuple[Array, None]:
         codes, constants = _unstack(stack, arrays)

@@ -1,6 +1,10 @@
 """One kernel for the attention of a GPU gives the codes of its five ops."""
 
 import contextlib
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,12 +13,16 @@ import numpy as np
 import pytest
 import tiny
 
+from qnpu_jax.config import ModelConfig
 from qnpu_jax.ops import WIDENING
 from sim import attention, elementwise, kernels, prepare
-from sim.attention import KEYS, REST, ROWS, Constants, chains
-from sim.numerics import Npu, rules_of
-from sim.run import compile_model
+from sim.attention import KEYS, MOST_KEYS, REST, ROWS, Constants, chains
+from sim.numerics import Npu, Profile, rules_of
+from sim.run import compile_model, run
 from sim.stack import run_all
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
+random_model = importlib.import_module("random_model")
 
 M, K = 2 * ROWS, 64
 INT8, INT16 = np.dtype(np.int8), np.dtype(np.int16)
@@ -81,37 +89,65 @@ def fused_alone(q, k, v, mask, c):
         return attention.attention(x, y, z, m, c, interpret=True)
 
 
-def found(plan: str, tokens: int, profile: Any = "litert_ref", layer: int = 0) -> list[str]:
-    model = tiny.quantized("mqa_linear_bias", plan)
+CONFIG = dataclasses.replace(
+    random_model.SMOLLM2,
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+)
+
+
+def found(
+    plan: str, tokens: int, profile: Profile = "litert_ref", config: ModelConfig = CONFIG
+) -> list[str]:
+    model = random_model.random_model(plan, config)
     dec = model.decoder(tokens)
     program = compile_model(model, dec, profile)
-    return list(chains(dec.layer, layer, program.constants[1][layer]))
+    return list(chains(dec.layer, 1, program.constants[1][1]))
 
 
 def test_where_it_serves():
     """8-bit attention with 16-bit scores, in profiles that treat every element alike."""
-    one = ["attn.kv0.mixed"]
-    assert found("w8a8", 16) == found("w4a8", 16, "npu") == found("mixed", 32, layer=1) == one
+    both = ["attn.kv0.mixed", "attn.kv1.mixed"]
+    assert found("w8a8", 16) == found("w4a8", 32, "npu") == found("w8a8", 512) == both
     for plan in ("w8a16", "w4a16", "w8a8s8", "w8a8i8"):
         assert found(plan, 16) == []
     assert found("w8a8", 16, "litert_opt") == [], "vector code: by place"
     assert found("w8a8", 5) == [], "rows that do not fill a block"
-    narrow = Npu(accumulator_bits=20, overflow="wrap")
-    assert found("w8a8", 16, narrow) == [], "sums that wrap"
+    assert found("w8a8", MOST_KEYS) == [], "with the prefix more keys than registers hold"
+    assert found("w8a8", 16, Npu(accumulator_bits=16, overflow="wrap")) == [], "sums that wrap"
+    for size in (16, 24):
+        narrow = dataclasses.replace(CONFIG, head_dim=size)
+        assert found("w8a8", 16, config=narrow) == [], "products that tensor cores sum wrongly"
 
 
 def test_not_where_something_else_reads_between():
-    model = tiny.quantized("mqa_linear_bias", "w8a8")
+    model = random_model.random_model("w8a8", CONFIG)
     dec = model.decoder(16)
     own = compile_model(model, dec).constants[1][0]
     chain = chains(dec.layer, 0, own)["attn.kv0.mixed"]
     reader = next(n for n in dec.layer.nodes if n.output == chain.outputs[3])
-    twice = (*dec.layer.nodes, type(reader)(reader.op, reader.inputs, "again"))
-    again = type(dec.layer[chain.outputs[3]])(
-        **{**vars(dec.layer[chain.outputs[3]]), "name": "again"}
+    again = dataclasses.replace(dec.layer[chain.outputs[3]], name="again")
+    graph = dataclasses.replace(
+        dec.layer,
+        tensors=(*dec.layer.tensors, again),
+        nodes=(*dec.layer.nodes, dataclasses.replace(reader, output="again")),
     )
-    graph = type(dec.layer)(dec.layer.prefix, (*dec.layer.tensors, again), twice, dec.layer.outputs)
-    assert "attn.kv0.mixed" not in chains(graph, 0, own)
+    assert list(chains(graph, 0, own)) == ["attn.kv1.mixed"]
+
+
+def test_random_models_have_scores():
+    """Widened codes at a scale that is not exact made all of them 0, and every speed that of one
+    repeated exponential."""
+    model = random_model.random_model("w8a8", CONFIG)
+    program = compile_model(model, model.decoder(16))
+    kept = run(program, tiny.random_ids((16,)), lambda name: name.endswith(".scores"))
+    assert len(kept) == 1 + CONFIG.num_layers * CONFIG.num_kv_heads
+    assert all(np.asarray(codes).std() > 10 for codes in kept.values())
 
 
 def gpu() -> contextlib.AbstractContextManager:
@@ -126,7 +162,7 @@ def gpu() -> contextlib.AbstractContextManager:
 
 def test_it_is_made_for_a_gpu(monkeypatch):
     """Lowered to Triton, once per group of heads, inside the one program of all layers."""
-    model = tiny.quantized("mqa_linear_bias", "w8a8")
+    model = random_model.random_model("w8a8", CONFIG)
     dec = model.decoder(16)
     stacks = compile_model(model, dec).stacks
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -134,4 +170,4 @@ def test_it_is_made_for_a_gpu(monkeypatch):
     with jax.enable_x64(), gpu():
         traced = jax.jit(run_all, static_argnums=0).trace(dec.graphs, stacks, ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("__gpu$xla.gpu.triton") == 1
+    assert text.count("__gpu$xla.gpu.triton") == CONFIG.num_kv_heads
