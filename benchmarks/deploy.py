@@ -2,12 +2,15 @@
 llama.cpp.
 
 Protocol: SmolLM2-135M, quantized once per recipe (little calibration: speed does not depend on it),
-exported with a KV cache. LiteRT's default kernels, XNNPACK where it takes an op, a number of
-threads; everything runs in turn in one process and medians are compared (`qnpu_jax.npu.host`). Peak
-memory is that of a process of its own that loads a file and runs both signatures once.
+exported with a KV cache; one of 4-bit weights also unpacked, one to a byte (`qnpu export --profile
+unpacked`), which prefills faster where XNNPACK has AMX kernels. LiteRT's default kernels, XNNPACK
+where it takes an op, a number of threads; everything runs in turn and medians are compared
+(`qnpu_jax.npu.host`), llama.cpp in a process of its own. Peak memory is that of a process of its
+own that loads a file and runs both signatures once.
 
-Goals, of the recipes that are for CPUs (GOALS): prefill and decode at least 3 times as fast as
-float32. Exit status: 0 they hold (always with --quick), 1 they do not, 2 it could not run.
+Goals, of the recipes that are for CPUs (GOALS): a file that prefills and decodes at least 3 times
+as fast as float32. Exit status: 0 they hold (always with --quick), 1 they do not, 2 it could not
+run.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import llama
 import outcome
 from sim_speed import MODEL, quantize
 
@@ -28,14 +32,15 @@ from qnpu_jax import tflite
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.models.checkpoint import resolve
 from qnpu_jax.npu import host
-from qnpu_jax.npu.host import FLOAT, Call, Row
-from qnpu_jax.stored import Reals
+from qnpu_jax.npu.host import FLOAT, Row
+from qnpu_jax.stored import Integers, Reals, Stored, Unpacked
 
-LLAMA = "llama.cpp"
 GOALS = ("w8a8i8", "w4a8i8")
 RECIPES = [*GOALS, "w8a8s8", "w4a8s8", "w8a8", "w4a8", "w4a16"]
 TIMES = 3.0
 """As fast as float32, of each of GOALS."""
+UNPACKED = " unpacked"
+"""After the name of a recipe, one of its files."""
 
 
 def arguments() -> argparse.Namespace:
@@ -55,46 +60,18 @@ def arguments() -> argparse.Namespace:
 def written(
     integers: Mapping[str, IntegerModel], folder: Path, args: argparse.Namespace
 ) -> dict[str, Path]:
-    """A file per recipe, and one of the first recipe's graph in float32."""
+    """A file or two per recipe, and one of the first recipe's graph in float32."""
     first = next(iter(integers.values()))
+    forms: dict[str, tuple[IntegerModel, Stored]] = {FLOAT: (first, Reals.of(first))}
+    for name, model in integers.items():
+        forms[name] = (model, Integers(model))
+        if name.startswith("w4"):
+            forms[name + UNPACKED] = (model, Unpacked(model))
     paths = {}
-    for name, model in {FLOAT: first, **integers}.items():
+    for name, (model, stored) in forms.items():
         paths[name] = folder / f"{name}.tflite"
-        stored = Reals.of(model) if name == FLOAT else None
         tflite.build_cached(model, args.prefill, args.context, stored=stored).write(paths[name])
     return paths
-
-
-def llama(path: Path, args: argparse.Namespace) -> list[Call]:
-    """llama.cpp on the GGUF that the models were made from; none where it is not installed."""
-    try:
-        from llama_cpp import Llama
-    except ImportError:
-        print(f"{LLAMA}: llama-cpp-python is not installed, so it is not in the table")
-        return []
-    made = Llama(
-        str(path),
-        n_ctx=args.context,
-        n_threads=args.threads,
-        n_threads_batch=args.threads,
-        n_batch=args.prefill,
-        verbose=False,
-    )
-    prompt = list(range(100, 100 + args.prefill))
-
-    def prefill() -> None:
-        made.reset()
-        made.eval(prompt)
-
-    def decode() -> None:  # the cache holds the prompt, as after `prefill`
-        made.n_tokens = args.prefill
-        made.eval([7])
-
-    prefill()
-    return [
-        Call(LLAMA, f"prefill_{args.prefill}", args.prefill, prefill),
-        Call(LLAMA, "decode", 1, decode),
-    ]
 
 
 def peak_memory(path: Path, threads: int) -> float:
@@ -111,27 +88,34 @@ def report(
 ) -> int:
     """Prints the table, what falls short, and last the headline; the exit status."""
     floats = {r.signature: r.median for r in rows if r.reader == FLOAT}
-    print(f"{'':10} {'signature':12} {'ms':>8} {'tokens/s':>9} {'/float32':>9}")
+    print(f"{'':16} {'signature':12} {'ms':>8} {'tokens/s':>9} {'/float32':>9}")
     for r in rows:
         print(
-            f"{r.reader:10} {r.signature:12} {1000 * r.median:8.1f} {r.tokens_per_second:9.1f}"
+            f"{r.reader:16} {r.signature:12} {1000 * r.median:8.1f} {r.tokens_per_second:9.1f}"
             f" {floats[r.signature] / r.median:9.2f}"
         )
     for name, (size, peak) in files.items():
-        print(f"{name:10} file {size:6.1f} MB, peak memory {peak:6.0f} MiB")
-    judged = [name for name in GOALS if name in args.recipes] or args.recipes
-    times = {
-        (name, key): t for name in judged for key, t in host.speedups(rows, reader=name).items()
-    }
-    short = [] if args.quick else [f"{' '.join(k)}: {t:.2f}" for k, t in times.items() if t < TIMES]
-    print(
-        "".join(f"short of the goal: {s} times float32, expected {TIMES}\n" for s in short), end=""
-    )
+        print(f"{name:16} file {size:6.1f} MB, peak memory {peak:6.0f} MiB")
+    best = {name: best_file(rows, name) for name in GOALS if name in args.recipes}
+    best = best or {name: best_file(rows, name) for name in args.recipes}
+    short = []
+    for name, times in best.values():
+        short += [f"{name} {key}: {t:.2f}" for key, t in times.items() if t < TIMES]
+    for line in short:
+        print(f"short of the goal: {line} times float32, expected {TIMES}")
     for key in floats:
-        of_key = [t for (_, k), t in times.items() if k == key]
+        of_key = [times[key] for _, times in best.values()]
         print(f"{key}: {min(of_key):.2f} to {max(of_key):.2f} times the speed of float32", end="; ")
-    print(f"{' and '.join(judged)}, context {args.context}")
-    return 1 if short else 0
+    print(f"{' and '.join(name for name, _ in best.values())}, context {args.context}")
+    return 1 if short and not args.quick else 0
+
+
+def best_file(rows: Sequence[Row], recipe: str) -> tuple[str, dict[str, float]]:
+    """Of a recipe's files, the one whose slower signature is the fastest to float32; both of it."""
+    files = dict.fromkeys(r.reader for r in rows if r.reader in (recipe, recipe + UNPACKED))
+    times = {name: host.speedups(rows, reader=name) for name in files}
+    best = max(times, key=lambda name: min(times[name].values()))
+    return best, times[best]
 
 
 def measured(args: argparse.Namespace) -> int:
@@ -140,7 +124,9 @@ def measured(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         paths = written(integers, Path(folder), args)
         work = [call for n, path in paths.items() for call in host.named(n, path, args.threads)]
-        rows = host.measure(work + llama(resolve(MODEL), args), args.rounds)
+        peer = llama.Peer(resolve(MODEL), args.prefill, args.context, args.threads)
+        with llama.started(peer) as calls:
+            rows = host.measure(work + calls, args.rounds)
         peak = partial(peak_memory, threads=args.threads)
         files = {}
         for name, path in paths.items():

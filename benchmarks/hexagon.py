@@ -149,7 +149,7 @@ def tiny_case(recipe: str, args: argparse.Namespace) -> Case:
 
 
 def compiled(case: Case, soc: str, profile: ProfileName, args: argparse.Namespace) -> Row:
-    stored = PROFILES[profile].stored(case.model)
+    stored = PROFILES[profile](case.model)
     with tempfile.TemporaryDirectory() as folder:
         source, target = (Path(folder) / name for name in ("source.tflite", "compiled.tflite"))
         tflite.build_cached(case.model, args.prefill, args.context, stored=stored).write(source)

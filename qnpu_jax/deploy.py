@@ -39,7 +39,7 @@ def export(
     Args:
       context: write `prefill_<N>` and `decode` over a KV cache (`tflite.write_cached`)
         of so many positions; None writes one prefill without a cache.
-      profile: which ops of an NPU's own it asks for.
+      profile: how it holds the model.
 
     Raises:
       UserError: not such a folder, `file` exists, the model has fewer positions, or an accumulator
@@ -49,7 +49,7 @@ def export(
     with artifacts.new_file(file) as partial:
         artifacts.read_report(out)
         model = freeze.load(out)
-        stored = PROFILES[profile].stored(model)
+        stored = PROFILES[profile](model)
         if context is None:
             bound(model, prefill, logits)
             tflite.build(model, prefill, logits, stored).write(partial)
@@ -58,7 +58,9 @@ def export(
             tflite.build_cached(model, prefill, context, logits, stored).write(partial)
 
 
-def package(out: Path, file: Path, prefill: int, context: int) -> None:
+def package(
+    out: Path, file: Path, prefill: int, context: int, profile: ProfileName = "plain"
+) -> None:
     """Writes the model of a folder of `qnpu quantize` to `file`, as a package for LiteRT-LM.
 
     Raises:
@@ -70,7 +72,8 @@ def package(out: Path, file: Path, prefill: int, context: int) -> None:
         artifacts.read_report(out)
         model = freeze.load(out)
         bound(model, context, "last")
-        litertlm.write(model, out / artifacts.TOKENIZER, partial, prefill, context)
+        stored = PROFILES[profile](model)
+        litertlm.write(stored, out / artifacts.TOKENIZER, partial, prefill, context)
 
 
 def tokenizer(out: Path) -> Tokenizer:
@@ -84,8 +87,8 @@ def tokenizer(out: Path) -> Tokenizer:
 
 
 def deployed(out: Path, prefill: int, context: int, profile: ProfileName = "plain") -> Path:
-    """The file of a folder that generates text, written if it is not there yet; that of another
-    profile is for its compiler.
+    """The file of a folder that generates text, written if it is not there yet; that of `hexagon`
+    is for its compiler.
 
     Raises:
       UserError: as `export`.
@@ -189,7 +192,7 @@ def compiled_for_arm(
     model = freeze.load(out)
     bound(model, context, "last")
     # Ethos-U65 has neither the products nor the gathers of the other spelling.
-    stored = ethos_form.wide(model, respell=accelerator.startswith("ethos-u85"))
+    stored = ethos_form.arm_form(model, respell=accelerator.startswith("ethos-u85"))
     name = f"{accelerator}-{report['sha256'][artifacts.MODEL][:12]}-{prefill}-{context}"
     made = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -126,6 +126,16 @@ class Integers:
 
 
 @dataclass(frozen=True)
+class Unpacked(Integers):
+    """As `Integers`, with 4-bit codes in INT8 tensors: the same codes and scales, twice the size,
+    for kernels that lack 4 bits or have faster ones for 8."""
+
+    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
+        form = super().form(graph, layer, name)
+        return form | {"dtype": "int8"} if form["dtype"] == "int4" else form
+
+
+@dataclass(frozen=True)
 class Reals:
     """Float32: the frozen weights times their scales, and activations that nothing rounds. What a
     benchmark holds the integers against."""

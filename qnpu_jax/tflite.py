@@ -38,6 +38,7 @@ from qnpu_jax.ops import (
     Sqrt,
     Transpose,
 )
+from qnpu_jax.squares import add_diagonals, are_squares, block_size
 from qnpu_jax.stored import Composite, Integers, Stored
 
 Positions = Literal["all", "last"]
@@ -267,6 +268,12 @@ class Emitter:
     def add(self, node: Node, env: Mapping[str, int]) -> int:
         """Adds an op; the tensor that it makes."""
         output = self.tensor(node.output)
+        if (block := self.block(node)) > 1:
+            forms = tuple(
+                self.stored.form(self.graph, self.layer, n) for n in (node.inputs[0], node.output)
+            )
+            add_diagonals(self.subgraph, env[node.inputs[0]], output, block, forms)
+            return output
         code, options, extra = spell(node.op, self.graph, node, self.layer)
         constants = [
             self.subgraph.add_tensor(f"{self._global(node.output)}/{i}", c.shape, "int32", data=c)
@@ -277,6 +284,16 @@ class Emitter:
             inputs.reverse()  # GATHER takes the table first
         self.subgraph.add_op(code, options, [*inputs, *constants], [output])
         return output
+
+    def block(self, node: Node) -> int:
+        """Of how many rows at a time squares are summed (`squares`); 1 for every other op.
+
+        One at a time in 16 bits: LiteRT's kernel for them packs nothing and takes every product.
+        """
+        if not are_squares(node):
+            return 1
+        form = self.stored.form(self.graph, self.layer, node.inputs[0])
+        return 1 if form["dtype"] == "int16" else block_size(self.graph[node.output].shape[0])
 
     def tensor(self, name: str, data: np.ndarray | None = None, label: str | None = None) -> int:
         """Adds a tensor of the graph, by its global name or a label of its own."""

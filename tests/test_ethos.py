@@ -60,7 +60,7 @@ def dtypes(interpreter: Interpreter) -> set[str]:
 def test_both_forms_give_the_same_bits(tmp_path, key, plan, respell):
     model, paths = tiny.quantized("gqa_llama3", plan), [tmp_path / "a", tmp_path / "b"]
     tflite.write_cached(model, paths[0], PREFILL, CONTEXT)
-    stored = ethos_form.wide(model, respell=respell)
+    stored = ethos_form.arm_form(model, respell=respell)
     ethos_form.build(model, stored, SIGNATURES[key], CONTEXT, key).write(paths[1])
     ours, arms = (open_interpreter(p, "ref") for p in paths)
     values = inputs(ours, key)
@@ -77,7 +77,7 @@ def test_four_bit_codes_lie_in_int8_tensors():
     """The same codes and scales; only the type differs."""
     model = tiny.quantized("gqa_llama3", "w4a8")
     graph = model.decoder(1).layer
-    packed, wide = tflite.Integers(model), ethos_form.wide(model, respell=False)
+    packed, wide = tflite.Integers(model), ethos_form.arm_form(model, respell=False)
     forms = [s.form(graph, 1, "attn.q.weight") for s in (packed, wide)]
     assert [f.pop("dtype") for f in forms] == ["int4", "int8"]
     np.testing.assert_equal(forms[0], forms[1])
@@ -182,7 +182,7 @@ def test_a_truncated_file_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("key", SIGNATURES)
 def test_ethos_u85_takes_all_of_it(tmp_path, key, plan):
     model, source = tiny.quantized("gqa_llama3", plan), tmp_path / "m.tflite"
-    ethos_form.build(model, ethos_form.wide(model), SIGNATURES[key], CONTEXT, key).write(source)
+    ethos_form.build(model, ethos_form.arm_form(model), SIGNATURES[key], CONTEXT, key).write(source)
     made = ethos.compile_file(source, "ethos-u85-256", tmp_path / "out.tflite")
     assert made.path.stat().st_size == made.size
     assert made.placement.whole and made.placement.ops > 150 and not made.placement.on_cpu
@@ -194,7 +194,7 @@ def test_ethos_u85_takes_all_of_it(tmp_path, key, plan):
 @needs_extra
 def test_our_spelling_leaves_square_roots_to_the_cpu(tmp_path):
     model, source = tiny.quantized("gqa_llama3", "w8a8"), tmp_path / "m.tflite"
-    stored = ethos_form.wide(model, respell=False)
+    stored = ethos_form.arm_form(model, respell=False)
     ethos_form.build(model, stored, 1, CONTEXT, "decode").write(source)
     made = ethos.compile_file(source, "ethos-u85-256", tmp_path / "out.tflite")
     assert made.placement.on_cpu == {"SQRT": 5} and made.placement.parts == 6
@@ -205,7 +205,7 @@ def test_our_spelling_leaves_square_roots_to_the_cpu(tmp_path):
 @needs_extra
 def test_ethos_u65_leaves_16_bit_products_to_the_cpu(tmp_path):
     model, source = tiny.quantized("gqa_llama3", "w8a8"), tmp_path / "m.tflite"
-    stored = ethos_form.wide(model, respell=False)
+    stored = ethos_form.arm_form(model, respell=False)
     ethos_form.build(model, stored, 1, CONTEXT, "decode").write(source)
     made = ethos.compile_file(source, "ethos-u65-512", tmp_path / "out.tflite")
     assert made.placement.on_cpu == {"GATHER": 3, "BATCH_MATMUL": 9, "SQRT": 5}

@@ -96,7 +96,7 @@ def test_a_truncated_file_is_refused_where_it_is_read(tmp_path, size):
 def test_a_truncated_file_leaves_nothing(tmp_path, profile, size):
     path, out = tmp_path / "m.tflite", tmp_path / "out.tflite"
     model = tiny.quantized("gqa_llama3", "w8a8")
-    tflite.build(model, TOKENS, stored=PROFILES[profile].stored(model)).write(path)
+    tflite.build(model, TOKENS, stored=PROFILES[profile](model)).write(path)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(
         UserError, match=r"m\.tflite: LiteRT cannot load it .*; write it again"
@@ -142,7 +142,7 @@ def test_the_emulator_is_near_the_simulator(tmp_path, plan):
     # 16-bit products round an operand to its upper byte, which a widened byte fills.
     scores = [r for r in rows if r.tensor.endswith(".scores")]
     assert len(scores) == 2 and max(r.largest for r in scores) <= 50
-    for stored in (Integers(model), PROFILES["hexagon"].stored(model)):
+    for stored in (Integers(model), PROFILES["hexagon"](model)):
         (whole := tmp_path / "whole.tflite").unlink(missing_ok=True)
         compare.build_layer(stored, dec, 1).write(source)
         hexagon.compile_file(source, "SM8650", whole)
@@ -156,7 +156,7 @@ def test_the_emulator_is_near_the_simulator(tmp_path, plan):
 def test_a_compiled_model_runs(tmp_path, name):
     model, ids = tiny.quantized("gqa_llama3", "w8a8s8"), tiny.random_ids((TOKENS,), 3)
     source = tmp_path / "m.tflite"
-    tflite.build(model, TOKENS, stored=PROFILES[name].stored(model)).write(source)
+    tflite.build(model, TOKENS, stored=PROFILES[name](model)).write(source)
     made = hexagon.compile_file(source, "SM8750", tmp_path / "compiled.tflite")
     assert [s.name for s in made.signatures] == ["prefill_8"] and made.signatures[0].whole
     got = Emulated(made.path, "prefill_8").run({"ids": ids})["logits"]

@@ -10,6 +10,7 @@ from qnpu_jax import tflite
 from qnpu_jax.config import UserError
 from qnpu_jax.litert import open_interpreter
 from qnpu_jax.npu import host
+from qnpu_jax.stored import Integers
 
 CHUNK, CONTEXT = 4, 24
 
@@ -107,7 +108,7 @@ def test_a_model_is_timed_beside_its_float32_form(monkeypatch):
         return real(path, threads)
 
     monkeypatch.setattr(host, "calls", calls)
-    rows = host.compare(tiny.quantized("gqa_llama3", "w8a8"), CHUNK, CONTEXT, 2, 3)
+    rows = host.compare(Integers(tiny.quantized("gqa_llama3", "w8a8")), CHUNK, CONTEXT, 2, 3)
     assert [(r.reader, r.signature, r.tokens) for r in rows] == [
         ("integers", "prefill_4", 4),
         ("integers", "decode", 1),
@@ -136,7 +137,7 @@ def test_counts_start_at_one(name, count, path):
     model = tiny.quantized("gqa_llama3", "w8a8")
     settings = {"threads": 1, "rounds": 1} | {name: count}
     for call in (
-        partial(host.compare, model, CHUNK, CONTEXT, **settings),
+        partial(host.compare, Integers(model), CHUNK, CONTEXT, **settings),
         partial(host.calls, path, count) if name == "threads" else partial(host.measure, [], count),
     ):
         with pytest.raises(

@@ -18,6 +18,7 @@ from qnpu_jax.npu import generation, litertlm, lm_signatures
 from qnpu_jax.npu.litert_backend import LiteRTBackend
 from qnpu_jax.npu.sampling import Sampling
 from qnpu_jax.npu.session import Session
+from qnpu_jax.stored import Integers
 
 CHUNK, CONTEXT = 4, 24
 PARTS = ((0, 4), (4, 1), (5, 3), (8, 1), (9, 1), (10, 4), (14, 2))
@@ -65,7 +66,7 @@ class Host:
 def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels, plan):
     model = tiny.quantized(name, plan)
     paths = tmp_path / "lm.tflite", tmp_path / "cached.tflite"
-    lm_signatures.write(model, paths[0], CHUNK, CONTEXT)
+    lm_signatures.write(Integers(model), paths[0], CHUNK, CONTEXT)
     tflite.write_cached(model, paths[1], CHUNK, CONTEXT)
     host, backend = Host(paths[0], kernels), LiteRTBackend(paths[1], kernels)
     session = Session(backend)
@@ -88,7 +89,7 @@ def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels,
 
 def test_the_cache_can_be_filled_to_the_last_slot(tmp_path):
     model, ids = tiny.quantized("gqa_llama3", "w8a8"), tiny.random_ids((CONTEXT,), 4)
-    lm_signatures.write(model, tmp_path / "lm.tflite", CHUNK, CONTEXT)
+    lm_signatures.write(Integers(model), tmp_path / "lm.tflite", CHUNK, CONTEXT)
     host, stepped = (Host(tmp_path / "lm.tflite", "opt") for _ in range(2))
     for start in range(0, CONTEXT - CHUNK, CHUNK):
         host.feed(ids[start : start + CHUNK], start)
@@ -99,9 +100,8 @@ def test_the_cache_can_be_filled_to_the_last_slot(tmp_path):
 
 @pytest.mark.parametrize("prefix", [(), tiny.PREFIX])
 def test_only_the_logits_are_floats(tmp_path, prefix):
-    lm_signatures.write(
-        tiny.quantized("gqa_llama3", "w8a8", prefix), tmp_path / "lm.tflite", CHUNK, CONTEXT
-    )
+    stored = Integers(tiny.quantized("gqa_llama3", "w8a8", prefix))
+    lm_signatures.write(stored, tmp_path / "lm.tflite", CHUNK, CONTEXT)
     interpreter = open_interpreter(tmp_path / "lm.tflite", "ref")
     floats = [
         [d["name"] for d in interpreter.get_tensor_details(graph) if d["dtype"] == np.float32]
@@ -111,10 +111,9 @@ def test_only_the_logits_are_floats(tmp_path, prefix):
 
 
 def test_a_context_needs_room_for_a_cache(tmp_path):
+    stored = Integers(tiny.quantized("gqa_llama3", "w8a8"))
     with pytest.raises(UserError, match="context: 4 positions for 4 new tokens"):
-        lm_signatures.write(
-            tiny.quantized("gqa_llama3", "w8a8"), tmp_path / "lm.tflite", CHUNK, CHUNK
-        )
+        lm_signatures.write(stored, tmp_path / "lm.tflite", CHUNK, CHUNK)
     assert not [*tmp_path.iterdir()]
 
 
@@ -172,9 +171,9 @@ def test_a_tokenizer_without_an_end_is_refused(here, builder):
     folder = here / "out" / "tokenizer"
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "generation_config.json").unlink()
-    model = tiny.quantized("gqa_llama3", "w8a8")
+    stored = Integers(tiny.quantized("gqa_llama3", "w8a8"))
     with pytest.raises(UserError, match="tokenizer: names no token that ends a text; expected an"):
-        litertlm.write(model, folder, here / "m.litertlm", CHUNK, CONTEXT)
+        litertlm.write(stored, folder, here / "m.litertlm", CHUNK, CONTEXT)
     assert not (here / "m.litertlm").exists()
 
 
@@ -204,7 +203,8 @@ def engine(here, builder, runtime):
     """LiteRT-LM on this CPU, with a chat template."""
     (here / "out" / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
     file = here / "m.litertlm"
-    litertlm.write(freeze.load(here / "out"), here / "out/tokenizer", file, PREFILL, SLOTS)
+    stored = Integers(freeze.load(here / "out"))
+    litertlm.write(stored, here / "out/tokenizer", file, PREFILL, SLOTS)
     runtime.set_min_log_severity(runtime.LogSeverity.ERROR)
     backend = runtime.Backend.CPU(thread_count=1)
     with runtime.Engine(str(file), backend=backend, cache_dir=":nocache") as engine:

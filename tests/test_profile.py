@@ -1,4 +1,4 @@
-"""Export profiles: norms as composites, which change no bit on a CPU."""
+"""Export profiles: other ops and other storage, which change no bit on a CPU."""
 
 from typing import Any
 
@@ -29,27 +29,29 @@ def composites(model, graph):
 
 
 def test_the_default_is_one_of_them():
-    assert DEFAULT in PROFILES and [*PROFILES] == ["plain", "hexagon"]
+    assert DEFAULT in PROFILES and [*PROFILES] == ["plain", "unpacked", "hexagon"]
 
 
 def test_plain_is_what_export_writes(tmp_path):
     model = tiny.quantized("gqa_llama3", "w8a8")
     plain, other = tmp_path / "plain.tflite", tmp_path / "other.tflite"
-    tflite.build(model, TOKENS, stored=PROFILES["plain"].stored(model)).write(plain)
+    tflite.build(model, TOKENS, stored=PROFILES["plain"](model)).write(plain)
     tflite.write(model, other, TOKENS)
     assert plain.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize("kernels", ["ref", "opt", "xnn"])
 @pytest.mark.parametrize("plan", ["w8a8", "w4a8s8", "w8a8i8", "w4a16", "mixed"])
-def test_composites_change_no_bit_on_a_cpu(tmp_path, plan, kernels):
+def test_no_profile_changes_a_bit_on_a_cpu(tmp_path, plan, kernels):
     model, ids = tiny.quantized("gqa_llama3", plan), tiny.random_ids((TOKENS,), 3)
     logits = []
     for name, profile in PROFILES.items():
         path = tmp_path / f"{name}.tflite"
-        tflite.build(model, TOKENS, stored=profile.stored(model)).write(path)
+        tflite.build(model, TOKENS, stored=profile(model)).write(path)
         logits.append(LiteRT(path, kernels).run(ids))
-    np.testing.assert_array_equal(*logits)
+    assert len(np.unique(logits[0])) > 8  # that the logits say something
+    for others in logits[1:]:
+        np.testing.assert_array_equal(others, logits[0])
 
 
 def test_a_file_with_a_cache_runs_too(tmp_path):
@@ -57,7 +59,7 @@ def test_a_file_with_a_cache_runs_too(tmp_path):
     found = []
     for name, profile in PROFILES.items():
         path = tmp_path / f"{name}.tflite"
-        tflite.build_cached(model, 4, 24, "all", profile.stored(model)).write(path)
+        tflite.build_cached(model, 4, 24, "all", profile(model)).write(path)
         assert dispatch.signatures(path) == ("prefill_4", "decode")
         runner = open_interpreter(path, "ref").get_signature_runner("decode")
         rng = np.random.default_rng(0)
@@ -67,14 +69,15 @@ def test_a_file_with_a_cache_runs_too(tmp_path):
         }
         inputs |= {"ids": np.array([5], np.int32), "positions": np.array([0], np.int32)}
         found.append(runner(**inputs)["logits"])
-    np.testing.assert_array_equal(*found)
+    for others in found[1:]:
+        np.testing.assert_array_equal(others, found[0])
 
 
 def test_a_composite_is_what_the_compiler_wants(tmp_path):
     """x and 16-bit gamma in, epsilon as an attribute; the decomposition takes what the op takes."""
     model = tiny.quantized("gqa_llama3", "w8a8")
     path = tmp_path / "m.tflite"
-    tflite.build(model, TOKENS, stored=HEXAGON.stored(model)).write(path)
+    tflite.build(model, TOKENS, stored=HEXAGON(model)).write(path)
     file = read(path)
     main = file.subgraphs[0]
     found = composites(file, main)
@@ -96,7 +99,7 @@ def test_a_composite_is_what_the_compiler_wants(tmp_path):
 def test_nothing_but_a_norm_is_wrapped():
     model = tiny.quantized("gqa_llama3", "w8a8")
     for graph in model.decoder(TOKENS).graphs:
-        parts = HEXAGON.stored(model).parts(graph)
+        parts = HEXAGON(model).parts(graph)
         wrapped = [p for p in parts if isinstance(p, Composite)]
         flat = [n for p in parts for n in (p.nodes if isinstance(p, Composite) else (p,))]
         assert tuple(flat) == graph.nodes

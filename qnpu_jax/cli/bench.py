@@ -12,11 +12,13 @@ from rich.table import Table
 
 from qnpu_jax import deploy, freeze
 from qnpu_jax.cli.display import Display
-from qnpu_jax.cli.options import Context, Folder, Prefill, Threads
+from qnpu_jax.cli.options import Context, Folder, Prefill, Profile, Threads
 from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.npu import adb, host, phone, roofline
 from qnpu_jax.npu.phone_log import Timing
+from qnpu_jax.npu.profile import PROFILES
+from qnpu_jax.stored import Integers
 from qnpu_jax.tflite import cached_decoder
 
 app = typer.Typer()
@@ -49,6 +51,7 @@ def bench(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the adb commands, run none.")
     ] = False,
+    profile: Profile = "plain",
 ) -> None:
     """Latency of prefill and decode: on this CPU beside float32, and estimated for Snapdragons.
 
@@ -56,23 +59,23 @@ def bench(
     untested.
     """
     if not (on_phone or dry_run):
-        _host(freeze.load(folder), prefill, context, threads, rounds)
+        _host(PROFILES[profile](freeze.load(folder)), prefill, context, threads, rounds)
         return
     if binary is None:
         raise UserError(
             "--binary: missing; expected LiteRT's benchmark_model for the phone's CPU; build or"
             " download it, and give its path"
         )
-    file = deploy.deployed(folder, prefill, context) if model is None else model
+    file = deploy.deployed(folder, prefill, context, profile) if model is None else model
     delegates: Any = tuple(delegate or ["cpu"])  # `phone.check` refuses others
     options = (delegates, tuple(library or ()), serial, threads, rounds)
     _phone(phone.Request(file, binary, *options), dry_run)
 
 
-def _host(model: IntegerModel, prefill: int, context: int, threads: int, rounds: int) -> None:
+def _host(stored: Integers, prefill: int, context: int, threads: int, rounds: int) -> None:
     with Display() as watch, watch.stage("measure"):
         rows = host.compare(
-            model,
+            stored,
             prefill,
             context,
             threads,
@@ -80,7 +83,7 @@ def _host(model: IntegerModel, prefill: int, context: int, threads: int, rounds:
             lambda steps, length: watch.track(steps, length, "measure"),
         )
     _print_host(rows, threads)
-    _print_estimates(model, prefill, context)
+    _print_estimates(stored.model, prefill, context)
 
 
 def _phone(request: phone.Request, dry_run: bool) -> None:

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from qnpu_jax import artifacts, deploy, freeze, job, models
 from qnpu_jax.cli import INTERRUPTED, bench, complain, instrument, npu, proof
 from qnpu_jax.cli.display import Display, megabytes, print_report
-from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Threads
+from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, Threads
 from qnpu_jax.cli.simulated import Simulated, SimulatedBackend
 from qnpu_jax.config import UserError
 from qnpu_jax.decoder import decoder
@@ -154,13 +154,15 @@ def export(
             " not say otherwise), tokenizer and chat template (extra: litertlm).",
         ),
     ] = False,
+    profile: Profile = "plain",
 ) -> None:
     """Writes the model of a folder again: another length, with a KV cache, or for LiteRT-LM."""
     with Display() as clock, clock.stage("write"):
         if litertlm:
-            deploy.package(folder, file, prefill, PACKAGED_CONTEXT if context is None else context)
+            slots = PACKAGED_CONTEXT if context is None else context
+            deploy.package(folder, file, prefill, slots, profile)
         else:
-            deploy.export(folder, file, prefill, logits, context)
+            deploy.export(folder, file, prefill, logits, context, profile)
     typer.echo(f"wrote {file}, {megabytes(file.stat().st_size)}")
 
 
@@ -183,6 +185,7 @@ def generate(
     threads: Threads = 1,
     prefill: Prefill = 128,
     context: Context = 512,
+    profile: Profile = "plain",
 ) -> None:
     """Generates text from a quantized model, with what it needs a second."""
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -195,7 +198,7 @@ def generate(
         if backend == "sim":
             runner = SimulatedBackend(freeze.load(folder), prefill, context)
         else:
-            file = deploy.deployed(folder, prefill, context)
+            file = deploy.deployed(folder, prefill, context, profile)
             runner = LiteRTBackend(file, kernels, threads=threads)
     speed = generation.Speed()
     made = generation.tokens(

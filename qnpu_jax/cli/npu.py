@@ -12,18 +12,15 @@ from rich.table import Table
 
 from qnpu_jax import deploy
 from qnpu_jax.cli.display import Display, megabytes
-from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill
+from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile
 from qnpu_jax.cli.simulated import Simulated
 from qnpu_jax.config import UserError
 from qnpu_jax.npu import ethos
 from qnpu_jax.npu.compare import LayerDifference, OpDifference
 from qnpu_jax.npu.hexagon import SOCS, Compiled
-from qnpu_jax.npu.profile import DEFAULT, ProfileName
+from qnpu_jax.npu.profile import DEFAULT
 
 app = typer.Typer()
-Profile = Annotated[
-    ProfileName, typer.Option(help="hexagon: norms as the NPU's own op; plain: as for CPUs.")
-]
 Soc = Annotated[str, typer.Option(help=f"Snapdragon: {', '.join(SOCS)}.")]
 Target = Annotated[
     str,

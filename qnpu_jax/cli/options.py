@@ -7,10 +7,19 @@ from typing import Annotated
 
 import typer
 
+from qnpu_jax.npu.profile import ProfileName
+
 Folder = Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")]
 Prefill = Annotated[int, typer.Option(help="Tokens that the signature takes.")]
 Context = Annotated[int, typer.Option(help="Positions of the KV cache.")]
 Threads = Annotated[int, typer.Option(min=1, help="Of LiteRT.")]
+Profile = Annotated[
+    ProfileName,
+    typer.Option(
+        help="plain: 4-bit weights two to a byte; unpacked: one to a byte, which prefills faster on"
+        " CPUs with AMX; hexagon: norms as the NPU's own op."
+    ),
+]
 EvalText = Annotated[
     Path | None, typer.Option(help="Held-out text or JSONL; without it, Python's documentation.")
 ]

@@ -40,7 +40,7 @@ class Emulation:
         profile: ProfileName = DEFAULT,
     ) -> None:
         self._model, self._soc, self._windows = model, soc, windows
-        self._stored = PROFILES[profile].stored(model)
+        self._stored = PROFILES[profile](model)
         self._tokens = windows.shape[1]
         self._decoder = model.decoder(self._tokens)
         self._simulator = simulate(model, self._tokens, "all")

@@ -22,8 +22,9 @@ from qnpu_jax.flatbuffer import ModelWriter
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node
 from qnpu_jax.litert import open_interpreter
-from qnpu_jax.ops import BatchMatmul, Sqrt
-from qnpu_jax.stored import Integers
+from qnpu_jax.ops import Sqrt
+from qnpu_jax.squares import add_gather, are_squares
+from qnpu_jax.stored import Integers, Unpacked
 from qnpu_jax.tflite import Emitter, add_cached, cached_decoder, spell
 
 
@@ -36,8 +37,8 @@ def codes_of(form: Mapping[str, Any]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Wide(Integers):
-    """As `Integers`, with 4-bit codes in INT8 tensors: the same codes and scales, twice the size.
+class ArmForm(Unpacked):
+    """As `Unpacked`.
 
     Attributes:
       roots: what each SQRT gives for `codes_of` its input, by the name of its tensor; empty where
@@ -46,27 +47,16 @@ class Wide(Integers):
 
     roots: Mapping[str, np.ndarray]
 
-    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
-        form = super().form(graph, layer, name)
-        return form | {"dtype": "int8"} if form["dtype"] == "int4" else form
-
 
 class ArmEmitter(Emitter):
-    """Emits what Arm's compiler takes; `stored` is a `Wide`."""
+    """Emits what Arm's compiler takes; `stored` is an `ArmForm`."""
 
     def add(self, node: Node, env: Mapping[str, int]) -> int:
-        assert isinstance(self.stored, Wide)
+        assert isinstance(self.stored, ArmForm)
         table = self.stored.roots.get(self._global(node.output))
-        match node.op:
-            case Sqrt() if table is not None:
-                return self._gathered(node, env[node.inputs[0]], table)
-            case BatchMatmul(adj_y=True) if len({*node.inputs}) == 1 and self._rows(node) > 1:
-                return self._diagonal(node, env[node.inputs[0]])
-            case _:
-                return super().add(node, env)
-
-    def _rows(self, node: Node) -> int:
-        return self.graph[node.output].shape[0]
+        if table is not None:
+            return self._gathered(node, env[node.inputs[0]], table)
+        return super().add(node, env)
 
     def _gathered(self, node: Node, x: int, table: np.ndarray) -> int:
         """table[x], with x as int32; an int8 x plus 128."""
@@ -86,46 +76,20 @@ class ArmEmitter(Emitter):
         form = self.stored.form(self.graph, self.layer, node.output)
         held = self.subgraph.add_tensor(f"{name}/table", table.shape, data=table, **form)
         output = self.tensor(node.output)
-        self._gather(held, index, output)
+        add_gather(self.subgraph, held, index, output)
         return output
 
-    def _diagonal(self, node: Node, x: int) -> int:
-        """The squares x_i x_i^T of rows as the diagonal of x x^T: (T, 1, D) to (T, 1, 1)."""
-        rows, _, width = self.graph[node.inputs[0]].shape
-        form = self.stored.form(self.graph, self.layer, node.output)
-        name, add = self._global(node.output), self.subgraph.add_tensor
-        form_x = self.stored.form(self.graph, self.layer, node.inputs[0])
-        flat = add(f"{name}/rows", (1, rows, width), **form_x)
-        products = add(f"{name}/products", (1, rows, rows), **form)
-        line = add(f"{name}/line", (rows * rows,), **form)
-        at = (np.arange(rows, dtype=np.int32) * (rows + 1)).reshape(rows, 1, 1)
-        index = add(f"{name}/index", at.shape, "int32", data=at)
-        self._reshape(x, flat)
-        code, options, _ = spell(node.op, self.graph, node, self.layer)
-        self.subgraph.add_op(code, options, [flat, flat], [products])
-        self._reshape(products, line)
-        output = self.tensor(node.output)
-        self._gather(line, index, output)
-        return output
-
-    def _reshape(self, x: int, y: int) -> None:
-        shape = np.asarray(self.subgraph.tensors[y].shape, np.int32)
-        options = schema.ReshapeOptionsT()
-        options.newShape = shape.tolist()
-        name = f"{self.subgraph.tensors[y].name}/shape"
-        held = self.subgraph.add_tensor(name, shape.shape, "int32", data=shape)
-        self.subgraph.add_op(schema.BuiltinOperator.RESHAPE, options, [x, held], [y])
-
-    def _gather(self, table: int, index: int, y: int) -> None:
-        options = schema.GatherOptionsT()
-        options.axis = 0
-        self.subgraph.add_op(schema.BuiltinOperator.GATHER, options, [table, index], [y])
+    def block(self, node: Node) -> int:
+        """All rows at once, or each alone where ops keep their spelling."""
+        assert isinstance(self.stored, ArmForm)
+        respelled = self.stored.roots and are_squares(node)
+        return self.graph[node.output].shape[0] if respelled else 1
 
     def _scale(self, name: str) -> np.floating:
         return self.stored.form(self.graph, self.layer, name)["scale"]
 
 
-def build(model: IntegerModel, stored: Wide, tokens: int, context: int, key: str) -> ModelWriter:
+def build(model: IntegerModel, stored: ArmForm, tokens: int, context: int, key: str) -> ModelWriter:
     """One signature of `tflite.write_cached`, alone in its file.
 
     Raises:
@@ -133,14 +97,13 @@ def build(model: IntegerModel, stored: Wide, tokens: int, context: int, key: str
     """
     dec, writer = cached_decoder(model, tokens, context), ModelWriter()
     whole = model.decoder(context)
-    emitter = ArmEmitter if stored.roots else None
-    add_cached(stored, writer.add_subgraph(key), key, dec, whole, emitter)
+    add_cached(stored, writer.add_subgraph(key), key, dec, whole, ArmEmitter)
     return writer
 
 
-def wide(model: IntegerModel, *, respell: bool = True) -> Wide:
+def arm_form(model: IntegerModel, *, respell: bool = True) -> ArmForm:
     """The form of a model; without `respell` only the weights differ from `Integers`."""
-    return Wide(model, square_roots(model) if respell else {})
+    return ArmForm(model, square_roots(model) if respell else {})
 
 
 def square_roots(model: IntegerModel) -> dict[str, np.ndarray]:

@@ -18,9 +18,8 @@ import numpy as np
 
 from qnpu_jax import tflite
 from qnpu_jax.config import UserError
-from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.litert import open_interpreter
-from qnpu_jax.stored import Reals
+from qnpu_jax.stored import Integers, Reals
 
 INTEGERS, FLOAT = "integers", "float32"
 
@@ -143,7 +142,7 @@ def named(reader: str, path: Path, threads: int) -> list[Call]:
 
 
 def compare(
-    model: IntegerModel,
+    integers: Integers,
     prefill: int,
     context: int,
     threads: int,
@@ -156,6 +155,7 @@ def compare(
     models, the float32 one at 4 bytes a weight.
 
     Args:
+      integers: the model, and how its file holds it.
       prefill, context: as `tflite.write_cached`.
       threads: of LiteRT.
       rounds: that are timed; medians over them are what to report.
@@ -170,10 +170,9 @@ def compare(
     check_count("rounds", rounds)
     with tempfile.TemporaryDirectory() as folder:
         work = []
-        for name in (INTEGERS, FLOAT):
+        for name, stored in ((INTEGERS, integers), (FLOAT, Reals.of(integers.model))):
             path = Path(folder) / f"{name}.tflite"
-            stored = Reals.of(model) if name == FLOAT else None
-            tflite.build_cached(model, prefill, context, stored=stored).write(path)
+            tflite.build_cached(integers.model, prefill, context, stored=stored).write(path)
             work += named(name, path, threads)
         return measure(work, rounds, track)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from qnpu_jax.config import UserError
-from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.models import Tokenizer
 from qnpu_jax.models.tokenizer import TOKENIZER
 from qnpu_jax.npu import extras, lm_signatures
+from qnpu_jax.stored import Integers
 
 BUILDER = "litert-lm-builder"
 OLDEST = (0, 18)
@@ -36,15 +36,14 @@ PLAIN_CONTENT = (
 Hugging Face's templates expect text and would print the list."""
 
 
-def write(
-    model: IntegerModel, tokenizer_folder: Path, path: Path, prefill: int, context: int
-) -> None:
+def write(stored: Integers, tokenizer_folder: Path, path: Path, prefill: int, context: int) -> None:
     """Writes a `.litertlm` with the signatures of `lm_signatures.write`.
 
     The metadata names no start token: BOS is in the prefix, whose keys and values are constants of
     the graph.
 
     Args:
+      stored: the model, and how the file holds it.
       tokenizer_folder: as `Tokenizer.save` writes it.
       path: the file; the bytes differ from call to call, as the builder puts an id and the time
         in.
@@ -59,7 +58,7 @@ def write(
     facts = _metadata(tokenizer, context)
     with tempfile.TemporaryDirectory() as folder:
         tflite, facts_file = Path(folder) / "model.tflite", Path(folder) / "metadata.pb"
-        lm_signatures.write(model, tflite, prefill, context)
+        lm_signatures.write(stored, tflite, prefill, context)
         facts_file.write_bytes(facts.SerializeToString())
         builder = builder_module.LitertLmFileBuilder()
         kind = builder_module.TfLiteModelType.PREFILL_DECODE

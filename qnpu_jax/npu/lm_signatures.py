@@ -25,7 +25,6 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from qnpu_jax.flatbuffer import ModelWriter, SubgraphWriter
-from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.stored import Integers
 from qnpu_jax.tflite import at_positions, cached_decoder, emit
 
@@ -36,7 +35,7 @@ SHORT = 16
 what is left of the context; and a short prompt need not wait for a long chunk."""
 
 
-def write(model: IntegerModel, path: Path, prefill: int, context: int) -> None:
+def write(stored: Integers, path: Path, prefill: int, context: int) -> None:
     """Writes the signatures `prefill_<prefill>`, `prefill_16` if that is shorter, and `decode` (one
     token), which share all weights.
 
@@ -50,32 +49,31 @@ def write(model: IntegerModel, path: Path, prefill: int, context: int) -> None:
     until others replace them.
 
     Args:
+      stored: the model, and how the file holds it.
       prefill: tokens of the longest signature.
       context: positions after the prefix, the new tokens included.
 
     Raises:
       UserError: more positions than the model has, or a context without room for a cache.
     """
-    build(model, prefill, context).write(path)
+    build(stored, prefill, context).write(path)
 
 
-def build(model: IntegerModel, prefill: int, context: int) -> ModelWriter:
+def build(stored: Integers, prefill: int, context: int) -> ModelWriter:
     """The model of `write`, in memory."""
     writer = ModelWriter()
     prefills = (prefill, SHORT) if prefill > SHORT else (prefill,)
     for key, tokens in (*((f"prefill_{n}", n) for n in prefills), ("decode", 1)):
-        _Signature(model, writer.add_subgraph(key), tokens, context).emit(key)
+        _Signature(stored, writer.add_subgraph(key), tokens, context).emit(key)
     return writer
 
 
 class _Signature:
     """One signature, while it is written."""
 
-    def __init__(
-        self, model: IntegerModel, graph: SubgraphWriter, tokens: int, context: int
-    ) -> None:
-        self.model, self.graph, self.context = model, graph, context
-        self.stored, self.dec = Integers(model), cached_decoder(model, tokens, context)
+    def __init__(self, stored: Integers, graph: SubgraphWriter, tokens: int, context: int) -> None:
+        self.stored, self.graph, self.context = stored, graph, context
+        self.model, self.dec = stored.model, cached_decoder(stored.model, tokens, context)
 
     def emit(self, key: str) -> None:
         """All of it; the updates come last, when every layer has read its cache."""

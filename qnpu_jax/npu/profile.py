@@ -1,5 +1,5 @@
-"""Export profiles: which ops of an NPU's own a file asks for. Model and scales stay the same, and
-the file runs on LiteRT's CPU kernels to the same bits.
+"""Export profiles: which ops of an NPU's own a file asks for, and how it stores weights. Codes and
+scales stay the same, and the file runs on LiteRT's CPU kernels to the same bits.
 
 Linears of 8-bit inputs with 16-bit outputs are not among them: Qualcomm's compiler has no such
 FULLY_CONNECTED, CONV_2D or BATCH_MATMUL (benchmarks/README.md, Deployment).
@@ -15,34 +15,12 @@ from typing import Literal
 
 import numpy as np
 
-from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node
-from qnpu_jax.stored import Composite, Integers, Operand, Stored
+from qnpu_jax.stored import Composite, Integers, Operand, Unpacked
 
 RMS_NORM = "odml.rms_norm"
 GAMMA_CODE = 2**14
 """A power of two, so that gamma is as exact as its float32 scale; Hexagon wants 16 bits of it."""
-ProfileName = Literal["plain", "hexagon"]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What is spelled in an NPU's own ops.
-
-    Attributes:
-      rms_norm: a norm is a composite, for which Qualcomm's compiler takes its own op, if it is of
-        16 bits; our ops are the decomposition, which everything else runs.
-    """
-
-    rms_norm: bool = False
-
-    def stored(self, model: IntegerModel) -> Stored:
-        """The model as a file of this profile holds it."""
-        return NormsTogether(model) if self.rms_norm else Integers(model)
-
-
-PROFILES: dict[ProfileName, Profile] = {"plain": Profile(), "hexagon": Profile(rms_norm=True)}
-DEFAULT: ProfileName = "hexagon"
 
 
 @dataclass(frozen=True)
@@ -86,3 +64,16 @@ def _scope(name: str) -> str | None:
     """The norm that a tensor belongs to: what stands before the tensor's own name."""
     found = re.match(r"(?:.*\.)?norm\.", name)
     return found and found[0]
+
+
+ProfileName = Literal["plain", "unpacked", "hexagon"]
+PROFILES: dict[ProfileName, type[Integers]] = {
+    "plain": Integers,
+    "unpacked": Unpacked,
+    "hexagon": NormsTogether,
+}
+"""How a file of a profile holds a model. `unpacked` is for CPUs whose int8 kernels prefill faster
+than their int4 ones (XNNPACK has AMX kernels for int8 alone); in `hexagon` norms of 16 bits are the
+NPU's own op."""
+DEFAULT: ProfileName = "hexagon"
+"""Of what is compiled for Hexagon."""

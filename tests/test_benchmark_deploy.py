@@ -1,0 +1,112 @@
+"""benchmarks/deploy.py: what it decides from rows, and a llama.cpp that does not run."""
+
+import importlib
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from qnpu_jax.npu.host import Row
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
+deploy = importlib.import_module("deploy")
+llama = importlib.import_module("llama")
+
+
+def rows(**speeds: tuple[float, float]) -> list[Row]:
+    """Of prefill and decode, times as fast as float32's 12 seconds."""
+    named = {"float32": (1.0, 1.0)} | speeds
+    return [
+        Row(name.replace("_", " "), key, 1, (12 / t,))
+        for name, times in named.items()
+        for key, t in zip(("prefill_128", "decode"), times, strict=True)
+    ]
+
+
+def report(found: list[Row], *recipes: str) -> int:
+    return deploy.report(found, {}, Namespace(recipes=recipes, context=512, quick=False))
+
+
+def test_the_goal_is_met_by_one_file_of_a_recipe(capsys):
+    found = rows(w8a8i8=(3.0, 4.0), w4a8i8=(2.9, 4.0), w4a8i8_unpacked=(3.5, 3.1))
+    assert report(found, "w8a8i8", "w4a8i8") == 0
+    *_, headline = capsys.readouterr().out.splitlines()
+    assert headline == (
+        "prefill_128: 3.00 to 3.50 times the speed of float32; decode: 3.10 to 4.00 times the"
+        " speed of float32; w8a8i8 and w4a8i8 unpacked, context 512"
+    )
+
+
+def test_two_files_that_each_meet_half_of_it_do_not(capsys):
+    found = rows(w4a8i8=(2.5, 4.0), w4a8i8_unpacked=(3.5, 2.0))
+    assert report(found, "w4a8i8") == 1
+    assert "short of the goal: w4a8i8 prefill_128: 2.50 times" in capsys.readouterr().out
+
+
+def test_what_has_no_goal_is_judged_only_alone(capsys):
+    found = rows(w8a8i8=(3.0, 3.0), w8a8=(0.3, 1.0))
+    assert report(found, "w8a8i8", "w8a8") == 0
+    assert report(found, "w8a8") == 1
+    capsys.readouterr()
+
+
+MADE = """
+class Llama:
+    def __init__(self, path, **options):
+        self.n_tokens = 0
+        {start}
+    def reset(self):
+        self.n_tokens = 0
+    def eval(self, tokens):
+        self.n_tokens += len(tokens)
+        assert self.n_tokens <= 9, self.n_tokens  # a call that did not begin where it should
+        {call}
+"""
+
+
+@pytest.fixture
+def peer(tmp_path, monkeypatch):
+    """Starts a llama.cpp that does as told."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def start(init="pass", call="pass"):
+        (tmp_path / "llama_cpp.py").write_text(MADE.format(start=init, call=call))
+        return llama.started(llama.Peer(tmp_path / "m.gguf", 8, 16, 1))
+
+    return start
+
+
+def test_both_calls_are_made_in_the_other_process(peer, capsys):
+    with peer() as calls:
+        assert [(c.reader, c.signature, c.tokens) for c in calls] == [
+            ("llama.cpp", "prefill_8", 8),
+            ("llama.cpp", "decode", 1),
+        ]
+        for _ in range(2):
+            for c in calls:
+                c.call()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_build_for_another_cpu_is_left_out(peer, capsys):
+    with peer("import os, signal; os.kill(os.getpid(), signal.SIGILL)") as calls:
+        assert calls == []
+    said = "llama.cpp: its process ended with SIGILL; build llama-cpp-python on this CPU; it is not"
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_an_end_in_between_is_an_error(peer):
+    with peer(call="if len(tokens) == 1: raise SystemExit(0)") as (prefill, decode):
+        prefill.call()
+        with pytest.raises(RuntimeError, match=r"llama.cpp: decode failed: its process ended"):
+            decode.call()
+
+
+def test_without_it_the_table_is_without_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with llama.started(llama.Peer(tmp_path / "m.gguf", 8, 16, 1)) as calls:
+        assert calls == []
+    said = capsys.readouterr().out
+    assert said == "llama.cpp: llama-cpp-python is not installed; it is not in the table\n"
