@@ -38,13 +38,18 @@ class Kind:
     """Folders that a command makes.
 
     Attributes:
-      files: all that they hold.
+      files: what they may hold.
       mark: the one that they always hold.
+      made: names of what else is made of them, in them.
     """
 
     command: str
     files: frozenset[str]
     mark: str
+    made: re.Pattern[str] | None = None
+
+    def holds(self, name: str) -> bool:
+        return name in self.files or bool(self.made and self.made.fullmatch(name))
 
 
 MODELS = Kind(
@@ -54,6 +59,8 @@ MODELS = Kind(
         | {DIAGNOSIS, ACCUMULATORS, ACCUMULATORS_FIGURE}  # `qnpu diagnose`, `qnpu proof`
     ),
     REPORT,
+    # `deploy.deployed` and what is compiled of it: for what, part of the model's hash, lengths.
+    re.compile(r"[\w-]+-[0-9a-f]{12}-\d+-\d+(-\w+)?\.tflite"),
 )
 
 
@@ -89,8 +96,8 @@ def _try_to_create(folder: Path) -> None:
 def _check_ours(out: Path, held: set[str], overwrite: bool, kind: Kind) -> None:
     if not overwrite:
         raise UserError(f"{out}: not empty; expected a new or empty folder; use --overwrite")
-    if kind.mark not in held or held - kind.files:
-        foreign = held - kind.files
+    foreign = {name for name in held if not kind.holds(name)}
+    if kind.mark not in held or foreign:
         what = f"holds {min(foreign)}" if foreign else f"holds no {kind.mark}"
         raise UserError(
             f"{out}: {what}, so it is not ours to overwrite; expected an output folder of"

@@ -435,6 +435,22 @@ def test_generate_is_the_same_text_on_the_simulator(qnpu, here):
     assert qnpu(*GENERATE, "--backend", "sim")[:2] == (0, text)
     assert file.stat().st_mtime_ns == before  # written once
     assert qnpu("verify", "out")[0] == 0  # the folder is still what its report says
+    artifacts.check_writable(here / "out", overwrite=True)  # and ours to replace
+
+
+def test_unpacked_weights_say_the_same(qnpu, here):
+    recipe = RECIPES["w4a8"].to_json() | {"calibration_tokens": 128, "calibration_length": 32}
+    (here / "recipe.json").write_text(json.dumps(recipe))
+    assert qnpu(*QUANTIZE, "--overwrite")[0] == 0
+    files, texts = [], []
+    for profile in ("plain", "unpacked"):
+        arguments = f"export out {profile}.tflite --context 32 --prefill 4 --profile {profile}"
+        assert qnpu(*arguments.split())[0] == 0
+        files.append((here / f"{profile}.tflite").stat().st_size)
+        texts.append(qnpu(*GENERATE, "--profile", profile)[1])
+    assert files[0] < files[1]
+    assert texts[0] == texts[1] and texts[0].strip()
+    artifacts.check_writable(here / "out", overwrite=True)
 
 
 def test_generate_draws_by_its_seed(qnpu, here):

@@ -5,6 +5,7 @@ from importlib import metadata
 import pytest
 from extras import needs
 
+from qnpu_jax import artifacts
 from qnpu_jax.npu import ethos, hexagon
 
 needs_qnn, needs_ethos = needs(hexagon.check_installed), needs(ethos.check_installed)
@@ -45,7 +46,7 @@ def test_another_version_of_the_extra_is_refused(refused, monkeypatch, command):
 @pytest.mark.parametrize("command", ["compile out", "compare --npu out"])
 def test_an_unknown_profile_is_refused(refused, command):
     said = refused(*command.split(), "--profile", "best")
-    assert "'best' is not one of 'plain', 'hexagon'" in said
+    assert "'best' is not one of 'plain', 'unpacked', 'hexagon'" in said
 
 
 @needs_qnn
@@ -57,6 +58,7 @@ def test_profiles_have_files_of_their_own(qnpu, here):
     names = {p.name.split("-")[0] for p in (here / "out").glob("*-4-32.tflite")}
     assert names == {"generate", "hexagon", "SM8650"}
     assert len([*(here / "out").glob("SM8650-*-4-32.tflite")]) == 2
+    artifacts.check_writable(here / "out", overwrite=True)  # nothing in it is foreign
 
 
 @needs_qnn
@@ -81,6 +83,7 @@ def test_compile_reports_arms_estimate(qnpu, here, soc):
     files = sorted(p.name for p in (here / "out").glob(f"{soc}-*"))
     assert [f.split("-4-32-")[1] for f in files] == ["decode.tflite", "prefill_4.tflite"]
     assert qnpu(*arguments)[0] == status  # replaced
+    artifacts.check_writable(here / "out", overwrite=True)  # nothing in it is foreign
 
 
 @needs_ethos
