@@ -21,7 +21,7 @@ from qnpu_jax.npu import ethos, ethos_form, hexagon, litertlm
 from qnpu_jax.npu.emulation import Emulation
 from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
 from qnpu_jax.npu.proof import CachedSimulator, prove
-from qnpu_jax.pipeline import Clock
+from qnpu_jax.pipeline import Clock, Track, untracked
 from qnpu_jax.proof import Simulate, bound
 from qnpu_jax.tflite import Positions
 
@@ -220,6 +220,7 @@ def emulated(
     simulate: Simulate,
     clock: Clock,
     profile: ProfileName = DEFAULT,
+    track: Track = untracked,
 ) -> dict[str, Any]:
     """The emulated NPU beside the simulator, on held-out text.
 
@@ -227,10 +228,11 @@ def emulated(
       layers: whose ops are compared one by one, and that are compared with float.
       windows: of `tokens` each that perplexity is measured on; 0 for none.
       profile: of whole layers and of the model; single ops are those that the simulator has.
+      track: wraps the iteration over windows, for a progress bar: (items, length, what).
 
     Returns:
-      `ops` (compare.OpDifference) and `layers` (compare.LayerDifference), and what
-      `Emulation.perplexity` gives.
+      `ops` (compare.OpDifference), `layers` (compare.LayerDifference), and `text`
+      (compare.TextDifference), if windows were asked for.
 
     Raises:
       UserError: as `hexagon.compile_file`; a layer that there is not; a text too short.
@@ -253,5 +255,5 @@ def emulated(
             found["layers"].append(emulation.layer(layer))
     if windows:
         with clock.stage("perplexity"):
-            found |= emulation.perplexity()
+            found["text"] = emulation.text(track)
     return found

@@ -17,6 +17,7 @@ import tiny
 
 from qnpu_jax import freeze
 from qnpu_jax.config import UserError
+from qnpu_jax.npu.compare import TextDifference
 from qnpu_jax.npu.hexagon import Compiled, Signature, Traffic
 from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
 from sim.numerics import PROFILES
@@ -298,10 +299,8 @@ def compiled(recipe, prefill: float | None = 1.0, on_npu=9, partitions=1, soc="S
 
 
 def emulated(recipe, ratio):
-    found = {}
-    if ratio:
-        found = {"perplexity": {"simulator": 20.0, "emulator": 20.0 * ratio}, "differing": 0.5}
-    return hexagon.Emulated(recipe, "hexagon", [], [], found)
+    text = TextDifference((20.0, 30.0), (20.0 * ratio, 30.0 * ratio), 0.5) if ratio else None
+    return hexagon.Emulated(recipe, "hexagon", [], [], text)
 
 
 def test_the_goals_of_hexagon_hold_and_can_fail():
@@ -335,7 +334,7 @@ def test_hexagon_wants_folders_or_a_quick_run(monkeypatch, capsys):
     assert end.value.code == 2 and "expected folders" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["hexagon", "--quick"])
     args = hexagon.arguments()
-    assert (args.windows, args.profiles) == (0, ["plain", "hexagon"])
+    assert (args.windows, args.profiles) == (0, ["plain", "unpacked", "hexagon"])
 
 
 def test_hexagon_without_the_extra_could_not_run(monkeypatch, capsys):

@@ -90,6 +90,18 @@ def test_a_truncated_file_is_refused_where_it_is_read(tmp_path, size):
             read(path)
 
 
+def test_how_sure_a_ratio_of_perplexities_is():
+    """Logarithms of the ratios: 0.01, 0.03; their mean 0.02, its standard error 0.01."""
+    ratios = np.exp([0.01, 0.03])
+    found = compare.TextDifference((20.0, 45.0), tuple(np.array([20.0, 45.0]) * ratios), 0.875)
+    np.testing.assert_allclose([found.ratio, found.error], [np.exp(0.02), 0.01], rtol=1e-12)
+    assert str(found) == (
+        "simulator 30.00, emulator 30.61 (+2.02%, standard error 1.00%); 87.5% of the logits'"
+        " codes differ"
+    )
+    assert np.isnan(compare.TextDifference((20.0,), (21.0,), 0.5).error)
+
+
 @pytest.mark.parametrize("size", [0, 6, 40, 20_000, -1])
 @pytest.mark.parametrize("profile", [*PROFILES])
 @needs_extra

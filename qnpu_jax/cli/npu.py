@@ -79,20 +79,23 @@ def compare(
     chosen = [0] if layers is None else layers
     with Display() as clock:
         found = deploy.emulated(
-            folder, soc, chosen, windows, tokens, eval_text, Simulated, clock, profile
+            folder,
+            soc,
+            chosen,
+            windows,
+            tokens,
+            eval_text,
+            Simulated,
+            clock,
+            profile,
+            clock.track,
         )
     console = Console(soft_wrap=False)
     if chosen:
         console.print(_ops_table(found["ops"], soc))
         console.print(_layers_table(found["layers"]))
     if windows:
-        scores = found["perplexity"]
-        ratio = 100 * (scores["emulator"] / scores["simulator"] - 1)
-        typer.echo(
-            f"perplexity of {windows} x {tokens} tokens: simulator {scores['simulator']:.2f},"
-            f" {soc} emulator {scores['emulator']:.2f} ({ratio:+.2f}%);"
-            f" {100 * found['differing']:.1f}% of the logits' codes differ"
-        )
+        typer.echo(f"perplexity of {windows} x {tokens} tokens, {soc}: {found['text']}")
 
 
 def _exit(*, whole: bool) -> None:

@@ -6,6 +6,7 @@ They differ by design: the hardware rounds in its own ways. What is measured her
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,44 @@ class LayerDifference:
     simulator: float
     emulator: float
     between: float
+
+
+@dataclass(frozen=True)
+class TextDifference:
+    """The whole model on windows of text, all of one length.
+
+    Attributes:
+      simulator, emulator: perplexity of each window.
+      differing: share of the logits' codes that differ.
+    """
+
+    simulator: tuple[float, ...]
+    emulator: tuple[float, ...]
+    differing: float
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity of all windows, the emulator's over the simulator's."""
+        return float(np.exp(np.mean(self._logs)))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the ratio's logarithm, windows taken as independent; nan of one."""
+        count = len(self.simulator)
+        return float(np.std(self._logs, ddof=1) / count**0.5) if count > 1 else math.nan
+
+    def __str__(self) -> str:
+        whole = (float(np.exp(np.mean(np.log(x)))) for x in (self.simulator, self.emulator))
+        simulator, emulator = (f"{x:.2f}" for x in whole)
+        return (
+            f"simulator {simulator}, emulator {emulator} ({100 * (self.ratio - 1):+.2f}%, standard"
+            f" error {100 * self.error:.2f}%); {100 * self.differing:.1f}% of the logits' codes"
+            " differ"
+        )
+
+    @property
+    def _logs(self) -> np.ndarray:
+        return np.log(self.emulator) - np.log(self.simulator)
 
 
 def build_ops(model: IntegerModel, dec: Decoder, layer: int) -> ModelWriter:

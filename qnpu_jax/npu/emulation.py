@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,9 +12,10 @@ from qnpu_jax import evaluation, tflite
 from qnpu_jax.flatbuffer import ModelWriter
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.npu import compare, hexagon
-from qnpu_jax.npu.compare import Codes, LayerDifference, OpDifference
+from qnpu_jax.npu.compare import Codes, LayerDifference, OpDifference, TextDifference
 from qnpu_jax.npu.emulator import Emulated
 from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
+from qnpu_jax.pipeline import Track, untracked
 from qnpu_jax.proof import Simulate
 
 
@@ -64,29 +64,29 @@ class Emulation:
             arguments = (self._model, self._decoder, layer, self._tensors)
             return compare.layer_difference(file, *arguments)
 
-    def perplexity(self) -> dict[str, Any]:
-        """`perplexity` on all windows, by reading, and `differing`: the share of logits' codes that
-        differ."""
+    def text(self, track: Track = untracked) -> TextDifference:
+        """The whole model on all windows, by both.
+
+        Args:
+          track: wraps the iteration over windows, for a progress bar: (items, length, what).
+        """
         with tempfile.TemporaryDirectory() as folder:
             writer = tflite.build(self._model, self._tokens, "all", self._stored)
             emulated = Emulated(self._compiled(writer, folder), f"prefill_{self._tokens}")
-        kept: list[np.ndarray] = []
+        scores: dict[str, list[float]] = {"simulator": [], "emulator": []}
         differing: list[float] = []
-
-        def simulator(ids: np.ndarray) -> np.ndarray:
-            kept.append(np.asarray(self._simulator.logits(ids)))
-            return kept[-1]
-
-        def emulator(ids: np.ndarray) -> np.ndarray:
-            codes = emulated.run({"ids": ids})["logits"]
-            differing.append(float(np.mean(codes != kept[len(differing)])))
-            return codes
-
-        scores = {}
-        for run in (simulator, emulator):
-            logits = evaluation.integer_logits(self._model, run)
-            scores[run.__name__] = evaluation.perplexity(logits, self._windows)
-        return {"perplexity": scores, "differing": float(np.mean(differing))}
+        for ids in track(self._windows, len(self._windows), "emulate"):
+            codes = {
+                "simulator": np.asarray(self._simulator.logits(ids)),
+                "emulator": emulated.run({"ids": ids})["logits"],
+            }
+            differing.append(float(np.mean(codes["simulator"] != codes["emulator"])))
+            for who, found in codes.items():
+                logits = evaluation.integer_logits(self._model, lambda _, x=found: x)
+                scores[who].append(evaluation.perplexity(logits, ids[None]))
+        return TextDifference(
+            tuple(scores["simulator"]), tuple(scores["emulator"]), float(np.mean(differing))
+        )
 
     def _compiled(self, writer: ModelWriter, folder: str) -> Path:
         source, target = Path(folder) / "source.tflite", Path(folder) / "compiled.tflite"
