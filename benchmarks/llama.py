@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -30,8 +30,8 @@ class Peer:
 
 @contextmanager
 def started(peer: Peer) -> Iterator[list[Call]]:
-    """Calls of prefill and decode on a GGUF, while its process lives; none, and why is printed,
-    where llama-cpp-python is not installed or does not run here."""
+    """Calls of prefill and decode on a GGUF, while its process lives. Where llama-cpp-python is not
+    installed or does not run here, it prints why and yields none."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, peer), daemon=True)
@@ -41,9 +41,7 @@ def started(peer: Peer) -> Iterator[list[Call]]:
         answer = _answer(ours)
         if answer is None:
             process.join()
-            code = process.exitcode or 0
-            how = signal.Signals(-code).name if code < 0 else f"status {code}"
-            answer = f"its process ended with {how}; build llama-cpp-python on this CPU"
+            answer = _ended(process.exitcode or 0)
         if answer:
             print(f"{NAME}: {answer}; it is not in the table")
         yield [] if answer else _calls(ours, peer)
@@ -52,10 +50,15 @@ def started(peer: Peer) -> Iterator[list[Call]]:
         process.join()
 
 
+def _ended(status: int) -> str:
+    if status == -signal.SIGILL:
+        return "its process ended with SIGILL; build llama-cpp-python on this CPU"
+    return f"its process ended with status {status}"
+
+
 def _calls(pipe: Connection, peer: Peer) -> list[Call]:
     def call(what: str) -> None:
-        pipe.send(what)
-        if (answer := _answer(pipe)) != "":
+        if (answer := _answer(pipe, what)) != "":
             raise RuntimeError(f"{NAME}: {what} failed: {answer or 'its process ended'}")
 
     key = f"prefill_{peer.prefill}"
@@ -65,21 +68,36 @@ def _calls(pipe: Connection, peer: Peer) -> list[Call]:
     ]
 
 
-def _answer(pipe: Connection) -> str | None:
+def _answer(pipe: Connection, asked: str | None = None) -> str | None:
     """Empty: done; else what went wrong. None: the process is gone."""
     try:
+        if asked is not None:
+            pipe.send(asked)
         return pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         return None
 
 
 def _serve(pipe: Connection, peer: Peer) -> None:
-    """Answers every request with what went wrong, empty for nothing; the first is not asked for."""
+    """Loads the model, then does what it is asked; each time it says what went wrong, empty for
+    nothing."""
     try:
-        from llama_cpp import Llama
+        run = _loaded(peer)
+        while True:
+            pipe.send("")
+            run(pipe.recv())
+    except EOFError:  # nobody asks any more
+        return
     except ImportError:
         pipe.send("llama-cpp-python is not installed")
-        return
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _loaded(peer: Peer) -> Callable[[str], None]:
+    """What runs a signature, by its name."""
+    from llama_cpp import Llama
+
     made = Llama(
         str(peer.path),
         n_ctx=peer.context,
@@ -89,17 +107,14 @@ def _serve(pipe: Connection, peer: Peer) -> None:
         verbose=False,
     )
     prompt = list(range(100, 100 + peer.prefill))
-    made.eval(prompt)
-    pipe.send("")
-    while True:
-        try:
-            asked = pipe.recv()
-        except EOFError:
-            return
-        if asked == DECODE:  # the cache holds the prompt, as after a prefill
+
+    def run(what: str) -> None:
+        if what == DECODE:  # the cache holds the prompt, as after a prefill
             made.n_tokens = peer.prefill
             made.eval([7])
         else:
             made.reset()
             made.eval(prompt)
-        pipe.send("")
+
+    run(f"prefill_{peer.prefill}")
+    return run

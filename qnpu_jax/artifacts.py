@@ -40,7 +40,7 @@ class Kind:
     Attributes:
       files: what they may hold.
       mark: the one that they always hold.
-      made: names of what else is made of them, in them.
+      made: names of files that other commands put there.
     """
 
     command: str
@@ -59,9 +59,21 @@ MODELS = Kind(
         | {DIAGNOSIS, ACCUMULATORS, ACCUMULATORS_FIGURE}  # `qnpu diagnose`, `qnpu proof`
     ),
     REPORT,
-    # `deploy.deployed` and what is compiled of it: for what, part of the model's hash, lengths.
-    re.compile(r"[\w-]+-[0-9a-f]{12}-\d+-\d+(-\w+)?\.tflite"),
+    re.compile(r"[\w-]+-[0-9a-f]{12}-\d+-\d+(-\w+)?\.tflite"),  # `deployment`
 )
+
+
+def deployment(use: str, model: str, prefill: int, context: int, signature: str = "") -> str:
+    """Name of a file that is made of a folder's model and kept beside it. It tells which model, so
+    that a folder written again does not meet the file of the old one.
+
+    Args:
+      use: profile or target.
+      model: its hash, of which 12 digits are in the name.
+      signature: the one that it holds, where it is only one.
+    """
+    parts = (use, model[:12], str(prefill), str(context), signature)
+    return "-".join(filter(None, parts)) + ".tflite"
 
 
 def check_writable(out: Path, overwrite: bool, kind: Kind = MODELS) -> None:

@@ -39,7 +39,7 @@ def export(
     Args:
       context: write `prefill_<N>` and `decode` over a KV cache (`tflite.write_cached`)
         of so many positions; None writes one prefill without a cache.
-      profile: how it holds the model.
+      profile: one of npu.profile.PROFILES: how the file holds the model.
 
     Raises:
       UserError: not such a folder, `file` exists, the model has fewer positions, or an accumulator
@@ -93,11 +93,9 @@ def deployed(out: Path, prefill: int, context: int, profile: ProfileName = "plai
     Raises:
       UserError: as `export`.
     """
-    report = artifacts.read_report(out)
-    # Named by the model, so that a folder written again does not meet the file of the old one.
-    model = report["sha256"][artifacts.MODEL][:12]
+    model = artifacts.read_report(out)["sha256"][artifacts.MODEL]
     use = "generate" if profile == "plain" else profile
-    file = out / f"{use}-{model}-{prefill}-{context}.tflite"
+    file = out / artifacts.deployment(use, model, prefill, context)
     if not file.exists():
         export(out, file, prefill, "last", context, profile)
     return file
@@ -193,13 +191,14 @@ def compiled_for_arm(
     bound(model, context, "last")
     # Ethos-U65 has neither the products nor the gathers of the other spelling.
     stored = ethos_form.arm_form(model, respell=accelerator.startswith("ethos-u85"))
-    name = f"{accelerator}-{report['sha256'][artifacts.MODEL][:12]}-{prefill}-{context}"
+    digest = report["sha256"][artifacts.MODEL]
     made = {}
     with tempfile.TemporaryDirectory() as folder:
         for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
             source = Path(folder) / f"{key}.tflite"
             ethos_form.build(model, stored, tokens, context, key).write(source)
-            target = Path(folder) / f"{name}-{key}.tflite"
+            name = artifacts.deployment(accelerator, digest, prefill, context, key)
+            target = Path(folder) / name
             made[key] = ethos.compile_file(source, accelerator, target)
             source.unlink()  # as large as the model
         paths = {key: out / found.path.name for key, found in made.items()}
@@ -227,7 +226,7 @@ def emulated(
     Args:
       layers: whose ops are compared one by one, and that are compared with float.
       windows: of `tokens` each that perplexity is measured on; 0 for none.
-      profile: of whole layers and of the model; single ops are those that the simulator has.
+      profile: of whole layers and of the model; single ops are spelled as in `plain`.
       track: wraps the iteration over windows, for a progress bar: (items, length, what).
 
     Returns:

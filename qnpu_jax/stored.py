@@ -130,6 +130,12 @@ class Unpacked(Integers):
     """As `Integers`, with 4-bit codes in INT8 tensors: the same codes and scales, twice the size,
     for kernels that lack 4 bits or have faster ones for 8."""
 
+    @staticmethod
+    def differs(model: IntegerModel) -> bool:
+        """Whether any weight has 4 bits, so that this is not just as `Integers`."""
+        graphs = model.decoder(1).graphs
+        return any(4 in t.quant.bits for g in graphs for t in g.tensors if t.quant is not None)
+
     def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
         form = super().form(graph, layer, name)
         return form | {"dtype": "int8"} if form["dtype"] == "int4" else form

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Literal
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -19,25 +19,8 @@ from qnpu_jax.decoder import Decoder
 from qnpu_jax.flatbuffer import ModelWriter, SubgraphWriter
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node
-from qnpu_jax.ops import (
-    Add,
-    AddMask,
-    BatchMatmul,
-    Concat,
-    Embedding,
-    FullyConnected,
-    Keep,
-    Logistic,
-    Mul,
-    Op,
-    Requantize,
-    Reshape,
-    Rsqrt,
-    Slice,
-    Softmax,
-    Sqrt,
-    Transpose,
-)
+from qnpu_jax.ops import Embedding
+from qnpu_jax.spelling import add_op
 from qnpu_jax.squares import add_diagonals, are_squares, block_size
 from qnpu_jax.stored import Composite, Integers, Stored
 
@@ -190,8 +173,7 @@ def at_positions(
     for name in ("rope.cos", "rope.sin"):
         table = every.tensor(name, tables[name], f"{name}.table")
         shared[name] = common.tensor(name, label=name)
-        code, options, _ = spell(Embedding(), dec.layer, dec.layer.nodes[0], 0)
-        subgraph.add_op(code, options, [table, positions], [shared[name]])
+        add_op(subgraph, Embedding(), [positions, table], shared[name])
     return shared
 
 
@@ -269,28 +251,21 @@ class Emitter:
         """Adds an op; the tensor that it makes."""
         output = self.tensor(node.output)
         if (block := self.block(node)) > 1:
-            forms = tuple(
+            forms = [
                 self.stored.form(self.graph, self.layer, n) for n in (node.inputs[0], node.output)
-            )
-            add_diagonals(self.subgraph, env[node.inputs[0]], output, block, forms)
+            ]
+            add_diagonals(self.subgraph, env[node.inputs[0]], output, block, *forms)
             return output
-        code, options, extra = spell(node.op, self.graph, node, self.layer)
-        constants = [
-            self.subgraph.add_tensor(f"{self._global(node.output)}/{i}", c.shape, "int32", data=c)
-            for i, c in enumerate(extra)
-        ]
-        inputs = [env[n] for n in node.inputs]
-        if isinstance(node.op, Embedding):
-            inputs.reverse()  # GATHER takes the table first
-        self.subgraph.add_op(code, options, [*inputs, *constants], [output])
+        add_op(self.subgraph, node.op, [env[n] for n in node.inputs], output)
         return output
 
     def block(self, node: Node) -> int:
-        """Of how many rows at a time squares are summed (`squares`); 1 for every other op.
+        """Rows per block of sums of squares (`squares`), 1 for other ops.
 
-        One at a time in 16 bits: LiteRT's kernel for them packs nothing and takes every product.
+        Also 1 in 16 bits: LiteRT's kernel for them packs nothing, and would compute all products of
+        a block.
         """
-        if not are_squares(node):
+        if not are_squares(self.graph, node):
             return 1
         form = self.stored.form(self.graph, self.layer, node.inputs[0])
         return 1 if form["dtype"] == "int16" else block_size(self.graph[node.output].shape[0])
@@ -305,67 +280,3 @@ class Emitter:
         if self.graph.prefix == "layers.":
             return f"layers.{self.layer}.{name}"
         return self.graph.prefix + name
-
-
-def spell(op: Op, graph: Graph, node: Node, layer: int) -> tuple[int, Any, list[np.ndarray]]:
-    """Operator code, options, and int32 constant operands of an op.
-
-    Reference: google-ai-edge/LiteRT, tflite/converter/schema/schema.fbs; litert.md, section 1.
-    """
-    code = schema.BuiltinOperator
-    match op:
-        case Embedding():
-            options = schema.GatherOptionsT()
-            options.axis = 0
-            return code.GATHER, options, []
-        case FullyConnected():
-            return code.FULLY_CONNECTED, _fully_connected(graph, node, layer), []
-        case BatchMatmul(adj_y=adj_y):
-            options = schema.BatchMatMulOptionsT()
-            options.adjY = adj_y
-            return code.BATCH_MATMUL, options, []
-        case Add() | AddMask():
-            options = schema.AddOptionsT()
-            options.potScaleInt16 = False  # the schema's default would round scales to powers of 2
-            return code.ADD, options, []
-        case Mul() | Keep():
-            return code.MUL, schema.MulOptionsT(), []
-        case Requantize():
-            return code.QUANTIZE, schema.QuantizeOptionsT(), []
-        case Softmax():
-            options = schema.SoftmaxOptionsT()
-            options.beta = 1.0
-            return code.SOFTMAX, options, []
-        case Logistic():
-            return code.LOGISTIC, None, []
-        case Sqrt():
-            return code.SQRT, None, []
-        case Rsqrt():
-            return code.RSQRT, None, []
-        case Reshape(shape=shape):
-            options = schema.ReshapeOptionsT()
-            options.newShape = list(shape)
-            return code.RESHAPE, options, [np.asarray(shape, np.int32)]
-        case Transpose(perm=perm):
-            return code.TRANSPOSE, schema.TransposeOptionsT(), [np.asarray(perm, np.int32)]
-        case Slice(begin=begin, size=size):
-            operands = [np.asarray(begin, np.int32), np.asarray(size, np.int32)]
-            return code.SLICE, schema.SliceOptionsT(), operands
-        case Concat(axis=axis):
-            options = schema.ConcatenationOptionsT()
-            options.axis = axis
-            return code.CONCATENATION, options, []
-        case _:
-            assert_never(op)
-
-
-def _fully_connected(graph: Graph, node: Node, layer: int) -> Any:
-    options = schema.FullyConnectedOptionsT()
-    options.keepNumDims = True
-    bias = graph[node.inputs[2]].quant
-    assert bias is not None
-    # Read by int16 kernels only; left unset, the reference kernel takes an int32 bias for int64.
-    options.quantizedBiasType = (
-        schema.TensorType.INT64 if bias.bits[layer] == 64 else schema.TensorType.INT32
-    )
-    return options

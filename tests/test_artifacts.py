@@ -17,6 +17,7 @@ from qnpu_jax.artifacts import (
     MODEL,
     REPORT,
     check_writable,
+    deployment,
     digests,
     layout,
     new_file,
@@ -58,6 +59,21 @@ def test_not_empty(tmp_path):
         f"{out}: not empty; expected a new or empty folder; use --overwrite"
     )
     check_writable(out, overwrite=True)
+
+
+def test_what_was_made_of_a_model_is_ours(tmp_path):
+    fill(tmp_path)
+    names = [deployment("SM8650-hexagon", "0123456789abcdef", 128, 512)]
+    names += [deployment("ethos-u85-256", "0123456789abcdef", 128, 512, "prefill_128")]
+    assert names[0] == "SM8650-hexagon-0123456789ab-128-512.tflite"
+    assert names[1] == "ethos-u85-256-0123456789ab-128-512-prefill_128.tflite"
+    for name in names:
+        (tmp_path / name).touch()
+    check_writable(tmp_path, overwrite=True)
+    for name in ("mine.tflite", "generate-0123456789ab-128.tflite", names[0] + ".txt"):
+        (tmp_path / name).touch()
+        assert f"holds {name}" in message(check_writable, tmp_path, True)
+        (tmp_path / name).unlink()
 
 
 def test_overwrite_only_what_is_ours(tmp_path):

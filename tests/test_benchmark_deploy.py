@@ -1,11 +1,13 @@
 """benchmarks/deploy.py: what it decides from rows, and a llama.cpp that does not run."""
 
 import importlib
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import tiny
 
 from qnpu_jax.npu.host import Row
 
@@ -51,7 +53,23 @@ def test_what_has_no_goal_is_judged_only_alone(capsys):
     capsys.readouterr()
 
 
+def test_a_quick_run_has_no_goal(capsys):
+    args = Namespace(recipes=("w8a8i8",), context=512, quick=True)
+    assert deploy.report(rows(w8a8i8=(1.0, 1.0)), {}, args) == 0
+    assert "short of" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("plan", "unpacked"), [("w8a8i8", False), ("w4a8i8", True)])
+def test_four_bits_are_written_twice(tmp_path, plan, unpacked):
+    args = Namespace(prefill=4, context=24)
+    files = deploy.written({plan: tiny.quantized("gqa_llama3", plan)}, tmp_path, args)
+    assert [*files] == ["float32", plan] + [f"{plan} unpacked"] * unpacked
+    sizes = [p.stat().st_size for p in files.values()]
+    assert sizes[0] > sizes[-1] >= sizes[1] and (sizes[-1] > sizes[1]) == unpacked
+
+
 MADE = """
+import os
 class Llama:
     def __init__(self, path, **options):
         self.n_tokens = 0
@@ -59,9 +77,11 @@ class Llama:
     def reset(self):
         self.n_tokens = 0
     def eval(self, tokens):
+        with open(os.path.join(os.path.dirname(path_of_log), "log"), "a") as log:
+            print(os.getpid(), self.n_tokens, len(tokens), file=log)
         self.n_tokens += len(tokens)
-        assert self.n_tokens <= 9, self.n_tokens  # a call that did not begin where it should
         {call}
+path_of_log = __file__
 """
 
 
@@ -71,22 +91,40 @@ def peer(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def start(init="pass", call="pass"):
+        (tmp_path / "log").unlink(missing_ok=True)
         (tmp_path / "llama_cpp.py").write_text(MADE.format(start=init, call=call))
         return llama.started(llama.Peer(tmp_path / "m.gguf", 8, 16, 1))
 
     return start
 
 
-def test_both_calls_are_made_in_the_other_process(peer, capsys):
+def test_both_calls_are_made_in_the_other_process(peer, tmp_path, capsys):
     with peer() as calls:
         assert [(c.reader, c.signature, c.tokens) for c in calls] == [
             ("llama.cpp", "prefill_8", 8),
             ("llama.cpp", "decode", 1),
         ]
-        for _ in range(2):
-            for c in calls:
-                c.call()
+        for c in [*calls, calls[1], calls[0]]:
+            c.call()
     assert capsys.readouterr().out == ""
+    log = [tuple(map(int, line.split())) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {pid for pid, *_ in log}.isdisjoint({os.getpid()})
+    # Tokens in the cache, tokens fed: one to warm up, and every decode after a prompt of 8.
+    assert [rest for _, *rest in log] == [[0, 8], [0, 8], [8, 1], [8, 1], [0, 8]]
+
+
+def test_why_it_does_not_start_is_told(peer, capsys):
+    with peer("raise ValueError('no such file')") as calls:
+        assert calls == []
+    assert capsys.readouterr().out.startswith("llama.cpp: ValueError: no such file; it is not in")
+
+
+def test_what_fails_later_is_told(peer):
+    with (
+        peer(call="if self.n_tokens == 9: raise OSError('full')") as (_, decode),
+        pytest.raises(RuntimeError, match=r"llama.cpp: decode failed: OSError: full"),
+    ):
+        decode.call()
 
 
 def test_a_build_for_another_cpu_is_left_out(peer, capsys):
@@ -99,8 +137,9 @@ def test_a_build_for_another_cpu_is_left_out(peer, capsys):
 def test_an_end_in_between_is_an_error(peer):
     with peer(call="if len(tokens) == 1: raise SystemExit(0)") as (prefill, decode):
         prefill.call()
-        with pytest.raises(RuntimeError, match=r"llama.cpp: decode failed: its process ended"):
-            decode.call()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"llama.cpp: decode failed: its process ended"):
+                decode.call()
 
 
 def test_without_it_the_table_is_without_it(tmp_path, monkeypatch, capsys):

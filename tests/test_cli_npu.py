@@ -116,8 +116,10 @@ def test_verify_proves_the_signatures_over_a_cache(qnpu, here, kernels):
     assert "0 of " in out and " elements differ, in 0 of " in out
 
 
-def test_bench_measures_here_and_estimates(qnpu, here):
-    status, out, _ = qnpu(*["bench", "out", "--prefill", "4", "--context", "32", "--rounds", "2"])
+@pytest.mark.parametrize("profile", ["plain", "unpacked"])
+def test_bench_measures_here_and_estimates(qnpu, here, profile):
+    arguments = f"bench out --prefill 4 --context 32 --rounds 2 --profile {profile}"
+    status, out, _ = qnpu(*arguments.split())
     assert status == 0
     for text in ("times float32", "estimates, not measurements", "Llama-3.2-1B", "SM8750"):
         assert text in out
@@ -132,6 +134,19 @@ def test_bench_prints_the_commands_for_a_phone(qnpu, here):
     assert all(line.startswith("adb ") for line in lines)
     runs = [line for line in lines if "--use_nnapi=true" in line]
     assert [("decode" in r, "prefill_4" in r) for r in runs] == [(False, True), (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("generate out --raw --prompt a --backend sim", "--backend sim, which reads no file"),
+        ("bench out --dry-run --binary m --model m.tflite", "--model m.tflite, which has its own"),
+        ("compile out --soc ethos-u85-256", "ethos-u85-256, which has a form of its own"),
+    ],
+)
+def test_a_profile_that_nothing_would_read_is_refused(refused, command, said):
+    expected = f"--profile unpacked: not for {said}; expected none; leave it out"
+    assert refused(*command.split(), "--profile", "unpacked") == expected
 
 
 def test_bench_on_a_phone_needs_the_program(refused):

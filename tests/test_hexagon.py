@@ -99,7 +99,9 @@ def test_how_sure_a_ratio_of_perplexities_is():
         "simulator 30.00, emulator 30.61 (+2.02%, standard error 1.00%); 87.5% of the logits'"
         " codes differ"
     )
-    assert np.isnan(compare.TextDifference((20.0,), (21.0,), 0.5).error)
+    alone = compare.TextDifference((20.0,), (21.0,), 0.5)
+    assert np.isnan(alone.error)
+    assert str(alone).startswith("simulator 20.00, emulator 21.00 (+5.00%); 50.0%")
 
 
 @pytest.mark.parametrize("size", [0, 6, 40, 20_000, -1])
@@ -164,9 +166,11 @@ def test_the_emulator_is_near_the_simulator(tmp_path, plan):
 
 @needs_extra
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", ["w8a8s8", "w8a8i8"])
 @pytest.mark.parametrize("name", [*PROFILES])
-def test_a_compiled_model_runs(tmp_path, name):
-    model, ids = tiny.quantized("gqa_llama3", "w8a8s8"), tiny.random_ids((TOKENS,), 3)
+def test_a_compiled_model_runs(tmp_path, name, plan):
+    """Norms of 16 bits and of 8, which are spelled as diagonals."""
+    model, ids = tiny.quantized("gqa_llama3", plan), tiny.random_ids((TOKENS,), 3)
     source = tmp_path / "m.tflite"
     tflite.build(model, TOKENS, stored=PROFILES[name](model)).write(source)
     made = hexagon.compile_file(source, "SM8750", tmp_path / "compiled.tflite")

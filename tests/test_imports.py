@@ -19,7 +19,7 @@ LEVELS = {
         "graph recipes orthogonal columns",
         "quant decoder rotate",
         "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
-        " intermediates flatbuffer op_version contents stored",
+        " intermediates flatbuffer op_version contents stored spelling squares",
         "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof"
         " widths job deploy npu diagnose attribution tally diagnosis overlay heat_map",
         "cli",
@@ -74,6 +74,7 @@ def test_imports_point_down(path):
             case "qnpu_jax", "sim":
                 assert name in SIM_IMPORTERS, where
             case "qnpu_jax", "qnpu_jax":
+                assert other in LEVELS, f"{where}: not in LEVELS; give the new module a level"
                 below, above = LEVELS[other], LEVELS[name]
                 assert below < above or (below == above and above in PEERS), where
 

@@ -16,6 +16,7 @@ from qnpu_jax.models import Tokenizer
 from qnpu_jax.models.chat import render_chat
 from qnpu_jax.npu import generation, litertlm, lm_signatures
 from qnpu_jax.npu.litert_backend import LiteRTBackend
+from qnpu_jax.npu.profile import PROFILES
 from qnpu_jax.npu.sampling import Sampling
 from qnpu_jax.npu.session import Session
 from qnpu_jax.stored import Integers
@@ -58,6 +59,18 @@ class Host:
         out = self.runners[tokens](**filled, **self.caches)
         self.caches = {n: out[n] for n in self.caches}
         return out.get("logits")
+
+
+@pytest.mark.parametrize("profile", [*PROFILES])
+def test_every_profile_says_the_same(tmp_path, profile):
+    model, ids = tiny.quantized("gqa_llama3", "w4a8"), IDS[: CHUNK + 1]
+    logits = []
+    for stored in (Integers(model), PROFILES[profile](model)):
+        lm_signatures.write(stored, tmp_path / "lm.tflite", CHUNK, CONTEXT)
+        host = Host(tmp_path / "lm.tflite", "opt")
+        host.feed(ids[:CHUNK], 0)
+        logits.append(host.feed(ids[CHUNK:], CHUNK))
+    np.testing.assert_array_equal(*logits)
 
 
 @pytest.mark.parametrize("plan", ["w8a8", "w4a8s8", "w8a8i8", "w4a16"])

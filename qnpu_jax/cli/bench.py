@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qnpu_jax import deploy, freeze
 from qnpu_jax.cli.display import Display
-from qnpu_jax.cli.options import Context, Folder, Prefill, Profile, Threads
+from qnpu_jax.cli.options import Context, Folder, Prefill, Profile, Threads, check_unused
 from qnpu_jax.config import UserError
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.npu import adb, host, phone, roofline
@@ -66,7 +66,9 @@ def bench(
             "--binary: missing; expected LiteRT's benchmark_model for the phone's CPU; build or"
             " download it, and give its path"
         )
-    file = deploy.deployed(folder, prefill, context, profile) if model is None else model
+    if model is not None:
+        check_unused("profile", profile, "plain", f"--model {model}, which has its own")
+    file = model or deploy.deployed(folder, prefill, context, profile)
     delegates: Any = tuple(delegate or ["cpu"])  # `phone.check` refuses others
     options = (delegates, tuple(library or ()), serial, threads, rounds)
     _phone(phone.Request(file, binary, *options), dry_run)

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from qnpu_jax import artifacts, deploy, freeze, job, models
 from qnpu_jax.cli import INTERRUPTED, bench, complain, instrument, npu, proof
 from qnpu_jax.cli.display import Display, megabytes, print_report
-from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, Threads
+from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, Threads, check_unused
 from qnpu_jax.cli.simulated import Simulated, SimulatedBackend
 from qnpu_jax.config import UserError
 from qnpu_jax.decoder import decoder
@@ -196,6 +196,7 @@ def generate(
     with Display() as clock, clock.stage("load"):
         runner: Backend
         if backend == "sim":
+            check_unused("profile", profile, "plain", "--backend sim, which reads no file")
             runner = SimulatedBackend(freeze.load(folder), prefill, context)
         else:
             file = deploy.deployed(folder, prefill, context, profile)

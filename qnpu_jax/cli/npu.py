@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qnpu_jax import deploy
 from qnpu_jax.cli.display import Display, megabytes
-from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile
+from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, check_unused
 from qnpu_jax.cli.simulated import Simulated
 from qnpu_jax.config import UserError
 from qnpu_jax.npu import ethos
@@ -50,6 +50,7 @@ def compile(
     """
     deploy.check_target(soc)
     if soc in ethos.ACCELERATORS:
+        check_unused("profile", profile, DEFAULT, f"{soc}, which has a form of its own")
         _compile_for_arm(folder, soc, prefill, context, share_weights)
         return
     with Display() as clock, clock.stage("compile"):

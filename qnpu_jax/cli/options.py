@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qnpu_jax.config import UserError
 from qnpu_jax.npu.profile import ProfileName
 
 Folder = Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")]
@@ -23,3 +24,9 @@ Profile = Annotated[
 EvalText = Annotated[
     Path | None, typer.Option(help="Held-out text or JSONL; without it, Python's documentation.")
 ]
+
+
+def check_unused(name: str, value: object, default: object, by: str) -> None:
+    """Raises UserError where an option is given that nothing would read."""
+    if value != default:
+        raise UserError(f"--{name} {value}: not for {by}; expected none; leave it out")

@@ -88,10 +88,10 @@ class TextDifference:
     def __str__(self) -> str:
         whole = (float(np.exp(np.mean(np.log(x)))) for x in (self.simulator, self.emulator))
         simulator, emulator = (f"{x:.2f}" for x in whole)
+        sure = "" if math.isnan(self.error) else f", standard error {100 * self.error:.2f}%"
         return (
-            f"simulator {simulator}, emulator {emulator} ({100 * (self.ratio - 1):+.2f}%, standard"
-            f" error {100 * self.error:.2f}%); {100 * self.differing:.1f}% of the logits' codes"
-            " differ"
+            f"simulator {simulator}, emulator {emulator} ({100 * (self.ratio - 1):+.2f}%{sure});"
+            f" {100 * self.differing:.1f}% of the logits' codes differ"
         )
 
     @property

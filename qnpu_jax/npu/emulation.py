@@ -26,7 +26,7 @@ class Emulation:
       soc: one of hexagon.SOCS.
       windows: (N, T) token ids; ops and layers see the first.
       simulate: makes the simulator.
-      profile: of whole layers and of the model; single ops are those that the simulator has.
+      profile: of whole layers and of the model; single ops are spelled as in `plain`.
 
     The methods raise UserError as `hexagon.compile_file`.
     """
@@ -73,19 +73,19 @@ class Emulation:
         with tempfile.TemporaryDirectory() as folder:
             writer = tflite.build(self._model, self._tokens, "all", self._stored)
             emulated = Emulated(self._compiled(writer, folder), f"prefill_{self._tokens}")
-        scores: dict[str, list[float]] = {"simulator": [], "emulator": []}
-        differing: list[float] = []
+        simulator, emulator, differing = [], [], []
         for ids in track(self._windows, len(self._windows), "emulate"):
-            codes = {
-                "simulator": np.asarray(self._simulator.logits(ids)),
-                "emulator": emulated.run({"ids": ids})["logits"],
-            }
-            differing.append(float(np.mean(codes["simulator"] != codes["emulator"])))
-            for who, found in codes.items():
-                logits = evaluation.integer_logits(self._model, lambda _, x=found: x)
-                scores[who].append(evaluation.perplexity(logits, ids[None]))
-        return TextDifference(
-            tuple(scores["simulator"]), tuple(scores["emulator"]), float(np.mean(differing))
+            expected = np.asarray(self._simulator.logits(ids))
+            got = emulated.run({"ids": ids})["logits"]
+            simulator.append(self._perplexity(expected, ids))
+            emulator.append(self._perplexity(got, ids))
+            differing.append(float(np.mean(got != expected)))
+        return TextDifference(tuple(simulator), tuple(emulator), float(np.mean(differing)))
+
+    def _perplexity(self, codes: np.ndarray, ids: np.ndarray) -> float:
+        """Of one window, from the codes of its logits."""
+        return evaluation.perplexity(
+            evaluation.integer_logits(self._model, lambda _: codes), ids[None]
         )
 
     def _compiled(self, writer: ModelWriter, folder: str) -> Path:

@@ -4,7 +4,8 @@ other spellings where the compiler stops at ours.
 * 4-bit weights lie in INT8 tensors: the compiler divides by zero on an INT4 one, and its own coder
   makes them small again.
 * SQRT, which it leaves to the CPU, is a table of its codes and a GATHER.
-* A prefill's sums of squares, which it takes row by row, are the diagonal of one product.
+* A prefill's sums of squares are the diagonal of one product: ours are row by row or in blocks
+  (`squares`), which it takes one by one.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from qnpu_jax.flatbuffer import ModelWriter
 from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.graph import Graph, Node
 from qnpu_jax.litert import open_interpreter
-from qnpu_jax.ops import Sqrt
-from qnpu_jax.squares import add_gather, are_squares
+from qnpu_jax.ops import Embedding, Sqrt
+from qnpu_jax.spelling import add_op
+from qnpu_jax.squares import are_squares
 from qnpu_jax.stored import Integers, Unpacked
-from qnpu_jax.tflite import Emitter, add_cached, cached_decoder, spell
+from qnpu_jax.tflite import Emitter, add_cached, cached_decoder
 
 
 def codes_of(form: Mapping[str, Any]) -> np.ndarray:
@@ -76,13 +78,13 @@ class ArmEmitter(Emitter):
         form = self.stored.form(self.graph, self.layer, node.output)
         held = self.subgraph.add_tensor(f"{name}/table", table.shape, data=table, **form)
         output = self.tensor(node.output)
-        add_gather(self.subgraph, held, index, output)
+        add_op(self.subgraph, Embedding(), [index, held], output)
         return output
 
     def block(self, node: Node) -> int:
         """All rows at once, or each alone where ops keep their spelling."""
         assert isinstance(self.stored, ArmForm)
-        respelled = self.stored.roots and are_squares(node)
+        respelled = self.stored.roots and are_squares(self.graph, node)
         return self.graph[node.output].shape[0] if respelled else 1
 
     def _scale(self, name: str) -> np.floating:
@@ -119,8 +121,7 @@ def square_roots(model: IntegerModel) -> dict[str, np.ndarray]:
         asked[name] = codes_of(forms[0])
         shape = asked[name].shape
         x[name], y[name] = (subgraph.add_tensor(name, shape, **form) for form in forms)
-        code, options, _ = spell(node.op, graph, node, layer)
-        subgraph.add_op(code, options, [x[name]], [y[name]])
+        add_op(subgraph, node.op, [x[name]], y[name])
     subgraph.add_signature("roots", x, y)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "roots.tflite"

@@ -1,8 +1,8 @@
 """How fast this machine's CPU runs an exported model, beside the same graph in float32.
 
 What is timed is one call of a signature with its copies of cache and results, as an application
-makes it (`litert_backend`); the inputs are made before. Everything runs in turn in one process, so
-that what else the machine does slows all rows alike.
+makes it (`litert_backend`); the inputs are made before. Everything runs in turn, so that what else
+the machine does slows all rows alike.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Export profiles: which ops of an NPU's own a file asks for, and how it stores weights. Codes and
 scales stay the same, and the file runs on LiteRT's CPU kernels to the same bits.
 
-Linears of 8-bit inputs with 16-bit outputs are not among them: Qualcomm's compiler has no such
+No profile has linears of 8-bit inputs with 16-bit outputs: Qualcomm's compiler has no such
 FULLY_CONNECTED, CONV_2D or BATCH_MATMUL (benchmarks/README.md, Deployment).
 """
 
@@ -73,7 +73,7 @@ PROFILES: dict[ProfileName, type[Integers]] = {
     "hexagon": NormsTogether,
 }
 """How a file of a profile holds a model. `unpacked` is for CPUs whose int8 kernels prefill faster
-than their int4 ones (XNNPACK has AMX kernels for int8 alone); in `hexagon` norms of 16 bits are the
-NPU's own op."""
+than their int4 ones: with static activations, XNNPACK has AMX kernels for int8 weights alone. In
+`hexagon` norms of 16 bits are the NPU's own op."""
 DEFAULT: ProfileName = "hexagon"
 """Of what is compiled for Hexagon."""
