@@ -2,9 +2,9 @@
 llama.cpp.
 
 Protocol: SmolLM2-135M, quantized once per recipe (little calibration: speed does not depend on it),
-exported with a KV cache; one of 4-bit weights also unpacked, one to a byte (`qnpu export --profile
-unpacked`), which prefills faster where XNNPACK has AMX kernels. LiteRT's default kernels, XNNPACK
-where it takes an op, a number of threads; everything runs in turn and medians are compared
+exported with a KV cache; 4-bit weights also unpacked, one to a byte for prefill (`qnpu export
+--profile unpacked`), which is faster where XNNPACK has AMX kernels. LiteRT's default kernels,
+XNNPACK where it takes an op, a number of threads; everything runs in turn and medians are compared
 (`qnpu_jax.npu.host`), llama.cpp in a process of its own. Peak memory is that of a process of its
 own that loads a file and runs both signatures once.
 
@@ -33,7 +33,7 @@ from qnpu_jax.freeze import IntegerModel
 from qnpu_jax.models.checkpoint import resolve
 from qnpu_jax.npu import host
 from qnpu_jax.npu.host import FLOAT, Row
-from qnpu_jax.stored import Integers, Reals, Stored, Unpacked
+from qnpu_jax.stored import Integers, Reals, Stored, UnpackedPrefill
 
 GOALS = ("w8a8i8", "w4a8i8")
 RECIPES = [*GOALS, "w8a8s8", "w4a8s8", "w8a8", "w4a8", "w4a16"]
@@ -65,8 +65,8 @@ def written(
     forms: dict[str, tuple[IntegerModel, Stored]] = {FLOAT: (first, Reals.of(first))}
     for name, model in integers.items():
         forms[name] = (model, Integers(model))
-        if Unpacked.differs(model):
-            forms[name + UNPACKED] = (model, Unpacked(model))
+        if UnpackedPrefill.differs(model):
+            forms[name + UNPACKED] = (model, UnpackedPrefill(model))
     paths = {}
     for name, (model, stored) in forms.items():
         paths[name] = folder / f"{name}.tflite"

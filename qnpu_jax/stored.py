@@ -127,8 +127,7 @@ class Integers:
 
 @dataclass(frozen=True)
 class Unpacked(Integers):
-    """As `Integers`, with 4-bit codes in INT8 tensors: the same codes and scales, twice the size,
-    for kernels that lack 4 bits or have faster ones for 8."""
+    """As `Integers`, with 4-bit codes in INT8 tensors: the same codes and scales, twice as large."""
 
     @staticmethod
     def differs(model: IntegerModel) -> bool:
@@ -139,6 +138,17 @@ class Unpacked(Integers):
     def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
         form = super().form(graph, layer, name)
         return form | {"dtype": "int8"} if form["dtype"] == "int4" else form
+
+
+@dataclass(frozen=True)
+class UnpackedPrefill(Unpacked):
+    """As `Unpacked` where several tokens come at once: products of matrices, which kernels for 8
+    bits may compute faster. A single token waits for memory, so its weights stay packed; a file of
+    both signatures holds 4-bit weights twice."""
+
+    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
+        tokens = graph[graph.nodes[0].inputs[0]].shape[0]
+        return (super() if tokens > 1 else Integers(self.model)).form(graph, layer, name)
 
 
 @dataclass(frozen=True)

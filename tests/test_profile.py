@@ -105,3 +105,15 @@ def test_nothing_but_a_norm_is_wrapped():
         assert tuple(flat) == graph.nodes
         assert all(".norm." in f".{n.output}" for p in wrapped for n in p.nodes)
         assert all(len(p.inputs) == 1 and [*p.constants] == ["norm.eps"] for p in wrapped)
+
+
+def test_unpacked_weights_are_those_of_prefill(tmp_path):
+    """Of the signatures over a cache, decode keeps its 4-bit weights packed."""
+    model = tiny.quantized("gqa_llama3", "w4a8")
+    path = tmp_path / "m.tflite"
+    tflite.build_cached(model, 4, 24, stored=PROFILES["unpacked"](model)).write(path)
+    name = "layers.1.mlp.down.weight"
+    kinds = [
+        {t.type for t in graph.tensors if t.name == name.encode()} for graph in read(path).subgraphs
+    ]
+    assert kinds == [{schema.TensorType.INT8}, {schema.TensorType.INT4}]

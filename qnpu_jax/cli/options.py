@@ -17,8 +17,8 @@ Threads = Annotated[int, typer.Option(min=1, help="Of LiteRT.")]
 Profile = Annotated[
     ProfileName,
     typer.Option(
-        help="plain: 4-bit weights two to a byte; unpacked: one to a byte, which prefills faster on"
-        " CPUs with AMX; hexagon: norms as the NPU's own op."
+        help="plain: 4-bit weights two to a byte; unpacked: one to a byte in prefill, which is"
+        " faster on CPUs with AMX; hexagon: norms as the NPU's own op."
     ),
 ]
 EvalText = Annotated[

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from qnpu_jax.graph import Graph, Node
-from qnpu_jax.stored import Composite, Integers, Operand, Unpacked
+from qnpu_jax.stored import Composite, Integers, Operand, UnpackedPrefill
 
 RMS_NORM = "odml.rms_norm"
 GAMMA_CODE = 2**14
@@ -69,7 +69,7 @@ def _scope(name: str) -> str | None:
 ProfileName = Literal["plain", "unpacked", "hexagon"]
 PROFILES: dict[ProfileName, type[Integers]] = {
     "plain": Integers,
-    "unpacked": Unpacked,
+    "unpacked": UnpackedPrefill,
     "hexagon": NormsTogether,
 }
 """How a file of a profile holds a model. `unpacked` is for CPUs whose int8 kernels prefill faster
