@@ -127,7 +127,7 @@ class Integers:
 
 @dataclass(frozen=True)
 class Unpacked(Integers):
-    """As `Integers`, with 4-bit codes in INT8 tensors: the same codes and scales, twice as large."""
+    """As `Integers`, with 4-bit codes in INT8 tensors: the same codes, twice the size."""
 
     @staticmethod
     def differs(model: IntegerModel) -> bool:
