@@ -96,19 +96,16 @@ def report(
         )
     for name, (size, peak) in files.items():
         print(f"{name:16} file {size:6.1f} MB, peak memory {peak:6.0f} MiB")
-    best = {name: best_file(rows, name) for name in GOALS if name in args.recipes}
-    best = best or {name: best_file(rows, name) for name in args.recipes}
-    short = []
-    for name, times in best.values():
-        short += [f"{name} {key}: {t:.2f}" for key, t in times.items() if t < TIMES]
-    if args.quick:
-        short = []
-    for line in short:
-        print(f"short of the goal: {line} times float32, expected {TIMES}")
+    judged = [name for name in GOALS if name in args.recipes] or args.recipes
+    best = dict(best_file(rows, name) for name in judged)
+    slow = [(name, key, t) for name, times in best.items() for key, t in times.items() if t < TIMES]
+    short = [] if args.quick else slow
+    for name, key, t in short:
+        print(f"short of the goal: {name} {key}: {t:.2f} times float32, expected {TIMES}")
     for key in floats:
-        of_key = [times[key] for _, times in best.values()]
+        of_key = [times[key] for times in best.values()]
         print(f"{key}: {min(of_key):.2f} to {max(of_key):.2f} times the speed of float32", end="; ")
-    print(f"{' and '.join(name for name, _ in best.values())}, context {args.context}")
+    print(f"{' and '.join(best)}, context {args.context}")
     return 1 if short else 0
 
 

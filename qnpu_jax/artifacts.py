@@ -49,6 +49,7 @@ class Kind:
     made: re.Pattern[str] | None = None
 
     def holds(self, name: str) -> bool:
+        """Whether a file or folder of this name may lie in one."""
         return name in self.files or bool(self.made and self.made.fullmatch(name))
 
 

@@ -70,6 +70,7 @@ def test_four_bits_are_written_twice(tmp_path, plan, unpacked):
 
 MADE = """
 import os
+LOG = os.path.join(os.path.dirname(__file__), "log")
 class Llama:
     def __init__(self, path, **options):
         self.n_tokens = 0
@@ -77,11 +78,10 @@ class Llama:
     def reset(self):
         self.n_tokens = 0
     def eval(self, tokens):
-        with open(os.path.join(os.path.dirname(path_of_log), "log"), "a") as log:
+        with open(LOG, "a") as log:
             print(os.getpid(), self.n_tokens, len(tokens), file=log)
         self.n_tokens += len(tokens)
         {call}
-path_of_log = __file__
 """
 
 
@@ -91,7 +91,6 @@ def peer(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def start(init="pass", call="pass"):
-        (tmp_path / "log").unlink(missing_ok=True)
         (tmp_path / "llama_cpp.py").write_text(MADE.format(start=init, call=call))
         return llama.started(llama.Peer(tmp_path / "m.gguf", 8, 16, 1))
 

@@ -37,7 +37,7 @@ what is left of the context; and a short prompt need not wait for a long chunk."
 
 def write(stored: Integers, path: Path, prefill: int, context: int) -> None:
     """Writes the signatures `prefill_<prefill>`, `prefill_16` if that is shorter, and `decode` (one
-    token), which share all weights.
+    token), which share all weights that are stored alike.
 
     Inputs of T tokens: `tokens` (1, T) int32; `input_pos` (T,) int32, consecutive, 0 for the first
     token after the prefix; for every layer i `kv_cache_k_<i>` (1, N, C, K) and `kv_cache_v_<i>`
