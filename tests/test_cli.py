@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def test_learning_in_lines(monkeypatch, capfd):
             for n in (44, 47, 50, 53, 56, 59, 60)
         ),
     ]
+
+
+def test_tracking_starts_no_thread(monkeypatch):
+    """rich's own `track` does; Ctrl-C while it is joined left it to fail after the last line."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
+    with Display() as display, display.stage("calibrate"):
+        before = threading.enumerate()
+        for _ in display.track(range(2), 2, "calibrate"):
+            assert threading.enumerate() == before
 
 
 def test_recipe_and_graph(qnpu, here):

@@ -69,8 +69,11 @@ class Display(job.Observer):
 
     def track(self, items: Iterable[Any], length: int, what: str) -> Iterable[Any]:
         """Shows the running stage's steps."""
-        self._progress.update(self._task, description=what)
-        return self._progress.track(items, total=length, task_id=self._task)
+        task = self._task
+        self._progress.update(task, description=what, total=length, completed=0)
+        for item in items:  # rich's own `track` starts a thread, which Ctrl-C may orphan
+            yield item
+            self._progress.advance(task)
 
     def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
         """Shows step, loss, the best held-out KL and the time left in the stage."""
