@@ -1,14 +1,12 @@
 """What `qnpu quantize` refuses, and how: options, recipes, texts, models."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 from model_files import read_model, write_gguf, write_model
-from workspace import QUANTIZE
+from workspace import QUANTIZE, change_tensors
 
 from qnpu_jax.recipes import RECIPES
 
@@ -101,12 +99,6 @@ def test_bad_recipe(refused, here, change, message):
 def test_bad_text(refused, here, option, text, message):
     (here / "given.txt").write_bytes(text.encode("latin-1"))
     assert message in refused(*quantize(option, "given.txt"))
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    change(tensors)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
 
 
 def change_config(folder: Path, **change) -> None:

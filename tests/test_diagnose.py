@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_cli import change_tensors
+from workspace import change_tensors
 
 from qnpu_jax import artifacts, attribution, diagnose, diagnosis, heat_map, overlay
 from qnpu_jax.cli.simulated import Simulated

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import tokenizers
 from model_files import write_model
 
@@ -119,3 +121,10 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
     backend.save(str(folder / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Of a Hugging Face folder's model.safetensors, in place."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
