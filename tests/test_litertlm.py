@@ -193,9 +193,16 @@ def test_a_tokenizer_without_an_end_is_refused(here, builder):
     assert not (here / "m.litertlm").exists()
 
 
-@pytest.mark.parametrize("context", ["16", "600"])
-def test_a_context_that_does_not_fit_is_refused(refused, builder, context):
-    refused(*f"export out m.litertlm --litertlm --prefill 16 --context {context}".split())
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ("16", "context: 16 positions for 16 new tokens; expected more; raise --context or lower"),
+        ("600", "600 tokens = 600 positions; expected at most the model's 512"),
+    ],
+)
+def test_a_context_that_does_not_fit_is_refused(refused, builder, context, message):
+    args = f"export out m.litertlm --litertlm --prefill 16 --context {context}".split()
+    assert message in refused(*args)
 
 
 def test_a_file_that_exists_is_refused(refused, here, builder):

@@ -10,20 +10,19 @@ import learnable
 import numpy as np
 import pytest
 import tiny
+from test_parity import assert_fake_quant_is_simulator, simulated
 
 from qnpu_jax.calibrate import collect, initialize, is_rotated
 from qnpu_jax.evaluate import Reading
-from qnpu_jax.freeze import freeze
+from qnpu_jax.freeze import activation_scales, freeze
 from qnpu_jax.learn import stages, train
 from qnpu_jax.learn.parameters import Base, Theta, group_of, initial, student_scales
 from qnpu_jax.learn.stages import Learned, Text, learn, schedule
 from qnpu_jax.learn.train import History
-from qnpu_jax.quant import Scales
+from qnpu_jax.quant import Scales, code_range
 from qnpu_jax.recipes import EFFORTS, RECIPES, Effort, Recipe, Stage
 from qnpu_jax.resolve import resolve
 from qnpu_jax.weights import Fitted
-from sim.run import compile_model
-from sim.run import run as simulate
 
 TEXT = Text(learnable.random_ids(4, seed=5), learnable.WINDOWS, learnable.HELD_OUT)
 ROTATION = Stage(learn=(("rotation", 0.01), ("rotated", 0.01)), share=0.25)
@@ -244,28 +243,45 @@ def test_the_float_function_is_what_it_was(runs):
     assert np.abs(after["embed.weight"] - params["embed.weight"]).max() > 1e-3
 
 
-def test_the_frozen_model_is_the_learned_one(runs):
-    """Integer arithmetic rounds otherwise than float32 does: a code differs by one here and there
-    (test_parity), which two layers at 8 bits make about one code of every logit."""
+def test_the_frozen_parameters_are_the_learned_ones(runs):
+    """Scales and zero points to the bit; weights, prefix and biases to the nearest code."""
+    dec, made = learnable.made()[0], runs[0]
+    scales = resolve(dec, made.free)
+    model = freeze(dec, made.params, made.free, learnable.PREFIX)
+    activations = activation_scales(model)
+    same(activations, {n: scales[n] for n in activations})
+    for graph in dec.graphs:
+        for spec in graph.named("param"):
+            name = graph.prefix + spec.name
+            scale, codes = model.scale[name], model.codes[name]
+            lo, hi = -np.inf, np.inf  # of biases, which are float until then
+            if name in scales:
+                same(scale, scales[name].scale)
+                lo, hi = (r.reshape(-1, *[1] * (codes.ndim - 1)) for r in code_range(spec))
+            else:
+                assert name.endswith(".bias")
+            scale = scale.reshape(scale.shape + (1,) * (codes.ndim - scale.ndim))
+            nearest = np.clip(made.params[name] / scale.astype(np.float64), lo, hi)
+            assert np.abs(codes - nearest).max() <= 0.5, name
+
+
+def test_the_frozen_model_computes_the_learned_one(runs):
+    """Each node to a code (test_parity). Half a code of a bias is enough for other codes after it:
+    about one of every logit, two layers later. So first choices that lead by a few codes may differ
+    (with jax 0.12 one of 160 does, by 5 codes), and are not compared."""
     dec, params, _ = learnable.made()
     made = runs[0]
     model = freeze(dec, made.params, made.free, learnable.PREFIX)
-    simulator = compile_model(model, model.decoder(learnable.TOKENS))
     scale, zero = (v["head.logits"] for v in (model.scale, model.zero_point))
     after = {n: jnp.asarray(x) for n, x in made.params.items()}
     windows = np.concatenate([TEXT.held_out, TEXT.learning])
     fake, exact = (
-        np.rint(np.concatenate([learnable.logits_of(dec, r, ids) for ids in windows]) / scale)
+        np.rint(np.stack([learnable.logits_of(dec, r, ids) for ids in windows]) / scale)
         for r in (Reading(after, resolve(dec, made.free)), Reading(params, {}))
     )
-    codes = np.concatenate([simulate(simulator, ids)["head.logits"] for ids in windows])
-    integer = codes.astype(np.float64) - zero
+    codes = [simulated(model, ids) for ids in windows]
+    for ids, tensors in zip(windows, codes, strict=True):
+        assert_fake_quant_is_simulator(model, ids, tensors)
+    integer = np.stack([t["head.logits"] for t in codes]).astype(np.float64) - zero
     assert np.abs(integer - fake).mean() <= 1.5
     assert np.abs(exact - fake).mean() > 4, "quantization costs more than that"
-    # Two logits' errors differ by sqrt 2 times the standard deviation of one's: a first choice
-    # that leads by more than three times that is the same one, but where one code early on has
-    # changed all that follow: at one of 127 positions with jax 0.11.2, at none with 0.10.2.
-    runner_up, best = np.partition(fake, -2, axis=-1)[:, -2:].T
-    clear = best - runner_up > 3 * np.sqrt(2) * (integer - fake).std()
-    assert clear.mean() >= 0.75
-    assert (integer.argmax(axis=-1) == fake.argmax(axis=-1))[clear].mean() >= 0.98
