@@ -59,7 +59,7 @@ def make(folder: Path, cases: int) -> None:
     from kernel_cases import VARIANTS  # pyright: ignore[reportMissingImports]
     from single_op import single_op  # pyright: ignore[reportMissingImports]
 
-    from qnpu_jax.config import UserError
+    from qnpu_jax.errors import UserError
 
     folder.mkdir(parents=True, exist_ok=True)
     for v, variant in enumerate(VARIANTS):

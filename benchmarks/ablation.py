@@ -34,7 +34,7 @@ from protocol import (
     table,
 )
 
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 from qnpu_jax.recipes import Recipe, Stage, load_recipe
 
 FULL = "full recipe"

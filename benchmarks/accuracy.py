@@ -29,7 +29,7 @@ from protocol import (
     table,
 )
 
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 from qnpu_jax.recipes import RECIPES, load_recipe
 
 FLOAT = {"b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53": (30.03, 0.05)}

@@ -18,13 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import outcome
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import ProfileName
 from sim_speed import MODEL, quantize
 
-from qnpu_jax import corpus, freeze, models, tflite, verify
-from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.litert import KernelSet, LiteRT
-from sim.numerics import ProfileName
-from sim.run import compile_model, run
+from qnpu_jax.integer import storage
+from qnpu_jax.integer.model import IntegerModel
+from qnpu_jax.models.checkpoint import load
+from qnpu_jax.proof import comparison
+from qnpu_jax.text import files
+from qnpu_jax.tflite import writer
+from qnpu_jax.tflite.interpreter import KernelSet, LiteRT
 
 KERNELS: dict[ProfileName, KernelSet] = {
     "litert_ref": "ref",
@@ -53,16 +57,16 @@ def integers(names: list[str], quick: bool) -> Iterator[tuple[str, IntegerModel]
     """Each model by name, one at a time: folders as they are, recipes with little calibration."""
     for name in names:
         if Path(name).is_dir():
-            yield Path(name).name, freeze.load(Path(name))
+            yield Path(name).name, storage.load(Path(name))
         else:
             yield name, quantize([name], quick)[0][name]
 
 
 def real_text(path: Path | None, tokens: int) -> np.ndarray:
     """The first token ids of a text, (tokens,) int32."""
-    checkpoint = models.load(MODEL)
-    texts = corpus.read_text(path) if path else [corpus.default_text()]
-    ids = corpus.tokenize(texts, checkpoint.tokenizer, checkpoint.config.vocab_size, str(path))
+    checkpoint = load(MODEL)
+    texts = files.read_text(path) if path else [files.default_text()]
+    ids = files.tokenize(texts, checkpoint.tokenizer, checkpoint.config.vocab_size, str(path))
     return np.asarray(ids[:tokens], np.int32)
 
 
@@ -73,7 +77,7 @@ class Row:
     model: str
     profile: str
     threads: int
-    tensors: verify.Comparison
+    tensors: comparison.Comparison
     logits: int
     seconds: float
     differing: int = field(init=False)
@@ -92,10 +96,10 @@ class Row:
 def compare(name: str, model: IntegerModel, ids: np.ndarray, threads: list[int]) -> Iterator[Row]:
     """Every kernel set on one window."""
     dec = model.decoder(len(ids))
-    ops = verify.op_names(dec)
+    ops = comparison.op_names(dec)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.tflite"
-        tflite.write(model, path, len(ids))
+        writer.write(model, path, len(ids))
         for profile, kernels in KERNELS.items():
             program = compile_model(model, dec, profile)
             got = {n: np.asarray(x) for n, x in run(program, ids, keep=lambda _: True).items()}
@@ -103,7 +107,7 @@ def compare(name: str, model: IntegerModel, ids: np.ndarray, threads: list[int])
                 start = time.perf_counter()
                 runner = LiteRT(path, kernels, keep_tensors=True, threads=count)
                 runner.run(ids)
-                tensors = verify.compare(runner.tensors(), got, ops)
+                tensors = comparison.compare(runner.tensors(), got, ops)
                 del runner
                 plain = LiteRT(path, kernels, threads=count).run(ids)
                 differing = int(np.count_nonzero(plain != got["head.logits"]))

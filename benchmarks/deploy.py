@@ -5,7 +5,7 @@ Protocol: SmolLM2-135M, quantized once per recipe (little calibration: speed doe
 exported with a KV cache; 4-bit weights also unpacked, one to a byte for prefill (`qnpu export
 --profile unpacked`), which is faster where XNNPACK has AMX kernels. LiteRT's default kernels,
 XNNPACK where it takes an op, a number of threads; everything runs in turn and medians are compared
-(`qnpu_jax.npu.host`), llama.cpp in a process of its own. Peak memory is that of a process of its
+(`qnpu_jax.latency.cpu`), llama.cpp in a process of its own. Peak memory is that of a process of its
 own that loads a file and runs both signatures once.
 
 Goals, of the recipes that are for CPUs (GOALS): a file that prefills and decodes at least 3 times
@@ -28,12 +28,12 @@ import llama
 import outcome
 from sim_speed import MODEL, quantize
 
-from qnpu_jax import tflite
-from qnpu_jax.freeze import IntegerModel
+from qnpu_jax.integer.model import IntegerModel
+from qnpu_jax.latency import cpu
+from qnpu_jax.latency.cpu import FLOAT, Row
 from qnpu_jax.models.checkpoint import resolve
-from qnpu_jax.npu import host
-from qnpu_jax.npu.host import FLOAT, Row
-from qnpu_jax.stored import Integers, Reals, Stored, UnpackedPrefill
+from qnpu_jax.tflite import cached
+from qnpu_jax.tflite.forms import Integers, Reals, Stored, UnpackedPrefill
 
 GOALS = ("w8a8i8", "w4a8i8")
 RECIPES = [*GOALS, "w8a8s8", "w4a8s8", "w8a8", "w4a8", "w4a16"]
@@ -70,13 +70,13 @@ def written(
     paths = {}
     for name, (model, stored) in forms.items():
         paths[name] = folder / f"{name}.tflite"
-        tflite.build_cached(model, args.prefill, args.context, stored=stored).write(paths[name])
+        cached.build_cached(model, args.prefill, args.context, stored=stored).write(paths[name])
     return paths
 
 
 def peak_memory(path: Path, threads: int) -> float:
     """MiB at the peak of this process, which runs both signatures once; Linux only."""
-    for _, call in host.calls(path, threads).values():
+    for _, call in cpu.calls(path, threads).values():
         call()
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
@@ -113,7 +113,7 @@ def best_file(rows: Sequence[Row], recipe: str) -> tuple[str, dict[str, float]]:
     """Of a recipe's files, the one whose slower signature is the fastest: its name, and how many
     times as fast as float32 it is, by signature."""
     files = dict.fromkeys(r.reader for r in rows if r.reader in (recipe, recipe + UNPACKED))
-    times = {name: host.speedups(rows, reader=name) for name in files}
+    times = {name: cpu.speedups(rows, reader=name) for name in files}
     best = max(times, key=lambda name: min(times[name].values()))
     return best, times[best]
 
@@ -123,10 +123,10 @@ def measured(args: argparse.Namespace) -> int:
     integers, _ = quantize(args.recipes, quick=True)
     with tempfile.TemporaryDirectory() as folder:
         paths = written(integers, Path(folder), args)
-        work = [call for n, path in paths.items() for call in host.named(n, path, args.threads)]
+        work = [call for n, path in paths.items() for call in cpu.named(n, path, args.threads)]
         peer = llama.Peer(resolve(MODEL), args.prefill, args.context, args.threads)
         with llama.started(peer) as calls:
-            rows = host.measure(work + calls, args.rounds)
+            rows = cpu.measure(work + calls, args.rounds)
         peak = partial(peak_memory, threads=args.threads)
         files = {}
         for name, path in paths.items():

@@ -3,7 +3,7 @@ emulator lies from the simulator. Needs the extra `qnn`, Linux on x86-64.
 
 Protocol: every folder of `qnpu quantize`, SoC and export profile is compiled as `qnpu compile` does
 (prefill and decode over a KV cache): ops and partitions on the NPU, DDR bytes by the compiler's
-count, its time and memory, and the roofline ESTIMATE of `qnpu_jax.npu.roofline`. Then the emulator
+count, its time and memory, and the roofline ESTIMATE of `qnpu_jax.latency.roofline`. Then the emulator
 of the first SoC runs the first layer's ops on the simulator's inputs, whole layers beside float,
 and the whole model on held-out text beside the simulator.
 
@@ -26,17 +26,21 @@ from typing import get_args
 import numpy as np
 import outcome
 
-from qnpu_jax import artifacts, deploy, freeze, pipeline, texts, tflite
-from qnpu_jax.cli.simulated import Simulated
+from qnpu_jax import artifacts, output, pipeline
+from qnpu_jax.compilers import hexagon
+from qnpu_jax.compilers.emulation import Emulation
+from qnpu_jax.compilers.emulator_differences import LayerDifference, OpDifference, TextDifference
 from qnpu_jax.config import ModelConfig
-from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.learn.stages import Text
+from qnpu_jax.integer import storage
+from qnpu_jax.integer.model import IntegerModel
+from qnpu_jax.latency import roofline
 from qnpu_jax.models.llama import expected_tensors
-from qnpu_jax.npu import hexagon, roofline
-from qnpu_jax.npu.compare import LayerDifference, OpDifference, TextDifference
-from qnpu_jax.npu.emulation import Emulation
-from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
+from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.recipes import load_recipe
+from qnpu_jax.text import excerpts
+from qnpu_jax.text.windows import Text
+from qnpu_jax.tflite import cached
+from qnpu_jax.tflite.export_profiles import DEFAULT, PROFILES, ProfileName
 
 FASTER = 0.151
 """How far w4a8's prefill should lie below w4a16's: what Quant.npu reports of SM8650."""
@@ -121,8 +125,8 @@ def arguments() -> argparse.Namespace:
 
 def read_case(folder: Path, args: argparse.Namespace) -> Case:
     recipe = artifacts.read_report(folder)["recipe"]
-    model = freeze.load(folder)
-    ids = texts.tokenized(args.text, deploy.tokenizer(folder), model.config.vocab_size)
+    model = storage.load(folder)
+    ids = excerpts.tokenized(args.text, output.tokenizer(folder), model.config.vocab_size)
     count = max(1, args.windows)
     return Case(recipe, model, ids.first(args.tokens, count * args.tokens).windows)
 
@@ -146,7 +150,7 @@ def compiled(case: Case, soc: str, profile: ProfileName, args: argparse.Namespac
     stored = PROFILES[profile](case.model)
     with tempfile.TemporaryDirectory() as folder:
         source, target = (Path(folder) / name for name in ("source.tflite", "compiled.tflite"))
-        tflite.build_cached(case.model, args.prefill, args.context, stored=stored).write(source)
+        cached.build_cached(case.model, args.prefill, args.context, stored=stored).write(source)
         made = hexagon.compile_file(source, soc, target)
     estimates = None
     if soc in roofline.SOCS:
@@ -155,7 +159,7 @@ def compiled(case: Case, soc: str, profile: ProfileName, args: argparse.Namespac
             s.name: roofline.estimate(
                 roofline.soc(soc),
                 s.traffic.total,
-                roofline.macs(tflite.cached_decoder(case.model, tokens, args.context)),
+                roofline.macs(cached.cached_decoder(case.model, tokens, args.context)),
             ).seconds
             for s, tokens in zip(made.signatures, lengths, strict=True)
         }

@@ -19,12 +19,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from protocol import Row, read_rows
 
-from qnpu_jax import corpus, models, pipeline
-from qnpu_jax.config import UserError
-from qnpu_jax.decoder import decoder
-from qnpu_jax.evaluate import passes
-from qnpu_jax.prefix import add_prefix
+from qnpu_jax import pipeline
+from qnpu_jax.errors import UserError
+from qnpu_jax.fakequant.passes import passes
+from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.models.checkpoint import load
 from qnpu_jax.recipes import Recipe, load_recipe
+from qnpu_jax.text import files
+from qnpu_jax.transform.prefix import add_prefix
 
 TENSORS = {
     "attn.input": "input of q, k, v (rotated)",
@@ -55,12 +57,12 @@ def arguments() -> argparse.Namespace:
 
 def activations(args: argparse.Namespace) -> dict[str, dict[str, np.ndarray]]:
     """Values of each tensor in all layers over their layer's root mean square, by way."""
-    checkpoint = models.load(args.model)
+    checkpoint = load(args.model)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    texts = corpus.read_text(args.text) if args.text else [corpus.default_text()]
-    ids = corpus.tokenize(texts, tokenizer, config.vocab_size, str(args.text))
+    texts = files.read_text(args.text) if args.text else [files.default_text()]
+    ids = files.tokenize(texts, tokenizer, config.vocab_size, str(args.text))
     count, length = (2, 64) if args.quick else (8, 128)
-    windows = jnp.asarray(corpus.windows(ids, length, count, str(args.text)), jnp.int32)
+    windows = jnp.asarray(files.windows(ids, length, count, str(args.text)), jnp.int32)
     found: dict[str, dict[str, np.ndarray]] = {}
     for way, (rotation, prefix) in WAYS.items():
         recipe = Recipe("figure", load_recipe("w8a8").bits, rotation=rotation)

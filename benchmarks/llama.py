@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from qnpu_jax.npu.host import Call
+from qnpu_jax.latency.cpu import Call
 
 NAME = "llama.cpp"
 DECODE = "decode"

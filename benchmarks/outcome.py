@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 
 COULD_NOT_RUN = 2
 

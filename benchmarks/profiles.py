@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import outcome
 from bitexact import integers, real_text
+from qnpu_sim.program import Program, compile_model, run, run_op
+from qnpu_sim.rounding import Npu, Profile
 
-from qnpu_jax.evaluation import divergence, integer_logits, perplexity
-from qnpu_jax.freeze import IntegerModel
-from sim.numerics import Npu, Profile
-from sim.run import Program, compile_model, run, run_op
+from qnpu_jax.integer.model import IntegerModel
+from qnpu_jax.measure.perplexity import divergence, integer_logits, perplexity
 
 PLAIN = Npu()
 PROFILES: dict[str, Profile] = {

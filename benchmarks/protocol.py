@@ -26,12 +26,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from qnpu_sim.program import compile_model, run
 
-from qnpu_jax import corpus, evaluation, models, pipeline
-from qnpu_jax.config import UserError
-from qnpu_jax.learn.stages import Text
+from qnpu_jax import pipeline
+from qnpu_jax.errors import UserError
+from qnpu_jax.measure import perplexity as measure_perplexity
+from qnpu_jax.measure.perplexity import divergence, fake_quant_logits, float_logits, integer_logits
+from qnpu_jax.models import checkpoint as models_checkpoint
+from qnpu_jax.models.checkpoint import Checkpoint
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
-from sim.run import compile_model, run
+from qnpu_jax.text import files
+from qnpu_jax.text.windows import Text
 
 Row = dict[str, Any]
 """Name, settings and readings of one measurement, as JSON has them."""
@@ -74,16 +79,16 @@ def quick(recipe: Recipe) -> Recipe:
 class Bench:
     """A model and its texts."""
 
-    checkpoint: models.Checkpoint
+    checkpoint: Checkpoint
     held_out: np.ndarray
     calibration: Path
 
     def windows(self, path: Path | None, length: int, tokens: int) -> np.ndarray:
         """Of a file, by default of Python's documentation."""
-        texts = [corpus.default_text()] if path is None else corpus.read_text(path)
+        texts = [files.default_text()] if path is None else files.read_text(path)
         tokenizer, size = self.checkpoint.tokenizer, self.checkpoint.config.vocab_size
-        ids = corpus.tokenize(texts, tokenizer, size, str(path))
-        return corpus.windows(ids, length, max(1, tokens // length), str(path))
+        ids = files.tokenize(texts, tokenizer, size, str(path))
+        return files.windows(ids, length, max(1, tokens // length), str(path))
 
     def text(self, recipe: Recipe, effort: Effort) -> Text:
         calibration = self.windows(
@@ -97,7 +102,7 @@ class Bench:
 
 
 def load(args: argparse.Namespace) -> Bench:
-    bench = Bench(models.load(args.model), np.zeros(0), args.calibration)
+    bench = Bench(models_checkpoint.load(args.model), np.zeros(0), args.calibration)
     held_out = bench.windows(args.text, args.length, args.windows * args.length)
     return Bench(bench.checkpoint, held_out, args.calibration)
 
@@ -147,27 +152,27 @@ def _scores(
     bench: Bench, recipe: Recipe, made: pipeline.Quantized, batch: int, simulate: bool
 ) -> Row:
     config, model = bench.checkpoint.config, made.model
-    readings = {"fake_quant": evaluation.fake_quant_logits(model)}
+    readings = {"fake_quant": fake_quant_logits(model)}
     if simulate:
         program = compile_model(model, model.decoder(bench.held_out.shape[1]), "litert_ref")
         codes = lambda ids: run(program, ids)["head.logits"]  # noqa: E731
-        readings["simulator"] = evaluation.integer_logits(model, codes)
+        readings["simulator"] = integer_logits(model, codes)
     scores: Row = {
-        name: evaluation.perplexity(logits, bench.held_out, batch)
+        name: measure_perplexity.perplexity(logits, bench.held_out, batch)
         for name, logits in readings.items()
     }
     last = list(readings.values())[-1]
-    original = evaluation.float_logits(config, recipe.bits, made.reference)
-    found = evaluation.divergence(original, last, bench.held_out, batch)
+    original = float_logits(config, recipe.bits, made.reference)
+    found = divergence(original, last, bench.held_out, batch)
     return {**scores, "kl": found.kl, "top1": found.top1}
 
 
 def float_perplexity(bench: Bench, recipe: Recipe, batch: int) -> float:
     """Of the float model, without a prefix."""
     params = pipeline.prepare(bench.checkpoint.config, bench.checkpoint.params, recipe)
-    logits = evaluation.float_logits(bench.checkpoint.config, recipe.bits, params)
+    logits = float_logits(bench.checkpoint.config, recipe.bits, params)
     with jax.default_matmul_precision("highest"):
-        return evaluation.perplexity(logits, bench.held_out, batch)
+        return measure_perplexity.perplexity(logits, bench.held_out, batch)
 
 
 @dataclass(frozen=True)
@@ -189,8 +194,8 @@ def settings_of(args: argparse.Namespace, bench: Bench) -> Row:
     """The settings that all rows share."""
     return {
         "model": bench.checkpoint.sha256[:12],
-        "text": corpus.digest(args.text)[:12],
-        "calibration": corpus.digest(args.calibration)[:12],
+        "text": files.digest(args.text)[:12],
+        "calibration": files.digest(args.calibration)[:12],
         "windows": args.windows,
         "length": args.length,
     }

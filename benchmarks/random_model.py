@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from qnpu_jax.config import ModelConfig
-from qnpu_jax.decoder import decoder
-from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.ops import WIDENING, Requantize
+from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.ops import WIDENING, Requantize
+from qnpu_jax.integer.model import IntegerModel
 from qnpu_jax.recipes import RECIPES
 
 SMOLLM2 = ModelConfig(

@@ -21,15 +21,16 @@ import matplotlib as mpl
 import numpy as np
 import outcome
 from matplotlib.figure import Figure
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import PROFILES
 from random_model import random_model
 from sim_speed import Row, float_logits, float_name, measure, quantize
 
-from qnpu_jax import artifacts, freeze
-from qnpu_jax.config import UserError
-from qnpu_jax.evaluate import Params
-from qnpu_jax.freeze import IntegerModel
-from sim.numerics import PROFILES
-from sim.run import compile_model, run
+from qnpu_jax import artifacts
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph.layered import Params
+from qnpu_jax.integer import storage
+from qnpu_jax.integer.model import IntegerModel, dequantize
 
 FIGURE = Path("benchmarks/figures/sim_scaling.svg")
 
@@ -142,8 +143,8 @@ def measured(args: argparse.Namespace) -> int:
     if args.folder or args.random:
         if args.folder:
             artifacts.read_report(args.folder)
-        model = freeze.load(args.folder) if args.folder else random_model("w8a8")
-        params = {n: jnp.asarray(x) for n, x in freeze.dequantize(model).items()}
+        model = storage.load(args.folder) if args.folder else random_model("w8a8")
+        params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
     else:
         integers, params = quantize(["w8a8"], quick=True)
         model = integers["w8a8"]

@@ -33,17 +33,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import outcome
+from qnpu_sim.program import compile_model, run, sequences_at_once
+from qnpu_sim.rounding import PROFILES
 from random_model import random_model
 
-from qnpu_jax import artifacts, corpus, freeze, models, pipeline, tflite
-from qnpu_jax.evaluate import Params, evaluate, forward, local, shared_inputs
-from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.graph import TensorSpec
-from qnpu_jax.learn.stages import Text
-from qnpu_jax.litert import LiteRT
+from qnpu_jax import artifacts, pipeline
+from qnpu_jax.fakequant.evaluate import evaluate
+from qnpu_jax.fakequant.forward import forward, shared_inputs
+from qnpu_jax.graph.graph import TensorSpec
+from qnpu_jax.graph.layered import Params, local
+from qnpu_jax.integer import storage
+from qnpu_jax.integer.model import IntegerModel, dequantize
+from qnpu_jax.models.checkpoint import load
 from qnpu_jax.recipes import RECIPES, load_recipe
-from sim.numerics import PROFILES
-from sim.run import compile_model, run, sequences_at_once
+from qnpu_jax.text import files as text_files
+from qnpu_jax.text.files import default_text, tokenize
+from qnpu_jax.text.windows import Text
+from qnpu_jax.tflite import writer
+from qnpu_jax.tflite.interpreter import LiteRT
 
 MODEL = "smollm2-135m"
 MIN_TIMES_REFERENCE, MIN_TIMES_FLOAT, MAX_MEMORY = 20.0, 1.0, 1.5
@@ -103,10 +110,10 @@ def models_of(args: argparse.Namespace) -> tuple[dict[str, IntegerModel], Params
     if args.random:
         loaded = {name: random_model(name) for name in args.recipe}
     elif args.folder:
-        loaded = {artifacts.read_report(f)["recipe"]: freeze.load(f) for f in args.folder}
+        loaded = {artifacts.read_report(f)["recipe"]: storage.load(f) for f in args.folder}
     else:
         return quantize(args.recipe, args.quick)
-    params = freeze.dequantize(next(iter(loaded.values())))
+    params = dequantize(next(iter(loaded.values())))
     return loaded, {name: jnp.asarray(x) for name, x in params.items()}
 
 
@@ -120,10 +127,10 @@ def quantize(recipes: list[str], quick: bool) -> tuple[dict[str, IntegerModel], 
     chosen = [
         replace(load_recipe(name), weight_init="minmax", stages=(), **saved) for name in recipes
     ]
-    checkpoint = models.load(MODEL)
+    checkpoint = load(MODEL)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    ids = corpus.tokenize([corpus.default_text()], tokenizer, config.vocab_size, "default text")
-    windows = corpus.windows(ids, 128, 4, "default text")
+    ids = tokenize([default_text()], tokenizer, config.vocab_size, "default text")
+    windows = text_files.windows(ids, 128, 4, "default text")
     params = pipeline.prepare(config, checkpoint.params, chosen[0])
     made = [
         pipeline.quantize(config, params, r, Text.of(windows), tokenizer.bos_id) for r in chosen
@@ -142,7 +149,7 @@ def float_logits(dec: Any, params: Params, ids: jax.Array) -> jax.Array:
 
 
 def half_forward(dec: Any, params: Params, ids: jax.Array) -> jax.Array:
-    """`evaluate.forward` with every tensor in bfloat16."""
+    """`forward.forward` with every tensor in bfloat16."""
 
     def half(_: TensorSpec, x: jax.Array) -> jax.Array:
         return x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -175,7 +182,7 @@ def rows_of(
     for name, model in integers.items():
         if folder is not None:
             path = folder / f"{name}_{tokens}.tflite"
-            tflite.write(model, path, tokens)
+            writer.write(model, path, tokens)
             interpreters[name] = LiteRT(path)
         for profile in PROFILES:
             programs[name, profile] = compile_model(model, model.decoder(tokens), profile)

@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qnpu_jax import models
-from qnpu_jax.config import ModelConfig, UserError
-from qnpu_jax.decoder import Decoder, decoder
-from qnpu_jax.graph import Graph
+from qnpu_jax.config import ModelConfig
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph.decoder import Decoder, decoder
+from qnpu_jax.graph.graph import Graph
+from qnpu_jax.graph.qparams import QParams
+from qnpu_jax.graph.scales import is_free
 from qnpu_jax.learn.parameters import Base, initial, ranges, units
 from qnpu_jax.learn.train import compiled, start
-from qnpu_jax.quant import QParams
+from qnpu_jax.models import checkpoint
 from qnpu_jax.recipes import EFFORTS, load_recipe
-from qnpu_jax.resolve import is_free
 
 CASES = (
     # layers, batch, tokens of a sequence
@@ -127,7 +128,7 @@ def measure(config: ModelConfig, args: argparse.Namespace, batch: int, length: i
 def main() -> int:
     args = arguments()
     try:
-        config = models.load(args.model).config
+        config = checkpoint.load(args.model).config
         rows = []
         print(
             f"{'layers':>6} {'batch':>5} {'tokens':>6} {'weights':>9} {'one layer':>10}"

@@ -1,6 +1,6 @@
 """Zero-shot accuracy of a model: float, and fake-quantized and simulated from an output folder.
 
-Protocol: `qnpu_jax.tasks` on every *.jsonl of a folder, all items, 0 examples in the prompt, no
+Protocol: `qnpu_jax.measure.tasks` on every *.jsonl of a folder, all items, 0 examples in the prompt, no
 system prompt or chat template. Headline: the mean over tasks of acc_norm (of a last word: exact
 match), and its ratio to the float model's, which runs without prefix and, as such figures are
 published, without BOS.
@@ -18,13 +18,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from qnpu_sim.program import compile_model, run
 
-from qnpu_jax import evaluation, freeze, models, tasks
-from qnpu_jax.config import UserError, bit_plan
-from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.models import Checkpoint
-from qnpu_jax.rotate import fold_norms
-from sim.run import compile_model, run
+from qnpu_jax.config import bit_plan
+from qnpu_jax.errors import UserError
+from qnpu_jax.integer import storage
+from qnpu_jax.integer.model import IntegerModel
+from qnpu_jax.measure import tasks
+from qnpu_jax.measure.perplexity import Logits, fake_quant_logits, float_logits, integer_logits
+from qnpu_jax.models.checkpoint import Checkpoint, load
+from qnpu_jax.transform.fold import fold_norms
 
 GOALS = {8: 0.99, 4: 0.95}
 """Least ratio of the simulator's mean accuracy to float's, by the bits of the narrowest weights."""
@@ -60,7 +63,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def simulated(model: IntegerModel) -> evaluation.Logits:
+def simulated(model: IntegerModel) -> Logits:
     """The integer simulator at any length: a program per length, made when it first comes."""
 
     @functools.cache
@@ -70,7 +73,7 @@ def simulated(model: IntegerModel) -> evaluation.Logits:
     def codes(ids: np.ndarray) -> Any:
         return run(program(ids.shape[-1]), ids)["head.logits"]
 
-    return evaluation.integer_logits(model, codes)
+    return integer_logits(model, codes)
 
 
 def recipe_name(folder: Path, checkpoint: Checkpoint) -> str:
@@ -99,7 +102,7 @@ def narrowest_weights(model: IntegerModel) -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Results by reading, with what they were measured on."""
-    checkpoint = models.load(args.model)
+    checkpoint = load(args.model)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     found = tasks.read_folder(args.tasks, args.limit)
     if args.only and (unknown := set(args.only) - {task.name for task in found}):
@@ -110,13 +113,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found = [task for task in found if not args.only or task.name in args.only]
     about: dict[str, Any] = {"model": checkpoint.source, "recipe": None, "goal": None}
     params = jax.device_put(fold_norms(config, dict(checkpoint.params)))
-    readings = {"float": evaluation.float_logits(config, bit_plan(8, 8), params)}
+    readings = {"float": float_logits(config, bit_plan(8, 8), params)}
     if args.folder:
         about["recipe"] = recipe_name(args.folder, checkpoint)
-        model = freeze.load(args.folder)
+        model = storage.load(args.folder)
         about["goal"] = GOALS[8 if narrowest_weights(model) >= 8 else 4]
         if not args.no_fake_quant:
-            readings["fake-quant"] = evaluation.fake_quant_logits(model)
+            readings["fake-quant"] = fake_quant_logits(model)
         readings["simulator"] = simulated(model)
     print(
         f"{'reading':10} {'task':14} {'items':>5} {'acc':>7} {'acc_norm':>8} {'stderr':>6}"

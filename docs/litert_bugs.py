@@ -15,8 +15,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
-from qnpu_jax.flatbuffer import ModelWriter
-from qnpu_jax.litert import RESOLVERS, KernelSet
+from qnpu_jax.tflite.flatbuffer import ModelWriter
+from qnpu_jax.tflite.interpreter import RESOLVERS, KernelSet
 
 Code = schema.BuiltinOperator
 Quantization = tuple[float, int]

@@ -1,5 +1,6 @@
 """Output folders: written beside their place and moved in whole, so that a killed run leaves
-nothing that loads."""
+nothing that loads.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 
 MODEL = "model.tflite"
 REPORT = "report.json"

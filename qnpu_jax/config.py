@@ -12,13 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-
-class UserError(Exception):
-    """A mistake of the caller: the message names the file or tensor, expected, got, and the way
-    out.
-
-    The command line prints it as one line and exits with status 2.
-    """
+from qnpu_jax.errors import UserError
 
 
 @dataclass(frozen=True)

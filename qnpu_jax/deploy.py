@@ -12,18 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qnpu_jax import artifacts, freeze, texts, tflite
-from qnpu_jax.config import UserError
-from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.litert import KernelSet
-from qnpu_jax.models import Tokenizer
-from qnpu_jax.npu import ethos, ethos_form, hexagon, litertlm
-from qnpu_jax.npu.emulation import Emulation
-from qnpu_jax.npu.profile import DEFAULT, PROFILES, ProfileName
-from qnpu_jax.npu.proof import CachedSimulator, prove
-from qnpu_jax.pipeline import Clock, Track, untracked
-from qnpu_jax.proof import Simulate, bound
-from qnpu_jax.tflite import Positions
+from qnpu_jax import artifacts
+from qnpu_jax.compilers import Emulation, ethos, ethos_form, hexagon
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph import Positions
+from qnpu_jax.integer import IntegerModel, Simulate, storage
+from qnpu_jax.output import tokenizer
+from qnpu_jax.progress import Clock, Track, untracked
+from qnpu_jax.proof import CachedSimulator, bound, prove_cached
+from qnpu_jax.runtime import litertlm_package
+from qnpu_jax.text import excerpts
+from qnpu_jax.tflite import DEFAULT, PROFILES, KernelSet, ProfileName, cached, check_prefill, writer
 
 
 def export(
@@ -37,7 +36,7 @@ def export(
     """Writes the model of a folder of `qnpu quantize` to `file`, for another length.
 
     Args:
-      context: write `prefill_<N>` and `decode` over a KV cache (`tflite.write_cached`)
+      context: write `prefill_<N>` and `decode` over a KV cache (`cached.write_cached`)
         of so many positions; None writes one prefill without a cache.
       profile: one of npu.profile.PROFILES: how the file holds the model.
 
@@ -48,14 +47,14 @@ def export(
     check_prefill(prefill)
     with artifacts.new_file(file) as partial:
         artifacts.read_report(out)
-        model = freeze.load(out)
+        model = storage.load(out)
         stored = PROFILES[profile](model)
         if context is None:
             bound(model, prefill, logits)
-            tflite.build(model, prefill, logits, stored).write(partial)
+            writer.build(model, prefill, logits, stored).write(partial)
         else:
             bound(model, context, logits)  # as many keys as every signature has
-            tflite.build_cached(model, prefill, context, logits, stored).write(partial)
+            cached.build_cached(model, prefill, context, logits, stored).write(partial)
 
 
 def package(
@@ -64,26 +63,16 @@ def package(
     """Writes the model of a folder of `qnpu quantize` to `file`, as a package for LiteRT-LM.
 
     Raises:
-      UserError: as `export` and `litertlm.write`.
+      UserError: as `export` and `litertlm_package.write`.
     """
     check_prefill(prefill)
-    litertlm.load_builder()  # before the model is read
+    litertlm_package.load_builder()  # before the model is read
     with artifacts.new_file(file) as partial:
         artifacts.read_report(out)
-        model = freeze.load(out)
+        model = storage.load(out)
         bound(model, context, "last")
         stored = PROFILES[profile](model)
-        litertlm.write(stored, out / artifacts.TOKENIZER, partial, prefill, context)
-
-
-def tokenizer(out: Path) -> Tokenizer:
-    """That of a folder of `qnpu quantize`.
-
-    Raises:
-      UserError: not such a folder, or a file of it changed since.
-    """
-    artifacts.read_report(out)
-    return Tokenizer.load(out / artifacts.TOKENIZER)
+        litertlm_package.write(stored, out / artifacts.TOKENIZER, partial, prefill, context)
 
 
 def deployed(out: Path, prefill: int, context: int, profile: ProfileName = "plain") -> Path:
@@ -114,20 +103,20 @@ def verified(
     fills the cache: two chunks, with single steps between and after, as far as there is room.
 
     Returns:
-      As the entry `verify` of `proof.prove`, and `steps`, the tokens of each.
+      As the entry `verify` of `prefill.prove_prefill`, and `steps`, the tokens of each.
 
     Raises:
       UserError: as `deployed`; the text is too short.
     """
     file = deployed(out, prefill, context)
     with clock.stage("load"):
-        model = freeze.load(out)
-        ids = texts.tokenized(text, tokenizer(out), model.config.vocab_size)
+        model = storage.load(out)
+        ids = excerpts.tokenized(text, tokenizer(out), model.config.vocab_size)
         length = min(2 * prefill + 4, context)
         read = ids.first(length, length).windows[0]
         simulator = simulate(model, prefill, context)
     with clock.stage("verify"):
-        found, taken = prove(file, model, simulator, read, kernels)
+        found, taken = prove_cached(file, model, simulator, read, kernels)
     return {
         "tensors": found.tensors,
         "elements": found.elements,
@@ -135,12 +124,6 @@ def verified(
         "differences": [str(d) for d in found.differences],
         "steps": taken,
     }
-
-
-def check_prefill(prefill: int) -> None:
-    """Raises UserError for a prefill too short to be one."""
-    if prefill < 2:
-        raise UserError(f"prefill: {prefill} is too short; expected at least 2; raise --prefill")
 
 
 def compiled(
@@ -187,7 +170,7 @@ def compiled_for_arm(
     ethos.check_installed()
     check_prefill(prefill)
     report = artifacts.read_report(out)
-    model = freeze.load(out)
+    model = storage.load(out)
     bound(model, context, "last")
     # Ethos-U65 has neither the products nor the gathers of the other spelling.
     stored = ethos_form.arm_form(model, respell=accelerator.startswith("ethos-u85"))
@@ -240,11 +223,11 @@ def emulated(
     hexagon.check_installed()
     artifacts.read_report(out)
     with clock.stage("load"):
-        model = freeze.load(out)
+        model = storage.load(out)
         count = model.config.num_layers
         if wrong := [i for i in layers if not 0 <= i < count]:
             raise UserError(f"--layers {wrong[0]}: expected 0 to {count - 1}; choose others")
-        ids = texts.tokenized(text, tokenizer(out), model.config.vocab_size)
+        ids = excerpts.tokenized(text, tokenizer(out), model.config.vocab_size)
         read = ids.first(tokens, max(1, windows) * tokens).windows
         emulation = Emulation(model, soc, read, simulate, profile)
     found: dict[str, Any] = {"ops": [], "layers": []}

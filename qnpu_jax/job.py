@@ -1,6 +1,6 @@
 """The main job: a model in, a proved integer .tflite out, with every number that the user is told.
 
-The simulator comes in as an argument (`proof.Simulate`).
+The simulator comes in as an argument (`simulator.Simulate`).
 """
 
 from __future__ import annotations
@@ -15,29 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from qnpu_jax import (
-    artifacts,
-    corpus,
-    evaluation,
-    freeze,
-    models,
-    pipeline,
-    texts,
-    tflite,
-)
-from qnpu_jax.config import ModelConfig, UserError
-from qnpu_jax.decoder import decoder
-from qnpu_jax.deploy import check_prefill
-from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.learn.stages import Store, schedule
-from qnpu_jax.learn.train import History
-from qnpu_jax.litert import KernelSet, LiteRT
+from qnpu_jax import artifacts, models, pipeline
+from qnpu_jax.config import ModelConfig
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph import Positions, decoder
+from qnpu_jax.integer import IntegerModel, Simulate, check_bits, storage
+from qnpu_jax.learn import History, Store, schedule
+from qnpu_jax.measure import perplexity
 from qnpu_jax.models import Checkpoint, Tokenizer
-from qnpu_jax.pipeline import Clock
-from qnpu_jax.proof import Simulate, prove
+from qnpu_jax.progress import Clock, Observer
+from qnpu_jax.proof import prove_prefill
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
-from qnpu_jax.texts import Texts
-from qnpu_jax.tflite import Positions
+from qnpu_jax.text import Texts, excerpts, files
+from qnpu_jax.tflite import KernelSet, LiteRT, check_prefill, writer
 
 PACKAGES = (
     "qnpu", "jax", "jaxlib", "numpy", "optax", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers"
@@ -46,26 +36,12 @@ POINTS = 200
 """Losses of a stage in the report: of longer stages, means over equal numbers of steps."""
 
 
-class Observer(Clock):
-    """Who watches a run; this one only keeps the time."""
-
-    def track(self, items: Iterable[Any], length: int, what: str) -> Iterable[Any]:
-        """Wraps an iteration of known length."""
-        return items
-
-    def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
-        """After every step of learning: the loss, and the best held-out KL so far."""
-
-    def say(self, message: str) -> None:
-        """What the user should know at once."""
-
-
 @dataclass(frozen=True)
 class Job:
     """What `qnpu quantize` was asked for.
 
     Attributes:
-      model: a name or path that `models.load` takes.
+      model: a name or path that `checkpoint.load` takes.
       effort: how much is learned.
       calibration: text or JSONL, also learned from; None lets the model write its own.
       eval_text: text that is scored; None takes `pydoc_data.topics`.
@@ -112,17 +88,17 @@ def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
         config, bos = checkpoint.config, checkpoint.tokenizer.bos_id
         _check_model(config, job)
         _check_checkpoints(job, _asked(job) | _found(checkpoint))
-        scored, held_out = texts.scored_and_judged(
+        scored, held_out = excerpts.scored_and_judged(
             job.eval_text, checkpoint, job.prefill, job.eval_tokens, job.learning()
         )
         found = None
         if job.calibration is not None:
-            found = texts.given(job.calibration, checkpoint, recipe, job.learning())
+            found = excerpts.given(job.calibration, checkpoint, recipe, job.learning())
     with watch.stage("fold, rotate"):
         params = pipeline.prepare(config, checkpoint.params, recipe)
     if found is None:
         with watch.stage("calibration text"):
-            found = texts.written(
+            found = excerpts.written(
                 checkpoint, params, recipe, job.learning(), _steps(watch, "calibration text")
             )
     text = Texts(scored, *found, held_out)
@@ -146,7 +122,7 @@ def _kept(job: Job, checkpoint: Checkpoint, text: Texts, watch: Observer) -> Ite
     if job.learning() is None:
         yield None
         return
-    from qnpu_jax.learn.checkpoints import Checkpoints  # orbax takes a second to import
+    from qnpu_jax.learn import Checkpoints  # orbax takes a second to import
 
     folder = job.checkpoint_folder()
     store = Checkpoints(folder, _asked(job) | _found(checkpoint) | text.digests())
@@ -167,7 +143,7 @@ def resumes(job: Job) -> tuple[int, int] | None:
     """Stage (from 1) and step that the same job would go on from, None where nothing is kept."""
     if job.learning() is None:
         return None
-    from qnpu_jax.learn.checkpoints import last
+    from qnpu_jax.learn import last
 
     found = last(job.checkpoint_folder())
     return (found[0] + 1, found[1]) if found else None
@@ -245,14 +221,14 @@ def _check_request(job: Job) -> None:
     _check_checkpoints(job, _asked(job))
     for path in (job.calibration, job.eval_text):
         if path is not None:
-            corpus.read_text(path)
+            files.read_text(path)
 
 
 def _check_checkpoints(job: Job, inputs: dict[str, Any]) -> None:
     """As far as one can say before everything is read."""
     if job.learning() is None:
         return
-    from qnpu_jax.learn.checkpoints import check  # orbax takes a second to import
+    from qnpu_jax.learn import check  # orbax takes a second to import
 
     folder, out = job.checkpoint_folder().resolve(), job.out.resolve()
     if out in (folder, *folder.parents) or folder in out.parents:
@@ -277,7 +253,7 @@ def _check_model(config: ModelConfig, job: Job) -> None:
                 f" model's {config.max_positions} positions; choose"
                 f" {'another effort' if 'effort' in name else f'a shorter {name}'}"
             )
-    freeze.check_bits(decoder(config, job.recipe.bits, job.prefill, longest))
+    check_bits(decoder(config, job.recipe.bits, job.prefill, longest))
 
 
 def _steps(watch: Observer, what: str) -> Callable[[Iterable[int], int], Iterable[int]]:
@@ -291,9 +267,9 @@ def _write(
     checkpoint: Checkpoint,
     text: Texts,
 ) -> None:
-    freeze.save(model, folder)
+    storage.save(model, folder)
     checkpoint.tokenizer.save(folder / artifacts.TOKENIZER)
-    tflite.write(model, folder / artifacts.MODEL, job.prefill, job.logits)
+    writer.write(model, folder / artifacts.MODEL, job.prefill, job.logits)
     settings = {
         **_asked(job),
         "prefill": job.prefill,
@@ -323,25 +299,25 @@ def _measure(
     with watch.stage("verify"):
         runner = LiteRT(file, "ref", keep_tensors=True)
         simulator = simulate(model, job.prefill, job.logits)
-    proof = prove(model, runner, simulator, windows[0], watch)
+    proof = prove_prefill(model, runner, simulator, windows[0], watch)
     if job.logits == "last":  # scoring needs every position, which this file does not give
         with watch.stage("write"):
             file = folder / "all-positions.tflite"
-            tflite.write(model, file, job.prefill)
+            writer.write(model, file, job.prefill)
             runner = LiteRT(file, "ref")
             file.unlink()
         simulator = simulate(model, job.prefill, "all")
-    readings: dict[str, evaluation.Logits] = {
-        "float": evaluation.float_logits(model.config, model.plan, made.reference),
-        "fake-quant": evaluation.fake_quant_logits(model),
-        "simulator": evaluation.integer_logits(model, simulator.logits),
-        "LiteRT": evaluation.integer_logits(model, runner.run),
+    readings: dict[str, perplexity.Logits] = {
+        "float": perplexity.float_logits(model.config, model.plan, made.reference),
+        "fake-quant": perplexity.fake_quant_logits(model),
+        "simulator": perplexity.integer_logits(model, simulator.logits),
+        "LiteRT": perplexity.integer_logits(model, runner.run),
     }
     scores = {}
     for name, logits in readings.items():
         with watch.stage(f"score {name}"):
             progress = _steps(watch, f"score {name}")
-            scores[name] = evaluation.perplexity(logits, windows, track=progress)
+            scores[name] = perplexity.perplexity(logits, windows, track=progress)
     return {"perplexity": scores, **proof}
 
 
@@ -352,17 +328,17 @@ def check(
     clock: Clock,
     kernels: KernelSet = "ref",
 ) -> dict[str, Any]:
-    """`prove` for a folder that `run` wrote, on any text, in the kernels that `simulate` is of.
+    """`prove_prefill` for a folder that `run` wrote, on any text, in the kernels that `simulate` is of.
 
     Raises:
       UserError: not such a folder, a file of it changed since, or the text is too short.
     """
     artifacts.read_report(out)
     with clock.stage("load"):
-        model = freeze.load(out)
+        model = storage.load(out)
         runner = LiteRT(out / artifacts.MODEL, kernels, keep_tensors=True)
         tokenizer = Tokenizer.load(out / artifacts.TOKENIZER)
-        read = texts.tokenized(text, tokenizer, model.config.vocab_size)
+        read = excerpts.tokenized(text, tokenizer, model.config.vocab_size)
         ids = read.first(runner.tokens, runner.tokens).windows[0]
         simulator = simulate(model, runner.tokens, runner.logits)
-    return prove(model, runner, simulator, ids, clock)
+    return prove_prefill(model, runner, simulator, ids, clock)

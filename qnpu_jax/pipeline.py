@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax.numpy as jnp
 
 from qnpu_jax.calibrate import collect, initialize, weight_scales
 from qnpu_jax.config import ModelConfig
-from qnpu_jax.decoder import decoder
-from qnpu_jax.equivalent import channel_peaks, scale, smoothquant
-from qnpu_jax.evaluate import Params
-from qnpu_jax.freeze import IntegerModel, freeze
-from qnpu_jax.learn.stages import Report, Store, Text, learn
-from qnpu_jax.learn.train import History
-from qnpu_jax.prefix import PrefixReport, add_prefix, find_prefix
+from qnpu_jax.graph import Params, decoder
+from qnpu_jax.integer import IntegerModel, freeze
+from qnpu_jax.learn import History, Report, Store, learn
+from qnpu_jax.progress import Clock, Track, untracked
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
-from qnpu_jax.rotate import fold_norms, random_rotation, rotate
-
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
-"""Wraps an iteration of known length for a progress bar: (items, length, what)."""
-
-
-def untracked(items: Iterable[Any], _: int, __: str) -> Iterable[Any]:
-    """No progress bar."""
-    return items
-
-
-@dataclass
-class Clock:
-    """Seconds per stage, in order."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+from qnpu_jax.text import Text
+from qnpu_jax.transform import (
+    PrefixReport,
+    add_prefix,
+    channel_peaks,
+    find_prefix,
+    fold_norms,
+    random_rotation,
+    rotate,
+    scale,
+    smoothquant,
+)
 
 
 @dataclass(frozen=True)

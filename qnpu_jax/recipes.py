@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from qnpu_jax.config import BitPlan, UserError, bit_plan
+from qnpu_jax.config import BitPlan, bit_plan
+from qnpu_jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ class Recipe:
       smooth: alpha of SmoothQuant's diagonal scales (up->down, v->o, q/k); 0 for none.
       activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma),
         `sigma-rotated` (sigma where rotated, min-max elsewhere: Quant.npu's), `mse`, or `class` (by
-        tensor class, see `qnpu_jax.calibrate`). 16-bit tensors always take min-max.
+        tensor class, see `qnpu_jax.calibrate.ranges`). 16-bit tensors always take min-max.
       weight_init: per-channel range of weights: `minmax`, `sigma` or `mse`.
       calibration_tokens: tokens of calibration text used.
       calibration_length: tokens per calibration window, prefix not counted.

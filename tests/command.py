@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 from workspace import workspace
 
-from qnpu_jax import cli
+from qnpu_jax.cli import main
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -44,7 +44,7 @@ def qnpu(monkeypatch, capfd) -> Command:
         monkeypatch.setattr(sys, "argv", ["qnpu", *args])
         monkeypatch.setenv("COLUMNS", "80")
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         return int(end.value.code or 0), *capfd.readouterr()
 
     return call

@@ -1,6 +1,6 @@
 """Strictness that tests have and production does not pay for.
 
-Annotations of `qnpu_jax` and `sim` are checked at every call (shapes included), JAX promotes
+Annotations of `qnpu_jax` and `qnpu_sim` are checked at every call (shapes included), JAX promotes
 neither dtypes nor ranks, and warnings are errors (pyproject.toml). This file must not import either
 package: the hook sees only later imports.
 """
@@ -38,9 +38,11 @@ def _dataclass(cls=None, /, *, original=flax.struct.dataclass, **kwargs):
     return original(cls, **kwargs)
 
 
-assert not {"qnpu_jax", "sim"} & sys.modules.keys(), "imported before the hook that checks them"
+assert not {"qnpu_jax", "qnpu_sim"} & sys.modules.keys(), (
+    "imported before the hook that checks them"
+)
 flax.struct.dataclass = _dataclass
-jaxtyping.install_import_hook(["qnpu_jax", "sim"], "beartype.beartype")
+jaxtyping.install_import_hook(["qnpu_jax", "qnpu_sim"], "beartype.beartype")
 
 pytest_plugins = ["command"]  # imported after the hook
 

@@ -15,10 +15,9 @@ from ai_edge_litert import schema_py_generated as schema
 from hypothesis import assume
 from hypothesis import strategies as st
 from kernel_cases import FIXED, options
+from qnpu_sim import elementwise, kernels, op_constants
+from qnpu_sim.rounding import Rules
 from single_op import Tensor
-
-from sim import elementwise, kernels, prepare
-from sim.numerics import Rules
 
 Code = schema.BuiltinOperator
 Draw = Callable[[st.SearchStrategy], Any]
@@ -119,7 +118,7 @@ def fully_connected(draw: Draw, dtype: str, bits: int, bias: str) -> Example:
 
     def constants(rules: Rules) -> tuple:
         args: Any = (*qparams(x), weight_scale, *qparams(y))
-        make = partial(prepare.prepare_fully_connected, rules, np.dtype(dtype), weights, b)
+        make = partial(op_constants.prepare_fully_connected, rules, np.dtype(dtype), weights, b)
         return (make(*args, weight_bits=bits),)
 
     o = options("FullyConnected", keepNumDims=True, quantizedBiasType=kind)
@@ -140,7 +139,7 @@ def batch_matmul(draw: Draw, dtype: str) -> Example:
     assume(product > 0 and shifted(product / np.float64(z.scale), 30 if dtype == "int8" else 7))
 
     def constants(rules: Rules) -> tuple:
-        return (prepare.prepare_batch_matmul(rules, np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_batch_matmul(rules, np.dtype(dtype), *qparams(x, y, z)),)
 
     o, kernel = options("BatchMatMul", adjY=adj), partial(kernels.batch_matmul, adj_y=adj)
     return Example(Code.BATCH_MATMUL, o, [x, y], z, kernel, (x.data, y.data), constants)
@@ -179,7 +178,7 @@ def add(draw: Draw, dtype: str) -> Example:
     assume(denominator > 0 and twice / denominator < 1)
 
     def constants(rules: Rules) -> tuple:
-        return (prepare.prepare_add(rules, np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_add(rules, np.dtype(dtype), *qparams(x, y, z)),)
 
     o = options("Add", potScaleInt16=False)
     return Example(Code.ADD, o, [x, y], z, elementwise.add, (x.data, y.data), constants)
@@ -196,7 +195,7 @@ def mul(draw: Draw, dtype: str) -> Example:
     assume(0 < real < np.inf and shifted(real, 30))
 
     def constants(rules: Rules) -> tuple:
-        return (prepare.prepare_mul(rules, np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_mul(rules, np.dtype(dtype), *qparams(x, y, z)),)
 
     o = options("Mul")
     return Example(Code.MUL, o, [x, y], z, elementwise.mul, (x.data, y.data), constants)
@@ -210,7 +209,7 @@ def quantize(draw: Draw, dtype: str, to: str) -> Example:
     assume(shifted(np.float64(x.scale) / np.float64(y.scale), 30))
 
     def constants(rules: Rules) -> tuple:
-        made = prepare.prepare_quantize(rules, np.dtype(dtype), np.dtype(to), *qparams(x, y))
+        made = op_constants.prepare_quantize(rules, np.dtype(dtype), np.dtype(to), *qparams(x, y))
         return (made,)
 
     kernel = partial(elementwise.quantize, dtype=np.dtype(to))
@@ -227,9 +226,9 @@ def softmax(draw: Draw, dtype: str) -> Example:
     assume(2.0**-26 < x.scale < 2**15)
     y = Tensor(dtype, None, *FIXED[dtype], shape=shape)
     kernel, make = (
-        (kernels.softmax_int8, prepare.prepare_softmax_int8)
+        (kernels.softmax_int8, op_constants.prepare_softmax_int8)
         if dtype == "int8"
-        else (kernels.softmax_int16, prepare.prepare_softmax_int16)
+        else (kernels.softmax_int16, op_constants.prepare_softmax_int16)
     )
 
     def constants(rules: Rules) -> tuple:
@@ -258,7 +257,7 @@ def unary(draw: Draw, dtype: str, op: Any) -> Example:
         assume(2.0**-12 <= ratio < 2**20 and 1e-30 < scale < 1e30)
 
     def constants(rules: Rules) -> tuple:
-        return (prepare.prepare_unary(op, rules, np.dtype(dtype), *qparams(x, y)),)
+        return (op_constants.prepare_unary(op, rules, np.dtype(dtype), *qparams(x, y)),)
 
     return Example(getattr(Code, op.upper()), None, [x], y, kernels.unary, (x.data,), constants)
 

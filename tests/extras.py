@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 
 
 def needs(check: Callable[[], object]) -> pytest.MarkDecorator:

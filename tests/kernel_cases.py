@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import jax.extend.core
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.random import Generator
+from qnpu_sim import elementwise, kernels, op_constants
+from qnpu_sim.rounding import Profile, rules_of
 from single_op import Tensor
 
-from qnpu_jax import ops
-from sim import elementwise, kernels, prepare
-from sim.numerics import Profile, rules_of
+from qnpu_jax.graph import ops
 
 Code = schema.BuiltinOperator
 ZERO_POINTS = (-128, -5, 0, 7, 127)
@@ -108,7 +109,7 @@ def fully_connected(
 
     def constants(profile: Profile) -> tuple:
         args: Any = (*qparams(x), weight_scale, *qparams(y))
-        made = prepare.prepare_fully_connected
+        made = op_constants.prepare_fully_connected
         return (made(rules_of(profile), np.dtype(dtype), weights, bias, *args, weight_bits=bits),)
 
     return Case([x, w, b], y, (x.data, weights), constants)
@@ -133,7 +134,9 @@ def batch_matmul(
             for t, is_byte in zip((x, y), bytes_, strict=True)
         ]
         return (
-            prepare.prepare_batch_matmul(rules_of(profile), np.dtype(dtype), *qparams(*narrow, z)),
+            op_constants.prepare_batch_matmul(
+                rules_of(profile), np.dtype(dtype), *qparams(*narrow, z)
+            ),
         )
 
     return Case([x, y], z, (x.data, y.data), constants)
@@ -157,7 +160,7 @@ def add(rng: Generator, dtype: str, shapes: tuple) -> Case:
     z = Tensor(dtype, None, max(z.scale, low), z.zero_point, shape=z.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_add(rules_of(profile), np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_add(rules_of(profile), np.dtype(dtype), *qparams(x, y, z)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -172,7 +175,9 @@ def add_mask(rng: Generator, dtype: str) -> Case:
     z = Tensor(dtype, None, scale, shape=scores.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_add(rules_of(profile), np.dtype(dtype), *qparams(scores, m, z)),)
+        return (
+            op_constants.prepare_add(rules_of(profile), np.dtype(dtype), *qparams(scores, m, z)),
+        )
 
     return Case([scores, m], z, (scores.data, mask), constants)
 
@@ -185,7 +190,7 @@ def keep(rng: Generator, dtype: str) -> Case:
     z = Tensor(dtype, None, p.scale, shape=p.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_mul(rules_of(profile), np.dtype(dtype), *qparams(p, k, z)),)
+        return (op_constants.prepare_mul(rules_of(profile), np.dtype(dtype), *qparams(p, k, z)),)
 
     return Case([p, k], z, (p.data, seen), constants)
 
@@ -195,7 +200,7 @@ def mul(rng: Generator, dtype: str, shapes: tuple) -> Case:
     z = draw_output(rng, dtype, real_range(x) * real_range(y), np.broadcast_shapes(*shapes))
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_mul(rules_of(profile), np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_mul(rules_of(profile), np.dtype(dtype), *qparams(x, y, z)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -206,7 +211,7 @@ def quantize(rng: Generator, dtype: str, output_dtype: str) -> Case:
 
     def constants(profile: Profile) -> tuple:
         return (
-            prepare.prepare_quantize(
+            op_constants.prepare_quantize(
                 rules_of(profile), np.dtype(dtype), np.dtype(output_dtype), *qparams(x, y)
             ),
         )
@@ -225,7 +230,11 @@ def softmax(rng: Generator, dtype: str) -> Case:
     x = Tensor(dtype, x.data, scale, x.zero_point)
 
     def constants(profile: Profile) -> tuple:
-        make = prepare.prepare_softmax_int8 if dtype == "int8" else prepare.prepare_softmax_int16
+        make = (
+            op_constants.prepare_softmax_int8
+            if dtype == "int8"
+            else op_constants.prepare_softmax_int16
+        )
         return (make(rules_of(profile), scale),)
 
     return Case([x], Tensor(dtype, None, *FIXED[dtype], shape=(64, 200)), (x.data,), constants)
@@ -249,7 +258,9 @@ def unary(rng: Generator, dtype: str, op: Any) -> Case:
     x = Tensor(dtype, codes, scale, zero_point)
 
     def constants(profile: Profile) -> tuple:
-        return (prepare.prepare_unary(op, rules_of(profile), np.dtype(dtype), *qparams(x, output)),)
+        return (
+            op_constants.prepare_unary(op, rules_of(profile), np.dtype(dtype), *qparams(x, output)),
+        )
 
     return Case([x], output, (codes,), constants)
 
@@ -374,3 +385,13 @@ VARIANTS: list[Variant] = [
     _batch_matmul("int16", True, (7000, 1, 24, 1), (True, True)),
     *(v for dtype in ("int8", "int16") for v in _variants(dtype)),
 ]
+
+
+def dtypes(jaxpr: Any) -> set[np.dtype]:
+    """Types of every value in a jaxpr and in those inside it."""
+    found = {v.aval.dtype for v in (*jaxpr.invars, *jaxpr.constvars, *jaxpr.outvars)}
+    for equation in jaxpr.eqns:
+        found |= {v.aval.dtype for v in (*equation.invars, *equation.outvars)}
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found |= dtypes(inner)
+    return found

@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from qnpu_jax.calibrate import collect, initialize, weight_scales
+from qnpu_jax.calibrate.ranges import initialize, weight_scales
+from qnpu_jax.calibrate.statistics import collect
 from qnpu_jax.config import ModelConfig
-from qnpu_jax.decoder import Decoder, decoder
-from qnpu_jax.evaluate import Params, Reading, head, hidden
+from qnpu_jax.fakequant.forward import Reading, head, hidden
+from qnpu_jax.graph.decoder import Decoder, decoder
+from qnpu_jax.graph.layered import Params
+from qnpu_jax.graph.qparams import Scales
 from qnpu_jax.learn import train
+from qnpu_jax.learn.orthogonal import cayley
 from qnpu_jax.learn.parameters import Base, Theta, initial, ranges, units
-from qnpu_jax.orthogonal import cayley
-from qnpu_jax.quant import Scales
 from qnpu_jax.recipes import GROUPS, Effort, Stage
-from qnpu_jax.rotate import fold_norms, random_rotation, rotate
+from qnpu_jax.transform.fold import fold_norms
+from qnpu_jax.transform.rotate import random_rotation, rotate
 
 CONFIG = ModelConfig(
     family="llama",

@@ -7,9 +7,9 @@ import gguf
 import numpy as np
 import safetensors.numpy
 
-from qnpu_jax.models import load_params
+from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.models.llama import expected_tensors
-from qnpu_jax.models.rope import llama3_factors
+from qnpu_jax.models.rope_factors import llama3_factors
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["mha_tied", "gqa_llama3", "mqa_linear_bias"]

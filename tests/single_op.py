@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
-from qnpu_jax.flatbuffer import ModelWriter
-from qnpu_jax.litert import RESOLVERS, KernelSet
+from qnpu_jax.tflite.flatbuffer import ModelWriter
+from qnpu_jax.tflite.interpreter import RESOLVERS, KernelSet
 
 
 @dataclass(frozen=True)

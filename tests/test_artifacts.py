@@ -24,7 +24,7 @@ from qnpu_jax.artifacts import (
     read_report,
     writing,
 )
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 
 
 def message(function, *args) -> str:

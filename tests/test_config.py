@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qnpu_jax.config import BitPlan, ModelConfig, RopeScaling, UserError, bit_plan
+from qnpu_jax.config import BitPlan, ModelConfig, RopeScaling, bit_plan
+from qnpu_jax.errors import UserError
 
 
 def message(function, *args) -> str:

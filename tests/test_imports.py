@@ -1,11 +1,12 @@
 """The direction of imports: readers of one definition stay independent by not seeing each other.
 
-A module of qnpu_jax imports lower levels only. Within a level of PEERS, modules build on each other
-(prefix on evaluate, pipeline on weights), which is allowed while no cycle arises. Imports inside
-functions count.
+A file imports from its own folder or from a lower level; outsiders import a folder's face, its
+`__init__`. Imports inside functions count. Tests, benchmarks and scripts may import any file.
 """
 
 import ast
+import functools
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -15,72 +16,132 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     name: level
     for level, names in enumerate([
-        "ops config",
-        "graph recipes orthogonal columns",
-        "quant decoder rotate",
-        "evaluate prefix freeze models generate corpus calibrate resolve accumulators equivalent"
-        " intermediates flatbuffer op_version contents stored spelling squares",
-        "tflite litert evaluation tasks verify artifacts module weights learn pipeline texts proof"
-        " widths job deploy npu diagnose attribution tally diagnosis overlay heat_map",
-        "cli",
-        "__init__",  # a table of contents: no module imports it
+        "errors",
+        "artifacts config extras progress",
+        "graph",
+        "fakequant integer models recipes",
+        "qnpu_sim tflite transform",
+        "calibrate output runtime text",
+        "learn measure proof",
+        "compilers diagnose latency pipeline",
+        "deploy job",
+        "api cli",
+        "__init__",
     ])
     for name in names.split()
 }  # fmt: skip
-PEERS = {3, 4}  # levels whose modules may import one another
-SIM_IMPORTS = {
-    "intermediates",
-    "ops",
-    "graph",
-    "freeze",
-    "config",
-    "accumulators",
-}  # all that sim may see of qnpu_jax
-SIM_IMPORTERS = {"cli"}  # all of qnpu_jax that may see sim
-FILES = [p for package in ("qnpu_jax", "sim") for p in sorted((ROOT / package).rglob("*.py"))]
+"""Level of each folder, and of each file at the root."""
+SIM_SEES = {"errors", "graph.graph", "graph.ops", "integer.accumulators", "integer.intermediates"}
+SIM_SEES |= {"integer.freeze", "integer.model", "integer.simulator"}
+"""All of `qnpu_jax` that `qnpu_sim` may import."""
+SIM_REACHES = {"artifacts", "config", "errors", "graph", "integer"}
+"""All of `qnpu_jax` that it may reach through those: no float evaluation, nothing that learns."""
+PACKAGES = {"qnpu_jax": ROOT / "qnpu_jax", "qnpu_sim": ROOT / "sim" / "qnpu_sim"}
 
 
-def module(dotted: str) -> tuple[str, str]:
-    """("qnpu_jax", "models") of "qnpu_jax.models.hf.load": a subpackage counts as one module."""
-    package, name, *_ = *dotted.split("."), "__init__"
-    return package, name
+def files() -> dict[str, Path]:
+    """Every file by module: "qnpu_jax.graph.ops", "qnpu_jax.graph" for a folder's face."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
 
 
-def module_of(path: Path) -> tuple[str, str]:
-    return module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+FILES = files()
 
 
-def imports(path: Path) -> set[tuple[str, str]]:
-    """Modules of ours that a file imports."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def top(module: str) -> str:
+    """The folder, or the file at the root, of a module: "graph" of "qnpu_jax.graph.ops"."""
+    package, _, rest = module.partition(".")
+    return "qnpu_sim" if package == "qnpu_sim" else rest.split(".")[0] or "__init__"
+
+
+@functools.cache
+def imports(module: str) -> frozenset[tuple[str, str]]:
+    """What a file imports of ours: (module, name), the name empty where a module is imported."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {module(n) for n in names if n.split(".")[0] in ("qnpu_jax", "sim")}
+            assert node.level == 0 and node.module, f"{module}: relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add((whole, "") if whole in FILES else (node.module, alias.name))
+    return frozenset((m, n) for m, n in found if m.split(".")[0] in PACKAGES)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path):
-    package, name = module_of(path)
-    assert package == "sim" or name in LEVELS, f"{path}: not in LEVELS; give the new module a level"
-    for other_package, other in imports(path) - {(package, name)}:
-        where = f"{path} imports {other_package}.{other}"
-        match package, other_package:
-            case "sim", "qnpu_jax":
-                assert other in SIM_IMPORTS, where
-            case "qnpu_jax", "sim":
-                assert name in SIM_IMPORTERS, where
-            case "qnpu_jax", "qnpu_jax":
-                assert other in LEVELS, f"{where}: not in LEVELS; give the new module a level"
-                below, above = LEVELS[other], LEVELS[name]
-                assert below < above or (below == above and above in PEERS), where
+def source(module: str, name: str) -> str:
+    """The file that defines what a face gives under this name."""
+    if name and FILES[module].name == "__init__.py":
+        for other, same in imports(module):
+            if same == name and other != module:
+                return source(other, name)
+    return module
+
+
+def resolved(module: str) -> Iterator[str]:
+    """Files behind the imports of a file, looked up through faces."""
+    for other, name in imports(module):
+        yield source(other, name)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_down(module):
+    assert top(module) in LEVELS, f"{module}: not in LEVELS; give the new folder or file a level"
+    for other, _ in imports(module):
+        assert other in FILES, f"{module} imports {other}, which is not there"
+        below, above = top(other), top(module)
+        if below == above or other == "qnpu_jax":
+            continue
+        assert LEVELS[below] < LEVELS[above], f"{module} imports {other}: not of a lower level"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_outsiders_import_the_face(module):
+    for other, name in imports(module):
+        if top(other) == top(module) or other.count(".") < 2:
+            continue
+        assert not name, f"{module} imports {name} from {other}; import it from the folder's face"
 
 
 def test_no_cycles():
-    needs: dict[tuple[str, str], set[tuple[str, str]]] = {}
-    for path in FILES:
-        needs.setdefault(module_of(path), set()).update(imports(path) - {module_of(path)})
+    needs = {m: {o for o in resolved(m) if o != m} for m in FILES if not is_face(m)}
     TopologicalSorter(needs).prepare()  # CycleError names the cycle
+
+
+def is_face(module: str) -> bool:
+    return FILES[module].name == "__init__.py"
+
+
+def test_faces_are_sorted_lists_of_what_they_import():
+    for module, path in FILES.items():
+        if not is_face(module) or module in ("qnpu_jax", "qnpu_jax.cli"):
+            continue
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), f"{module}: says nothing"
+        listed = next(n.value for n in tree.body if isinstance(n, ast.Assign))
+        names = set(ast.literal_eval(listed))
+        assert names == {n for _, n in imports(module) if n}, module
+
+
+SIM = [m for m in FILES if m.startswith("qnpu_sim")]
+
+
+@pytest.mark.parametrize("module", SIM)
+def test_the_simulator_sees_only_graphs_and_integers(module):
+    for other in resolved(module):
+        if other.startswith("qnpu_jax"):
+            assert other.removeprefix("qnpu_jax.") in SIM_SEES, f"{module} imports {other}"
+
+
+def test_the_simulator_reaches_no_float_evaluation():
+    reached, todo = set(), set(SIM)
+    while todo:
+        module = todo.pop()
+        reached.add(module)
+        todo |= set(resolved(module)) - reached
+    assert {top(m) for m in reached} <= SIM_REACHES | {"qnpu_sim"}, sorted(reached)
+    assert "qnpu_jax.graph.ops" in reached  # that something was followed

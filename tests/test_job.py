@@ -9,18 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from qnpu_sim.program import compile_model, run
 from workspace import EVAL_TOKENS, PREFILL, VOCAB, request, workspace, write_tiny_model
 
-from qnpu_jax import artifacts, corpus, deploy, freeze, job, models
-from qnpu_jax.cli.commands import Simulated
-from qnpu_jax.config import BitPlan, UserError
-from qnpu_jax.graph import is_identity
+from qnpu_jax import artifacts, deploy, job, models, progress
+from qnpu_jax.config import BitPlan
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph.graph import is_identity
+from qnpu_jax.integer import storage
 from qnpu_jax.learn import train
 from qnpu_jax.learn.train import History
-from qnpu_jax.litert import LiteRT
+from qnpu_jax.proof.comparison import op_names
+from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.recipes import EFFORTS, RECIPES, Effort, Stage
-from qnpu_jax.verify import op_names
-from sim.run import compile_model, run
+from qnpu_jax.text.files import default_text
+from qnpu_jax.tflite.interpreter import LiteRT
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def test_recipe_holds_every_setting_and_input(folder, out):
     text = (folder / "text.txt").read_bytes()
     digest = hashlib.sha256(text).hexdigest()
     assert inputs["calibration"] == {"source": "text.txt", "sha256": digest, "tokens": 128}
-    digest = hashlib.sha256(corpus.default_text().encode()).hexdigest()
+    digest = hashlib.sha256(default_text().encode()).hexdigest()
     assert inputs["held_out"]["sha256"] == digest
     assert set(data["versions"]) == {"python", *job.PACKAGES}
     assert str(folder) not in (out / "recipe.json").read_text()  # nothing of this machine
@@ -99,7 +102,7 @@ def test_accumulators_stay_within_what_was_proved(out):
 
 
 def test_every_op_of_the_graphs_is_compared(out):
-    model = freeze.load(out)
+    model = storage.load(out)
     dec = model.decoder(PREFILL)
     total = sum(
         not is_identity(g, n, i) for g in dec.graphs for n in g.nodes for i in range(g.layers)
@@ -111,11 +114,11 @@ def test_every_op_of_the_graphs_is_compared(out):
 
 def test_same_seed_same_bytes_another_seed_others(folder, out, tmp_path):
     again = request(folder, out=tmp_path / "again")
-    job.run(again, Simulated, job.Observer())
+    job.run(again, Simulated, progress.Observer())
     for name in ("model.tflite", "integer_model.safetensors", "recipe.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
     other = dataclasses.replace(again.recipe, seed=1)
-    job.run(request(folder, out=tmp_path / "other", recipe=other), Simulated, job.Observer())
+    job.run(request(folder, out=tmp_path / "other", recipe=other), Simulated, progress.Observer())
     files = [d / "integer_model.safetensors" for d in (out, tmp_path / "other")]
     assert files[0].read_bytes() != files[1].read_bytes()
 
@@ -124,7 +127,7 @@ def test_same_seed_same_bytes_another_seed_others(folder, out, tmp_path):
 def test_every_recipe_is_proved(folder, tmp_path, name):
     recipe = dataclasses.replace(request(folder).recipe, name=name, bits=RECIPES[name].bits)
     report = job.run(
-        request(folder, out=tmp_path / "out", recipe=recipe), Simulated, job.Observer()
+        request(folder, out=tmp_path / "out", recipe=recipe), Simulated, progress.Observer()
     )
     assert report["verify"]["differing"] == 0
     assert report["perplexity"]["LiteRT"] == report["perplexity"]["simulator"]
@@ -132,7 +135,7 @@ def test_every_recipe_is_proved(folder, tmp_path, name):
 
 def test_logits_of_the_last_position(folder, tmp_path):
     report = job.run(
-        request(folder, out=tmp_path / "out", logits="last"), Simulated, job.Observer()
+        request(folder, out=tmp_path / "out", logits="last"), Simulated, progress.Observer()
     )
     assert report["verify"]["differing"] == 0
     # Scoring takes every position all the same.
@@ -141,7 +144,10 @@ def test_logits_of_the_last_position(folder, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         p.name for p in (folder / "out").iterdir()
     }
-    assert job.check(tmp_path / "out", None, Simulated, job.Observer())["verify"]["differing"] == 0
+    assert (
+        job.check(tmp_path / "out", None, Simulated, progress.Observer())["verify"]["differing"]
+        == 0
+    )
 
 
 def test_without_rotation_and_prefix_on_text_of_its_own(folder, tmp_path):
@@ -156,7 +162,7 @@ def test_without_rotation_and_prefix_on_text_of_its_own(folder, tmp_path):
             folder, out=tmp_path / "out", recipe=recipe, calibration=None,
             eval_text=tmp_path / "held_out.jsonl",
         ),
-        Simulated, job.Observer(),
+        Simulated, progress.Observer(),
     )  # fmt: skip
     assert report["prefix"] is None
     assert report["calibration"]["source"] == "written by the model"
@@ -185,11 +191,11 @@ def learned(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("learned") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "compiled", functools.cache(train.compiled))
-        job.run(asked(out), Simulated, job.Observer())
+        job.run(asked(out), Simulated, progress.Observer())
         yield asked, out
 
 
-class Watch(job.Observer):
+class Watch(progress.Observer):
     """Remembers what it is told, and interrupts after a step."""
 
     def __init__(self, until: int | None = None):
@@ -245,7 +251,7 @@ def test_interrupted_and_resumed(learned, tmp_path):
     other = dataclasses.replace(request.recipe, seed=1)
     said = refused(asked(tmp_path / "out", recipe=other))
     assert said.startswith(f"{kept}: checkpoints of another run: recipe.seed: expected 1, got 0; ")
-    (tmp_path / "other.txt").write_text(corpus.default_text()[70_000:80_000])
+    (tmp_path / "other.txt").write_text(default_text()[70_000:80_000])
     said = refused(asked(tmp_path / "out", calibration=tmp_path / "other.txt"))
     assert said.startswith(f"{kept}: checkpoints of another run: calibration: expected ")
     model = shutil.copytree(request.model, tmp_path / "model")
@@ -324,7 +330,7 @@ def test_a_learning_rate_that_diverges(learned, tmp_path):
 
 
 def test_check_on_other_text(folder, out):
-    found = job.check(out, folder / "text.txt", Simulated, job.Observer())["verify"]
+    found = job.check(out, folder / "text.txt", Simulated, progress.Observer())["verify"]
     assert found == read(out / "report.json")["verify"]
 
 
@@ -335,7 +341,7 @@ def test_export(folder, out, tmp_path, prefill, logits):
     runner = LiteRT(file)
     assert (runner.tokens, runner.logits) == (prefill, logits)
     ids = np.random.default_rng(0).integers(VOCAB, size=prefill, dtype=np.int32)
-    model = freeze.load(out)
+    model = storage.load(out)
     program = compile_model(model, model.decoder(prefill, logits=logits), "litert_ref")
     np.testing.assert_array_equal(runner.run(ids), run(program, ids)["head.logits"])
     assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
@@ -351,7 +357,7 @@ def test_export_of_the_same_length_is_the_same_file(out, tmp_path):
 
 def refused(asked: job.Job) -> str:
     with pytest.raises(UserError) as error:
-        job.run(asked, Simulated, job.Observer())
+        job.run(asked, Simulated, progress.Observer())
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -427,5 +433,5 @@ def test_tokenizer_of_another_model(folder, tmp_path):
 def test_eight_bit_residual(folder, tmp_path):
     """The requantize after the embedding is an identity then, tied to the table."""
     asked = with_rule(request(folder, out=tmp_path / "out"), "*.residual", 8)
-    report = job.run(asked, Simulated, job.Observer())
+    report = job.run(asked, Simulated, progress.Observer())
     assert report["verify"]["differing"] == 0

@@ -12,17 +12,18 @@ import pytest
 import tiny
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
-from test_kernels import dtypes
+from kernel_cases import dtypes
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.run_graph import run_graph
 
-from qnpu_jax import tflite
-from qnpu_jax.evaluate import fake_quant_edge, local, ranges_of
-from qnpu_jax.evaluation import float_logits, integer_logits
-from qnpu_jax.freeze import IntegerModel, activation_scales, dequantize
-from qnpu_jax.graph import Graph, is_identity
-from qnpu_jax.litert import KernelSet, LiteRT
-from qnpu_jax.ops import Rsqrt, Softmax, eval_op
-from sim.layer import run_graph
-from sim.run import compile_model, run
+from qnpu_jax.fakequant.evaluate import fake_quant_edge
+from qnpu_jax.graph.graph import Graph, is_identity
+from qnpu_jax.graph.layered import local, ranges_of
+from qnpu_jax.graph.ops import Rsqrt, Softmax, eval_op
+from qnpu_jax.integer.model import IntegerModel, activation_scales, dequantize
+from qnpu_jax.measure.perplexity import float_logits, integer_logits
+from qnpu_jax.tflite import writer
+from qnpu_jax.tflite.interpreter import KernelSet, LiteRT
 
 CASES = [(name, plan) for name in tiny.NAMES for plan in tiny.PLANS]
 cases = pytest.mark.parametrize(("name", "plan"), CASES, ids=["-".join(c) for c in CASES])
@@ -82,7 +83,7 @@ def assert_same_as_litert(
     Kept tensors cut what XNNPACK takes into single ops; the logits of a run without are compared
     as well.
     """
-    tflite.write(model, path, len(ids), logits)
+    writer.write(model, path, len(ids), logits)
     interpreter = LiteRT(path, kernels, keep_tensors=True)
     output = interpreter.run(ids)
     np.testing.assert_array_equal(output, LiteRT(path, kernels, threads=2).run(ids))
@@ -205,7 +206,7 @@ def allowed(model: IntegerModel, graph: Graph, layer: int, node, held: Tensors) 
         return 2.5 * x.shape[-1] + 2
     # Linear between samples 128 codes apart: at most 128^2 / 8 times the second derivative,
     # 3/4 y / x^2, which is largest where the interval starts. Five roundings by half a code: of a
-    # sample, of the two terms of its correction, of the interpolation (`sim.lut`), of fake-quant.
+    # sample, of the two terms of its correction, of the interpolation (`qnpu_sim.tables`), of fake-quant.
     assert x.min() >= 128, "the first interval of the table means nothing"
     scales = (model.scale[graph.prefix + n] for n in (node.inputs[0], node.output))
     s_x, s_y = (float(s[layer] if graph.prefix == "layers." else s) for s in scales)
@@ -312,7 +313,7 @@ COMMON = {
 def test_the_file_holds_no_float_and_only_the_ops_it_should(tmp_path, plan):
     model = tiny.quantized("mqa_linear_bias", plan)
     path = tmp_path / "m.tflite"
-    tflite.write(model, path, tiny.TOKENS)
+    writer.write(model, path, tiny.TOKENS)
     interpreter = Interpreter(model_path=str(path))
     used = {np.dtype(d["dtype"]).name for d in interpreter.get_tensor_details()}
     # No model this small needs a bias of 64 bits, and an i8 one has nothing wider than bytes but

@@ -7,17 +7,9 @@ from typing import Any, get_args
 
 import pytest
 
-from qnpu_jax.config import BitPlan, UserError
-from qnpu_jax.recipes import (
-    EFFORTS,
-    GROUPS,
-    METHODS,
-    RECIPES,
-    Ranges,
-    Recipe,
-    Stage,
-    load_recipe,
-)
+from qnpu_jax.config import BitPlan
+from qnpu_jax.errors import UserError
+from qnpu_jax.recipes import EFFORTS, GROUPS, METHODS, RECIPES, Ranges, Recipe, Stage, load_recipe
 
 OURS = ("w8a8", "w4a8", "w8a16", "w4a16", "w8a8s8", "w4a8s8", "w8a8i8", "w4a8i8")
 STAGE = {

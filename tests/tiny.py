@@ -8,16 +8,20 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from qnpu_jax import corpus, models, pipeline
-from qnpu_jax.calibrate import collect, initialize, weight_scales
+from qnpu_jax import pipeline
+from qnpu_jax.calibrate.ranges import initialize, weight_scales
+from qnpu_jax.calibrate.statistics import collect
 from qnpu_jax.config import BitPlan, ModelConfig
-from qnpu_jax.decoder import decoder
-from qnpu_jax.freeze import IntegerModel, freeze
-from qnpu_jax.graph import Graph
-from qnpu_jax.learn.stages import Text
-from qnpu_jax.prefix import add_prefix
-from qnpu_jax.quant import Scales
+from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.graph import Graph
+from qnpu_jax.graph.qparams import Scales
+from qnpu_jax.integer.freeze import freeze
+from qnpu_jax.integer.model import IntegerModel
+from qnpu_jax.models.checkpoint import Checkpoint, load, load_params
 from qnpu_jax.recipes import RECIPES, Recipe
+from qnpu_jax.text import files
+from qnpu_jax.text.windows import Text
+from qnpu_jax.transform.prefix import add_prefix
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("mha_tied", "gqa_llama3", "mqa_linear_bias")
@@ -77,7 +81,7 @@ def random_ids(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 @functools.cache
 def prepared(name: str, plan: str = "w8a8"):
     """Config and folded, rotated parameters."""
-    config, params = models.load_params(GOLDEN / name)
+    config, params = load_params(GOLDEN / name)
     return config, pipeline.prepare(config, params, recipe(plan))
 
 
@@ -106,19 +110,19 @@ def quantized(name: str, plan: str, prefix: tuple[int, ...] = PREFIX) -> Integer
 class Real:
     """SmolLM2-135M, quantized; `windows` (N, 64) is text that did not calibrate it."""
 
-    checkpoint: models.Checkpoint
+    checkpoint: Checkpoint
     quantized: pipeline.Quantized
     windows: np.ndarray
 
 
 def quantize_smollm2() -> Real:
     """w8a8, calibrated on 1,024 tokens of the default text."""
-    checkpoint = models.load("smollm2-135m")
+    checkpoint = load("smollm2-135m")
     config = checkpoint.config
-    text = corpus.default_text()[:40_000]
-    ids = corpus.tokenize([text], checkpoint.tokenizer, config.vocab_size, "default text")
+    text = files.default_text()[:40_000]
+    ids = files.tokenize([text], checkpoint.tokenizer, config.vocab_size, "default text")
     params = pipeline.prepare(config, checkpoint.params, recipe("w8a8"))
-    calibration = corpus.windows(ids[:1024], 128, 8, "default text")
+    calibration = files.windows(ids[:1024], 128, 8, "default text")
     bos = checkpoint.tokenizer.bos_id
     quantized = pipeline.quantize(config, params, recipe("w8a8"), Text.of(calibration), bos)
-    return Real(checkpoint, quantized, corpus.windows(ids[1024:], 64, 8, "default text"))
+    return Real(checkpoint, quantized, files.windows(ids[1024:], 64, 8, "default text"))

@@ -13,13 +13,13 @@ import tokenizers
 from model_files import write_model
 
 import qnpu_jax
-from qnpu_jax import job
-from qnpu_jax.cli.commands import Simulated
+from qnpu_jax import job, progress
 from qnpu_jax.config import ModelConfig
-from qnpu_jax.corpus import default_text
 from qnpu_jax.models.huggingface import read_config
 from qnpu_jax.models.llama import expected_tensors
+from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.recipes import RECIPES, load_recipe
+from qnpu_jax.text.files import default_text
 
 VOCAB = 320
 CONFIG = {
@@ -47,7 +47,7 @@ def workspace(folder: Path) -> Path:
     """A folder with model/, recipe.json, text.txt and out/, made when first asked for."""
     if not folder.exists():
         write_inputs(folder)
-        job.run(request(folder), Simulated, job.Observer())
+        job.run(request(folder), Simulated, progress.Observer())
     return folder
 
 

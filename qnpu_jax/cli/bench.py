@@ -10,16 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qnpu_jax import deploy, freeze
+from qnpu_jax import deploy
 from qnpu_jax.cli.display import Display
 from qnpu_jax.cli.options import Context, Folder, Prefill, Profile, Threads, check_unused
-from qnpu_jax.config import UserError
-from qnpu_jax.freeze import IntegerModel
-from qnpu_jax.npu import adb, host, phone, roofline
-from qnpu_jax.npu.phone_log import Timing
-from qnpu_jax.npu.profile import PROFILES
-from qnpu_jax.stored import Integers
-from qnpu_jax.tflite import cached_decoder
+from qnpu_jax.errors import UserError
+from qnpu_jax.integer import IntegerModel, storage
+from qnpu_jax.latency import Timing, adb, cpu, phone, roofline
+from qnpu_jax.tflite import PROFILES, Integers, cached_decoder
 
 app = typer.Typer()
 
@@ -59,7 +56,7 @@ def bench(
     untested.
     """
     if not (on_phone or dry_run):
-        _host(PROFILES[profile](freeze.load(folder)), prefill, context, threads, rounds)
+        _host(PROFILES[profile](storage.load(folder)), prefill, context, threads, rounds)
         return
     if binary is None:
         raise UserError(
@@ -76,7 +73,7 @@ def bench(
 
 def _host(stored: Integers, prefill: int, context: int, threads: int, rounds: int) -> None:
     with Display() as watch, watch.stage("measure"):
-        rows = host.compare(
+        rows = cpu.compare(
             stored,
             prefill,
             context,
@@ -111,12 +108,12 @@ def _print_phone(timings: Sequence[Timing]) -> None:
     Console(soft_wrap=False).print(table)
 
 
-def _print_host(rows: Sequence[host.Row], threads: int) -> None:
+def _print_host(rows: Sequence[cpu.Row], threads: int) -> None:
     title = f"this CPU, {threads} thread{'s' * (threads > 1)}, LiteRT's default kernels, medians"
     table = _table(title, ("model", "signature", "ms", "tokens/s", "times float32"), texts=2)
-    faster = host.speedups(rows)
+    faster = cpu.speedups(rows)
     for r in rows:
-        ratio = f"{faster[r.signature]:.2f}" if r.reader == host.INTEGERS else ""
+        ratio = f"{faster[r.signature]:.2f}" if r.reader == cpu.INTEGERS else ""
         speed = (f"{1000 * r.median:.2f}", f"{r.tokens_per_second:.1f}")
         table.add_row(r.reader, r.signature, *speed, ratio)
     Console(soft_wrap=False).print(table)

@@ -11,20 +11,26 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.exceptions import TyperException
 
-from qnpu_jax import artifacts, deploy, freeze, job, models
+from qnpu_jax import artifacts, deploy, job, output
 from qnpu_jax.cli import INTERRUPTED, bench, complain, instrument, npu, proof
 from qnpu_jax.cli.display import Display, megabytes, print_report
 from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, Threads, check_unused
-from qnpu_jax.cli.simulated import Simulated, SimulatedBackend
-from qnpu_jax.config import UserError
-from qnpu_jax.decoder import decoder
-from qnpu_jax.litert import KernelSet
-from qnpu_jax.npu import generation
-from qnpu_jax.npu.litert_backend import LiteRTBackend
-from qnpu_jax.npu.sampling import Sampling
-from qnpu_jax.npu.session import Backend, Session, check_room
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph import Positions, decoder
+from qnpu_jax.integer import storage
+from qnpu_jax.models import checkpoint
+from qnpu_jax.proof import Simulated
 from qnpu_jax.recipes import EFFORTS, load_recipe
-from qnpu_jax.tflite import Positions
+from qnpu_jax.runtime import (
+    Backend,
+    LiteRTBackend,
+    Sampling,
+    Session,
+    SimulatedBackend,
+    check_room,
+    generation,
+)
+from qnpu_jax.tflite import KernelSet
 
 SHOWN = 20
 """Differing tensors that are named: the first says most."""
@@ -189,7 +195,7 @@ def generate(
 ) -> None:
     """Generates text from a quantized model, with what it needs a second."""
     sampling = Sampling(temperature, top_k, top_p, seed)
-    tokenizer = deploy.tokenizer(folder)
+    tokenizer = output.tokenizer(folder)
     messages = [{"role": "user", "content": prompt}]
     ids = tokenizer.encode(prompt) if raw else tokenizer.chat(messages, bos=False)
     check_room(len(ids), 0, context)
@@ -197,7 +203,7 @@ def generate(
         runner: Backend
         if backend == "sim":
             check_unused("profile", profile, "plain", "--backend sim, which reads no file")
-            runner = SimulatedBackend(freeze.load(folder), prefill, context)
+            runner = SimulatedBackend(storage.load(folder), prefill, context)
         else:
             file = deploy.deployed(folder, prefill, context, profile)
             runner = LiteRTBackend(file, kernels, threads=threads)
@@ -220,7 +226,7 @@ def graph(
 ) -> None:
     """Prints the quantized decoder: embed graph, one layer, head graph."""
     plan = load_recipe(recipe).bits
-    config = models.load_params(model)[0]
+    config = checkpoint.load_params(model)[0]
     for part in decoder(config, plan, prefill, prefix).graphs:
         typer.echo(str(part))
 

@@ -19,13 +19,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from qnpu_jax import artifacts, job
+from qnpu_jax import artifacts, progress
 
 SECONDS = 30.0
 """Between two lines about learning, where stderr is no terminal."""
 
 
-class Display(job.Observer):
+class Display(progress.Observer):
     """Shows the running stage on stderr: as a bar where that is a terminal; elsewhere only learning
     is worth a line, now and then."""
 

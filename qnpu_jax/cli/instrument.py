@@ -9,11 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qnpu_jax import diagnosis, heat_map
 from qnpu_jax.cli.display import Display
 from qnpu_jax.cli.options import EvalText, Folder
-from qnpu_jax.cli.simulated import Simulated
-from qnpu_jax.diagnosis import Diagnosis
+from qnpu_jax.diagnose import Diagnosis, heat_map, run
+from qnpu_jax.proof import Simulated
 
 app = typer.Typer()
 
@@ -51,15 +50,13 @@ def diagnose(
     folder keeps no others: what activations lose, not weights. KL is from the
     original, its share of a tensor by integrated gradients.
     """
-    asked = diagnosis.Request(
-        folder, text, tokens, windows, model, tuple(replace or ()), exact, out
-    )
+    asked = run.Request(folder, text, tokens, windows, model, tuple(replace or ()), exact, out)
     with Display() as watch:
-        found = diagnosis.run(asked, Simulated, watch)
+        found = run.run(asked, Simulated, watch)
         draw = heat_map.draw if heat_map.drawable() else None
         if draw is None:
             watch.say(f"no heat map, as matplotlib is missing: {heat_map.EXTRA}")
-        diagnosis.write(found, asked.target(), draw)
+        run.write(found, asked.target(), draw)
     _print(found, top)
     typer.echo(f"wrote {asked.target()}")
 

@@ -13,12 +13,10 @@ from rich.table import Table
 from qnpu_jax import deploy
 from qnpu_jax.cli.display import Display, megabytes
 from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, check_unused
-from qnpu_jax.cli.simulated import Simulated
-from qnpu_jax.config import UserError
-from qnpu_jax.npu import ethos
-from qnpu_jax.npu.compare import LayerDifference, OpDifference
-from qnpu_jax.npu.hexagon import SOCS, Compiled
-from qnpu_jax.npu.profile import DEFAULT
+from qnpu_jax.compilers import SOCS, Compiled, LayerDifference, OpDifference, ethos
+from qnpu_jax.errors import UserError
+from qnpu_jax.proof import Simulated
+from qnpu_jax.tflite import DEFAULT
 
 app = typer.Typer()
 Soc = Annotated[str, typer.Option(help=f"Snapdragon: {', '.join(SOCS)}.")]

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qnpu_jax.config import UserError
-from qnpu_jax.npu.profile import ProfileName
+from qnpu_jax.errors import UserError
+from qnpu_jax.tflite import ProfileName
 
 Folder = Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")]
 Prefill = Annotated[

@@ -1,5 +1,6 @@
 """`qnpu proof`: how wide every accumulator must be, proved from the weights, beside what a text
-brings it to."""
+brings it to.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qnpu_jax import artifacts, widths
-from qnpu_jax.cli import figure
+from qnpu_jax import artifacts
 from qnpu_jax.cli.display import Display
 from qnpu_jax.cli.options import EvalText, Folder
-from qnpu_jax.cli.simulated import observed
-from qnpu_jax.intermediates import NO_SUM, Intermediate
-from qnpu_jax.widths import WIDTHS, Row, Widths
+from qnpu_jax.integer import NO_SUM, Intermediate
+from qnpu_jax.proof import WIDTHS, Row, Widths, figure, observed, widths
 
 app = typer.Typer()
 

@@ -1,7 +1,33 @@
-"""Learning: rotations, scales, biases and rounding by gradient descent through the fake-quantized
-decoder.
+"""Learning of scales, rotations, biases and rounding through fake-quantization."""
 
-`parameters` says what can move and what it makes of a model, `losses` what is minimised,
-`optimizer` how, `train` holds the step and the loop, `checkpoints` keeps them on disk, `stages`
-puts a recipe's stages in order.
-"""
+from qnpu_jax.learn.checkpoints import Checkpoints, check, last
+from qnpu_jax.learn.parameters import Base, Theta, initial, merged, ranges, student_scales, units
+from qnpu_jax.learn.stages import Report, Store, learn, schedule
+from qnpu_jax.learn.teacher import check_room, keep
+from qnpu_jax.learn.train import Cached, History, TrainState, ended, fit, nothing, start
+
+__all__ = [
+    "Base",
+    "Cached",
+    "Checkpoints",
+    "History",
+    "Report",
+    "Store",
+    "Theta",
+    "TrainState",
+    "check",
+    "check_room",
+    "ended",
+    "fit",
+    "initial",
+    "keep",
+    "last",
+    "learn",
+    "merged",
+    "nothing",
+    "ranges",
+    "schedule",
+    "start",
+    "student_scales",
+    "units",
+]

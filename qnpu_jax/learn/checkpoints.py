@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qnpu_jax import artifacts
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 from qnpu_jax.learn.train import History, TrainState
 
 FORMAT = 1

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qnpu_jax.decoder import Decoder
-from qnpu_jax.evaluate import Hidden, Params, Reading, head, hidden, token_nll
+from qnpu_jax.fakequant import Hidden, Reading, head, hidden, token_nll
+from qnpu_jax.graph import Decoder, Params
 from qnpu_jax.learn.parameters import Base, Theta, reading
 from qnpu_jax.recipes import Stage
 

@@ -1,5 +1,6 @@
 """One optax transformation for all groups: rotations stay orthogonal, rounding offsets move by
-signs, the rest by Adam or SGD."""
+signs, the rest by Adam or SGD.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from collections.abc import Hashable
 import jax
 import optax
 
+from qnpu_jax.learn.orthogonal import cayley_sgd, on_orthogonal_group
 from qnpu_jax.learn.parameters import Theta, group_of
-from qnpu_jax.orthogonal import cayley_sgd, on_orthogonal_group
 from qnpu_jax.recipes import Stage
 
 

@@ -18,16 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from qnpu_jax.calibrate import is_rotated
 from qnpu_jax.config import ModelConfig
-from qnpu_jax.decoder import Decoder
-from qnpu_jax.equivalent import Diagonal, scale, scaled
-from qnpu_jax.evaluate import Bounds, Params, Reading, Tensors, ranges_of
-from qnpu_jax.graph import Graph
-from qnpu_jax.quant import QParams, Scales, lsq_factor, round_ste, scale_gradient
+from qnpu_jax.fakequant import Reading, lsq_factor, round_ste, scale_gradient
+from qnpu_jax.graph import (
+    Bounds,
+    Decoder,
+    Graph,
+    Params,
+    QParams,
+    Scales,
+    Tensors,
+    is_free,
+    is_rotated,
+    ranges_of,
+    resolve,
+)
 from qnpu_jax.recipes import Stage
-from qnpu_jax.resolve import is_free, resolve
-from qnpu_jax.rotate import Rotation, rotate, rotated
+from qnpu_jax.transform import Diagonal, Rotation, rotate, rotated, scale, scaled
 
 Theta = dict[str, jax.Array]
 ZERO_UNIT = 128.0

@@ -9,36 +9,17 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
-from qnpu_jax.calibrate import collect, initialize, is_rotated
-from qnpu_jax.decoder import Decoder, decoder
-from qnpu_jax.evaluate import Params
+from qnpu_jax.calibrate import collect, gptq, initialize
+from qnpu_jax.graph import Decoder, Params, Scales, decoder, is_rotated, resolve
 from qnpu_jax.learn.parameters import Base, Theta, initial, merged, ranges, student_scales, units
 from qnpu_jax.learn.teacher import check_room, keep
 from qnpu_jax.learn.train import Cached, History, TrainState, ended, fit, nothing, start
-from qnpu_jax.quant import Scales
 from qnpu_jax.recipes import Effort, Recipe, Stage
-from qnpu_jax.resolve import resolve
-from qnpu_jax.weights import gptq
+from qnpu_jax.text import Text
 
 Report = Callable[[int, int, int, float, float], None]
 """Stage, step, steps of the stage, loss, best held-out KL so far."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Windows of token ids, without BOS: to calibrate with, to learn from, and to judge by (another
-    domain). The last two are only read where something is learned."""
-
-    calibration: Int[np.ndarray, "n t"]
-    learning: Int[np.ndarray, "m u"]
-    held_out: Int[np.ndarray, "k u"]
-
-    @staticmethod
-    def of(calibration: Int[np.ndarray, "n t"]) -> Text:
-        """For calibration only."""
-        return Text(calibration, calibration[:0], calibration[:0])
 
 
 @dataclass(frozen=True)
@@ -99,7 +80,7 @@ def learn(
     Args:
       dec: staged for calibration windows.
       params, free: calibrated.
-      tame: as in `calibrate.initialize`.
+      tame: as in `ranges.initialize`.
       store: of checkpoints; by default nothing is kept.
       report: called after every step.
 

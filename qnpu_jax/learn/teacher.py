@@ -1,5 +1,6 @@
 """The float teacher's likeliest tokens, kept on the host: the teacher never learns, so what it says
-of a window is the same at every step that reads the window."""
+of a window is the same at every step that reads the window.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from qnpu_jax.config import UserError
-from qnpu_jax.decoder import Decoder
-from qnpu_jax.evaluate import Params
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph import Decoder, Params
 from qnpu_jax.learn.losses import TopK, likeliest
 from qnpu_jax.learn.train import Cached, batches, jitted, nothing, precision
 from qnpu_jax.recipes import Effort, Stage

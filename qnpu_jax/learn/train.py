@@ -1,5 +1,6 @@
 """The loop: a pure step over a `TrainState`, and `fit`, which can be killed at any step and goes on
-from the last checkpoint to the same bytes."""
+from the last checkpoint to the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qnpu_jax.config import UserError
-from qnpu_jax.decoder import Decoder
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph import Decoder
 from qnpu_jax.learn.losses import TopK, held_out_kl, objective
 from qnpu_jax.learn.optimizer import optimizer
 from qnpu_jax.learn.parameters import Base, Theta

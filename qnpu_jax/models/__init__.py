@@ -1,6 +1,7 @@
-"""Checkpoints: config, params and tokenizer of a folder, a GGUF file, a hub name or the demo."""
+"""Checkpoints in: Hugging Face folders and GGUF files, with their tokenizers."""
 
-from qnpu_jax.models.checkpoint import Checkpoint, load, load_params
-from qnpu_jax.models.tokenizer import Tokenizer
+from qnpu_jax.models.checkpoint import EMBEDDED, Checkpoint, load
+from qnpu_jax.models.file_tensors import sha256
+from qnpu_jax.models.tokenizer import TOKENIZER, Tokenizer
 
-__all__ = ["Checkpoint", "Tokenizer", "load", "load_params"]
+__all__ = ["EMBEDDED", "TOKENIZER", "Checkpoint", "Tokenizer", "load", "sha256"]

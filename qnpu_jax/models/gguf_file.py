@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 
 _SCALARS = {
     0: np.dtype("<u1"),

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 from qnpu_jax.models.gguf_file import GgufFile
 from qnpu_jax.models.tokenizer import Tokenizer
 

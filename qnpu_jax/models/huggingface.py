@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from qnpu_jax.config import ModelConfig, RopeScaling, UserError
+from qnpu_jax.config import ModelConfig, RopeScaling
+from qnpu_jax.errors import UserError
+from qnpu_jax.models.file_tensors import BLOCK, Array, Params, StoredTensor, check_room, fill_params
 from qnpu_jax.models.llama import HEAD
-from qnpu_jax.models.stored import BLOCK, Array, Params, StoredTensor, check_room, fill_params
 from qnpu_jax.models.tokenizer import read_json
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}

@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from qnpu_jax.config import UserError
+from qnpu_jax.errors import UserError
 from qnpu_jax.models.chat import render_chat
 
 TOKENIZER = "tokenizer.json"

@@ -1,0 +1,172 @@
+"""Streamed statistics of every activation: moments, extremes and histograms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from qnpu_jax.fakequant import passes
+from qnpu_jax.graph import Decoder, Graph, Params, Scales, Tensors, is_free, tied_inputs
+
+BINS = 1 << 14
+"""Bins of a histogram: enough for 8 bins per code when the chosen range is an eighth of the
+observed one."""
+
+
+@dataclass
+class Stats:
+    """What is kept of one tensor: bounds, moments, and counts of bins of width `width` centred on
+    0."""
+
+    low: float = np.inf
+    high: float = -np.inf
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    width: float = 0.0
+    bins: np.ndarray | None = None
+
+    def add(self, x: np.ndarray, histogram: bool) -> None:
+        """Takes values in; the histogram's width is a power of two that doubles when a value falls
+        outside."""
+        x = np.asarray(x, np.float32).ravel()
+        low, high, total, squares = x.min(), x.max(), x.sum(dtype=np.float64), np.dot(x, x)
+        self.merge(x.size, [low, high, total, squares])
+        if histogram:
+            bins = self.widen(float(max(-low, high)))
+            index = np.floor(x * np.float32(1 / self.width)).astype(np.int32) + BINS // 2
+            bins += np.bincount(index, minlength=BINS)
+
+    def merge(self, count: int, moments: Any) -> None:
+        """Takes in smallest, largest, sum and sum of squares of `count` values."""
+        low, high, total, squares = (float(m) for m in moments)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.count += count
+        self.total += total
+        self.squares += squares
+
+    def widen(self, bound: float) -> np.ndarray:
+        """The histogram, with room for values up to `bound` on either side."""
+        if self.bins is None:
+            self.bins = np.zeros(BINS, np.int64)
+            self.width = 2.0 ** np.ceil(np.log2(max(bound, 1e-30) * 2.0 / BINS) + 1e-9)
+        while bound >= self.width * (BINS // 2):
+            folded = self.bins.reshape(-1, 2).sum(axis=1)
+            self.bins = np.zeros(BINS, np.int64)
+            self.bins[BINS // 4 : BINS // 4 + BINS // 2] = folded
+            self.width *= 2
+        return self.bins
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+    @property
+    def std(self) -> float:
+        return float(np.sqrt(max(self.squares / self.count - self.mean**2, 0.0)))
+
+
+Statistics = dict[str, list[Stats]]
+"""Per free tensor (global name) one `Stats` per layer, a list of one outside the layer graph."""
+
+
+def collect(
+    dec: Decoder,
+    params: Params,
+    windows: Int[np.ndarray, "n t"],
+    batch: int = 8,
+    track: Callable[[Iterable[int], int, str], Iterable[int]] = lambda items, _, __: items,
+    scales: Scales | None = None,
+) -> Statistics:
+    """Statistics of every free activation over the windows, prefix K/V included in those of the
+    caches.
+
+    Args:
+      dec: staged for windows of T tokens.
+      params: folded float parameters, with prefix K/V if dec has a prefix.
+      windows: (N, T) token ids.
+      batch: windows per pass.
+      track: wraps the iteration, for a progress bar: (items, length, what).
+      scales: what is quantized meanwhile (resolved), nothing by default.
+    """
+    stats: Statistics = {}
+    starts = range(0, len(windows), batch)
+    for start in track(starts, len(starts), "calibrate"):
+        ids = jnp.asarray(windows[start : start + batch], jnp.int32)
+        for graph, layer, env in passes(dec, params, ids, _produced, scales):
+            _record(stats, graph, layer, env)
+    for spec in dec.layer.named("param"):
+        name = "layers." + dec.layer.ties[spec.name]
+        if name in stats:  # prefix K/V share the scale of the cache
+            for layer, x in enumerate(params["layers." + spec.name]):
+                stats[name][layer].add(np.asarray(x), stats[name][layer].bins is not None)
+    return stats
+
+
+@lru_cache(maxsize=64)
+def _members(graph: Graph) -> dict[str, list[str]]:
+    """Free activations and the tensors whose values their range must cover.
+
+    Movement ops only copy, so the members that count are those that another op produces (the heads
+    of `mixed`).
+    """
+    copies = {n.output for n in graph.nodes if tied_inputs(n.op, n.inputs)}
+    out: dict[str, list[str]] = {}
+    for spec in graph.named("activation"):
+        root = graph.ties[spec.name]
+        if is_free(graph, root) and spec.name not in copies:
+            out.setdefault(root, []).append(spec.name)
+    return out
+
+
+def _produced(graph: Graph) -> tuple[str, ...]:
+    return tuple(name for members in _members(graph).values() for name in members)
+
+
+def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
+    """Takes a layer's tensors in. They are summed and counted where they are: to fetch them would
+    take most of the time."""
+    rows: dict[str, Stats] = {}  # by member
+    narrow: dict[str, jax.Array] = {}
+    moments = jax.device_get(_moments({name: env[name] for name in _produced(graph)}))
+    for root, members in _members(graph).items():
+        kept = stats.setdefault(graph.prefix + root, [])
+        if len(kept) == layer:
+            kept.append(Stats())
+        quant = graph[root].quant
+        assert quant is not None
+        for name in members:
+            rows[name] = kept[layer]
+            kept[layer].merge(env[name].size, moments[name])
+            if quant.bits[layer] <= 8:
+                narrow[name] = env[name]
+                kept[layer].widen(float(np.abs(moments[name][:2]).max()))
+    widths = {name: np.float32(rows[name].width) for name in narrow}
+    for name, counts in jax.device_get(_counts(narrow, widths)).items():
+        rows[name].bins += counts
+
+
+@jax.jit
+def _moments(tensors: Tensors) -> Tensors:
+    """Smallest, largest, sum and sum of squares of each."""
+    return jax.tree.map(
+        lambda x: jnp.stack([x.min(), x.max(), x.sum(), jnp.square(x).sum()]), tensors
+    )
+
+
+@jax.jit
+def _counts(tensors: Tensors, widths: Tensors) -> Tensors:
+    """Values of each tensor in each of BINS bins of its width, centred on 0."""
+
+    def count(x: Array, width: Array) -> Array:
+        index = jnp.floor(x.ravel() * (1 / width)).astype(jnp.int32) + BINS // 2
+        return jnp.zeros(BINS, jnp.int32).at[index].add(1)
+
+    return jax.tree.map(count, tensors, widths)

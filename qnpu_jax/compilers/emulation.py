@@ -1,0 +1,99 @@
+"""A model on an emulated NPU beside the simulator: single ops, whole layers, perplexity."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from qnpu_jax.compilers import emulator_differences, hexagon
+from qnpu_jax.compilers.emulator_differences import (
+    Codes,
+    LayerDifference,
+    OpDifference,
+    TextDifference,
+)
+from qnpu_jax.compilers.hexagon_emulator import Emulated
+from qnpu_jax.integer import IntegerModel, Simulate
+from qnpu_jax.measure import perplexity
+from qnpu_jax.progress import Track, untracked
+from qnpu_jax.tflite import DEFAULT, PROFILES, ModelWriter, ProfileName, build
+
+
+class Emulation:
+    """Compiles what is asked for, and runs it on the simulator's inputs.
+
+    Args:
+      soc: one of hexagon.SOCS.
+      windows: (N, T) token ids; ops and layers see the first.
+      simulate: makes the simulator.
+      profile: of whole layers and of the model; single ops are spelled as in `plain`.
+
+    The methods raise UserError as `hexagon.compile_file`.
+    """
+
+    def __init__(
+        self,
+        model: IntegerModel,
+        soc: str,
+        windows: np.ndarray,
+        simulate: Simulate,
+        profile: ProfileName = DEFAULT,
+    ) -> None:
+        self._model, self._soc, self._windows = model, soc, windows
+        self._stored = PROFILES[profile](model)
+        self._tokens = windows.shape[1]
+        self._decoder = model.decoder(self._tokens)
+        self._simulator = simulate(model, self._tokens, "all")
+
+    @cached_property
+    def _tensors(self) -> Codes:
+        return self._simulator.tensors(self._windows[0])
+
+    def ops(self, layer: int) -> list[OpDifference]:
+        """Every op of a layer that computes."""
+        with tempfile.TemporaryDirectory() as folder:
+            writer = emulator_differences.build_ops(self._model, self._decoder, layer)
+            file = self._compiled(writer, folder)
+            arguments = (self._model, self._decoder, layer, self._tensors)
+            return [*emulator_differences.op_differences(file, *arguments)]
+
+    def layer(self, layer: int) -> LayerDifference:
+        """A whole layer, beside float too."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = self._compiled(
+                emulator_differences.build_layer(self._stored, self._decoder, layer), folder
+            )
+            arguments = (self._model, self._decoder, layer, self._tensors)
+            return emulator_differences.layer_difference(file, *arguments)
+
+    def text(self, track: Track = untracked) -> TextDifference:
+        """The whole model on all windows, by both.
+
+        Args:
+          track: wraps the iteration over windows, for a progress bar: (items, length, what).
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            writer = build(self._model, self._tokens, "all", self._stored)
+            emulated = Emulated(self._compiled(writer, folder), f"prefill_{self._tokens}")
+        simulator, emulator, differing = [], [], []
+        for ids in track(self._windows, len(self._windows), "emulate"):
+            expected = np.asarray(self._simulator.logits(ids))
+            got = emulated.run({"ids": ids})["logits"]
+            simulator.append(self._perplexity(expected, ids))
+            emulator.append(self._perplexity(got, ids))
+            differing.append(float(np.mean(got != expected)))
+        return TextDifference(tuple(simulator), tuple(emulator), float(np.mean(differing)))
+
+    def _perplexity(self, codes: np.ndarray, ids: np.ndarray) -> float:
+        """Of one window, from the codes of its logits."""
+        return perplexity.perplexity(
+            perplexity.integer_logits(self._model, lambda _: codes), ids[None]
+        )
+
+    def _compiled(self, writer: ModelWriter, folder: str) -> Path:
+        source, target = Path(folder) / "source.tflite", Path(folder) / "compiled.tflite"
+        writer.write(source)
+        return hexagon.compile_file(source, self._soc, target).path

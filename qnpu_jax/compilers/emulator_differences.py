@@ -1,0 +1,223 @@
+"""How far the Hexagon emulator's arithmetic lies from the simulator's: op by op on the same inputs,
+whole layers beside float, and the perplexity of the whole model.
+
+They differ by design: the hardware rounds in its own ways. What is measured here is by how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qnpu_jax.compilers.hexagon_emulator import Emulated
+from qnpu_jax.fakequant import evaluate
+from qnpu_jax.graph import (
+    Concat,
+    Decoder,
+    Graph,
+    Node,
+    Reshape,
+    Slice,
+    Transpose,
+    is_identity,
+    local,
+)
+from qnpu_jax.integer import IntegerModel, dequantize
+from qnpu_jax.tflite import Composite, Emitter, Integers, ModelWriter, Stored
+
+LAYER = "layer"
+"""The signature of `build_layer`."""
+Codes = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class OpDifference:
+    """An op on the simulator's inputs: emulator against simulator.
+
+    Attributes:
+      op: with the bits of its inputs and output (`FullyConnected 8x4>8`).
+      tensor: that it makes, by global name.
+      count, size: elements that differ, of how many.
+      largest: difference in codes.
+      shift: mean difference in codes, emulator less simulator.
+    """
+
+    op: str
+    tensor: str
+    count: int
+    size: int
+    largest: int
+    shift: float
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """A layer on the simulator's inputs: |y - float| / |float| of its output less its input, for
+    both integer arithmetics, and between them."""
+
+    layer: int
+    simulator: float
+    emulator: float
+    between: float
+
+
+@dataclass(frozen=True)
+class TextDifference:
+    """The whole model on windows of text, all of one length.
+
+    Attributes:
+      simulator, emulator: perplexity of each window.
+      differing: share of the logits' codes that differ.
+    """
+
+    simulator: tuple[float, ...]
+    emulator: tuple[float, ...]
+    differing: float
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity of all windows, the emulator's over the simulator's."""
+        return float(np.exp(np.mean(self._logs)))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the ratio's logarithm, windows taken as independent; nan of one."""
+        count = len(self.simulator)
+        return float(np.std(self._logs, ddof=1) / count**0.5) if count > 1 else math.nan
+
+    def __str__(self) -> str:
+        whole = (float(np.exp(np.mean(np.log(x)))) for x in (self.simulator, self.emulator))
+        simulator, emulator = (f"{x:.2f}" for x in whole)
+        sure = "" if math.isnan(self.error) else f", standard error {100 * self.error:.2f}%"
+        return (
+            f"simulator {simulator}, emulator {emulator} ({100 * (self.ratio - 1):+.2f}%{sure});"
+            f" {100 * self.differing:.1f}% of the logits' codes differ"
+        )
+
+    @property
+    def _logs(self) -> np.ndarray:
+        return np.log(self.emulator) - np.log(self.simulator)
+
+
+def build_ops(model: IntegerModel, dec: Decoder, layer: int) -> ModelWriter:
+    """Every op of a layer that computes, each a signature (`op_<i>`, i its place among the layer's)
+    of its own; activations are inputs."""
+    stored, writer, graph = Integers(model), ModelWriter(), dec.layer
+    constants = stored.constants(graph, layer)
+    for i, node in computing(graph, layer):
+        emitter = Emitter(stored, writer.add_subgraph(f"op_{i}"), graph, layer)
+        env = {n: emitter.tensor(n, constants.get(n)) for n in dict.fromkeys(node.inputs)}
+        fed = {_port(n): env[n] for n in env if n not in constants}
+        emitter.subgraph.add_signature(f"op_{i}", fed, {"y": emitter.add(node, env)})
+    return writer
+
+
+def build_layer(stored: Stored, dec: Decoder, layer: int) -> ModelWriter:
+    """A whole layer as the signature LAYER; of the graph's inputs, those that its ops read."""
+    writer, graph = ModelWriter(), dec.layer
+    emitter = Emitter(stored, writer.add_subgraph(LAYER), graph, layer)
+    inside = {n for p in stored.parts(graph) if isinstance(p, Composite) for n in p.constants}
+    names = [t.name for t in graph.named("input") if t.name not in inside]
+    env = {name: emitter.tensor(name) for name in names}
+    made = emitter.emit(env)
+    outputs = {_port(n): made[n] for n in graph.outputs}
+    emitter.subgraph.add_signature(LAYER, {_port(n): i for n, i in env.items()}, outputs)
+    return writer
+
+
+def computing(graph: Graph, layer: int) -> Iterator[tuple[int, Node]]:
+    """The ops that do more than move codes, with their places."""
+    for i, node in enumerate(graph.nodes):
+        moves = isinstance(node.op, Reshape | Transpose | Slice | Concat)
+        if not moves and not is_identity(graph, node, layer):
+            yield i, node
+
+
+def op_differences(
+    compiled: Path, model: IntegerModel, dec: Decoder, layer: int, tensors: Codes
+) -> Iterator[OpDifference]:
+    """Runs the ops of a layer, one by one.
+
+    Args:
+      compiled: from `build_ops`.
+      tensors: the simulator's, by global name.
+    """
+    graph = dec.layer
+    values = layer_values(model, dec, layer, tensors)
+    for i, node in computing(graph, layer):
+        emulated = Emulated(compiled, f"op_{i}")
+        fed = {p.name: values[_local(graph, p.name)] for p in emulated.signature.inputs}
+        expected = values[node.output].astype(np.int64)
+        off = emulated.run(fed)["y"].astype(np.int64) - expected
+        yield OpDifference(
+            _kind(graph, node, layer),
+            f"layers.{layer}.{node.output}",
+            int(np.count_nonzero(off)),
+            off.size,
+            int(np.abs(off).max()),
+            float(off.mean()),
+        )
+
+
+def layer_difference(
+    compiled: Path, model: IntegerModel, dec: Decoder, layer: int, tensors: Codes
+) -> LayerDifference:
+    """Runs a whole layer, from `build_layer`, and in float: the frozen weights, and no rounding of
+    activations."""
+    graph = dec.layer
+    values = layer_values(model, dec, layer, tensors)
+    emulated = Emulated(compiled, LAYER)
+    fed = {p.name: values[_local(graph, p.name)] for p in emulated.signature.inputs}
+    out = graph.outputs[0]
+    codes = {
+        "simulator": values[out],
+        "emulator": emulated.run(fed)[_port(out)],
+    }
+    real = {t.name: _real(model, graph, t.name, layer, values) for t in graph.named("input")}
+    params = {n: jnp.asarray(x[layer]) for n, x in local(dequantize(model), "layers.").items()}
+    exact = evaluate(graph, {**params, **{n: jnp.asarray(x) for n, x in real.items()}})
+    before = real["input.residual"]
+    added = np.asarray(exact[out]) - before
+    got = {n: _real(model, graph, out, layer, {out: x}) - before for n, x in codes.items()}
+    errors = {n: float(np.linalg.norm(x - added)) for n, x in got.items()}
+    between = float(np.linalg.norm(got["emulator"] - got["simulator"]))
+    size = float(np.linalg.norm(added))
+    return LayerDifference(
+        layer, errors["simulator"] / size, errors["emulator"] / size, between / size
+    )
+
+
+def layer_values(model: IntegerModel, dec: Decoder, layer: int, tensors: Codes) -> dict[str, Any]:
+    """Codes of a layer's inputs and activations by local name."""
+    graph, head = dec.layer, f"layers.{layer}."
+    values = {n.removeprefix(head): x for n, x in tensors.items() if n.startswith(head)}
+    before = f"layers.{layer - 1}.{graph.outputs[0]}" if layer else dec.embed.outputs[0]
+    source = before if layer else f"embed.{before}"
+    return {**model.inputs(dec), **values, "input.residual": tensors[source]}
+
+
+def _real(model: IntegerModel, graph: Graph, name: str, layer: int, values: Codes) -> np.ndarray:
+    """Real values of a layer's tensor."""
+    scale, zero = (x[graph.prefix + name][layer] for x in (model.scale, model.zero_point))
+    return ((values[name].astype(np.int64) - zero) * np.float64(scale)).astype(np.float32)
+
+
+def _port(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _local(graph: Graph, port: str) -> str:
+    return next(t.name for t in graph.tensors if _port(t.name) == port)
+
+
+def _kind(graph: Graph, node: Node, layer: int) -> str:
+    bits = [q.bits[layer] for n in node.inputs[:2] if (q := graph[n].quant) is not None]
+    out = graph[node.output].quant
+    assert out is not None
+    return f"{type(node.op).__name__} {'x'.join(map(str, bits))}>{out.bits[layer]}"

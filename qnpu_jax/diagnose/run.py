@@ -1,0 +1,296 @@
+"""What `qnpu diagnose` does: a folder of `qnpu quantize` in, every tensor's loss of precision out.
+
+The simulator comes in as an argument (`simulator.Simulate`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qnpu_jax import artifacts
+from qnpu_jax.diagnose import model_explorer
+from qnpu_jax.diagnose.attribution import kl, replaced, without
+from qnpu_jax.diagnose.summary import Row, Tally, mean
+from qnpu_jax.diagnose.tensor_errors import Constants, measure, rounding_tensors
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph import Tensors
+from qnpu_jax.integer import IntegerModel, Simulate, storage
+from qnpu_jax.measure import Logits, float_logits
+from qnpu_jax.models import EMBEDDED, load
+from qnpu_jax.output import tokenizer
+from qnpu_jax.progress import Observer
+from qnpu_jax.text import Excerpt, excerpts
+from qnpu_jax.transform import add_prefix, fold_norms
+
+FORMAT = 1
+"""Version of diagnosis.json."""
+OWN = "own constants in float"
+"""The reference of the KL where the original model is not at hand."""
+SQNR_OVERLAY, SHARE_OVERLAY = "sqnr.model_explorer.json", "kl.model_explorer.json"
+HEAT_MAP = "heat_map.svg"
+KIND = artifacts.Kind(
+    "qnpu diagnose",
+    frozenset({"diagnosis.json", SQNR_OVERLAY, SHARE_OVERLAY, HEAT_MAP}),
+    "diagnosis.json",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `qnpu diagnose` was asked for.
+
+    Attributes:
+      folder: of `qnpu quantize`.
+      text: None takes `pydoc_data.topics`.
+      tokens, windows: of a window, and how many; fewer where the text is shorter.
+      model: the original; None takes what the report names, if a package holds it.
+      replace: patterns of tensors to make exact, one at a time.
+      exact: how many tensors with the largest share to make exact beside these.
+      out: the folder to write; None takes one in `folder`.
+    """
+
+    folder: Path
+    text: Path | None = None
+    tokens: int = 128
+    windows: int = 4
+    model: str | None = None
+    replace: tuple[str, ...] = ()
+    exact: int = 8
+    out: Path | None = None
+
+    def target(self) -> Path:
+        """The folder to write."""
+        return self.folder / artifacts.DIAGNOSIS if self.out is None else self.out
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor made exact: nats by which the KL falls.
+
+    Attributes:
+      kl, error: the errors of all others kept as they are (`attribution.without`), and the standard
+        error of that over the windows, None of one.
+      fake_quant, fake_quant_error: the same in fake-quant, where what follows rounds anew.
+      charged: what `attribution.charges` expected.
+    """
+
+    tensor: str
+    kl: float
+    error: float | None
+    fake_quant: float
+    fake_quant_error: float | None
+    charged: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that is found.
+
+    Attributes:
+      model: SHA-256 of the folder's model.tflite.
+      text: what was read.
+      reference: whose logits KL is measured from.
+      kl: nats a position from the reference to the simulator, to `constants` (the float pass on
+        the model's own constants) and to `fake_quant`.
+    """
+
+    model: str
+    text: Excerpt
+    reference: str
+    kl: dict[str, float]
+    rows: tuple[Row, ...]
+    replaced: tuple[Replaced, ...]
+
+    @property
+    def worst(self) -> list[Row]:
+        """Rows by falling share of the KL, of tensors that round."""
+        return sorted((r for r in self.rows if r.rounds), key=lambda r: -(r.kl or 0.0))
+
+    def share(self, row: Row) -> float:
+        """Of the KL, what a tensor is charged of it: a fraction."""
+        total = self.kl["simulator"]
+        return (row.kl or 0.0) / total if total else 0.0
+
+    def kinds(self) -> dict[str, float]:
+        """Shares by name without the layer, falling."""
+        found: dict[str, float] = {}
+        for row in self.worst:
+            parts = row.tensor.split(".", 2)
+            name = f"layers.*.{parts[2]}" if parts[0] == "layers" else row.tensor
+            found[name] = found.get(name, 0.0) + self.share(row)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "text": self.text.to_json() | {"windows": list(self.text.windows.shape)},
+            "reference": {"tensors": OWN, "logits": self.reference},
+            "kl": self.kl,
+            "replaced": [asdict(r) for r in self.replaced],
+            "tensors": artifacts.columns(asdict(r) for r in self.rows),
+        }
+
+
+Draw = Callable[[Diagnosis, Path], None]
+"""Draws into a file."""
+
+
+@jax.default_matmul_precision("highest")  # TF32, what a GPU would take, errs more than 16 bits do
+def run(request: Request, simulate: Simulate, watch: Observer) -> Diagnosis:
+    """Reads windows of text in the simulator and in float, and compares.
+
+    Raises:
+      UserError: not such a folder, a text or window too short, a pattern that matches nothing, an
+        original that is not the one that was quantized.
+    """
+    with watch.stage("load"):
+        report = artifacts.read_report(request.folder)
+        artifacts.check_writable(request.target(), True, KIND)
+        model = storage.load(request.folder)
+        read = excerpts.tokenized(request.text, tokenizer(request.folder), model.config.vocab_size)
+        text = read.first(request.tokens, request.tokens * request.windows)
+        constants = Constants.of(model, request.tokens)
+        chosen = matching(constants, request.replace)
+    ids = list(text.windows)
+    with watch.stage("original"):
+        source, references = _originals(request, report, model, ids, watch)
+    with watch.stage("compare"):
+        simulator = simulate(model, request.tokens, "all")
+        tally = Tally(constants)
+        for i in watch.track(range(len(ids)), len(ids), "compare"):
+            references[i] = tally.read(ids[i], simulator.tensors(ids[i]), references[i])
+    rows = tally.rows()
+    worst = sorted((r for r in rows if r.rounds), key=lambda r: -(r.kl or 0.0))
+    names = list(dict.fromkeys([*chosen, *(r.tensor for r in worst[: request.exact])]))
+    with watch.stage("replace"):
+        kls = []
+        for i in watch.track(range(len(ids)), len(ids), "replace"):
+            errors = measure(constants, ids[i], simulator.tensors(ids[i])).errors
+            kls.append(_exact_kls(constants, ids[i], references[i], errors, names))
+    by_tensor = np.stack(kls)  # windows, none and each of the names, the two ways
+    made = [
+        _replacement(name, by_tensor[:, 0] - by_tensor[:, i], tally.charged()[name][0])
+        for i, name in enumerate(names, start=1)
+    ]
+    totals = tally.kl() | {"fake_quant": float(by_tensor[:, 0, 1].mean())}
+    sha256 = report["sha256"][artifacts.MODEL]
+    return Diagnosis(sha256, text, source, totals, tuple(rows), tuple(made))
+
+
+def matching(constants: Constants, patterns: Iterable[str]) -> list[str]:
+    """Tensors that round, of the patterns (`layers.*.mlp.act`), in the order of the graph.
+
+    Raises:
+      UserError: a pattern matches none.
+    """
+    known = rounding_tensors(constants.decoder)
+    found: list[str] = []
+    for pattern in patterns:
+        matched = [n for n in known if fnmatchcase(n, pattern)]
+        if not matched:
+            raise UserError(
+                f"--replace {pattern}: matches no tensor that is rounded; expected a name like"
+                f" {next(iter(known))}, or a pattern; `qnpu graph` prints names, and what copies"
+                " codes (reshape, slice, concat, transpose, widening) rounds nothing"
+            )
+        found += matched
+    return found
+
+
+def _originals(
+    request: Request, report: Mapping[str, Any], model: IntegerModel, ids: list, watch: Observer
+) -> tuple[str, list[Any]]:
+    """The reference's name, and its logits of each window: None where the original is not at
+    hand."""
+    source = request.model or report.get("model")
+    try:
+        if request.model is None and source not in EMBEDDED:
+            raise UserError("name it by --model")
+        name, logits = original(str(source), request.folder, model)
+    except UserError as error:
+        if request.model is not None:
+            raise
+        watch.say(f"KL from the model's {OWN}, as its original is not at hand: {error}")
+        return OWN, [None] * len(ids)
+    tracked = watch.track(ids, len(ids), "original")
+    return name, [jnp.asarray(logits(window)) for window in tracked]
+
+
+def original(source: str, folder: Path, model: IntegerModel) -> tuple[str, Logits]:
+    """The float model that a folder was quantized from, behind the same prefix, and its name.
+
+    Raises:
+      UserError: as `checkpoint.load`, or it is another model.
+    """
+    checkpoint = load(source)
+    try:
+        recipe = json.loads((folder / artifacts.RECIPE).read_text())
+        expected = recipe.get("inputs", {}).get("model", {}).get("sha256", checkpoint.sha256)
+    except (OSError, ValueError, AttributeError):
+        expected = checkpoint.sha256
+    if checkpoint.config != model.config or expected != checkpoint.sha256:
+        raise UserError(
+            f"{source}: not the model that {folder} was quantized from, by its"
+            f" {'shape' if checkpoint.config != model.config else 'SHA-256'}; expected that one;"
+            " correct --model"
+        )
+    folded = fold_norms(checkpoint.config, dict(checkpoint.params))
+    params = {name: jnp.asarray(x) for name, x in folded.items()}
+    if model.prefix:
+        params = add_prefix(model.config, model.plan, params, model.prefix)
+    return checkpoint.source, float_logits(model.config, model.plan, params)
+
+
+def _exact_kls(
+    constants: Constants, ids: np.ndarray, reference: Any, errors: Tensors, names: list[str]
+) -> np.ndarray:
+    """KL with no tensor exact and with each of them, (1 + names, 2): the others' errors kept, and
+    in fake-quant."""
+    return np.array([
+        [
+            kl(reference, without(constants, ids, errors, exact)),
+            kl(reference, replaced(constants, ids, exact)),
+        ]
+        for exact in [[], *([name] for name in names)]
+    ])  # fmt: skip
+
+
+def _replacement(name: str, falls: np.ndarray, charged: float) -> Replaced:
+    """Of the falls (windows, 2) of `_exact_kls`."""
+    return Replaced(name, *mean(falls[:, 0]), *mean(falls[:, 1]), charged)
+
+
+def write(found: Diagnosis, out: Path, draw: Draw | None = None) -> None:
+    """Writes a folder of `KIND`, whole or not at all; an earlier one there is replaced.
+
+    Args:
+      draw: makes the heat map; None leaves it out.
+
+    Raises:
+      UserError: `out` holds anything else, or cannot be written.
+    """
+    rounded = [r for r in found.rows if r.rounds]
+    own = {r.tensor: r.own_sqnr for r in rounded if r.own_sqnr is not None}
+    shares = {r.tensor: 100 * found.share(r) for r in rounded}
+    with artifacts.writing(out, overwrite=True, kind=KIND) as folder:
+        artifacts.write_json(folder / KIND.mark, found.to_json())
+        for file, data in (
+            (SQNR_OVERLAY, model_explorer.node_data("own SQNR, dB", own, model_explorer.SQNR)),
+            (
+                SHARE_OVERLAY,
+                model_explorer.node_data("share of KL, %", shares, model_explorer.SHARE),
+            ),
+        ):
+            artifacts.write_json(folder / file, data)
+        if draw is not None:
+            draw(found, folder / HEAT_MAP)

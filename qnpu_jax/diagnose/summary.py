@@ -1,0 +1,133 @@
+"""What is known of every activation tensor of a simulated model, summed over windows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qnpu_jax.diagnose.attribution import charges, kl
+from qnpu_jax.diagnose.tensor_errors import (
+    Constants,
+    Sums,
+    by_design,
+    decibels,
+    measure,
+    rounding_tensors,
+)
+from qnpu_jax.graph import Graph, Node
+
+
+@dataclass(frozen=True)
+class Row:
+    """One activation tensor.
+
+    Attributes:
+      op, bits: what makes it, and its width.
+      sqnr, own_sqnr: dB against the float pass, and against the op in float on the simulator's
+        inputs (None: no error).
+      ends: fraction of codes at either end of the code range.
+      clipped: fraction whose real value lies more than half a code outside the range.
+      used: (highest - lowest + 1) / 2^bits, of codes seen.
+      kl: what it is charged of the KL (nats), None where it copies or widens codes, which loses
+        nothing.
+      error: standard error of `kl` over the windows, None of one.
+      by_design: why saturation is none of the scale's fault.
+    """
+
+    tensor: str
+    op: str
+    bits: int
+    sqnr: float | None
+    own_sqnr: float | None
+    ends: float
+    clipped: float
+    used: float
+    kl: float | None
+    error: float | None
+    by_design: str | None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it can lose anything."""
+        return self.kl is not None
+
+
+class Tally:
+    """Sums over windows, of every tensor."""
+
+    def __init__(self, constants: Constants) -> None:
+        self._constants = constants
+        self._sums: dict[str, Sums] = {}
+        self._charges: list[dict[str, np.ndarray]] = []
+        self._kls: list[tuple[float, float]] = []
+
+    def read(self, ids: np.ndarray, tensors: Mapping[str, Any], reference: Any | None) -> Any:
+        """Adds a window; returns the logits that KL is measured from.
+
+        Args:
+          tensors: simulated codes by global name.
+          reference: these logits, None for those of the float pass.
+        """
+        found = measure(self._constants, ids, tensors)
+        origin = found.float_logits if reference is None else reference
+        for name, sums in found.sums.items():
+            known = self._sums.get(name)
+            self._sums[name] = sums if known is None else known.merged(sums)
+        self._charges.append(charges(self._constants, ids, origin, found.errors))
+        self._kls.append((kl(origin, found.logits), kl(origin, found.float_logits)))
+        return origin
+
+    def kl(self) -> dict[str, float]:
+        """Means over windows, as `Diagnosis.kl`."""
+        simulator, constants = np.mean(self._kls, axis=0)
+        return {"simulator": float(simulator), "constants": float(constants)}
+
+    def rows(self) -> list[Row]:
+        """One per activation tensor, in the order of the graph."""
+        dec = self._constants.decoder
+        charged = self.charged()
+        return [
+            _row(graph, node, layer, self._sums[name], charged.get(name))
+            for graph in dec.graphs
+            for layer in range(graph.layers)
+            for node in graph.nodes
+            for name in [graph.global_name(layer, node.output)]
+        ]
+
+    def charged(self) -> dict[str, tuple[float, float | None]]:
+        """Means of `charges` and their standard errors, by global name of what rounds."""
+        return {
+            name: mean([float(np.atleast_1d(c[stacked])[layer]) for c in self._charges])
+            for name, (stacked, layer) in rounding_tensors(self._constants.decoder).items()
+        }
+
+
+def mean(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
+    """The mean and its standard error, None of one value."""
+    count = len(values)
+    error = float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else None
+    return float(np.mean(values)), error
+
+
+def _row(
+    graph: Graph, node: Node, layer: int, s: Sums, charged: tuple[float, float | None] | None
+) -> Row:
+    quant = graph[node.output].quant
+    assert quant is not None
+    nats, error = charged or (None, None)
+    return Row(
+        tensor=graph.global_name(layer, node.output),
+        op=type(node.op).__name__,
+        bits=quant.bits[layer],
+        sqnr=decibels(s.signal, s.noise),
+        own_sqnr=None if charged is None else decibels(s.own_signal, s.own_noise),
+        ends=s.ends / s.count,
+        clipped=s.clipped / s.count,
+        used=(s.highest - s.lowest + 1) / 2 ** quant.bits[layer],
+        kl=nats,
+        error=error,
+        by_design=by_design(node.op),
+    )

@@ -1,0 +1,284 @@
+"""Every activation tensor of a simulated model against float: SQNR, clipping, use of its codes.
+
+An output folder keeps no float parameters, and learning moved them, so the float reference of a
+*tensor* is the same graph on the integer model's own constants (weights, biases, prefix, tables:
+code times scale) with no activation rounded: same basis, same names. It does not show what rounding
+the weights lost; that shows in the logits (`attribution`), held against the original model.
+
+A tensor is compared twice. Its `sqnr` is against the float pass, so it holds all errors that came
+before. Its `own_sqnr` is against the op in real numbers on the simulator's inputs: what this op
+alone lost, by rounding, clipping or a table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from qnpu_jax.fakequant import evaluate
+from qnpu_jax.graph import (
+    AddMask,
+    Bounds,
+    Decoder,
+    Fixed,
+    Graph,
+    Narrowed,
+    Node,
+    Op,
+    QParams,
+    Same,
+    Tensors,
+    constraint,
+    eval_op,
+    is_identity,
+    local,
+    ranges_of,
+)
+from qnpu_jax.integer import IntegerModel, activation_scales, dequantize
+
+Quant = dict[str, tuple[QParams, Any, Any]]
+"""QParams, qmin and qmax of activations by local name."""
+
+
+def rounds(graph: Graph, node: Node, layer: int) -> bool:
+    """False for ops that copy codes or widen them: they lose nothing."""
+    match constraint(node.op):
+        case Same():
+            return False
+        case Narrowed():
+            source, target = graph[node.inputs[0]].quant, graph[node.output].quant
+            assert source is not None and target is not None
+            widens = source.bits[layer] < target.bits[layer]
+            return not (widens or is_identity(graph, node, layer))
+        case _:
+            return True
+
+
+def by_design(op: Op) -> str | None:
+    """Why codes at the ends of the range are no sign of a bad scale, None where they are one: of
+    masked scores too, as only keys are counted that are not masked."""
+    match constraint(op):
+        case Fixed():
+            return "the kernel fixes the range to [0, 1): 1 is the code above the highest"
+        case _:
+            return None
+
+
+def rounding_tensors(dec: Decoder) -> dict[str, tuple[str, int]]:
+    """What can lose precision, by global name: the name without its layer, and the layer."""
+    return {
+        graph.global_name(layer, node.output): (graph.prefix + node.output, layer)
+        for graph in dec.graphs
+        for layer in range(graph.layers)
+        for node in graph.nodes
+        if rounds(graph, node, layer)
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """All that a pass over an integer model reads beside the text, in real numbers.
+
+    Attributes:
+      decoder: staged for one length.
+      params: dequantized, by global name.
+      tables: dequantized RoPE tables, mask and eps, by local name.
+      scales, ranges: of activations, by global name.
+    """
+
+    decoder: Decoder
+    params: dict[str, jax.Array]
+    tables: Tensors
+    scales: dict[str, QParams]
+    ranges: dict[str, Bounds]
+
+    @classmethod
+    def of(cls, model: IntegerModel, tokens: int) -> Constants:
+        dec = model.decoder(tokens)
+        scales = activation_scales(model)
+        tables = {
+            n: jnp.asarray(codes.astype(np.float32) * np.float32(_scale_of(dec.layer, n)))
+            for n, codes in model.inputs(dec).items()
+        }
+        ranges = {
+            g.prefix + n: bounds
+            for g in dec.graphs
+            for n, bounds in ranges_of(g, {t.name: t for t in g.named("activation")}).items()
+        }
+        params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
+        return cls(dec, params, tables, scales, ranges)
+
+    def whole(self, graph: Graph, ids: Int[np.ndarray, " t"]) -> Tensors:
+        """Parameters, tables and ids of a graph by local name; parameters of layers are stacked. Of
+        the embedding table only the rows that are read, whose ids are then 0, 1, ..."""
+        values: Tensors = dict(local(self.params, graph.prefix))
+        if graph is self.decoder.embed:
+            return {"weight": values["weight"][ids], "ids": jnp.arange(len(ids))}
+        return values
+
+    def shared(self, graph: Graph) -> Tensors:
+        """The tables that a graph reads."""
+        names = {t.name for t in graph.named("input")}
+        return {n: x for n, x in self.tables.items() if n in names}
+
+    def quant(self, graph: Graph) -> Quant:
+        """Of all activations; stacked where the graph is that of layers."""
+        scales, ranges = local(self.scales, graph.prefix), local(self.ranges, graph.prefix)
+        return {n: (scales[n], *ranges[n]) for n in ranges}
+
+    def layers(self, ids: Int[np.ndarray, " t"]) -> Iterator[tuple[Graph, int, Tensors, Quant]]:
+        """Graph by graph and layer by layer: what it reads beside the residual stream."""
+        for graph in self.decoder.graphs:
+            whole = (self.whole(graph, ids), self.quant(graph))
+            for layer in range(graph.layers):
+                own, quant = whole
+                if graph.prefix == "layers.":
+                    own, quant = jax.tree.map(lambda a, i=layer: a[i], whole)
+                yield graph, layer, {**own, **self.shared(graph)}, quant
+
+
+def _scale_of(graph: Graph, name: str) -> float:
+    fixed = graph[name].fixed
+    assert fixed is not None
+    return fixed[0]
+
+
+class Sums(NamedTuple):
+    """Over the elements of a tensor that count.
+
+    Attributes:
+      count: how many.
+      signal, noise: sums of squares of the float pass, and of the simulator less it.
+      own_signal, own_noise: the same of the op in float on the simulator's inputs.
+      ends: codes at either end of the range.
+      clipped: whose real value lies more than half a code outside.
+      lowest, highest: codes.
+    """
+
+    count: Any
+    signal: Any
+    noise: Any
+    own_signal: Any
+    own_noise: Any
+    ends: Any
+    clipped: Any
+    lowest: Any
+    highest: Any
+
+    def merged(self, other: Sums) -> Sums:
+        """Of both sets of elements."""
+        added = Sums(*(a + b for a, b in zip(self, other, strict=True)))
+        lowest, highest = min(self.lowest, other.lowest), max(self.highest, other.highest)
+        return added._replace(lowest=lowest, highest=highest)
+
+
+class Measured(NamedTuple):
+    """One window: `Sums` by global name; errors e_i by global name without the layer (stacked in
+    `layers.*`) of all tensors that round; logits (T, V) of the float pass and of the simulator."""
+
+    sums: dict[str, Sums]
+    errors: Tensors
+    float_logits: jax.Array
+    logits: jax.Array
+
+
+def measure(
+    constants: Constants, ids: Int[np.ndarray, " t"], tensors: Mapping[str, Any]
+) -> Measured:
+    """Compares one window's simulated tensors with float.
+
+    Args:
+      tensors: codes of every activation by global name (`simulator.Simulator.tensors`).
+    """
+    sums: dict[str, Sums] = {}
+    errors: dict[str, list[jax.Array]] = defaultdict(list)
+    x: tuple[Tensors, Tensors] = ({}, {})
+    for graph, layer, own, quant in constants.layers(ids):
+        codes = {n: jnp.asarray(tensors[graph.global_name(layer, n)]) for n in quant}
+        found, error, *last = _read(graph, *x, own, codes, quant)
+        x = ({"input.residual": last[0]}, {"input.residual": last[1]})
+        each = zip(*(x.tolist() for x in jax.device_get(found)), strict=True)
+        for node, values in zip(graph.nodes, each, strict=True):
+            sums[graph.global_name(layer, node.output)] = Sums(*values)
+        for name, e in error.items():
+            errors[graph.prefix + name].append(e)
+    stacked = {n: jnp.stack(e) if n.startswith("layers.") else e[0] for n, e in errors.items()}
+    return Measured(sums, stacked, x[0]["input.residual"], x[1]["input.residual"])
+
+
+@partial(jax.jit, static_argnums=0)
+def _read(
+    graph: Graph, x_ref: Tensors, x: Tensors, own: Tensors, codes: Tensors, quant: Quant
+) -> tuple[Sums, Tensors, jax.Array, jax.Array]:
+    """One graph: `Sums` of each node (N,), errors of tensors that round in any layer, and what it
+    hands on, of the float pass and of the simulator.
+
+    Args:
+      x_ref, x: what it is handed by either.
+      own: constants, and token ids.
+    """
+    ref = evaluate(graph, {**own, **x_ref})
+    env: Tensors = {**own, **x}
+    for name, (q, _, _) in quant.items():
+        env[name] = (codes[name].astype(jnp.float32) - q.zero_point) * q.scale
+    sums, errors = [], {}
+    counted = _counted(graph, env)
+    for node in graph.nodes:
+        name = node.output
+        real = eval_op(node.op, *(env[n] for n in node.inputs))
+        # 1 / sqrt(0), of a code that is 0: what the kernel makes of it is as good as any.
+        real = jnp.where(jnp.isfinite(real), real, env[name])
+        seen = counted.get(name, True)
+        sums.append(_sums(ref[name], env[name], real, codes[name], quant[name], seen))
+        if any(rounds(graph, node, i) for i in range(graph.layers)):
+            errors[name] = env[name] - real
+    stacked = Sums(*map(jnp.stack, zip(*sums, strict=True)))
+    return stacked, errors, ref[graph.outputs[0]], env[graph.outputs[0]]
+
+
+def _counted(graph: Graph, env: Tensors) -> Tensors:
+    """Of scores before and after the mask: where a token may look. The others change nothing."""
+    return {
+        name: env[node.inputs[1]] == 0
+        for node in graph.nodes
+        if isinstance(node.op, AddMask)
+        for name in (node.inputs[0], node.output)
+    }
+
+
+def _sums(
+    ref: jax.Array, x: jax.Array, real: jax.Array, codes: jax.Array, quant: Any, counted: Any
+) -> Sums:
+    q, qmin, qmax = quant
+    counted = jnp.broadcast_to(counted, x.shape)
+    codes = codes.astype(jnp.float32)
+
+    def total(of: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(counted, of.astype(jnp.float32), 0.0))
+
+    unclipped = real / q.scale + q.zero_point
+    return Sums(
+        count=total(jnp.ones_like(x)),
+        signal=total(jnp.square(ref)),
+        noise=total(jnp.square(x - ref)),
+        own_signal=total(jnp.square(real)),
+        own_noise=total(jnp.square(x - real)),
+        ends=total((codes <= qmin) | (codes >= qmax)),
+        clipped=total((unclipped < qmin - 0.5) | (unclipped > qmax + 0.5)),
+        lowest=jnp.min(jnp.where(counted, codes, qmax)),
+        highest=jnp.max(jnp.where(counted, codes, qmin)),
+    )
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise), None without noise."""
+    return 10 * math.log10(max(float(signal), 1e-30) / float(noise)) if noise > 0 else None

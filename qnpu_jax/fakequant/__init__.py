@@ -1,0 +1,32 @@
+"""The graph in float, and on the integer grid with straight-through gradients."""
+
+from qnpu_jax.fakequant.evaluate import Edge, evaluate
+from qnpu_jax.fakequant.fake_quant import fake_quant, lsq_factor, round_ste, scale_gradient
+from qnpu_jax.fakequant.forward import (
+    Hidden,
+    Reading,
+    forward,
+    head,
+    hidden,
+    shared_inputs,
+    token_nll,
+)
+from qnpu_jax.fakequant.passes import graph_tensors, passes
+
+__all__ = [
+    "Edge",
+    "Hidden",
+    "Reading",
+    "evaluate",
+    "fake_quant",
+    "forward",
+    "graph_tensors",
+    "head",
+    "hidden",
+    "lsq_factor",
+    "passes",
+    "round_ste",
+    "scale_gradient",
+    "shared_inputs",
+    "token_nll",
+]

@@ -1,0 +1,149 @@
+"""The float and the fake-quantized forward pass: layers under `lax.scan`, rematerialised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qnpu_jax.fakequant.evaluate import (
+    PRODUCED,
+    Edge,
+    evaluate,
+    fake_quant_edge,
+    measured,
+    produced,
+)
+from qnpu_jax.graph import (
+    Bounds,
+    Decoder,
+    Graph,
+    Params,
+    QParams,
+    Scales,
+    Tensors,
+    layer_inputs,
+    local,
+    ranges_of,
+)
+
+
+def shared_inputs(dec: Decoder, filled: int = 0) -> Tensors:
+    """`layer_inputs` as device arrays."""
+    return {k: jnp.asarray(v) for k, v in layer_inputs(dec, filled).items()}
+
+
+Prepare = Callable[[Graph, Tensors], Tensors]
+"""From what `params` holds of a graph (local names, one layer) to the graph's parameters."""
+
+
+def stored(_: Graph, values: Tensors) -> Tensors:
+    """Parameters as they are stored."""
+    return values
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a forward pass reads a model. Holds tracers under jit, so it is made inside.
+
+    Attributes:
+      params: by global name; entries of `layers.*` have a leading layer axis.
+      scales: QParams by global name; tensors without an entry stay in float.
+      ranges: code ranges of the tensors in `scales` by global name; None takes the decoder's, as
+        constants of the compiled program.
+      prepare: what makes parameters of them (learning merges rotations here).
+      masked: as in `fake_quant.fake_quant`.
+      measure: sum up the local errors too (`measured`).
+    """
+
+    params: Mapping[str, Any]
+    scales: Scales
+    ranges: Mapping[str, Bounds] | None = None
+    prepare: Prepare = stored
+    masked: bool = True
+    measure: bool = False
+
+    def whole(self, graph: Graph) -> tuple[Tensors, Edge]:
+        """Parameters and edge of a graph without layers."""
+        edge = fake_quant_edge(*self.quant(graph), self.masked)
+        return self.prepare(graph, local(self.params, graph.prefix)), edge
+
+    def quant(self, graph: Graph) -> tuple[dict[str, QParams], dict[str, Bounds]]:
+        """Scales and code ranges by local name."""
+        q = local(self.scales, graph.prefix)
+        if self.ranges is None:
+            return q, ranges_of(graph, q)
+        known = local(self.ranges, graph.prefix)
+        return q, {name: known[name] for name in q}
+
+
+class Hidden(NamedTuple):
+    """What the layers make of a sequence: the residual stream after each, (L, T, D), and after the
+    last, (T, D), by itself, so that who reads only that does not keep the others; the sum of local
+    errors, () (0 unless measured)."""
+
+    residuals: Float[Array, "l t d"]
+    last: Float[Array, "t d"]
+    error: Float[Array, ""]
+
+
+def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
+    """Embedding and layers: the layer graph runs under `lax.scan` over stacked parameters and
+    scales, rematerialised under autodiff."""
+    tables = shared_inputs(dec)
+
+    # Between layers autodiff keeps the residual stream; within the layer that is computed again,
+    # what each op produced, and not what quantization made of it too.
+    @jax.checkpoint
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCED))
+    def step(x: jax.Array, layer) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        p, q, r = layer
+        edge = produced(fake_quant_edge(q, r, reading.masked))
+        errors: list[jax.Array] = [jnp.float32(0)]
+        edge = measured(edge, errors) if reading.measure else edge
+        values = {"input.residual": x, **tables, **reading.prepare(dec.layer, p)}
+        x = evaluate(dec.layer, values, edge)["mlp.residual"]
+        return x, (x, sum(errors[1:], errors[0]))
+
+    # Of the table only the rows that are read: rotated and quantized whole, it would be there three
+    # times under autodiff.
+    rows = {"embed.weight": jnp.asarray(reading.params["embed.weight"])[ids]}
+    values, edge = replace(reading, params=rows).whole(dec.embed)
+    x = evaluate(dec.embed, {"ids": jnp.arange(len(ids)), **values}, edge)["residual"]
+    layers = (local(reading.params, "layers."), *reading.quant(dec.layer))
+    last, (residuals, errors) = jax.lax.scan(step, x, layers)
+    return Hidden(residuals, last, jnp.sum(errors))
+
+
+def head(dec: Decoder, values: Tensors, edge: Edge, x: Float[Array, "t d"]) -> Float[Array, "r v"]:
+    """Logits of the last layer's residual stream, with what `Reading.whole(dec.head)` gives."""
+    eps = shared_inputs(dec)["norm.eps"]
+    return evaluate(dec.head, {"input.residual": x, "norm.eps": eps, **values}, edge)["logits"]
+
+
+def forward(
+    dec: Decoder, params: Params, ids: Int[Array, " t"], scales: Scales | None = None
+) -> Float[Array, "rows v"]:
+    """Logits (T, V), of a `last` decoder (1, V): float without `scales`, fake-quantized with
+    (`resolve`d ones).
+
+    Args:
+      dec: staged for T tokens, no cache.
+      params: folded parameters by global name (`fold.fold_norms`), prefix K/V included if dec has
+        a prefix.
+      ids: (T,) int32.
+      scales: QParams by global name; tensors without an entry stay in float.
+    """
+    reading = Reading(params, scales or {})
+    return head(dec, *reading.whole(dec.head), hidden(dec, reading, ids).last)
+
+
+def token_nll(logits: Float[Array, "t v"], ids: Int[Array, " t"]) -> Float[Array, " t-1"]:
+    """-log softmax(logits[t])[ids[t+1]]: (T, V) and (T,) to (T-1,)."""
+    log_p = jax.nn.log_softmax(logits[:-1], axis=-1)
+    return -jnp.take_along_axis(log_p, ids[1:, None], axis=-1)[:, 0]

@@ -1,0 +1,75 @@
+"""The graphs one after the other on the host, a layer at a time, for whoever reads their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+
+from qnpu_jax.fakequant.evaluate import evaluate, fake_quant_edge
+from qnpu_jax.fakequant.forward import shared_inputs
+from qnpu_jax.graph import (
+    Decoder,
+    Graph,
+    Params,
+    Scales,
+    Tensors,
+    local,
+    ranges_of,
+)
+
+Keep = Callable[[Graph], tuple[str, ...]]
+"""Chooses tensors of a graph by local name."""
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def graph_tensors(
+    graph: Graph, keep: tuple[str, ...], values: Tensors, params: Tensors, quant: Any = ({}, {})
+) -> Tensors:
+    """The kept tensors of one graph for a batch.
+
+    Args:
+      values: inputs with a leading batch axis.
+      params: parameters and shared inputs, without one.
+      quant: QParams and code ranges of the tensors to fake-quantize, one layer's.
+    """
+
+    def one(values: Tensors) -> Tensors:
+        env = evaluate(graph, {**values, **params}, fake_quant_edge(*quant))
+        return {name: env[name] for name in keep}
+
+    return jax.vmap(one)(values)
+
+
+def passes(
+    dec: Decoder,
+    params: Params,
+    ids: jax.Array,
+    keep: Keep,
+    scales: Scales | None = None,
+    tables: Tensors | None = None,
+) -> Iterator[tuple[Graph, int, Tensors]]:
+    """The kept tensors of a batch (B, T) of sequences, graph by graph and layer by layer.
+
+    Args:
+      scales: as in `forward`: float without, and for every tensor that has none.
+      tables: in place of `shared_inputs(dec)`.
+    """
+    tables = shared_inputs(dec) if tables is None else tables
+    values: Tensors = {"ids": ids}
+    for graph in dec.graphs:
+        own, q = local(params, graph.prefix), local(scales or {}, graph.prefix)
+        quant = (q, ranges_of(graph, q))
+        inputs = {t.name for t in graph.named("input")}
+        shared = {k: v for k, v in tables.items() if k in inputs}
+        out = graph.outputs[0]
+        names = tuple(dict.fromkeys((out, *keep(graph))))
+        for i in range(graph.layers):
+            here = (own, quant)
+            if graph.prefix == "layers.":
+                here = jax.tree.map(lambda a, i=i: a[i], here)
+            env = graph_tensors(graph, names, values, here[0] | shared, here[1])
+            yield graph, i, env
+            values = {"input.residual": env[out]}

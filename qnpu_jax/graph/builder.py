@@ -1,0 +1,166 @@
+"""A `Builder` stages a forward function, written in plain Python, into a `Graph`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from qnpu_jax.config import QuantSpec
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph.graph import Graph, Node, TensorSpec
+from qnpu_jax.graph.ops import (
+    Add,
+    AddMask,
+    BatchMatmul,
+    FullyConnected,
+    Logistic,
+    Mul,
+    Op,
+    Requantize,
+    Rsqrt,
+    Softmax,
+    Sqrt,
+    eval_op,
+    tied_inputs,
+)
+
+_UNIFORM = (FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax, Logistic, Sqrt, Rsqrt)
+"""Ops whose kernels take activations of one type and give the same type (litert.md, section 2)."""
+
+
+@dataclass
+class Builder:
+    """Stages a graph: `add` appends a node and returns the spec of its output.
+
+    Args:
+      prefix: what precedes the names globally.
+      bits: the bits of a tensor by local name, one per layer (`BitPlan` behind it).
+    """
+
+    prefix: str
+    bits: Callable[[str], tuple[int, ...]]
+    _tensors: dict[str, TensorSpec] = field(default_factory=dict)
+    _nodes: list[Node] = field(default_factory=list)
+    _scopes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        self._scopes.append(name)
+        yield
+        self._scopes.pop()
+
+    def _named(self, name: str) -> str:
+        return ".".join([*self._scopes, name])
+
+    def _register(self, spec: TensorSpec) -> TensorSpec:
+        assert spec.name not in self._tensors, spec.name
+        self._tensors[spec.name] = spec
+        return spec
+
+    def input(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        bits: tuple[int, ...] | None = None,
+        fixed: tuple[float, int] | None = None,
+    ) -> TensorSpec:
+        """A symmetric graph input, at the plan's bits or those given."""
+        name = self._named(name)
+        quant = QuantSpec(self.bits(name) if bits is None else bits, symmetric=True)
+        return self._register(TensorSpec(name, shape, "input", quant, fixed))
+
+    def ids(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
+        """An input of token ids, the only tensor that is not quantized."""
+        return self._register(TensorSpec(self._named(name), shape, "input", None))
+
+    def param(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axis: int | None = None,
+        bits: tuple[int, ...] | None = None,
+    ) -> TensorSpec:
+        """A constant (weight, bias, prefix K/V): symmetric, per channel along `axis`."""
+        name = self._named(name)
+        quant = QuantSpec(self.bits(name) if bits is None else bits, True, axis)
+        return self._register(TensorSpec(name, shape, "param", quant))
+
+    def add(self, name: str, op: Op, *inputs: TensorSpec, symmetric: bool = False) -> TensorSpec:
+        """Appends `name = op(inputs)`; operands narrower than the output are widened first
+        (exactly).
+
+        Raises:
+          UserError: the plan makes the output narrower than an operand, which only a requantize may
+          do.
+        """
+        name = self._named(name)
+        tied = tied_inputs(op, tuple(t.name for t in inputs))
+        if tied:
+            source = self._tensors[tied[0]].quant
+            assert source is not None
+            quant = QuantSpec(source.bits, source.symmetric)
+        else:
+            quant = QuantSpec(self.bits(name), symmetric)
+        if isinstance(op, _UNIFORM):
+            inputs = tuple(self._widen(t, quant.bits, name) for t in inputs)
+        if isinstance(op, FullyConnected):
+            self._check_bias(inputs[0], inputs[2])
+        shapes = (
+            jax.ShapeDtypeStruct(t.shape, jnp.int32 if t.quant is None else jnp.float32)
+            for t in inputs
+        )
+        shape = jax.eval_shape(partial(eval_op, op), *shapes).shape
+        self._nodes.append(Node(op, tuple(t.name for t in inputs), name))
+        return self._register(TensorSpec(name, shape, "activation", quant))
+
+    def fully_connected(
+        self, name: str, x: TensorSpec, features: int, *, symmetric: bool = False
+    ) -> TensorSpec:
+        """A linear layer; stages its parameters `<name>.weight` (features, K) and `<name>.bias`."""
+        weight = self.param(f"{name}.weight", (features, x.shape[-1]), axis=0)
+        bias = self.param(f"{name}.bias", (features,), axis=0)
+        return self.add(name, FullyConnected(), x, weight, bias, symmetric=symmetric)
+
+    def _check_bias(self, x: TensorSpec, bias: TensorSpec) -> None:
+        """Raises UserError for a 64-bit bias of an 8-bit input: LiteRT would read it as 32 bits."""
+        assert x.quant is not None and bias.quant is not None
+        for i, (bits, wide) in enumerate(zip(x.quant.bits, bias.quant.bits, strict=True)):
+            if bits <= 8 and wide > 32:
+                where = f"layers.{i}." if self.prefix == "layers." else self.prefix
+                raise UserError(
+                    f"{where}{bias.name}: the plan gives it {wide} bits; expected 32 beside an"
+                    f" input of {bits}; correct the rule that matches it"
+                )
+
+    def _widen(self, x: TensorSpec, bits: tuple[int, ...], consumer: str) -> TensorSpec:
+        assert x.quant is not None
+        if x.kind == "param" or x.quant.bits == bits:
+            return x
+        if any(have > want for have, want in zip(x.quant.bits, bits, strict=True)):
+            raise UserError(
+                f"{self.prefix}{consumer}: the plan gives it fewer bits than its input"
+                f" {self.prefix}{x.name}"
+                f" ({max(x.quant.bits)}); expected at least as many; raise the one or lower the"
+                " other"
+            )
+        name = f"{x.name}.i{max(bits)}"
+        if name not in self._tensors:
+            self._nodes.append(Node(Requantize(), (x.name,), name))
+            self._register(
+                TensorSpec(name, x.shape, "activation", QuantSpec(bits, x.quant.symmetric))
+            )
+        return self._tensors[name]
+
+    def finish(self, *outputs: TensorSpec) -> Graph:
+        return Graph(
+            self.prefix,
+            tuple(self._tensors.values()),
+            tuple(self._nodes),
+            tuple(t.name for t in outputs),
+        )

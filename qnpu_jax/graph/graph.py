@@ -1,0 +1,173 @@
+"""The decoder as data: tensors, nodes, and a `Builder` that stages a forward function into a
+`Graph`.
+
+A graph holds no arrays and is hashable, so it is a static argument of `jax.jit`. Tensor names are
+the one vocabulary shared by parameters, quantization parameters, the simulator, the .tflite file
+and every report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from qnpu_jax.config import QuantSpec
+from qnpu_jax.graph.ops import (
+    Narrowed,
+    Op,
+    Same,
+    constraint,
+    tied_inputs,
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor. `quant` is None for token ids only; `fixed` is the (scale, zero_point) of an
+    input that arrives quantized (RoPE tables, mask), None where it is calibrated, tied or
+    derived."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Literal["input", "param", "activation"]
+    quant: QuantSpec | None
+    fixed: tuple[float, int] | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation: names in, one name out."""
+
+    op: Op
+    inputs: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in execution order. `prefix` is what precedes the names globally (`layers.` for the
+    layer graph)."""
+
+    prefix: str
+    tensors: tuple[TensorSpec, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        ready = {t.name for t in self.tensors if t.kind != "activation"}
+        for node in self.nodes:
+            missing = set(node.inputs) - ready
+            assert not missing and node.output not in ready, f"{node}: {missing} not ready"
+            ready.add(node.output)
+        assert ready == set(self._index) and set(self.outputs) <= ready
+
+    @cached_property
+    def _index(self) -> dict[str, TensorSpec]:
+        return {t.name: t for t in self.tensors}
+
+    def __hash__(self) -> int:
+        return self._hash  # every jitted call asks for it
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.prefix, self.tensors, self.nodes, self.outputs))
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self._index[name]
+
+    def named(self, kind: str) -> tuple[TensorSpec, ...]:
+        """The tensors of one kind, in order of appearance."""
+        return tuple(t for t in self.tensors if t.kind == kind)
+
+    def global_name(self, layer: int, name: str) -> str:
+        """`layers.3.attn.q` in the layer graph, `head.logits` elsewhere."""
+        return f"{self.prefix}{layer}.{name}" if self.prefix == "layers." else self.prefix + name
+
+    @cached_property
+    def layers(self) -> int:
+        """How many sets of values the graph is evaluated with."""
+        return max(len(t.quant.bits) for t in self.tensors if t.quant is not None)
+
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Root of every tensor: tensors of one root share scale and zero point (movement ops copy
+        codes).
+
+        The root is the first member whose value is not itself a copy, so that it can be calibrated
+        or derived.
+        """
+        parent = {t.name: t.name for t in self.tensors}
+
+        def find(name: str) -> str:
+            while parent[name] != name:
+                name = parent[name]
+            return name
+
+        producer = {n.output: n for n in self.nodes}
+        order = {t.name: i for i, t in enumerate(self.tensors)}
+
+        def rank(name: str) -> tuple[bool, bool, int]:
+            node = producer.get(name)
+            copies = node is not None and (
+                isinstance(constraint(node.op), Same) or self._unchanged(node)
+            )
+            return (copies, self[name].kind == "param", order[name])
+
+        for node in self.nodes:
+            tied = node.inputs if self._unchanged(node) else tied_inputs(node.op, node.inputs)
+            for name in tied:
+                a, b = sorted((find(name), find(node.output)), key=rank)
+                parent[b] = a
+        return {name: find(name) for name in parent}
+
+    def _unchanged(self, node: Node) -> bool:
+        return all(is_identity(self, node, i) for i in range(self.layers))
+
+    def __str__(self) -> str:
+        return "\n".join(_print(self))
+
+
+def is_identity(graph: Graph, node: Node, layer: int = 0) -> bool:
+    """True where a requantize changes nothing in this layer: equal widths, and no zero point to
+    remove."""
+    if not isinstance(constraint(node.op), Narrowed):
+        return False
+    source, target = graph[node.inputs[0]].quant, graph[node.output].quant
+    assert source is not None and target is not None
+    same_width = source.bits[layer] == target.bits[layer]
+    no_shift = source.symmetric or not target.symmetric or target.bits[layer] == 16
+    return same_width and no_shift
+
+
+def _print(graph: Graph) -> Iterator[str]:
+    """One line per node; the scopes kv1, kv2, ... repeat kv0 and are folded into one line."""
+    rows: list[tuple[str, str, str]] = []
+    for t in graph.tensors:
+        if t.kind == "input":
+            rows.append((t.name, _type(t), "input"))
+    for node in graph.nodes:
+        if not re.search(r"\bkv[1-9]\d*\.", node.output):
+            rows.append((node.output, _type(graph[node.output]), _call(graph, node)))
+        elif (row := (node.output.split(".kv")[0] + ".kv1...", "", "as kv0")) not in rows:
+            rows.append(row)
+    wide = [max(len(r[i]) for r in rows) for i in (0, 1)]
+    yield f"graph {graph.prefix}*  ({len(graph.nodes)} nodes) -> {', '.join(graph.outputs)}"
+    for name, kind, call in rows:
+        yield f"  {name:<{wide[0]}}  {kind:<{wide[1]}}  {call}"
+
+
+def _type(t: TensorSpec) -> str:
+    shape = ",".join(map(str, t.shape))
+    if t.quant is None:
+        return f"i32[{shape}]"
+    return "|".join(f"i{b}" for b in sorted(set(t.quant.bits))) + f"[{shape}]"
+
+
+def _call(graph: Graph, node: Node) -> str:
+    attrs = [f"{k}={v}" for k, v in vars(node.op).items() if v is not False]
+    args = [f"{n}:{_type(graph[n])}" if graph[n].kind == "param" else n for n in node.inputs]
+    verb = re.sub(r"(?<!^)(?=[A-Z])", "_", type(node.op).__name__).lower()
+    return f"{verb}({', '.join([*args, *attrs])})"

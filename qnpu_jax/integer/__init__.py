@@ -1,0 +1,33 @@
+"""The frozen integer model, and what its weights prove about accumulators."""
+
+from qnpu_jax.integer.accumulators import (
+    Bound,
+    ChannelBounds,
+    channel_bounds,
+    check,
+    needed_bits,
+    proved_bounds,
+)
+from qnpu_jax.integer.freeze import check_bits, freeze
+from qnpu_jax.integer.intermediates import NO_SUM, Intermediate, proved_intermediates
+from qnpu_jax.integer.model import IntegerModel, activation_scales, dequantize
+from qnpu_jax.integer.simulator import Simulate, Simulator
+
+__all__ = [
+    "NO_SUM",
+    "Bound",
+    "ChannelBounds",
+    "IntegerModel",
+    "Intermediate",
+    "Simulate",
+    "Simulator",
+    "activation_scales",
+    "channel_bounds",
+    "check",
+    "check_bits",
+    "dequantize",
+    "freeze",
+    "needed_bits",
+    "proved_bounds",
+    "proved_intermediates",
+]

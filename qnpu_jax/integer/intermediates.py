@@ -1,0 +1,144 @@
+"""What the ops that sum no products hold before they round: no weight bounds it, so the interval
+follows from codes, zero points and shapes alone.
+
+It fits 32 bits in every kernel but for one: the sum of int8 SOFTMAX over 4,096 keys or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import numpy as np
+
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph import (
+    Add,
+    AddMask,
+    BatchMatmul,
+    Concat,
+    Decoder,
+    Embedding,
+    FullyConnected,
+    Graph,
+    Keep,
+    Logistic,
+    Mul,
+    Node,
+    Op,
+    Requantize,
+    Reshape,
+    Rsqrt,
+    Slice,
+    Softmax,
+    Sqrt,
+    Transpose,
+    is_identity,
+)
+from qnpu_jax.integer.accumulators import Interval, intervals, needed_bits, product
+
+ADD_SHIFT = {8: 20, 16: 15}
+"""Bits that ADD shifts its operands to the left, by their own. LiteRT kernels/add.cc, `Prepare`."""
+EXP_ONE = {8: 2**19, 16: 32762}
+"""exp(0) as SOFTMAX sums it: Q12.19 of int8 scores; Q0.15 of int16 ones, whose table ends below 1.
+
+Reference: LiteRT reference/softmax.h."""
+AVAILABLE = 32
+"""Bits of every intermediate here."""
+
+NO_SUM: Mapping[str, str] = {
+    "GATHER": "copies rows of the embedding",
+    "LOGISTIC": "one code in, one out: a table, or an interpolation in one",
+    "SQRT": "one code in, one out: a table",
+    "RSQRT": "one code in, one out: a table, or an interpolation in one",
+    "RESHAPE": "copies codes",
+    "TRANSPOSE": "copies codes",
+    "SLICE": "copies codes",
+    "CONCATENATION": "copies codes",
+}
+"""Ops that hold nothing wider than a code, and why: there is nothing to prove."""
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """The proved interval of what an op holds before it rounds.
+
+    Attributes:
+      tensor: the op's output, by global name with the layer's number.
+      what: the widest value that it holds.
+      low, high: in codes.
+    """
+
+    tensor: str
+    op: Literal["ADD", "MUL", "QUANTIZE", "SOFTMAX"]
+    what: str
+    low: int
+    high: int
+
+    @property
+    def needed(self) -> int:
+        """Bits of the smallest two's-complement integer that holds the interval."""
+        return needed_bits(self.low, self.high)
+
+
+def proved_intermediates(dec: Decoder, zero_point: Mapping[str, np.ndarray]) -> list[Intermediate]:
+    """One per ADD, MUL, QUANTIZE and SOFTMAX and layer, by global name.
+
+    Args:
+      zero_point: by global name, as in `IntegerModel`.
+    """
+    return list(_found(dec, zero_point))
+
+
+def check(found: Iterable[Intermediate]) -> None:
+    """Raises UserError for the first that does not fit `AVAILABLE` bits."""
+    for i in found:
+        if i.needed > AVAILABLE:
+            raise UserError(
+                f"{i.tensor}: its {i.what} ({i.op}) can reach {max(-i.low, i.high)}, which needs"
+                f" {i.needed} bits; expected at most {AVAILABLE}; choose a shorter length, or give"
+                " *.scores, *.masked and *.softmax 16 bits in the bit plan"
+            )
+
+
+def _found(dec: Decoder, zero_point: Mapping[str, np.ndarray]) -> Iterator[Intermediate]:
+    for graph in dec.graphs:
+        for layer in range(graph.layers):
+            interval = intervals(graph, layer, zero_point)
+            for node in graph.nodes:
+                if not is_identity(graph, node, layer) and (
+                    found := _intermediate(graph, node, layer, interval)
+                ):
+                    kind, what, (low, high) = found
+                    yield Intermediate(graph.global_name(layer, node.output), kind, what, low, high)
+
+
+def _intermediate(
+    graph: Graph, node: Node, layer: int, interval: Callable[[str], Interval]
+) -> tuple[Literal["ADD", "MUL", "QUANTIZE", "SOFTMAX"], str, Interval] | None:
+    op: Op = node.op
+    quant = graph[node.inputs[0]].quant
+    bits = 16 if quant is not None and quant.bits[layer] > 8 else 8
+    match op:
+        case Add() | AddMask():
+            # Each operand, shifted; its share of the sum is at most half of it.
+            shift = ADD_SHIFT[bits]
+            low, high = zip(*map(interval, node.inputs), strict=True)
+            return "ADD", f"(x - zero_point) 2^{shift}", (min(low) << shift, max(high) << shift)
+        case Mul() | Keep():
+            x, y = node.inputs
+            return "MUL", "product", product(interval(x), interval(y), square=x == y)
+        case Requantize():
+            return "QUANTIZE", "x - zero_point", interval(node.inputs[0])
+        case Softmax():
+            one, terms = EXP_ONE[bits], graph[node.output].shape[-1]
+            return "SOFTMAX", "sum of exp", (one, terms * one)  # the largest term is exp(0)
+        case FullyConnected() | BatchMatmul():
+            return None  # `accumulators`
+        case Embedding() | Logistic() | Sqrt() | Rsqrt():
+            return None
+        case Reshape() | Transpose() | Slice() | Concat():
+            return None
+        case _:
+            assert_never(op)

@@ -1,0 +1,78 @@
+"""An `IntegerModel` on disk: safetensors and JSON, no pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from qnpu_jax.config import BitPlan, ModelConfig
+from qnpu_jax.errors import UserError
+from qnpu_jax.integer.model import IntegerModel
+
+FORMAT = 3
+"""Version of the stored form; a reader refuses any other."""
+
+
+def save(model: IntegerModel, folder: Path) -> None:
+    """Writes `integer_model.safetensors` (codes, scales, zero points) and `integer_model.json` (the
+    rest)."""
+    arrays = {
+        **{f"codes/{n}": x for n, x in model.codes.items()},
+        **{f"scale/{n}": x for n, x in model.scale.items()},
+        **{f"zero_point/{n}": x for n, x in model.zero_point.items()},
+    }
+    arrays = {n: np.asarray(x, order="C") for n, x in arrays.items()}  # keeps 0-d arrays 0-d
+    (folder / "integer_model.safetensors").write_bytes(safetensors.numpy.save(arrays))
+    meta = {
+        "format": FORMAT,
+        "config": model.config.to_json(),
+        "bits": [list(r) for r in model.plan.rules],
+        "prefix": list(model.prefix),
+    }
+    (folder / "integer_model.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def load(folder: Path) -> IntegerModel:
+    """Reads what `save` wrote.
+
+    Raises:
+      UserError: a missing, truncated or foreign file.
+    """
+    path, tensors = folder / "integer_model.json", folder / "integer_model.safetensors"
+    for file in (path, tensors):
+        if not file.is_file():
+            raise UserError(
+                f"{file}: missing; expected an output folder of `qnpu quantize`; run it again"
+            )
+    try:
+        meta = json.loads(path.read_text())
+        arrays = safetensors.numpy.load_file(tensors)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged ({error}); run `qnpu quantize` again") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        got = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
+        raise UserError(f"{path}: format {got}, expected {FORMAT}; run `qnpu quantize` again")
+
+    def group(kind: str) -> dict[str, np.ndarray]:
+        return {n.split("/", 1)[1]: x for n, x in arrays.items() if n.startswith(kind + "/")}
+
+    try:
+        plan = BitPlan(tuple((str(p), int(b)) for p, b in meta["bits"]))
+        config, prefix = ModelConfig.from_json(meta["config"]), tuple(meta["prefix"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); run `qnpu quantize` again") from None
+    model = IntegerModel(config, plan, prefix, group("codes"), group("scale"), group("zero_point"))
+    for graph in model.decoder(1, 1).graphs:
+        for spec in graph.tensors:
+            kinds = ("codes",) * (spec.kind == "param") + ("scale", "zero_point")
+            for name in (f"{kind}/{graph.prefix}{spec.name}" for kind in kinds):
+                if spec.quant is not None and name not in arrays:
+                    raise UserError(
+                        f"{tensors}: has no {name}, which {path.name} speaks of; the two are not of"
+                        " one run; run `qnpu quantize` again"
+                    )
+    return model

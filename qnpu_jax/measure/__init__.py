@@ -1,0 +1,5 @@
+"""How good a reading of the model is: perplexity, divergence, zero-shot tasks."""
+
+from qnpu_jax.measure.perplexity import Logits, float_logits, kl_terms
+
+__all__ = ["Logits", "float_logits", "kl_terms"]

@@ -1,0 +1,156 @@
+"""Perplexity of any reading of a model (float, fake-quantized, simulated, LiteRT), and how far the
+predictions of two readings lie apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qnpu_jax.config import BitPlan, ModelConfig
+from qnpu_jax.fakequant import forward, token_nll
+from qnpu_jax.graph import Params, decoder
+from qnpu_jax.integer import IntegerModel, activation_scales, dequantize
+
+Logits = Callable[[np.ndarray], Any]
+"""(T,) or (B, T) token ids to real logits (.., T, V)."""
+
+
+def perplexity(
+    logits: Logits, windows: np.ndarray, batch: int | None = None, track: Any = None
+) -> float:
+    """exp(mean -log p(next token)) over the windows; the first token of each is not scored.
+
+    Args:
+      logits: the model.
+      windows: (N, T) ids.
+      batch: windows per call; None passes single windows (T,).
+      track: wraps the iteration, for a progress bar: (items, length).
+    """
+    total = 0.0
+    for ids in _batches(windows, batch, track):
+        total += float(_sum_nll(jnp.asarray(logits(ids)), jnp.asarray(ids, jnp.int32)))
+    return float(np.exp(total / (windows.shape[0] * (windows.shape[1] - 1))))
+
+
+@jax.jit
+def _sum_nll(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    flat = logits.reshape(-1, *logits.shape[-2:])
+    return jnp.sum(jax.vmap(token_nll)(flat, ids.reshape(-1, ids.shape[-1])))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a reading's predictions lie from another's, over positions.
+
+    Attributes:
+      kl: mean KL(reference || other) in nats, 0 or more.
+      top1: fraction of positions where both find the same token most likely, 0 to 1.
+    """
+
+    kl: float
+    top1: float
+
+
+def divergence(
+    reference: Logits,
+    other: Logits,
+    windows: np.ndarray,
+    batch: int | None = None,
+    track: Any = None,
+) -> Divergence:
+    """KL(p || q) = sum_v p_v log(p_v / q_v), and agreement of argmax, over all positions.
+
+    Of equal largest logits, which integers often have, the first counts, as in a greedy decoder.
+
+    Args:
+      reference: the model that gives p.
+      other: the model that gives q.
+      windows: (N, T) ids; the last position of each counts too, since no next token is needed.
+      batch: windows per call; None passes single windows (T,).
+      track: wraps the iteration, for a progress bar: (items, length).
+    """
+    kl, same = 0.0, 0
+    for ids in _batches(windows, batch, track):
+        kl_sum, same_sum = _compare(jnp.asarray(reference(ids)), jnp.asarray(other(ids)))
+        kl += float(kl_sum)
+        same += int(same_sum)
+    return Divergence(kl / windows.size, same / windows.size)
+
+
+@jax.jit
+def _compare(p_logits: jax.Array, q_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over positions of KL in nats, and of equal argmax."""
+    same = jnp.argmax(p_logits, axis=-1) == jnp.argmax(q_logits, axis=-1)
+    return jnp.sum(kl_terms(p_logits, q_logits)), jnp.sum(same)
+
+
+def kl_terms(p_logits: Float[Array, "*b v"], q_logits: Float[Array, "*b v"]) -> jax.Array:
+    """Terms (.., V) that sum to KL(p || q) in nats at every position, none of them negative.
+
+    As sum p = sum q = 1, KL = sum p (e^-d - 1 + d) with d = log p - log q. No term is negative, and
+    errors of the normalisers cancel to first order: sum p d alone would lose a small KL in the
+    rounding of terms that are larger and of both signs.
+    """
+    log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (p_logits, q_logits))
+    p, q, d = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
+    # Where q is far larger, e^-d overflows but p e^-d = q does not; without p, q is all that stays.
+    near = p * (jnp.expm1(-jnp.maximum(d, -1.0)) + d)
+    return jnp.where(p == 0, q, jnp.where(d < -1.0, q - p + p * d, near))
+
+
+def _batches(windows: np.ndarray, batch: int | None, track: Any) -> Iterator[np.ndarray]:
+    starts: Iterable[int] = range(0, len(windows), batch or 1)
+    for start in track(starts, len(range(0, len(windows), batch or 1))) if track else starts:
+        yield windows[start : start + batch] if batch else windows[start]
+
+
+def float_logits(config: ModelConfig, plan: BitPlan, params: Params) -> Logits:
+    """The float model; with its prefix, where the parameters hold one."""
+    prefix = params.get("layers.attn.prefix_k")
+    length = 0 if prefix is None else prefix.shape[2]
+
+    def logits(ids: np.ndarray) -> jax.Array:
+        dec = decoder(config, plan, ids.shape[-1], length)
+        return _forward(dec, dict(params), jnp.asarray(ids, jnp.int32), None)
+
+    return logits
+
+
+def fake_quant_logits(model: IntegerModel) -> Logits:
+    """The model in float arithmetic, every tensor on its integer grid."""
+    params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
+    scales = jax.tree.map(jnp.asarray, activation_scales(model))
+
+    def logits(ids: np.ndarray) -> jax.Array:
+        dec = model.decoder(ids.shape[-1])
+        return _forward(dec, params, jnp.asarray(ids, jnp.int32), scales)
+
+    return logits
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(dec: Any, params: Params, ids: jax.Array, scales: Any) -> jax.Array:
+    def one(ids: jax.Array) -> jax.Array:
+        return forward(dec, params, ids, scales)
+
+    return jax.vmap(one)(ids) if ids.ndim == 2 else one(ids)
+
+
+def integer_logits(model: IntegerModel, run: Callable[[np.ndarray], Any]) -> Logits:
+    """Real logits of something that returns their codes (the simulator, LiteRT)."""
+    scale = np.float32(model.scale["head.logits"])
+    zero_point = np.int32(model.zero_point["head.logits"])
+
+    def logits(ids: np.ndarray) -> jax.Array:
+        codes = jnp.asarray(run(ids))
+        return (codes.astype(jnp.int32) - zero_point).astype(jnp.float32) * scale
+
+    return logits

@@ -1,0 +1,146 @@
+"""Tensors that lie in a file, and the one way they become `params`.
+
+Checked first, then read block by block straight into the final stacked arrays, so loading needs
+little more memory than the parameters. Memory-mapping would: mapped pages count as the process's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32
+
+from qnpu_jax.config import ModelConfig
+from qnpu_jax.errors import UserError
+from qnpu_jax.models.llama import ExpectedTensor, expected_tensors
+
+Array = Float32[np.ndarray, "..."]
+Params = dict[str, Array]
+
+BLOCK = 1 << 20
+"""Elements converted at a time (4 MiB of float32)."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, not read yet.
+
+    Attributes:
+      file: name of the file, for messages.
+      shape: its shape there, outermost axis first.
+      read: fills a C-contiguous float32 array of that shape.
+    """
+
+    file: str
+    shape: tuple[int, ...]
+    read: Callable[[Array], None]
+
+
+def fill_params(
+    cfg: ModelConfig, stored: Mapping[str, StoredTensor], naming: Literal["hf", "gguf"], where: str
+) -> Params:
+    """Reads every tensor of a model into float32 arrays, those of the layers stacked on axis 0.
+
+    Args:
+      stored: the tensors the files hold, by their names there.
+      where: the model's name, for messages.
+    Raises:
+      UserError: a tensor is missing, superfluous, of another shape, or holds NaN or Inf.
+    """
+    expected = expected_tensors(cfg)
+    _check_names(cfg, expected, stored, naming, where)
+    params: Params = {}
+    for tensor in expected:
+        layers = (cfg.num_layers,) if tensor.per_layer else ()
+        params[tensor.param] = np.empty((*layers, *tensor.shape), np.float32)
+        for name, out in _slots(cfg, tensor, naming, params[tensor.param]):
+            stored[name].read(out)
+            _check_finite(stored[name].file, name, out)
+    return params
+
+
+def _slots(
+    cfg: ModelConfig, tensor: ExpectedTensor, naming: Literal["hf", "gguf"], out: Array
+) -> Iterator[tuple[str, Array]]:
+    """The file names of one expected tensor, each with the part of `out` that it fills."""
+    name = getattr(tensor, naming)
+    if not tensor.per_layer:
+        yield name, out
+        return
+    for i in range(cfg.num_layers):
+        yield name.format(i=i), out[i]
+
+
+def _check_names(
+    cfg: ModelConfig,
+    expected: Sequence[ExpectedTensor],
+    stored: Mapping[str, StoredTensor],
+    naming: Literal["hf", "gguf"],
+    where: str,
+) -> None:
+    # One layer beyond the tensors there are is missing; a damaged count must not list 2^32 more.
+    layers = range(min(cfg.num_layers, len(stored) + 1))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in expected:
+        name = getattr(tensor, naming)
+        names = [name.format(i=i) for i in layers] if tensor.per_layer else [name]
+        shapes.update(dict.fromkeys(names, tensor.shape))
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise UserError(
+                f"{where}: tensor {name} is missing; expected shape {list(shape)}; the download is"
+                " incomplete or the configuration is of another model: get both again"
+            )
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{stored[name].file}: tensor {name}: expected shape {list(shape)} from the"
+                f" configuration, got {list(stored[name].shape)};"
+                " take weights and configuration of the same model"
+            )
+    if extra := [name for name in stored if name not in shapes]:
+        first = stored[extra[0]]
+        raise UserError(
+            f"{first.file}: tensor {extra[0]} (shape {list(first.shape)}) is unexpected,"
+            f" {len(extra)} such in all; expected those of a Llama with {cfg.num_layers} layers;"
+            " use a configuration that fits, or a Llama-family model"
+        )
+
+
+def _check_finite(file: str, name: str, x: Array) -> None:
+    # min and max pass NaN on and, unlike isfinite(x), need no second array.
+    if not (math.isfinite(x.min()) and math.isfinite(x.max())):
+        count = int(np.count_nonzero(~np.isfinite(x)))
+        raise UserError(
+            f"{file}: tensor {name} holds {count} NaN or Inf of {x.size} values;"
+            " expected finite weights; get the checkpoint again or repair it"
+        )
+
+
+def check_room(file: str, tensor: str, start: int, size: int, available: int) -> None:
+    """Raises UserError unless bytes [start, start + size) lie within `available` bytes."""
+    if start < 0 or size < 0 or start + size > available:
+        raise UserError(
+            f"{file}: truncated: {tensor} ends at byte {start + size}, the file at {available};"
+            " download it again"
+        )
+
+
+def sha256(paths: Sequence[Path]) -> str:
+    """Hash of a model's files: of one `sha256sum FILE`, of many `sha256sum FILES | sha256sum`.
+
+    Several files are listed by bare name in sorted order, as from inside their folder.
+    """
+    digests = {}
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    listing = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    return hashlib.sha256(listing.encode()).hexdigest()

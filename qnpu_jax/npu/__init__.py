@@ -1,1 +1,0 @@
-"""What runs an exported model: sessions over a KV cache, on LiteRT or on the simulator."""

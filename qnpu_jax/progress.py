@@ -1,0 +1,44 @@
+"""What a long stage reports while it runs: progress, seconds per stage, messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+"""Wraps an iteration of known length for a progress bar: (items, length, what)."""
+
+
+def untracked(items: Iterable[Any], _: int, __: str) -> Iterable[Any]:
+    """No progress bar."""
+    return items
+
+
+@dataclass
+class Clock:
+    """Seconds per stage, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Observer(Clock):
+    """Who watches a run; this one only keeps the time."""
+
+    def track(self, items: Iterable[Any], length: int, what: str) -> Iterable[Any]:
+        """Wraps an iteration of known length."""
+        return items
+
+    def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
+        """After every step of learning: the loss, and the best held-out KL so far."""
+
+    def say(self, message: str) -> None:
+        """What the user should know at once."""

@@ -1,0 +1,84 @@
+"""The proof of a file with a KV cache: every tensor of both signatures, run by LiteRT's kernels,
+equals the simulator's, while chunks and single steps fill a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int8, Integer
+
+from qnpu_jax.integer import IntegerModel
+from qnpu_jax.proof.comparison import Comparison, compare, op_names
+from qnpu_jax.runtime import LiteRTBackend, Session, Shape
+from qnpu_jax.tflite import KernelSet, cached_decoder
+
+
+@runtime_checkable
+class CachedSimulator(Protocol):
+    """The simulated signatures of `cached.write_cached`."""
+
+    shape: Shape
+
+    def tensors(
+        self,
+        ids: Integer[np.ndarray, " t"],
+        filled: int,
+        k: Int8[np.ndarray, "l n c k"],
+        v: Int8[np.ndarray, "l n k c"],
+    ) -> Mapping[str, np.ndarray]:
+        """Codes of every tensor of the signature of T tokens, by global name; arguments as those of
+        `session.Backend.step`."""
+        ...
+
+
+def steps(prefill: int, length: int) -> Iterator[int]:
+    """How `length` tokens are fed: a chunk, two single steps, and so on; the rest one by one."""
+    left = length
+    while left:
+        for count in (prefill, 1, 1):
+            if count <= left:
+                yield count
+                left -= count
+
+
+def prove_cached(
+    path: Path,
+    model: IntegerModel,
+    simulator: CachedSimulator,
+    ids: Integer[np.ndarray, " t"],
+    kernels: KernelSet = "ref",
+) -> tuple[Comparison, tuple[int, ...]]:
+    """Feeds real text through both, side by side, and compares every tensor of every step.
+
+    Args:
+      path: that `cached.write_cached` wrote of the model, with logits of the last position.
+      simulator: of the same lengths, and of these kernels.
+      ids: at most as many as the context has.
+
+    Returns:
+      What was compared, all steps together, and the tokens of each step.
+    """
+    backend = LiteRTBackend(path, kernels, keep_tensors=True)
+    session, shape = Session(backend), simulator.shape
+    taken = tuple(steps(shape.prefill, len(ids)))
+    found = []
+    for count in taken:
+        at, slots = session.filled, shape.context - count
+        now = np.asarray(ids[at : at + count], np.int32)
+        past = (session.k[:, :, :slots], session.v[..., :slots])
+        expected = simulator.tensors(now, at, *past)
+        session.step(now, count)
+        ops = op_names(cached_decoder(model, count, shape.context))
+        found.append(compare(backend.tensors(count), expected, ops))
+    return (
+        Comparison(
+            sum(c.tensors for c in found),
+            sum(c.elements for c in found),
+            tuple(d for c in found for d in c.differences),
+        ),
+        taken,
+    )

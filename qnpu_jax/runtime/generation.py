@@ -1,0 +1,89 @@
+"""Text from a session, token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qnpu_jax.models import Tokenizer
+from qnpu_jax.runtime.sampling import Sampling, sample
+from qnpu_jax.runtime.session import Session
+
+REPLACEMENT = "\ufffd"
+
+
+@dataclass
+class Speed:
+    """What a generation took.
+
+    Attributes:
+      prompt: tokens of the prompt, and seconds until the first token was drawn.
+      steps: seconds of each further token.
+    """
+
+    prompt: tuple[int, float] = (0, 0.0)
+    steps: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        tokens, seconds = self.prompt
+        text = f"prompt: {tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s"
+        if self.steps:
+            text += f"; then {len(self.steps)} tokens, {1 / np.median(self.steps):.1f} tokens/s"
+        return text
+
+
+def tokens(
+    session: Session,
+    ids: Sequence[int],
+    scale: float,
+    sampling: Sampling,
+    most: int,
+    stops: Collection[int],
+    speed: Speed | None = None,
+) -> Iterator[int]:
+    """Token ids that follow `ids`, until one of `stops` (not given), `most` of them, or a full
+    context.
+
+    Args:
+      scale: of the session's logits.
+      speed: is told how long it takes.
+
+    Raises:
+      UserError: the prompt does not fit the context.
+    """
+    speed = Speed() if speed is None else speed
+    rng = np.random.default_rng(sampling.seed)
+    began = time.perf_counter()
+    codes = session.feed(ids)
+    for count in range(most):
+        token = sample(codes, scale, sampling, rng)
+        now = time.perf_counter()
+        if count:
+            speed.steps.append(now - began)
+        else:
+            speed.prompt = (len(ids), now - began)
+        began = now
+        if token in stops:
+            return
+        yield token
+        if count + 1 == most or not session.room:
+            return
+        codes = session.feed([token])
+
+
+def pieces(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of token ids as it grows: a piece is held back while its last character is cut."""
+    seen: list[int] = []
+    shown = ""
+    for token in ids:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith(REPLACEMENT):
+            yield text[len(shown) :]
+            shown = text
+    rest = tokenizer.decode(seen)[len(shown) :] if seen else ""
+    if rest:
+        yield rest

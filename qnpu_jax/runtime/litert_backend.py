@@ -1,0 +1,115 @@
+"""`session.Backend` on LiteRT: one .tflite, its signatures `prefill_<N>` and `decode`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int8, Integer
+
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph import KEEP_SCALE, MASK_SCALE, masks, visible
+from qnpu_jax.runtime.session import Shape, Step
+from qnpu_jax.tflite import KernelSet, open_interpreter
+
+PREFILL = "prefill_"
+
+
+class LiteRTBackend:
+    """An interpreter of a file that `cached.write_cached` wrote.
+
+    Args:
+      path: the .tflite.
+      kernels: `ref`, `opt` or `xnn`.
+      threads: of the interpreter.
+      keep_tensors: keep every intermediate tensor readable after a step.
+
+    Raises:
+      UserError: the file is missing, damaged, or has other signatures.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kernels: KernelSet = "xnn",
+        *,
+        threads: int | None = None,
+        keep_tensors: bool = False,
+    ) -> None:
+        self._interpreter = interpreter = open_interpreter(path, kernels, keep_tensors, threads)
+        keys = list(interpreter.get_signature_list())
+        lengths = [k.removeprefix(PREFILL) for k in keys if k.startswith(PREFILL)]
+        if "decode" not in keys or len(lengths) != 1:
+            raise UserError(
+                f"{path}: signatures {keys}; expected prefill_<N> and decode; write it with"
+                " `qnpu export --context`"
+            )
+        self._runners = {
+            1: interpreter.get_signature_runner("decode"),
+            int(lengths[0]): interpreter.get_signature_runner(PREFILL + lengths[0]),
+        }
+        self._inputs = {t: r.get_input_details() for t, r in self._runners.items()}
+        inputs = self._inputs[1]
+        heads, slots, width = (int(n) for n in inputs["kv_cache_k_0"]["shape"])
+        self.shape = Shape(
+            prefill=int(lengths[0]),
+            context=slots + 1,
+            layers=sum(name.startswith("kv_cache_k_") for name in inputs),
+            heads=heads,
+            width=width,
+        )
+        self._prefix = int(inputs["mask"]["shape"][2]) - self.shape.context
+        scales = self._runners[1].get_output_details()["logits"]["quantization_parameters"]
+        self.logit_scale = float(scales["scales"][0])
+
+    def step(
+        self,
+        ids: Integer[np.ndarray, " t"],
+        filled: int,
+        k: Int8[np.ndarray, "l n c k"],
+        v: Int8[np.ndarray, "l n k c"],
+    ) -> Step:
+        """As `session.Backend.step`."""
+        tokens = len(ids)
+        inputs: dict[str, Any] = {
+            "ids": np.asarray(ids, np.int32),
+            "positions": np.arange(filled, filled + tokens, dtype=np.int32),
+        }
+        seen = visible(tokens, self._prefix, k.shape[2], filled)
+        inputs |= mask_codes(seen, self._inputs[tokens])
+        inputs |= {f"kv_cache_k_{i}": x for i, x in enumerate(k)}
+        inputs |= {f"kv_cache_v_{i}": x for i, x in enumerate(v)}
+        out: Mapping[str, np.ndarray] = self._runners[tokens](**inputs)
+        new = [
+            np.stack([out[f"kv_slice_{letter}_{i}"] for i in range(self.shape.layers)])
+            for letter in "kv"
+        ]
+        return Step(out["logits"], *new)
+
+    def tensors(self, tokens: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and codes of every tensor of the last step of so many tokens, constants included."""
+        graph = int(tokens == 1)  # `write_cached` writes decode second
+        for detail in self._interpreter.get_tensor_details(graph):
+            if detail["name"]:
+                yield detail["name"], self._interpreter.get_tensor(detail["index"], graph)
+
+
+def mask_codes(
+    seen: Bool[np.ndarray, "t s"], inputs: Mapping[str, Any]
+) -> dict[str, Integer[np.ndarray, "1 r s"]]:
+    """Codes of `shared_inputs.masks`, those that a signature takes.
+
+    Args:
+      inputs: details of its inputs by name, as LiteRT gives them.
+    """
+    codes = {}
+    groups = int(inputs["mask"]["shape"][1]) // len(seen)
+    bits = 8 * np.dtype(inputs["mask"]["dtype"]).itemsize
+    for name, x in masks(seen, groups, bits).items():
+        if name in inputs:
+            dtype = np.dtype(inputs[name]["dtype"])
+            scale = {"mask": MASK_SCALE, "keep": KEEP_SCALE}[name][8 * dtype.itemsize]
+            codes[name] = np.rint(x / scale).astype(dtype)
+    return codes

@@ -1,0 +1,105 @@
+"""`.litertlm`: model, tokenizer, chat template and stop tokens in one file, which LiteRT-LM runs as
+it is. Written with PyPI's litert-lm-builder, the extra `litertlm`.
+
+Reference: google-ai-edge/LiteRT-LM, schema/py/litertlm_builder.py,
+  runtime/proto/llm_metadata.proto, runtime/engine/engine_settings.cc (what the metadata becomes).
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qnpu_jax import extras
+from qnpu_jax.errors import UserError
+from qnpu_jax.models import TOKENIZER, Tokenizer
+from qnpu_jax.runtime import litertlm_signatures
+from qnpu_jax.tflite import Integers
+
+BUILDER = "litert-lm-builder"
+OLDEST = (0, 18)
+"""The first version whose metadata says what a model cannot do."""
+EXTRA = "litertlm"
+
+PLAIN_CONTENT = (
+    "{%- set plain = namespace(messages=[]) -%}"
+    "{%- for m in messages -%}"
+    "{%- set text = m.content if m.content is string else m.content | map(attribute='text') | join"
+    " -%}"
+    "{%- set plain.messages = plain.messages + [{'role': m.role, 'content': text}] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = plain.messages %}"
+)
+"""What goes before a chat template: LiteRT-LM gives it contents as lists of typed parts, where
+Hugging Face's templates expect text and would print the list."""
+
+
+def write(stored: Integers, tokenizer_folder: Path, path: Path, prefill: int, context: int) -> None:
+    """Writes a `.litertlm` with the signatures of `litertlm_signatures.write`.
+
+    The metadata names no start token: BOS is in the prefix, whose keys and values are constants of
+    the graph.
+
+    Args:
+      stored: the model, and how the file holds it.
+      tokenizer_folder: as `Tokenizer.save` writes it.
+      path: the file; the bytes differ from call to call, as the builder puts an id and the time
+        in.
+      prefill, context: as `litertlm_signatures.write`.
+
+    Raises:
+      UserError: the extra is missing or too old, a tokenizer that knows no end of a text, or as
+        `litertlm_signatures.write`.
+    """
+    builder_module = load_builder()
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    facts = _metadata(tokenizer, context)
+    with tempfile.TemporaryDirectory() as folder:
+        tflite, facts_file = Path(folder) / "model.tflite", Path(folder) / "metadata.pb"
+        litertlm_signatures.write(stored, tflite, prefill, context)
+        facts_file.write_bytes(facts.SerializeToString())
+        builder = builder_module.LitertLmFileBuilder()
+        kind = builder_module.TfLiteModelType.PREFILL_DECODE
+        builder.add_tflite_model(str(tflite), kind)
+        builder.add_hf_tokenizer(str(tokenizer_folder / TOKENIZER))
+        builder.add_llm_metadata(str(facts_file))
+        with path.open("wb") as file:
+            builder.build(file, validate_metadata=True)
+
+
+def load_builder() -> Any:
+    """The module litert_lm_builder.
+
+    Raises:
+      UserError: the extra is missing or too old.
+    """
+    got = extras.version(BUILDER, EXTRA)
+    if tuple(int(n) for n in got.split(".")[:2] if n.isdecimal()) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise UserError(
+            f"{BUILDER}: version {got}, expected {wanted} or newer; {extras.remedy(EXTRA)}"
+        )
+    return importlib.import_module("litert_lm_builder")
+
+
+def _metadata(tokenizer: Tokenizer, context: int) -> Any:
+    """The proto LlmMetadata."""
+    if not tokenizer.eos_ids:
+        raise UserError(
+            f"{tokenizer.source}: names no token that ends a text; expected an eos_token, without"
+            " which LiteRT-LM opens no session; add it to the model's tokenizer_config.json and run"
+            " `qnpu quantize` again"
+        )
+    protos = importlib.import_module("litert_lm_builder.runtime.proto.llm_metadata_pb2")
+    facts = protos.LlmMetadata(
+        stop_tokens=[{"token_ids": {"ids": [i]}} for i in tokenizer.eos_ids],
+        max_num_tokens=context,
+        llm_model_type={"generic_model": {}},
+        supports_thinking=False,
+        supports_function_calling=False,
+    )
+    if tokenizer.chat_template is not None:
+        facts.jinja_prompt_template = PLAIN_CONTENT + tokenizer.chat_template
+    return facts

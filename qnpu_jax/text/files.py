@@ -1,0 +1,156 @@
+"""Text from files, and its way to windows of token ids, for calibration and for evaluation.
+
+What is wrong with a file is said before any model runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+from jaxtyping import Int32
+
+from qnpu_jax.errors import UserError
+from qnpu_jax.models import Tokenizer, sha256
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+"""Suffixes of files with one JSON value per line; every other file is plain text."""
+
+SEPARATOR = "\n\n"
+"""What stands between documents, as where perplexity of WikiText-2 is reported."""
+
+
+def read_text(path: str | Path) -> list[str]:
+    """The documents of a UTF-8 file: a plain text is one; JSON lines are one each.
+
+    A JSON line is an object with the document in "text", or the document itself as a string. Blank
+    lines and a byte order mark are ignored.
+
+    Raises:
+      UserError: no such file, a folder, not readable, not UTF-8, no text in it, or a line that is
+        not as above.
+    """
+    path = Path(path)
+    try:
+        with _reading(path):
+            text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: byte {error.start} is not UTF-8 (0x{error.object[error.start]:02x}); expected"
+            " plain text or JSON lines in UTF-8; convert it, for example with iconv"
+        ) from None
+    documents = _documents(path, text) if path.suffix.lower() in JSON_LINES else [text]
+    if not any(document.strip() for document in documents):
+        raise UserError(f"{path}: no text in it; expected at least one document; give another file")
+    return documents
+
+
+def default_text() -> str:
+    """Half a megabyte of English with some Python: the help topics that every Python ships.
+
+    The same at every call; another version of Python has slightly other topics.
+    """
+    return SEPARATOR.join(topics[name] for name in sorted(topics))
+
+
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, source: str) -> list[int]:
+    """Token ids of the documents, joined by a blank line; no BOS or EOS is added.
+
+    Args:
+      vocab_size: the model's.
+      source: the file or the name of the text, for messages.
+
+    Raises:
+      UserError: the tokenizer gives a token that the model does not have.
+    """
+    ids = tokenizer.encode(SEPARATOR.join(texts))
+    # Indexing inside jit would silently take the last row of the embedding table.
+    if (largest := max(ids, default=0)) >= vocab_size:
+        raise UserError(
+            f"{source}: token {largest} ({tokenizer.decode([largest])!r}) is outside the model's"
+            f" vocabulary of {vocab_size}; expected 0 to {vocab_size - 1}; take model and tokenizer"
+            " of the same checkpoint"
+        )
+    return ids
+
+
+def windows(
+    ids: Sequence[int], length: int, count: int, source: str
+) -> Int32[np.ndarray, "n {length}"]:
+    """The first windows of `length` tokens, at most `count`; what is left of the text is not used.
+
+    Raises:
+      UserError: the text is too short for one window.
+    """
+    available = len(ids) // length
+    if available == 0:
+        raise UserError(
+            f"{source}: {len(ids)} tokens are too few; expected at least {length} (one window);"
+            " give a longer text or choose a shorter window"
+        )
+    n = min(count, available)
+    return np.asarray(ids[: n * length], np.int32).reshape(n, length)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of an input file in hexadecimal, as `sha256sum` prints it.
+
+    Raises:
+      UserError: no such file, a folder, or not readable.
+    """
+    path = Path(path)
+    with _reading(path):
+        return sha256([path])
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what the system says of a file into a UserError."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; expected a file of text; name a file in it")
+        yield
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; expected plain text, or JSON lines (*.jsonl); check the path"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); expected a readable file; check"
+            " path, permissions and disk"
+        ) from None
+
+
+def _documents(path: Path, text: str) -> list[str]:
+    # Not splitlines: U+2028 and its like may stand in a JSON string.
+    lines = enumerate(text.split("\n"), start=1)
+    return [_document(f"{path}: line {i}", line) for i, line in lines if line.strip()]
+
+
+def _document(where: str, line: str) -> str:
+    expected = 'expected an object with a string "text", or a string'
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: not valid JSON ({error}); {expected}, one per line; correct the line, or"
+            " name a plain text *.txt"
+        ) from None
+    document = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(document, str):
+        got = type(document).__name__
+        if isinstance(value, dict):
+            got = f'"text" of type {got}' if "text" in value else f"the keys {sorted(value)}"
+        raise UserError(f"{where}: {expected}; got {got}; correct or remove the line")
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        raise UserError(
+            f"{where}: character {error.start} of its text is half a surrogate pair"
+            f" ({document[error.start]!a}); expected Unicode text; correct or remove the line"
+        ) from None
+    return document

@@ -1,0 +1,124 @@
+"""An `IntegerModel` written as a .tflite: every op of the graphs spelled as a LiteRT operator,
+layers unrolled.
+
+Tensors keep their names (`layers.3.attn.q`), scales and zero points exactly as frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from flatbuffers import flexbuffers
+
+from qnpu_jax.graph import Graph, Node
+from qnpu_jax.tflite.flatbuffer import SubgraphWriter
+from qnpu_jax.tflite.forms import Composite, Stored
+from qnpu_jax.tflite.operators import add_op
+from qnpu_jax.tflite.square_sums import add_diagonals, are_squares, block_size
+
+
+def emit(
+    stored: Stored,
+    subgraph: SubgraphWriter,
+    graphs: Sequence[Graph],
+    ids: int,
+    shared: dict[str, int],
+    caches: list[dict[str, int]],
+    emitter: type[Emitter] | None = None,
+) -> tuple[int, list[list[int]]]:
+    """A decoder's graphs, layers unrolled: the logits, or what the last graph gives, and each
+    layer's new rows of keys and values."""
+    emitter = emitter or Emitter
+    values, out, rows = {"ids": ids}, ids, []
+    for graph in graphs:
+        is_layer = graph.prefix == "layers."
+        for layer in range(graph.layers):
+            own = caches[layer] if is_layer else {}
+            env = emitter(stored, subgraph, graph, layer).emit(values | shared | own)
+            out = env[graph.outputs[0]]
+            values = {"input.residual": out}
+            if is_layer:
+                rows.append([env[name] for name in graph.outputs[1:]])
+    return out, rows
+
+
+class Emitter:
+    """Emits one graph, for one layer, into a subgraph."""
+
+    def __init__(self, stored: Stored, subgraph: SubgraphWriter, graph: Graph, layer: int) -> None:
+        self.stored, self.subgraph, self.graph, self.layer = stored, subgraph, graph, layer
+
+    def emit(self, env: dict[str, int]) -> dict[str, int]:
+        """Tensor indices by local name; `env` holds those of the inputs."""
+        env = dict(env)
+        for name, contents in self.stored.constants(self.graph, self.layer).items():
+            env[name] = self.tensor(name, contents)
+        return self.run(self.stored.parts(self.graph), env)
+
+    def run(self, parts: Iterable[Node | Composite], env: Mapping[str, int]) -> dict[str, int]:
+        """Adds ops; `env` with what they make."""
+        env = dict(env)
+        for part in parts:
+            if isinstance(part, Composite):
+                env[part.output] = self.wrap(part, env)
+            elif self.stored.drops(self.graph, part, self.layer):
+                env[part.output] = env[part.inputs[0]]
+            else:
+                env[part.output] = self.add(part, env)
+        return env
+
+    def wrap(self, part: Composite, env: Mapping[str, int]) -> int:
+        """Adds a composite and, as a subgraph, its nodes; the tensor that it makes."""
+        label = self._global(part.output)
+        inner = Emitter(self.stored, self.subgraph.sibling(label), self.graph, self.layer)
+        known = {name: inner.tensor(name) for name in part.inputs}
+        fed = [*known.values(), *(x.add_to(inner.subgraph, label) for x in part.operands)]
+        constants = {name: inner.tensor(name, x) for name, x in part.constants.items()}
+        made = inner.run(part.nodes, known | constants)
+        inner.subgraph.finish(fed, [made[part.output]])
+        output = self.tensor(part.output)
+        options = schema.StableHLOCompositeOptionsT()
+        options.name, options.version = part.name, 1
+        options.decompositionSubgraphIndex = inner.subgraph.index
+        options.compositeAttributes = list(flexbuffers.Dumps(dict(part.attributes)))
+        operands = [x.add_to(self.subgraph, label, filled=True) for x in part.operands]
+        inputs = [*(env[name] for name in known), *operands]
+        code = schema.BuiltinOperator.STABLEHLO_COMPOSITE
+        self.subgraph.add_op(code, options, inputs, [output])
+        return output
+
+    def add(self, node: Node, env: Mapping[str, int]) -> int:
+        """Adds an op; the tensor that it makes."""
+        output = self.tensor(node.output)
+        if (block := self.block(node)) > 1:
+            forms = [
+                self.stored.form(self.graph, self.layer, n) for n in (node.inputs[0], node.output)
+            ]
+            add_diagonals(self.subgraph, env[node.inputs[0]], output, block, *forms)
+            return output
+        add_op(self.subgraph, node.op, [env[n] for n in node.inputs], output)
+        return output
+
+    def block(self, node: Node) -> int:
+        """Rows per block of sums of squares (`squares`), 1 for other ops.
+
+        Also 1 in 16 bits: LiteRT's kernel for them packs nothing, and would compute all products of
+        a block.
+        """
+        if not are_squares(self.graph, node):
+            return 1
+        form = self.stored.form(self.graph, self.layer, node.inputs[0])
+        return 1 if form["dtype"] == "int16" else block_size(self.graph[node.output].shape[0])
+
+    def tensor(self, name: str, data: np.ndarray | None = None, label: str | None = None) -> int:
+        """Adds a tensor of the graph, by its global name or a label of its own."""
+        spec = self.graph[name]
+        form = self.stored.form(self.graph, self.layer, name)
+        return self.subgraph.add_tensor(label or self._global(name), spec.shape, data=data, **form)
+
+    def _global(self, name: str) -> str:
+        if self.graph.prefix == "layers.":
+            return f"layers.{self.layer}.{name}"
+        return self.graph.prefix + name

@@ -1,0 +1,75 @@
+"""What a tensor of a .tflite holds: contents and quantization, checked and packed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qnpu_jax.errors import UserError
+from qnpu_jax.tflite.op_versions import DType, Quantization
+
+_NUMPY = {
+    "int4": np.dtype(np.int8),
+    "int8": np.dtype(np.int8),
+    "int16": np.dtype(np.int16),
+    "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+    "float32": np.dtype(np.float32),
+}
+
+
+def checked_quantization(
+    name: str,
+    shape: tuple[int, ...],
+    scale: np.floating | np.ndarray,
+    zero_point: int | np.ndarray,
+    axis: int,
+) -> Quantization:
+    """Quantization of a tensor; arguments and errors of `SubgraphWriter.add_tensor`."""
+    scales = np.atleast_1d(np.asarray(scale))
+    if scales.dtype != np.float32 or scales.ndim != 1:
+        raise UserError(
+            f"{name}: scale must be a float32 scalar or vector, because the file keeps its bits;"
+            f" got {scales.dtype} of shape {np.shape(scale)}; round it once with np.float32"
+        )
+    zero_points = np.broadcast_to(np.asarray(zero_point, np.int64), scales.shape)
+    if scales.size > 1 and (not 0 <= axis < len(shape) or scales.size != shape[axis]):
+        raise UserError(
+            f"{name}: expected one scale, or one per channel of axis {axis} of shape {shape};"
+            f" got {scales.size}"
+        )
+    return Quantization(scales, np.ascontiguousarray(zero_points), axis)
+
+
+def packed(name: str, shape: tuple[int, ...], dtype: DType, data: np.ndarray) -> np.ndarray:
+    """Contents as the file has them; arguments and errors of `SubgraphWriter.add_tensor`."""
+    if data.shape != shape or data.dtype != _NUMPY[dtype]:
+        raise UserError(
+            f"{name}: a {dtype} tensor expects data of shape {shape} and dtype {_NUMPY[dtype]};"
+            f" got {data.shape} {data.dtype}"
+        )
+    return pack_int4(data, name) if dtype == "int4" else data
+
+
+def pack_int4(codes: np.ndarray, name: str = "codes") -> np.ndarray:
+    """Two codes to a byte: element 2i in the low nibble of byte i, element 2i + 1 in the high one.
+
+    Args:
+      codes: int8 array of any shape, read in C order, in [-8, 7].
+      name: of the tensor, for the error.
+
+    Returns:
+      uint8 vector of ceil(size / 2) bytes; after an odd last element the high nibble is 0.
+
+    Raises:
+      UserError: a code lies outside [-8, 7].
+
+    Reference: LiteRT tflite/kernels/internal/portable_tensor_utils.cc, `UnpackDenseInt4IntoInt8`.
+    """
+    flat = codes.reshape(-1)
+    if flat.size and (flat.min() < -8 or flat.max() > 7):
+        raise UserError(f"{name}: int4 codes must lie in [-8, 7]; got [{flat.min()}, {flat.max()}]")
+    nibbles = flat.view(np.uint8) & np.uint8(15)
+    packed = nibbles[::2].copy()
+    packed[: flat.size // 2] |= nibbles[1::2] << np.uint8(4)
+    return packed

@@ -1,0 +1,22 @@
+"""The same function in easier parameters: folding, rotations, channel scales, prefix."""
+
+from qnpu_jax.transform.channel_scales import Diagonal, channel_peaks, scale, scaled, smoothquant
+from qnpu_jax.transform.fold import fold_norms
+from qnpu_jax.transform.prefix import PrefixReport, add_prefix, find_prefix
+from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotated
+
+__all__ = [
+    "Diagonal",
+    "PrefixReport",
+    "Rotation",
+    "add_prefix",
+    "channel_peaks",
+    "find_prefix",
+    "fold_norms",
+    "random_rotation",
+    "rotate",
+    "rotated",
+    "scale",
+    "scaled",
+    "smoothquant",
+]

@@ -1,0 +1,257 @@
+"""Diagonal scales that merge into the weights: same function, channels of more equal range.
+
+Between two linears that only channelwise or linear steps separate, a channel can be multiplied on
+the one side and divided on the other. Per-tensor quantization then serves every channel with more
+of its codes, at the price of the weights that take the factor:
+
+  up -> down  up' = D up, down' = down D^-1
+  v -> o      v' = D v, o' = o D^-1, for each KV head; every query head of it mixes the same values
+  k, q        k' = D k, q' = D^-1 q, with D_i = D_{i+K/2}: RoPE turns each such pair, and commutes
+
+Biases and the prefix's K and V are scaled like the rows that make them. Rotations come first
+(`qnpu_jax.transform.rotate`): these are the channels of the rotated values v R2. `scaled` is the rule of one
+parameter, which learning traces in float32 and `scale` applies in float64.
+
+Letters as in `qnpu_jax.transform.rotate`; G = H/N query heads share a KV head, half = K/2, P prefix tokens.
+
+Reference: Xiao et al., SmoothQuant (arXiv 2211.10438), equations 3 and 4; Shao et al., OmniQuant
+(arXiv 2308.13137), section 3.3; Tan et al., MobileQuant (arXiv 2408.13933).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+from jaxtyping import Float, Int
+from numpy.typing import DTypeLike
+
+from qnpu_jax.config import ModelConfig
+from qnpu_jax.errors import UserError
+from qnpu_jax.fakequant import passes
+from qnpu_jax.graph import Decoder, Params, Tensors
+from qnpu_jax.transform.fold import A, by_layer, check_folded
+
+
+@struct.dataclass(kw_only=True)
+class Diagonal:
+    """Factors, all positive: of up's rows, of v's rows, and of k's rows (one per RoPE pair)."""
+
+    up_down: Float[Array | np.ndarray, "L F"]
+    v_o: Float[Array | np.ndarray, "L N K"]
+    q_k: Float[Array | np.ndarray, "L N half"]
+
+
+# --- merging ---
+
+
+def identity_diagonal(config: ModelConfig) -> Diagonal:
+    """Factors of 1, float64."""
+    layers, n, k = config.num_layers, config.num_kv_heads, config.head_dim
+    return Diagonal(
+        up_down=np.ones((layers, config.intermediate_size)),
+        v_o=np.ones((layers, n, k)),
+        q_k=np.ones((layers, n, k // 2)),
+    )
+
+
+def scaled(
+    name: str,
+    x: Float[A, "*out n"],
+    up_down: Float[A, " F"],
+    v_o: Float[A, "N K"],
+    q_k: Float[A, "N half"],
+) -> Float[A, "*out n"]:
+    """One parameter of the graph after the scales, as the module says: of one layer in `layers.*`.
+
+    NumPy float64 or JAX float32, traced or not: arrays of one kind in, one of that kind out.
+
+    Args:
+      name: global, `layers.attn.q.weight`.
+      x: a weight (out, in), a bias (out,) `layers.attn.prefix_k` (N, P, K) or
+        `prefix_v` (N, K, P).
+
+    Raises:
+      UserError: no parameter of the graph has this name.
+    """
+    n, half = q_k.shape
+    match name.removeprefix("layers."):
+        case "mlp.up.weight" | "mlp.up.bias":
+            return (x.reshape(len(x), -1) * up_down[:, None]).reshape(x.shape)
+        case "mlp.down.weight":
+            return x / up_down[None]
+        case "attn.v.weight" | "attn.v.bias":
+            return (x.reshape(len(x), -1) * v_o.reshape(-1, 1)).reshape(x.shape)
+        case "attn.prefix_v":
+            return x * v_o[:, :, None]
+        case "attn.o.weight":
+            return (x.reshape(len(x), n, -1, 2 * half) / v_o[None, :, None]).reshape(x.shape)
+        case "attn.k.weight" | "attn.k.bias":
+            return (x.reshape(n, 2, half, -1) * q_k[:, None, :, None]).reshape(x.shape)
+        case "attn.prefix_k":
+            return (x.reshape(n, -1, 2, half) * q_k[:, None, None]).reshape(x.shape)
+        case "attn.q.weight" | "attn.q.bias":
+            groups = len(x) // (2 * n * half)
+            rows = x.reshape(n, groups, 2, half, -1)
+            return (rows / q_k[:, None, None, :, None]).reshape(x.shape)
+        case "attn.o.bias" | "mlp.gate.weight" | "mlp.gate.bias" | "mlp.down.bias":
+            return x
+        case "embed.weight" | "head.weight" | "head.bias":
+            return x
+    raise UserError(f"{name}: not expected; expected a parameter of `fold_norms` or the prefix's")
+
+
+def scale(
+    config: ModelConfig, params: Params, diagonal: Diagonal, dtype: DTypeLike = np.float32
+) -> dict[str, np.ndarray]:
+    """The parameters of the same function with every scaled channel times its factor.
+
+    Args:
+      params: the output of `fold_norms` or `rotate`, with the prefix's K and V or without.
+      dtype: stored type; products are float64.
+
+    Raises:
+      UserError: factors of the wrong shape, not finite or not positive; parameters are not those of
+        `fold_norms`.
+    """
+    check_folded(params)
+    factors = _checked(config, diagonal)
+    return {
+        name: by_layer(x, lambda i, w, n=name: scaled(n, w, *(f[i] for f in factors)), dtype)
+        if name.startswith("layers.")
+        else np.asarray(x).astype(dtype)
+        for name, x in params.items()
+    }
+
+
+def _checked(config: ModelConfig, diagonal: Diagonal) -> list[np.ndarray]:
+    """up_down, v_o and q_k in float64."""
+    expected = identity_diagonal(config)
+    factors = []
+    for name in ("up_down", "v_o", "q_k"):
+        x, shape = np.asarray(getattr(diagonal, name)), getattr(expected, name).shape
+        if x.shape != shape:
+            raise UserError(
+                f"{name}: expected shape {shape}, got {x.shape}; make it with `identity_diagonal`"
+                " or `smoothquant`"
+            )
+        x = x.astype(np.float64)
+        if not (np.isfinite(x) & (x > 0)).all():
+            raise UserError(
+                f"{name}: expected finite factors above 0, got"
+                f" {x[~(np.isfinite(x) & (x > 0))][0]}; check the peaks behind them, or learn"
+                " their logarithms at a lower rate"
+            )
+        factors.append(x)
+    return factors
+
+
+# --- factors from statistics ---
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelPeaks:
+    """max |x| per channel, over tokens and over what shares a factor: the query heads of a KV head,
+    the two channels of a RoPE pair.
+
+    Attributes:
+      act: of the input of down, gate*up.
+      mixed: of the input of o.
+      q, k: after RoPE, the prefix's keys included.
+    """
+
+    act: Float[np.ndarray, "L F"]
+    mixed: Float[np.ndarray, "L N K"]
+    q: Float[np.ndarray, "L N half"]
+    k: Float[np.ndarray, "L N half"]
+
+
+def channel_peaks(
+    dec: Decoder, params: Params, windows: Int[np.ndarray, "n t"], batch: int = 8
+) -> ChannelPeaks:
+    """Peaks of the float model's channels over the windows.
+
+    Args:
+      dec: staged for windows of T tokens.
+      params: folded float parameters, with prefix K/V if dec has a prefix.
+      windows: (N, T) token ids.
+      batch: windows per pass.
+    """
+    layers = dec.config.num_layers
+    keys = "attn.keys" if dec.prefix else "attn.k_rows"
+    kept = ("mlp.act", "attn.mixed", "attn.q_pos", keys)
+    batches = []
+    for start in range(0, len(windows), batch):
+        ids = jnp.asarray(windows[start : start + batch], jnp.int32)
+        rows = []
+        for graph, _, env in passes(dec, params, ids, lambda g: kept if g is dec.layer else ()):
+            if graph is dec.layer:
+                rows.append(_layer_peaks(dec.config, env, keys))
+            if len(rows) == layers:
+                break  # the head is not looked at
+        batches.append([np.stack(column) for column in zip(*rows, strict=True)])
+    act, mixed, q, k = (np.max(column, axis=0) for column in zip(*batches, strict=True))
+    return ChannelPeaks(act=act, mixed=mixed, q=q, k=k)
+
+
+def _layer_peaks(config: ModelConfig, env: Tensors, keys: str) -> list[np.ndarray]:
+    """act, mixed, q and k of `ChannelPeaks` in one layer."""
+    n, groups, width = config.num_kv_heads, config.queries_per_kv_head, config.head_dim
+    pairs = (2, width // 2)
+    b, t = env["mlp.act"].shape[:2]
+    views = [
+        (env["mlp.act"], (0, 1)),
+        (env["attn.mixed"].reshape(b * t, n, groups, width), (0, 2)),
+        (env["attn.q_pos"].reshape(b * t, n, groups, *pairs), (0, 2, 3)),
+        (env[keys].reshape(b, n, -1, *pairs), (0, 2, 3)),
+    ]
+    return [np.asarray(jnp.abs(x).max(axis=axes), np.float64) for x, axes in views]
+
+
+def smoothquant(config: ModelConfig, params: Params, peaks: ChannelPeaks, alpha: float) -> Diagonal:
+    """D_j = max|W_j|^(1-alpha) / max|x_j|^alpha of up->down and v->o; sqrt(max|q| / max|k|) of q_k.
+
+    x_j is a channel of the input of down (of o) and W_j the weights that read it; D multiplies what
+    makes x_j and divides W_j, so alpha 0 gives all W_j one peak and alpha 1 all x_j, at the expense
+    of the other. Only ratios within a layer matter: the geometric mean of D is 1 there. The factors
+    of q and k give both the same peak. A channel that is all zero on either side gets 1.
+
+    Args:
+      params: those that `peaks` were taken with.
+      alpha: from 0 to 1; 0.5 to 0.9 are usual.
+
+    Raises:
+      UserError: alpha is out of range.
+
+    Reference: SmoothQuant (arXiv 2211.10438), equation 4, with s = 1/D.
+    """
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha: expected 0 to 1, got {alpha}; 0.5 is usual")
+    down, o = (np.asarray(params[f"layers.{n}.weight"]) for n in ("mlp.down", "attn.o"))
+    heads = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
+    o = o.reshape(*o.shape[:2], *heads)
+    return Diagonal(
+        up_down=_balanced(peaks.act, np.abs(down).max(axis=1), alpha),
+        v_o=_balanced(peaks.mixed, np.abs(o).max(axis=(1, 3)), alpha),
+        q_k=np.exp((_log(peaks.q) - _log(peaks.k)) / 2 * ((peaks.q > 0) & (peaks.k > 0))),
+    )
+
+
+def _balanced(
+    x: Float[np.ndarray, "L *channels"], w: Float[np.ndarray, "L *channels"], alpha: float
+) -> Float[np.ndarray, "L *channels"]:
+    """w^(1-alpha) / x^alpha over its geometric mean in the layer; 1 where either is 0."""
+    live = (x > 0) & (w > 0)
+    log_d = (1 - alpha) * _log(w) - alpha * _log(x)
+    channels = tuple(range(1, x.ndim))
+    count = np.maximum(live.sum(axis=channels, keepdims=True), 1)
+    mean = np.where(live, log_d, 0).sum(axis=channels, keepdims=True) / count
+    return np.exp(np.where(live, log_d - mean, 0))
+
+
+def _log(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """log x in float64, 0 where x is 0."""
+    return np.log(np.where(x > 0, x, 1).astype(np.float64))

@@ -1,0 +1,123 @@
+"""Norm gammas folded into the linears that follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+from jax import Array
+from numpy.typing import DTypeLike
+
+from qnpu_jax.config import ModelConfig
+from qnpu_jax.errors import UserError
+
+A = TypeVar("A", Array, np.ndarray)
+"""Of one kind throughout a call: float64 of NumPy (merging) or traced float32 of JAX (learning)."""
+Params = Mapping[str, Array | np.ndarray]
+
+# Each linear of a layer, with the norm whose gamma scales its input.
+_LINEARS = {
+    "layers.attn.q": "layers.attn.norm",
+    "layers.attn.k": "layers.attn.norm",
+    "layers.attn.v": "layers.attn.norm",
+    "layers.attn.o": None,
+    "layers.mlp.gate": "layers.mlp.norm",
+    "layers.mlp.up": "layers.mlp.norm",
+    "layers.mlp.down": None,
+}
+_NORMS = ("layers.attn.norm", "layers.mlp.norm", "head.norm")
+_TABLES = ("embed.weight", "head.weight")
+_PREFIX = ("layers.attn.prefix_k", "layers.attn.prefix_v")
+_ROWS = 8192  # rows of the embedding and the head that are float64 at a time
+
+
+# --- parameters: fold, then rotate ---
+
+
+def by_layer(
+    stack: Array | np.ndarray, merge: Callable[[int, np.ndarray], np.ndarray], dtype: DTypeLike
+) -> np.ndarray:
+    """merge(i, stack[i]) for every layer i, in float64, stored as `dtype`. Shapes do not change."""
+    source = np.asarray(stack)
+    out = np.empty(source.shape, dtype)
+    for i, x in enumerate(source):
+        out[i] = merge(i, x.astype(np.float64))
+    return out
+
+
+def _by_rows(
+    table: Array | np.ndarray, merge: Callable[[np.ndarray], np.ndarray], dtype: DTypeLike
+) -> np.ndarray:
+    """merge(rows) for blocks of rows of a (V, D) table, in float64, stored as `dtype`."""
+    source = np.asarray(table)
+    out = np.empty(source.shape, dtype)
+    for i in range(0, len(source), _ROWS):
+        out[i : i + _ROWS] = merge(source[i : i + _ROWS].astype(np.float64))
+    return out
+
+
+def _check_names(params: Params, required: set[str], optional: set[str], way_out: str) -> None:
+    """Raises UserError unless the merge knows every parameter: one left out changes the logits."""
+    if missing := required - params.keys():
+        raise UserError(f"{min(missing)}: missing; expected {sorted(required)}; {way_out}")
+    if unknown := params.keys() - required - optional:
+        raise UserError(
+            f"{min(unknown)}: not expected; expected {sorted(required | optional)}; {way_out}"
+        )
+
+
+def check_folded(params: Params) -> None:
+    """Raises UserError unless these are the parameters of `fold_norms`, with or without prefix
+    K/V."""
+    linears = {f"{name}.{suffix}" for name in _LINEARS for suffix in ("weight", "bias")}
+    required = {*linears, *_TABLES, "head.bias"}
+    _check_names(params, required, set(_PREFIX), "call `fold_norms` first")
+
+
+def _check_checkpoint(config: ModelConfig, params: Params) -> None:
+    required = {f"{name}.weight" for name in _LINEARS} | {f"{norm}.gamma" for norm in _NORMS}
+    required |= {"embed.weight"} if config.tie_embeddings else {"embed.weight", "head.weight"}
+    way_out = "this is no Llama checkpoint, or its loader misnames a tensor"
+    _check_names(params, required, {f"{name}.bias" for name in _LINEARS}, way_out)
+
+
+def fold_norms(
+    config: ModelConfig, params: Params, dtype: DTypeLike = np.float32
+) -> dict[str, np.ndarray]:
+    """Parameters of the graph from a checkpoint's: W <- W diag(gamma sqrt(D)); q also times K^-1/2.
+
+    The graph's norm is x / sqrt(sum(x^2) + D eps), which is RMSNorm without gamma divided by
+    sqrt(D), and its scores are q k^T without the factor K^-1/2: both factors live in the weights.
+
+    Args:
+      params: a checkpoint: `embed.weight` (V, D), `layers.{attn,mlp}.norm.gamma` (L, D),
+        `layers.attn.{q,k,v,o}.weight`, `layers.mlp.{gate,up,down}.weight` (L, out, in), any of
+        their biases (L, out), `head.norm.gamma` (D,) and, where embeddings are not tied,
+        `head.weight` (V, D).
+      dtype: stored type; products are float64.
+
+    Returns:
+      No gammas; `head.weight` of its own; a bias for every linear and the head, zero where the
+      checkpoint has none.
+
+    Raises:
+      UserError: a parameter is missing or unknown.
+    """
+    _check_checkpoint(config, params)
+    gamma = {
+        norm: np.asarray(params[f"{norm}.gamma"]).astype(np.float64) * config.hidden_size**0.5
+        for norm in _NORMS
+    }
+    out = {"embed.weight": np.asarray(params["embed.weight"]).astype(dtype)}
+    for name, norm in _LINEARS.items():
+        scale = config.head_dim**-0.5 if name == "layers.attn.q" else 1.0
+        columns = np.full(config.num_layers, scale) if norm is None else gamma[norm] * scale
+        weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
+        out[f"{name}.weight"] = by_layer(weight, lambda i, w, c=columns: w * c[i], dtype)
+        bias = np.zeros(weight.shape[:2]) if bias is None else bias
+        out[f"{name}.bias"] = by_layer(bias, lambda _, b, s=scale: b * s, dtype)
+    head = params["embed.weight" if config.tie_embeddings else "head.weight"]
+    out["head.weight"] = _by_rows(head, lambda w: w * gamma["head.norm"], dtype)
+    out["head.bias"] = np.zeros(config.vocab_size, dtype)
+    return out

@@ -1,0 +1,129 @@
+"""All layers in one program, for a device that runs a layer faster than its host launches one.
+
+Layers of the same compiled program become steps of one loop. What differs between them is stacked:
+each matrix by itself, scalars and vectors of one type in one array, because a loop on a GPU takes
+as long to pick a scalar as to pick them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qnpu_jax.graph import Graph
+from qnpu_sim.run_graph import run_graph, same_bits
+
+
+class _Place(NamedTuple):
+    """Where a leaf of one layer is: in this array, from `start`."""
+
+    array: str
+    start: int
+    shape: tuple[int, ...]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("arrays",),
+    meta_fields=("layer", "layers", "tree", "places"),
+)
+@dataclass(frozen=True)
+class Stack:
+    """Layers one after the other that one compiled program computes.
+
+    Attributes:
+      arrays: (layers, ...) by name: vectors and scalars joined by type, and matrices.
+      layer: the first of the graph's layers with their bits.
+      layers: how many.
+      tree, places: what is where in the arrays.
+    """
+
+    arrays: dict[str, Any]
+    layer: int
+    layers: int
+    tree: Any
+    places: tuple[_Place, ...]
+
+
+def stacks(graph: Graph, layers: Sequence[Any]) -> list[Stack]:
+    """The layers of a graph, in as few stacks as their programs and order allow.
+
+    Args:
+      layers: what differs between layers, a tree each.
+    """
+
+    def program(layer: int) -> Any:
+        leaves, tree = jax.tree.flatten(layers[layer])
+        return same_bits(graph, layer), tree, [(x.shape, x.dtype) for x in leaves]
+
+    alike = (list(group) for _, group in groupby(range(len(layers)), program))
+    return [_stack(same_bits(graph, group[0]), [layers[i] for i in group]) for group in alike]
+
+
+def _stack(layer: int, trees: list[Any]) -> Stack:
+    flat = [jax.tree.flatten(t) for t in trees]
+    parts: dict[str, list[Array]] = {}
+    places, ends = [], {}
+    for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True)):
+        leaf = jnp.stack(column)
+        shape = leaf.shape[1:]
+        matrix = len(shape) > 1
+        name = f"matrix {i}" if matrix else leaf.dtype.name
+        start = ends.get(name, 0)
+        ends[name] = start + int(np.prod(shape))
+        places.append(_Place(name, start, shape))
+        parts.setdefault(name, []).append(leaf if matrix else leaf.reshape(len(trees), -1))
+    arrays = {name: jnp.concatenate(own, 1) if own[1:] else own[0] for name, own in parts.items()}
+    return Stack(arrays, layer, len(trees), flat[0][1], tuple(places))
+
+
+def _unstack(stack: Stack, arrays: dict[str, Array]) -> Any:
+    """The tree of one layer, from its share of the arrays."""
+
+    def leaf(place: _Place) -> Array:
+        if len(place.shape) > 1:
+            return arrays[place.array]
+        end = place.start + int(np.prod(place.shape))
+        return arrays[place.array][place.start : end].reshape(place.shape)
+
+    return jax.tree.unflatten(stack.tree, [leaf(p) for p in stack.places])
+
+
+def run_all(graphs: tuple[Graph, ...], of_graphs: list[list[Stack]], ids: Array) -> Array:
+    """Codes of the last graph's output.
+
+    Args:
+      of_graphs: per graph the stacks of its layers' (codes, constants).
+      ids: (T,) or (B, T) token ids.
+    """
+    x = ids
+    for graph, own in zip(graphs, of_graphs, strict=True):
+        for stack in own:
+            x = _run_stack(graph, stack, x)
+    return x
+
+
+def _run_stack(graph: Graph, stack: Stack, x: Array) -> Array:
+    name = "ids" if graph.prefix == "embed." else "input.residual"
+    output = graph.outputs[0]
+
+    def step(x: Array, arrays: dict[str, Array]) -> tuple[Array, None]:
+        codes, constants = _unstack(stack, arrays)
+
+        def one(x: Array) -> Array:
+            env = run_graph(graph, stack.layer, {**codes, name: x}, constants, (output,))
+            return env[output]
+
+        return one(x) if x.ndim == len(graph[name].shape) else jax.vmap(one)(x), None
+
+    if stack.layers == 1:  # of another type than its input, perhaps
+        return step(x, {n: a[0] for n, a in stack.arrays.items()})[0]
+    return jax.lax.scan(step, x, stack.arrays)[0]

@@ -1,0 +1,352 @@
+"""One pure function per op on arrays of integer codes.
+
+Each takes codes and a NamedTuple of prepared constants (`qnpu_sim.op_constants` makes them from scales and
+zero points). Constants are arrays, so a jitted kernel serves every layer of equal shapes; what must
+be static is an array's dtype or shape, or a keyword argument. All functions can be jitted, vmapped
+and scanned.
+
+Call them inside `with jax.enable_x64():`; without 64-bit integers they raise.
+
+Accumulators are 32 bits wide and wrap, as in the hardware and in LiteRT, unless said otherwise.
+Products of bytes are summed by exact dots (`qnpu_sim.exact_dots`); int16 operands are split in two bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qnpu_jax.graph import WIDENING
+from qnpu_sim.elementwise import Leaf
+from qnpu_sim.exact_dots import INT8, Dot, dot
+from qnpu_sim.fixedpoint import Codes, lut_lookup, rounding_divide_by_pot, saturate, srdhm, wide
+from qnpu_sim.gemmlowp import one_over_one_plus_x
+from qnpu_sim.narrow_accumulators import Limit, Saturate, Wrap, saturating_sum, wrap
+from qnpu_sim.rounding import Scale, rescale
+
+
+class FullyConnectedConstants(NamedTuple):
+    """offset (N,): bias plus what input zero point or byte split adds, int32 (wraps) or int64 (wide
+    accumulator); limit: of an accumulator that may be too narrow; dot: how bytes are multiplied."""
+
+    offset: Leaf
+    scale: Scale
+    zero_point: Leaf
+    limit: Limit = None
+    dot: Dot = INT8
+
+
+class BatchMatmulConstants(NamedTuple):
+    """Zero points (int32 scalars) of both inputs and the output; limit: of an accumulator that may
+    be too narrow."""
+
+    x_zero_point: Leaf
+    y_zero_point: Leaf
+    scale: Scale
+    zero_point: Leaf
+    limit: Limit = None
+
+
+class SoftmaxInt8Constants(NamedTuple):
+    """exp (256,): Q0.31 of exp(-scale d) by d = row maximum - code; 0 where the kernel drops the
+    term."""
+
+    exp: Leaf
+
+
+class SoftmaxFloatConstants(NamedTuple):
+    """exp (256,): float32 exp(-scale d) by d = row maximum - code."""
+
+    exp: Leaf
+
+
+class SoftmaxInt16Constants(NamedTuple):
+    """exp (65536,): Q0.15 of exp(-scale d) by d = row maximum - code; reciprocal (513,): 1 / (1 +
+    x) on [0, 1]."""
+
+    exp: Leaf
+    reciprocal: Leaf
+
+
+class TableConstants(NamedTuple):
+    """table (256,) or (65536,): output code by input code - qmin."""
+
+    table: Leaf
+
+
+def fully_connected(x: Array, w: Array, c: FullyConnectedConstants) -> Array:
+    """y = clip(rescale(x w^T + offset) + zero_point).
+
+    Args:
+      x: (..., K) int8 or int16 codes.
+      w: (N, K) int8 codes; int4 weights come as int8 in [-8, 7].
+      c: from `prepare_fully_connected`; an int64 offset makes the accumulator 64 bits wide (int16
+        only).
+
+    Returns:
+      (..., N) codes of x's type.
+
+    Reference: LiteRT reference/integer_ops/fully_connected.h, `FullyConnectedPerChannel`.
+    """
+    offset = _row(c.offset, x.ndim)
+    if isinstance(c.limit, Saturate):
+        rows = _less(x, c.limit.x_zero_point).reshape(1, -1, x.shape[-1])
+        acc = saturating_sum(rows, w.T[None], c.limit).reshape(*x.shape[:-1], w.shape[0])
+    elif x.dtype == jnp.int8:
+        acc = dot(x, w, (((x.ndim - 1,), (1,)), ((), ())), c.dot) + offset
+    else:
+        # One dot of both bytes reads the weights once.
+        both = dot(jnp.stack(_bytes(x)), w, (((x.ndim,), (1,)), ((), ())), c.dot)
+        both = both.astype(offset.dtype)
+        acc = (both[0] << jnp.asarray(8, offset.dtype)) + both[1] + offset
+    if isinstance(c.limit, Wrap):
+        acc = wrap(acc, c.limit.bits)
+    return codes_of_sums(acc, c, x.dtype)
+
+
+def batch_matmul(
+    x: Array,
+    y: Array,
+    c: BatchMatmulConstants,
+    *,
+    adj_y: bool = False,
+    x_is_byte: bool = False,
+    y_is_byte: bool = False,
+    y_is_symmetric: bool = False,
+) -> Array:
+    """z = clip(rescale((x - x_zero_point)(y - y_zero_point)) + zero_point), batch by batch.
+
+    int8 accumulates in 32 bits and wraps; int16, whose zero points are 0, in 64.
+
+    Args:
+      x: (B, M, K) int8 or int16 codes.
+      y: (B, K, N), or (B, N, K) with adj_y; of x's type.
+      c: from `prepare_batch_matmul`.
+      adj_y: y is transposed.
+      x_is_byte, y_is_byte: the caller knows that the int16 operand was widened from int8: the codes
+        over `WIDENING`, with the zero point that `c` has for it, are int8 again, and one dot does.
+      y_is_symmetric: the caller knows that `c.y_zero_point` is 0.
+
+    Returns:
+      (B, M, N) codes of x's type.
+
+    Reference: LiteRT reference/batch_matmul.h, `BatchMatMul` (FullyConnectedParams).
+    """
+    k_axis = 2 if adj_y else 1
+    # |codes - zero point| <= 255: a sum of so few products fits 31 bits, whatever x's type.
+    small = x_is_byte and y_is_byte and x.shape[2] * 255**2 < 2**31
+    if isinstance(c.limit, Saturate):
+        y_real = _less(y.swapaxes(1, 2) if adj_y else y, c.y_zero_point)
+        acc = saturating_sum(_less(x, c.x_zero_point), y_real, c.limit)
+    elif x.dtype == jnp.int16 and x.shape[1] == y.shape[3 - k_axis] == 1:
+        acc = _row_products(x // WIDENING if x_is_byte else x, y // WIDENING if y_is_byte else y)
+    else:
+        acc = _matmul(
+            _digits(x, c.x_zero_point, x_is_byte),
+            _digits(y, None if y_is_symmetric else c.y_zero_point, y_is_byte),
+            k_axis,
+            jnp.int32 if x.dtype == jnp.int8 or small else jnp.int64,
+        )
+    if isinstance(c.limit, Wrap):
+        acc = wrap(acc, c.limit.bits)
+    return codes_of_sums(acc, c, x.dtype)
+
+
+def codes_of_sums(
+    acc: Array, c: FullyConnectedConstants | BatchMatmulConstants, dtype: np.dtype | type
+) -> Array:
+    """What FULLY_CONNECTED and BATCH_MATMUL make of their sums: clip(rescale(acc) + zero_point)."""
+    return saturate(rescale(acc, c.scale) + jnp.asarray(c.zero_point), dtype)
+
+
+def _less(x: Array, zero_point: Leaf) -> Array:
+    return x.astype(jnp.int32) - jnp.asarray(zero_point)
+
+
+def _row_products(x: Array, y: Array) -> Array:
+    """(B, 1, K) and K values per batch: one sum of products each, which a dot of 1 x 1 results
+    would do slowly."""
+    b, _, k = x.shape
+    return jnp.sum(wide(x.reshape(b, k)) * wide(y.reshape(b, k)), 1)[:, None, None]
+
+
+class _Digits(NamedTuple):
+    """An operand less its zero point: a sum of weight * int8, plus a rest (None: 0)."""
+
+    terms: list[tuple[int, Array]]
+    rest: Array | None
+
+
+def _digits(x: Array, zero_point: Leaf | None, is_byte: bool) -> _Digits:
+    """One term for int8 codes, which int16 ones are again with their zero point (None: 0) added;
+    else two."""
+    if x.dtype == jnp.int16 and not is_byte:
+        high, low = _bytes(x)
+        return _Digits([(256, high), (1, low)], jnp.int32(128))
+    if zero_point is None:
+        codes = x if x.dtype == jnp.int8 else (x // WIDENING).astype(jnp.int8)
+        return _Digits([(1, codes)], None)
+    zero = _row(zero_point, 0)
+    codes = x if x.dtype == jnp.int8 else (x // WIDENING + zero.astype(jnp.int16)).astype(jnp.int8)
+    return _Digits([(1, codes)], -zero)
+
+
+def _matmul(x: _Digits, y: _Digits, k_axis: int, dtype: type) -> Array:
+    """Sums over K of products of two operands, as int32 (wraps) or int64."""
+
+    def weighted(parts: list[tuple[int, Array]]) -> Array:
+        terms = (jnp.asarray(weight, dtype) * part.astype(dtype) for weight, part in parts)
+        return sum(terms, start=jnp.zeros((), dtype))
+
+    def total(digits: _Digits, axis: int) -> Array:
+        return weighted([(w, jnp.sum(codes, axis, dtype=jnp.int32)) for w, codes in digits.terms])
+
+    # With x = X + a and y = Y + b: xy = XY + a Y + b (X + a), summed over K.
+    assert x.rest is not None  # known to be 0 for y only
+    dims = (((2,), (k_axis,)), ((0,), (0,)))
+    products = [(v * w, dot(p, q, dims)) for v, p in x.terms for w, q in y.terms]
+    acc = weighted(products) + x.rest.astype(dtype) * total(y, k_axis)[:, None, :]
+    if y.rest is None:
+        return acc
+    size = jnp.asarray(x.terms[0][1].shape[2], dtype)
+    return acc + y.rest.astype(dtype) * (total(x, 2) + size * x.rest.astype(dtype))[:, :, None]
+
+
+def _bytes(x: Array) -> tuple[Array, Array]:
+    """int16 as two int8: x = 256 high + low + 128."""
+    high = x >> np.int16(8)
+    return high.astype(jnp.int8), ((x & np.int16(255)) - np.int16(128)).astype(jnp.int8)
+
+
+def _row(leaf: Leaf, ndim: int) -> Array:
+    """A vector with axes added in front, up to `ndim` dimensions; a scalar as it is."""
+    array = jnp.asarray(leaf)
+    return array.reshape((1,) * (ndim - array.ndim) + array.shape) if array.ndim else array
+
+
+def softmax_int8(x: Array, c: SoftmaxInt8Constants | SoftmaxFloatConstants) -> Array:
+    """exp(x) / sum exp(x) over the last axis at scale 1/256, zero point -128.
+
+    exp is Q0.31, the sum Q12.19, its reciprocal by Newton-Raphson. LiteRT aborts where the sum of
+    exp reaches 512 (512 nearly equal logits): no term is then above half a code, all are 0 here.
+
+    Args:
+      x: (..., T) int8 codes, T < 4096: more may wrap the sum.
+      c: from `prepare_softmax_int8`; its type says fixed point or float32.
+
+    Returns:
+      (..., T) int8.
+
+    Reference: LiteRT reference/softmax.h, `Softmax` (int8), common.h, `GetReciprocal`.
+    """
+    below = jnp.max(x, -1, keepdims=True).astype(jnp.int32) - x.astype(jnp.int32)
+    exp = _lookup(c.exp, below)
+    if isinstance(c, SoftmaxFloatConstants):
+        return _softmax_float(exp)
+    total = jnp.sum(rounding_divide_by_pot(exp, np.int32(12)), -1, keepdims=True, dtype=jnp.int32)
+    headroom = jax.lax.clz(total)
+    mantissa = (total << headroom) ^ np.int32(-(2**31))  # bit 31 is the leading one
+    reciprocal = one_over_one_plus_x(mantissa)
+    exponent = np.int32(12 + 31 - 8) - headroom
+    y = rounding_divide_by_pot(srdhm(exp, reciprocal), jnp.minimum(exponent, np.int32(31)))
+    y = jnp.where(exponent > np.int32(31), np.int32(0), y)
+    return saturate(y - np.int32(128), jnp.int8)
+
+
+def _softmax_float(exp: Array) -> Array:
+    """round_half_away(exp (1 / (sum / 256))) - 128, the sum taken from left to right in float32.
+
+    Reference: LiteRT optimized/optimized_ops.h, `Softmax` (int8, with a table of exp).
+    """
+    total = jax.lax.fori_loop(
+        0,
+        exp.shape[-1],
+        lambda i, total: total + jax.lax.dynamic_index_in_dim(exp, i, -1, keepdims=False),
+        jnp.zeros(exp.shape[:-1], jnp.float32),
+    )
+    inverse = np.float32(1) / (total * np.float32(1 / 256))
+    y = jax.lax.round(exp * inverse[..., None], jax.lax.RoundingMethod.AWAY_FROM_ZERO)
+    return saturate(y.astype(jnp.int32) - np.int32(128), jnp.int8)
+
+
+def softmax_int16(x: Array, c: SoftmaxInt16Constants) -> Array:
+    """exp(x) / sum exp(x) over the last axis at scale 1/32768, zero point 0.
+
+    exp is Q0.15 from a table that ends at exp(-10): a term 10 or more below the maximum never
+    reaches 0.
+
+    Args:
+      x: (..., T) int16 codes, T < 65536.
+      c: from `prepare_softmax_int16`.
+
+    Returns:
+      (..., T) int16 >= 0.
+
+    Reference: LiteRT reference/softmax.h, `SoftmaxInt16`.
+    """
+    below = jnp.max(x, -1, keepdims=True).astype(jnp.int32) - x.astype(jnp.int32)
+    exp = _lookup(c.exp, below).astype(jnp.int32)
+    total = jnp.sum(exp, -1, keepdims=True, dtype=jnp.int32)
+    return softmax_quotient(exp, total, jnp.asarray(c.reciprocal))
+
+
+def softmax_quotient(exp: Array, total: Array, reciprocal: Codes) -> Array:
+    """exp / total as int16 at scale 1/32768: what int16 SOFTMAX does with a row's exponentials.
+
+    Args:
+      exp: (..., T) int32, Q0.15.
+      total: (..., 1) int32, their sum over the whole row.
+      reciprocal: (513,) int16, as in `SoftmaxInt16Constants`; an array or a reference to one.
+    """
+    headroom = jax.lax.clz(total)
+    # Normalized to [1, 2) as Q1.16, then 1 is subtracted and the rest centred on the table's int16
+    # index.
+    normalized = ((wide(total) << wide(headroom - np.int32(1))) + np.int64(2**13)) >> np.int64(14)
+    index = jnp.clip(
+        normalized.astype(jnp.int32) - np.int32(2**15 + 2**16), np.int32(-32768), np.int32(32767)
+    )
+    right = np.int32(31) - headroom
+    half = np.int32(1) << (right - np.int32(1))
+    y = (exp * lut_lookup(index, reciprocal) + half) >> right
+    return jnp.clip(y, np.int32(0), np.int32(32767)).astype(jnp.int16)
+
+
+def unary(x: Array, c: TableConstants) -> Array:
+    """y = table[x - qmin]: LOGISTIC, SQRT and RSQRT on int8 and int16, each defined in
+    `qnpu_sim.tables`."""
+    return _lookup(c.table, x.astype(jnp.int32) - np.int32(jnp.iinfo(x.dtype).min))
+
+
+def _lookup(table: Leaf, index: Array) -> Array:
+    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
+
+
+def gather(ids: Array, table: Array) -> Array:
+    """table[ids]: rows of an embedding; ids int32 in [0, rows). TFLite GATHER, axis 0."""
+    return table.at[ids].get(mode="promise_in_bounds")
+
+
+def reshape(x: Array, *, shape: tuple[int, ...]) -> Array:
+    """The same codes in another shape."""
+    assert math.prod(shape) == x.size, f"{x.shape} does not reshape to {shape}"
+    return jnp.reshape(x, shape)
+
+
+def transpose(x: Array, *, perm: tuple[int, ...]) -> Array:
+    """Axes permuted."""
+    return jnp.transpose(x, perm)
+
+
+def slice_(x: Array, *, begin: tuple[int, ...], size: tuple[int, ...]) -> Array:
+    """x[begin : begin + size] on every axis."""
+    return jax.lax.slice(x, begin, tuple(b + s for b, s in zip(begin, size, strict=True)))
+
+
+def concatenation(*x: Array, axis: int) -> Array:
+    """Codes of one scale and zero point joined along an axis."""
+    return jnp.concatenate(x, axis)

@@ -1,0 +1,135 @@
+"""One graph on integers: what each of its ops computes, and what is left to the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias, assert_never
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from qnpu_jax.graph import (
+    Add,
+    AddMask,
+    BatchMatmul,
+    Concat,
+    Embedding,
+    FullyConnected,
+    Graph,
+    Keep,
+    Logistic,
+    Mul,
+    Node,
+    Requantize,
+    Reshape,
+    Rsqrt,
+    Slice,
+    Softmax,
+    Sqrt,
+    Transpose,
+    is_identity,
+)
+from qnpu_sim import elementwise, gpu_attention, kernels
+from qnpu_sim.channel_blocks import by_channels
+from qnpu_sim.graph_constants import dtype_of, operand
+
+Codes: TypeAlias = dict[str, jax.Array]
+
+
+def run_graph(
+    graph: Graph,
+    layer: int,
+    values: Codes,
+    constants: Mapping[str, Any],
+    wanted: Collection[str] | None = None,
+) -> Codes:
+    """Tensors of one sequence by local name, from codes of inputs and parameters.
+
+    Args:
+      wanted: those that the caller reads, None for all. Others may be missing: a GPU computes
+        them within a kernel (`qnpu_sim.gpu_attention`).
+    """
+    env = dict(values)
+    chains = {}
+    if wanted is not None and jax.default_backend() == "gpu":
+        chains = gpu_attention.chains(graph, layer, constants)
+        chains = {n: c for n, c in chains.items() if not set(c.outputs[:-1]) & set(wanted)}
+    within = {name for chain in chains.values() for name in chain.outputs[:-1]}
+    for node in graph.nodes:
+        if node.output in within:
+            continue
+        if chain := chains.get(node.output):
+            q, k, v, mask = (env[n][0] for n in chain.operands)
+            own = chain.constants(constants)
+            env[node.output] = gpu_attention.attention(q, k, v, mask, own)[None]
+        elif is_identity(graph, node, layer):
+            env[node.output] = env[node.inputs[0]]
+        else:
+            x = [env[n] for n in node.inputs]
+            y = run_op(graph, node, layer, x, constants.get(node.output))
+            env[node.output] = _settled(graph, node, y)
+    return env
+
+
+def same_bits(graph: Graph, layer: int) -> int:
+    """The first layer with the same bits everywhere, which has the same compiled program."""
+    bits = [t.quant.bits for t in graph.tensors if t.quant is not None]
+    return next(i for i in range(layer + 1) if all(b[i] == b[layer] for b in bits))
+
+
+def _settled(graph: Graph, node: Node, y: jax.Array) -> jax.Array:
+    """An op's codes, and what keeps XLA from doing worse with them.
+
+    On a CPU a barrier after every op: it would compute the op again in each op that reads it. On a
+    GPU, where fusions are as they should be, rows after products and graphs: it would keep columns,
+    and transpose them for the next product.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.optimization_barrier(y)
+    if isinstance(node.op, FullyConnected) or node.output in graph.outputs:
+        return with_layout_constraint(y, Layout(tuple(range(y.ndim))))
+    return y
+
+
+def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: Any) -> jax.Array:
+    """The op's meaning on integer codes."""
+    match node.op:
+        case Embedding():
+            return kernels.gather(x[0], x[1])
+        case FullyConnected():
+            return by_channels(kernels.fully_connected, x[0], x[1], constants)
+        case BatchMatmul(adj_y=adj_y):
+            tight = constants.limit is not None
+            narrow = [operand(graph, n, layer, tight) for n in node.inputs]
+            y = graph[narrow[1]].quant
+            return kernels.batch_matmul(
+                x[0],
+                x[1],
+                constants,
+                adj_y=adj_y,
+                x_is_byte=narrow[0] != node.inputs[0],
+                y_is_byte=narrow[1] != node.inputs[1],
+                y_is_symmetric=y is not None and y.symmetric,
+            )
+        case Add() | AddMask():
+            return elementwise.add(x[0], x[1], constants)
+        case Mul() | Keep():
+            return elementwise.mul(x[0], x[1], constants)
+        case Requantize():
+            return elementwise.quantize(x[0], constants, dtype=dtype_of(graph[node.output], layer))
+        case Softmax():
+            softmax = kernels.softmax_int8 if x[0].dtype == jnp.int8 else kernels.softmax_int16
+            return softmax(x[0], constants)
+        case Logistic() | Sqrt() | Rsqrt():
+            return kernels.unary(x[0], constants)
+        case Reshape(shape=shape):
+            return kernels.reshape(x[0], shape=shape)
+        case Transpose(perm=perm):
+            return kernels.transpose(x[0], perm=perm)
+        case Slice(begin=begin, size=size):
+            return kernels.slice_(x[0], begin=begin, size=size)
+        case Concat(axis=axis):
+            return kernels.concatenation(*x, axis=axis)
+        case _:
+            assert_never(node.op)

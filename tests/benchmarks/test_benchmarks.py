@@ -1,0 +1,420 @@
+"""What the benchmarks decide from rows: which are kept, refused, compared. Nothing is measured."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import PROFILES
+
+from qnpu_jax.compilers.emulator_differences import TextDifference
+from qnpu_jax.compilers.hexagon import Compiled, Signature, Traffic
+from qnpu_jax.errors import UserError
+from qnpu_jax.integer.model import dequantize
+from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
+ablation = importlib.import_module("ablation")
+accuracy = importlib.import_module("accuracy")
+hexagon = importlib.import_module("hexagon")
+outcome = importlib.import_module("outcome")
+protocol = importlib.import_module("protocol")
+sim_scaling = importlib.import_module("sim_scaling")
+sim_speed = importlib.import_module("sim_speed")
+step_memory = importlib.import_module("step_memory")
+
+SHARED = {"model": "m", "text": "t", "calibration": "c", "windows": 2, "length": 8}
+W8A8 = RECIPES["w8a8"]
+
+
+def job(name="w8a8", score=30.0, calls=None, **settings):
+    def measure():
+        if calls is not None:
+            calls.append(name)
+        return {"recipe": "w8a8", "fake_quant": score}
+
+    full = {**SHARED, "effort": "full", "steps": 500, "seed": 0, **settings}
+    return protocol.Job(name, full, measure)
+
+
+# Rows of a file.
+
+
+def test_rows_are_kept_and_not_measured_again(tmp_path):
+    path, calls = tmp_path / "rows.json", []
+    protocol.kept_rows(path, [job("a", calls=calls)])
+    rows = protocol.kept_rows(path, [job("a", calls=calls), job("b", calls=calls)])
+    assert calls == ["a", "b"]
+    assert [row["name"] for row in rows] == ["a", "b"]
+    assert json.loads(path.read_text()) == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_command_killed_while_it_writes_costs_no_row(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    before = protocol.kept_rows(path, [job("a")])
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        protocol.kept_rows(path, [job("a"), job("b")])
+    assert protocol.read_rows(path) == before
+
+
+@pytest.mark.parametrize(
+    "other", [{"effort": "fast"}, {"steps": 150}, {"seed": 1}, {"windows": 128}, {"length": 512}]
+)
+def test_a_row_of_other_settings_is_refused_before_anything_is_measured(tmp_path, other):
+    path, calls = tmp_path / "rows.json", []
+    protocol.kept_rows(path, [job("a", **other)])
+    (key, value), wanted = *other.items(), job().settings
+    message = f"row 'a': expected {key} {wanted[key]}; got {key} {value}; give another --json"
+    with pytest.raises(UserError, match=message):
+        protocol.kept_rows(path, [job("b", calls=calls), job("a", calls=calls)])
+    assert not calls
+
+
+def test_rows_on_other_windows_do_not_stand_in_one_table(tmp_path):
+    path = tmp_path / "rows.json"
+    protocol.kept_rows(path, [job("a", windows=128)])
+    with pytest.raises(UserError, match="row 'a': expected windows 2; got windows 128"):
+        protocol.kept_rows(path, [job("b")])
+    protocol.kept_rows(path, [job("b", windows=128, effort="fast")])  # efforts may differ
+
+
+def test_rows_without_settings_are_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"name": "a", "fake_quant": Infinity}]')
+    with pytest.raises(UserError, match="got model None"):
+        protocol.kept_rows(path, [job("a")])
+
+
+def test_two_recipes_of_one_name_are_refused():
+    with pytest.raises(UserError, match="recipes: row 'mine'"):
+        protocol.kept_rows(None, [job("mine", settings="1"), job("mine", settings="2")])
+
+
+@pytest.mark.parametrize("text", ["[{", "{}", '[{"fake_quant": 1}]'])
+def test_damaged_files_are_named(tmp_path, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"rows\.json: .*name another"):
+        protocol.kept_rows(path, [job()])
+
+
+def test_no_folder_is_said_before_anything_is_measured(tmp_path):
+    calls = []
+    with pytest.raises(UserError, match="--json: no folder"):
+        protocol.kept_rows(tmp_path / "none" / "rows.json", [job(calls=calls)])
+    assert not calls
+
+
+def test_a_job_knows_recipe_effort_and_files(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    args = Namespace(text=text, calibration=text, windows=2, length=8, effort="fast", batch=1)
+    args.steps, args.no_simulator = 7, True
+    bench = Namespace(checkpoint=Namespace(sha256="0" * 64))
+
+    def settings(recipe: Recipe):
+        return protocol.recipe_job(args, bench, "a", recipe, row="r").settings
+
+    found = settings(W8A8)
+    assert found["effort"] == "fast" and found["steps"] == 7 and found["row"] == "r"
+    assert found["scored"] == "fake_quant" and found["model"] == "0" * 12
+    other = settings(dataclasses.replace(W8A8, smooth=0.5))
+    assert {k for k in found if found[k] != other[k]} == {"settings"}
+    args.effort = "none"
+    with pytest.raises(UserError, match=r"--steps: .* got 7 with none"):
+        settings(W8A8)
+
+
+# A recipe that diverges.
+
+
+def test_divergence_is_a_row_in_valid_json(tmp_path, monkeypatch, capsys):
+    def diverges(*_, **__):
+        raise UserError("w: learning diverged at step 3")
+
+    monkeypatch.setattr(protocol.pipeline, "prepare", lambda *_: {})
+    monkeypatch.setattr(protocol.pipeline, "quantize", diverges)
+    checkpoint = Namespace(config=None, params={}, tokenizer=Namespace(bos_id=1))
+    bench = SimpleNamespace(checkpoint=checkpoint, text=lambda *_: None)
+    measure = lambda: protocol.measure(bench, W8A8, EFFORTS["full"], 1, True)  # noqa: E731
+    path = tmp_path / "rows.json"
+    rows = protocol.kept_rows(path, [protocol.Job("w8a8", SHARED, measure), job("b", math.inf)])
+    kept = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert kept == rows
+    assert kept[0]["error"] == "w: learning diverged at step 3"
+    assert [protocol.perplexity(row) for row in kept] == [math.inf, math.inf]
+    capsys.readouterr()
+    protocol.table(rows)
+    assert capsys.readouterr().out.count("diverged") == 2
+
+
+# Goals of accuracy.py.
+
+(SMOLLM2,) = accuracy.FLOAT
+
+
+def scored(name, fake, **more):
+    return {"name": name, "recipe": name, "fake_quant": fake, **more}
+
+
+def test_float_is_checked_by_its_weights():
+    rows = [scored("float", 31.0)]
+    assert accuracy.verdict(rows, SMOLLM2) == ["float 31.00, expected 30.03 +- 0.05"]
+    assert not accuracy.verdict(rows, "other")
+    assert not accuracy.verdict([scored("float", 30.05)], SMOLLM2)
+
+
+def test_goals_see_divergence():
+    rows = [scored("float", 30.03), scored("w8a8", None), scored("spinquant-w8a8", None)]
+    assert accuracy.verdict(rows, SMOLLM2) == ["w8a8 inf > 30.7"]
+    rows = [scored("float", 30.03), scored("w8a8", 30.0, simulator=30.3)]
+    assert accuracy.verdict(rows, SMOLLM2) == ["w8a8: simulator 30.30 against fake-quant 30.00"]
+
+
+# The comparison of ablation.py.
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_rows_that_change_nothing_are_skipped_at_every_seed(seed):
+    rows = [ablation.FULL, "no-rounding", "no-prefix"]  # w8a8 does not learn rounding
+    found = dict(ablation.variants(W8A8, rows, [seed]))
+    assert list(found) == [ablation.FULL, "no-prefix"]
+    assert {recipe.seed for recipe in found.values()} == {seed}
+
+
+def test_the_full_recipe_comes_first_whatever_is_asked():
+    found = [(row, r.seed) for row, r in ablation.variants(W8A8, ["ce"], [0, 1])]
+    assert found == [(ablation.FULL, 0), ("ce", 0), (ablation.FULL, 1), ("ce", 1)]
+
+
+def ablated(**scores):
+    """Rows of `full` and others: a list of perplexities, one per seed."""
+    return [
+        {
+            **scored("w8a8", x),
+            "row": ablation.FULL if row == "full" else row,
+            "seed": seed,
+            "kl": x and x / 1000,
+        }
+        for row, values in scores.items()
+        for seed, x in enumerate(values)
+    ]
+
+
+def test_rows_are_compared_with_the_full_recipe_of_their_seed(capsys):
+    rows = ablated(full=[40.0, 50.0], ce=[42.0, 51.0], hidden=[41.0, None])
+    np.testing.assert_allclose(
+        np.array(ablation.changes(rows), float), [0, 0, 5, 2, 2.5, np.inf], atol=1e-9
+    )
+    ablation.show_summary(ablation.summary(rows))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines[1] == ["w8a8", "ce", "+3.50%", "2.12%", "2", "0"]
+    assert lines[2] == ["w8a8", "hidden", "+2.50%", "2", "1"]
+    assert not ablation.verdict(rows)
+
+
+def test_a_row_without_its_full_recipe_is_not_compared():
+    assert ablation.changes([*ablated(ce=[40.0]), scored("w8a8", 40.0)]) == [None, None]
+
+
+def test_the_goal_of_ablation_can_fail():
+    assert not ablation.verdict(ablated(full=[40.0, 40.0], ce=[39.0, 40.4]))  # -0.75% of both
+    assert ablation.verdict(ablated(full=[40.0], ce=[39.0])) == [
+        "w8a8 ce beats the full recipe by 2.50%"
+    ]
+    assert ablation.verdict(ablated(full=[None], ce=[39.0])) == [
+        "w8a8 diverged: nothing to compare with"
+    ]
+
+
+def test_a_row_that_leaves_the_float_model_does_not_beat_the_full_recipe():
+    rows = ablated(full=[40.0], ce=[39.0])
+    rows[1]["kl"] = 0.2
+    assert not ablation.verdict(rows)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "effort", "steps"),
+    [
+        ("ablation", [], "full", 150),
+        ("ablation", ["--effort", "none"], "none", None),
+        ("ablation", ["--quick", "--steps", "5"], "none", None),
+        ("accuracy", [], "full", None),
+        ("accuracy", ["--quick", "--steps", "5"], "none", None),
+    ],
+)
+def test_arguments_of_learning(monkeypatch, script, options, effort, steps):
+    argv = [script, "--text", "a.txt", "--calibration", "b.txt", *options]
+    monkeypatch.setattr(sys, "argv", argv)
+    args = {"ablation": ablation, "accuracy": accuracy}[script].arguments()
+    assert (args.effort, args.steps) == (effort, steps)
+
+
+# Exit status.
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("f: missing"), "f: missing\n"),
+        (KeyError("f"), "Traceback (most recent call last):\n"),
+    ],
+)
+def test_an_error_is_no_missed_goal(capsys, error, said):
+    def fails():
+        raise error
+
+    assert outcome.status(fails) == 2
+    assert capsys.readouterr().err.startswith(said)
+    assert [outcome.status(lambda n=n: n) for n in (0, 1)] == [0, 1]
+
+
+# Goals of hexagon.py.
+
+
+def compiled(recipe, prefill: float | None = 1.0, on_npu=9, partitions=1, soc="SM8650"):
+    """A row whose signatures take `prefill` and a tenth of it, in seconds."""
+    moved = Traffic(10, 2, 0, 0)
+    signatures = (Signature("prefill_8", 9, on_npu, partitions, moved),)
+    signatures += (Signature("decode", 9, 9, 1, moved),)
+    made = Compiled(Path("m.tflite"), soc, signatures, 100, 1.0, 2**20)
+    estimates = {"prefill_8": prefill, "decode": prefill / 10} if prefill else None
+    return hexagon.Row(recipe, "hexagon", made, estimates)
+
+
+def emulated(recipe, ratio):
+    text = TextDifference((20.0, 30.0), (20.0 * ratio, 30.0 * ratio), 0.5) if ratio else None
+    return hexagon.Emulated(recipe, "hexagon", [], [], text)
+
+
+def test_the_goals_of_hexagon_hold_and_can_fail():
+    fine = [compiled("w4a8", 0.84), compiled("w4a16"), compiled("w8a8", None, soc="SM8850")]
+    near = [emulated("w8a8", 1.019), emulated("w4a8", 0.981), emulated("w4a8", None)]
+    assert not hexagon.verdict(fine, near)
+    assert not hexagon.verdict([compiled("w4a8")], [])  # nothing to compare with
+    assert hexagon.verdict([compiled("w4a8", 0.86), compiled("w4a16")], []) == [
+        "SM8650 hexagon: w4a8's estimated prefill 14.0% below w4a16's, expected 15.1%"
+    ]
+    assert hexagon.verdict([compiled("w8a8", on_npu=8), compiled("w8a8", partitions=2)], []) == [
+        "w8a8 hexagon SM8650 prefill_8: 8 of 9 ops on the NPU in 1 partitions",
+        "w8a8 hexagon SM8650 prefill_8: 9 of 9 ops on the NPU in 2 partitions",
+    ]
+    short = hexagon.verdict([], [emulated("w8a8", 1.03), emulated("w4a8", math.nan)])
+    assert [s.split(":")[0] for s in short] == ["w8a8 hexagon", "w4a8 hexagon"]
+
+
+def test_the_headline_of_hexagon_is_the_worst():
+    rows = [compiled("w4a8", 0.84), compiled("w4a16", on_npu=8)]
+    assert hexagon.headline(rows, [emulated("w8a8", 1.01), emulated("w4a8", 0.985)]) == (
+        "whole on the NPU: 3 of 4; w4a8 prefill 16.0% below w4a16 (estimate);"
+        " emulated perplexity within 1.50% of the simulator's"
+    )
+
+
+def test_hexagon_wants_folders_or_a_quick_run(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hexagon"])
+    with pytest.raises(SystemExit) as end:
+        hexagon.arguments()
+    assert end.value.code == 2 and "expected folders" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["hexagon", "--quick"])
+    args = hexagon.arguments()
+    assert (args.windows, args.profiles) == (0, ["plain", "unpacked", "hexagon"])
+
+
+def test_hexagon_without_the_extra_could_not_run(monkeypatch, capsys):
+    def missing():
+        raise UserError("onnxruntime-qnn: not installed")
+
+    monkeypatch.setattr(sys, "argv", ["hexagon", "--quick"])
+    monkeypatch.setattr(hexagon.hexagon, "check_installed", missing)
+    assert hexagon.main() == 2
+    assert capsys.readouterr().err == "onnxruntime-qnn: not installed\n"
+
+
+# Memory of a step, planned for shapes.
+
+
+def test_activations_grow_with_the_tokens_and_weights_do_not():
+    config = dataclasses.replace(tiny.SMOLLM2, num_layers=2, vocab_size=256)
+    args = Namespace(recipe="w8a8", stage=0)
+    one, two = (step_memory.measure(config, args, batch, 64) for batch in (2, 4))
+    assert one.weights == two.weights
+    assert two.layer == 2 * one.layer > 0
+    # Arguments: both models, the parameters and what Adam keeps of them.
+    assert 2 * one.weights < one.arguments < 3 * one.weights
+    assert 0 < two.temporary - one.temporary < 4 * one.layer
+
+
+def speed_rows(times_float: float, times_reference: float) -> list:
+    """w8a8 beside a float model of 1,000 tokens/s at one length."""
+    made = {
+        ("-", "float32"): 1000.0,
+        ("w8a8", "litert_ref"): 1000 * times_float,
+        ("w8a8", "BUILTIN_REF"): 1000 * times_float / times_reference,
+    }
+    return [
+        sim_speed.Row(recipe, reader, 128, 1, lambda: None, [128 / rate])
+        for (recipe, reader), rate in made.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("times_float", "times_reference", "memory", "short"),
+    [
+        (1.01, 20.5, 1.4, []),
+        (0.99, 20.5, 1.4, ["0.99x float32"]),
+        (1.01, 19.5, 1.4, ["19.5x BUILTIN_REF"]),
+        (1.01, 20.5, 1.6, ["1.60x the memory"]),
+    ],
+)
+def test_the_goals_of_speed_hold_and_can_fail(capsys, times_float, times_reference, memory, short):
+    rows = speed_rows(times_float, times_reference)
+    found = sim_speed.report(rows, {"float32": 1000.0, "w8a8": 1000 * memory})
+    assert len(found) == len(short)
+    assert all(said in line for said, line in zip(short, found, strict=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("goals missed" if short else "goals met")
+    assert f"at least {sim_speed.MIN_TIMES_FLOAT:g}x float32" in lines[-2 - len(short)]
+
+
+def test_a_shallow_model_is_the_first_layers_of_it():
+    model = tiny.quantized("gqa_llama3", "w8a8")
+    params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
+    cut, cut_params = sim_scaling.shallow(model, params, 1)
+    ids = tiny.random_ids((8,))
+    expected = run(compile_model(model, model.decoder(8)), ids, lambda n: "layers.0." in n)
+    got = run(compile_model(cut, cut.decoder(8)), ids, lambda n: "layers.0." in n)
+    for name in expected.keys() - {"head.logits"}:
+        assert (np.asarray(expected[name]) == np.asarray(got[name])).all(), name
+    rows = list(sim_scaling.rows_of(cut, cut_params, 8))
+    assert [r.reader for r in rows] == ["float32", *PROFILES]
+    shapes = {np.asarray(r.call()["head.logits"]).shape for r in rows[1:]}
+    assert shapes == {(8, 96)}
+
+
+def test_bfloat16_is_the_float_model_in_bfloat16():
+    model = tiny.quantized("gqa_llama3", "w8a8")
+    dec, ids = model.decoder(8), jnp.asarray(tiny.random_ids((2, 8)))
+    params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
+    expected = sim_speed.float_logits(dec, params, ids)
+    halves = {n: x.astype(jnp.bfloat16) for n, x in params.items()}
+    got = sim_speed.float_logits(dec, halves, ids)
+    assert got.dtype == jnp.bfloat16
+    a, b = np.asarray(expected).ravel(), np.asarray(got.astype(jnp.float32)).ravel()
+    assert np.corrcoef(a, b)[0, 1] > 0.98  # 8 bits of mantissa, through two layers

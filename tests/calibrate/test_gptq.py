@@ -1,0 +1,168 @@
+"""Rounding with the data in view: less error on the data, and codes that freezing reproduces."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from qnpu_jax.calibrate.gptq import At, correct_biases, gptq, in_layers, linears
+from qnpu_jax.config import BitPlan
+from qnpu_jax.fakequant.fake_quant import fake_quant
+from qnpu_jax.fakequant.passes import passes
+from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.qparams import quantize
+from qnpu_jax.graph.scales import resolve
+from qnpu_jax.integer.freeze import freeze
+
+PLAN = BitPlan((("layers.0.mlp.up.weight", 8), *tiny.PLANS["w4a8"].rules))
+"""One weight of one layer at 8 bits, all other linears at 4."""
+
+
+@cache
+def model():
+    """Decoder, float parameters, free and resolved scales, windows."""
+    _, params, free = tiny.calibrated("gqa_llama3", "w4a8")
+    # Biases of its own, and inputs of the second layer that are correlated more than by chance.
+    params = {n: x + jnp.float32(0.01) if n.endswith("bias") else x for n, x in params.items()}
+    config, _ = tiny.prepared("gqa_llama3")
+    dec = decoder(config, PLAN, tiny.TOKENS, len(tiny.PREFIX))
+    windows = tiny.random_ids((12, tiny.TOKENS), seed=1)
+    return dec, params, free, resolve(dec, free), windows
+
+
+@cache
+def fitted(factors: tuple[float, ...] = (1.0,), exact: bool = True, asymmetric: float = 0.0):
+    dec, params, _, scales, windows = model()
+    settings = {"factors": factors, "exact": exact, "asymmetric": asymmetric, "batch": 6}
+    return gptq(dec, params, scales, windows, **settings)
+
+
+def chosen_names() -> list[tuple[At, str]]:
+    layer = model()[0].layer
+    names = [n for group in linears(layer, in_layers) for n in group.weights]
+    return [(At(layer, i), n) for i in range(layer.layers) for n in names]
+
+
+def test_linears_are_grouped_by_what_they_read_in_execution_order():
+    dec = model()[0]
+    groups = linears(dec.layer, in_layers)
+    leaves = [[n.split(".")[1] for n in g.weights] for g in groups]
+    assert leaves == [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+    assert all(
+        b == w.replace("weight", "bias") for g in groups for w, b in zip(*g[1:], strict=True)
+    )
+    assert linears(dec.head, in_layers) == ()
+    assert linears(dec.head, lambda name: name == "head.weight")[0].weights == ("weight",)
+
+
+def residuals(params, scales) -> list[np.ndarray]:
+    """Residual stream after each layer."""
+    dec, _, _, _, windows = model()
+    found = passes(dec, params, jnp.asarray(windows[:6]), lambda _: (), scales)
+    return [np.asarray(env["mlp.residual"]) for g, _, env in found if g is dec.layer]
+
+
+@pytest.mark.parametrize("settings", [{}, {"factors": (1.0, 0.8, 0.9)}, {"asymmetric": 1.0}])
+def test_the_layers_lose_less_than_by_rounding_to_nearest(settings):
+    _, params, _, scales, _ = model()
+    new = fitted(**settings)
+    exact = residuals(params, {})
+    by_nearest = residuals(params, scales)
+    by_gptq = residuals(new.params, scales | new.scales)
+    for x, a, b in zip(exact, by_nearest, by_gptq, strict=True):
+        assert np.square(b - x).sum() < np.square(a - x).sum()
+
+
+@pytest.mark.parametrize("settings", [{}, {"factors": (1.0, 0.8, 0.9)}])
+def test_freezing_and_fake_quantization_find_the_codes_again(settings):
+    dec, _, free, _, _ = model()
+    exact, loose = fitted(**settings), fitted(**settings, exact=False)
+    frozen = [freeze(dec, f.params, free | f.scales, tiny.PREFIX) for f in (exact, loose)]
+    moved = 0
+    for at, name in chosen_names():
+        spec, full = dec.layer[name], "layers." + name
+        scale = np.asarray(exact.scales[full].scale[at.layer])[:, None]
+        codes = frozen[0].codes[full][at.layer]
+        np.testing.assert_array_equal(codes, frozen[1].codes[full][at.layer])
+        np.testing.assert_allclose(exact.params[full][at.layer], codes * scale, rtol=1e-6)
+        qmax = np.float32(2 ** (tiny.bits_of(dec.layer, name, at.layer) - 1) - 1)
+        w, s = exact.params[full][at.layer], jnp.asarray(scale)
+        on_grid = fake_quant(w, s, jnp.float32(0), -qmax, qmax)
+        np.testing.assert_array_equal(np.rint(on_grid / scale), codes)
+        moved += (
+            quantize(model()[1][full][at.layer], scale, np.int64(0), spec, at.layer) != codes
+        ).sum()
+    assert moved > 100, "GPTQ found nothing but the nearest codes"
+
+
+def test_bits_are_those_of_the_tensor_in_its_layer():
+    """8 bits use codes that 4 bits do not have, in that tensor and layer alone."""
+    dec, _, free, _, _ = model()
+    codes = freeze(dec, fitted().params, free, tiny.PREFIX).codes
+    for at, name in chosen_names():
+        own = codes["layers." + name][at.layer]
+        wide = (at.layer, name) == (0, "mlp.up.weight")
+        assert (np.abs(own).max() > 7) == wide, (at.layer, name)
+
+
+def test_only_what_is_chosen_changes():
+    dec, params, _, scales, windows = model()
+    down = "layers.mlp.down"
+    new = gptq(dec, params, scales, windows, batch=6, only=lambda name: name == f"{down}.weight")
+    changed = {n for n, x in params.items() if not np.array_equal(x, new.params[n])}
+    assert changed == {f"{down}.weight", f"{down}.bias"}
+    assert new.scales.keys() == {f"{down}.weight"}
+    head = gptq(dec, params, scales, windows, batch=6, only=lambda name: name == "head.weight")
+    changed = {n for n, x in params.items() if not np.array_equal(x, head.params[n])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_the_same_input_gives_the_same_bits_and_is_left_alone():
+    dec, params, _, scales, windows = model()
+    own = {n: np.array(x) for n, x in params.items()}
+    again = gptq(dec, own, scales, windows, factors=(1.0,), batch=6)
+    jax.tree.map(np.testing.assert_array_equal, again, fitted())
+    jax.tree.map(np.testing.assert_array_equal, own, dict(params))
+
+
+def mean_errors(params, scales, reference) -> list[float]:
+    """|E[W x_q + b - W_q x_q - b_q]| over the same without the means, largest of each tensor."""
+    dec, _, _, _, windows = model()
+    groups = linears(dec.layer, in_layers)
+
+    def keep(graph):
+        return tuple(g.input for g in groups) if graph is dec.layer else ()
+
+    out = []
+    for graph, i, env in passes(dec, params, jnp.asarray(windows), keep, scales):
+        for g in groups if graph is dec.layer else ():
+            x = np.asarray(env[g.input], np.float64).reshape(-1, graph[g.input].shape[-1])
+            for w, b in zip(g.weights, g.biases, strict=True):
+                at = At(graph, i)
+                real, bias = at.rows(reference, (w,)), at.rows(reference, (b,))
+                s = np.asarray(scales["layers." + w].scale[i])[:, None]
+                codes = quantize(at.rows(params, (w,)), s, np.int64(0), graph[w], i)
+                error = x @ (real - codes * s).T + bias - at.rows(params, (b,))
+                out.append(np.abs(error.mean(0)).max() / error.std())
+    return out
+
+
+def test_corrected_biases_take_the_mean_error_of_the_outputs():
+    dec, params, _, scales, windows = model()
+    new = correct_biases(dec, params, scales, windows, batch=6)
+    before, after = (mean_errors(p, scales, params) for p in (params, new))
+    assert min(before) > 0.01 and max(after) < 1e-4  # sums over 288 tokens in float32
+    weights = {n for n in params if n.endswith("weight")}
+    assert all(np.array_equal(params[n], new[n]) for n in weights)
+
+
+def test_gptq_takes_the_mean_error_too_and_the_float_model_stays_the_reference():
+    dec, params, _, scales, windows = model()
+    assert max(mean_errors(fitted().params, scales, params)) < 1e-4
+    without = gptq(dec, params, scales, windows, factors=(1.0,), biases=False, batch=6).params
+    assert max(mean_errors(without, scales, params)) > 0.01
+    late = correct_biases(dec, without, scales, windows, reference=params, batch=6)
+    assert max(mean_errors(late, scales, params)) < 1e-4

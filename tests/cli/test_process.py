@@ -1,0 +1,181 @@
+"""The command in a process of its own: same bytes, killed, interrupted, and on a real model."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from workspace import QUANTIZE, request, start, workspace, write_inputs
+
+from qnpu_jax import job, progress
+from qnpu_jax.errors import UserError
+from qnpu_jax.proof.simulated import Simulated
+from qnpu_jax.text.files import default_text
+
+
+@contextlib.contextmanager
+def running(*args: str, cwd: Path, stderr: int = subprocess.PIPE) -> Iterator:
+    process = start(*args, cwd=cwd, stderr=stderr)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def wait_for(condition: Callable[[], object], process) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("it never came to that")
+
+
+def test_another_process_gives_the_same_bytes(tmp_path, tmp_path_factory):
+    made = workspace(tmp_path_factory.getbasetemp() / "tiny")
+    with running(*QUANTIZE, "--out", str(tmp_path / "new"), cwd=made) as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "perplexity" in out
+    for name in ("model.tflite", "integer_model.safetensors", "integer_model.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (made / "out" / name).read_bytes()
+
+
+def test_killed_while_it_writes(tmp_path):
+    write_inputs(tmp_path)
+    with running(*QUANTIZE, cwd=tmp_path) as process:
+        wait_for(lambda: list(tmp_path.glob(".out.*.partial/model.tflite")), process)
+        process.kill()
+        process.wait()
+    (left,) = tmp_path.glob(".out.*.partial")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"report\.json: missing"):
+        job.check(left, None, Simulated, progress.Observer())
+    job.run(request(tmp_path), Simulated, progress.Observer())
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "recipe.json", "text.txt"}
+    assert (
+        job.check(tmp_path / "out", None, Simulated, progress.Observer())["verify"]["differing"]
+        == 0
+    )
+
+
+def test_interrupted(tmp_path):
+    """Ctrl-C on a terminal, where the running stage is shown."""
+    write_inputs(tmp_path)
+    screen, terminal = os.openpty()
+    with running(*QUANTIZE, cwd=tmp_path, stderr=terminal) as process:
+        os.close(terminal)
+        shown = b""
+        while b"calibrate" not in shown:
+            shown += os.read(screen, 4096)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # Linux's way to say that the other side has closed
+            while data := os.read(screen, 4096):
+                shown += data
+        out, _ = process.communicate()
+    os.close(screen)
+    assert process.returncode == 130
+    assert out == ""
+    assert b"elapsed" in shown
+    last = shown.decode().rstrip("\r\n").rpartition("\n")[2].split("\r")[-1]
+    assert last.endswith("qnpu: interrupted, nothing is left behind")
+    assert b"Traceback" not in shown
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "recipe.json", "text.txt"}
+
+
+def test_interrupted_while_it_imports(tmp_path):
+    """The first two seconds of any command."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("the system does not show what a process has imported")
+    with running(*QUANTIZE, cwd=tmp_path) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        wait_for(lambda: "jaxlib" in maps.read_text(), process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert err == "qnpu: interrupted, nothing is left behind\n"
+
+
+def learning(folder: Path) -> list[str]:
+    """A command that learns in two stages."""
+    write_inputs(folder)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    stages = [{"learn": [["biases", 0.0003]], "share": 0.5}] * 2
+    (folder / "recipe.json").write_text(json.dumps(recipe | {"stages": stages}))
+    return [*QUANTIZE, "--effort", "fast"]
+
+
+@pytest.mark.slow
+def test_killed_while_it_learns(tmp_path):
+    """Killed in the first stage, interrupted in the second: the bytes of a run that was not."""
+    command = learning(tmp_path)
+    with running(*command, "--out", "whole", cwd=tmp_path) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    lines = err.splitlines()
+    assert lines[0] == "qnpu: learns, and keeps checkpoints in whole.checkpoints until it is done"
+    assert lines[1].startswith("qnpu: learning, stage 1: step 1 of 30, loss ")
+    assert re.fullmatch(r"qnpu: learning, stage 2: step 30 of 30, .*, 0 s left", lines[-1])
+    assert "│ stage 2          │ 30 of 30 steps, held-out KL " in out
+
+    kept = tmp_path / "out.checkpoints"
+    with running(*command, cwd=tmp_path) as process:
+        wait_for(lambda: (kept / "stage0-10.json").exists(), process)
+        process.kill()
+        process.wait()
+    with running(*command, cwd=tmp_path) as process:
+        wait_for(lambda: (kept / "stage1-5.json").exists(), process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert re.match(r"qnpu: goes on from stage 1, step \d+, as kept in out.checkpoints\n", err)
+    last = err.splitlines()[-1]
+    goes_on = re.fullmatch(
+        r"qnpu: interrupted; the same command goes on from stage 2, step (\d+), kept in"
+        r" out\.checkpoints",
+        last,
+    )
+    assert goes_on, last
+    with running(*command, cwd=tmp_path) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"goes on from stage 2, step {goes_on[1]}, as kept in out.checkpoints\n" in err
+    assert not kept.exists()
+    for name in ("model.tflite", "integer_model.safetensors", "integer_model.json", "recipe.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_first_command_of_the_readme(tmp_path):
+    (tmp_path / "text.txt").write_text(default_text()[200_000:])
+    command = ["quantize", "smollm2-135m", "--recipe", "w8a8", "--out", "out/"]
+    less = ["--effort", "none", "--calibration", "text.txt", "--eval-tokens", "256"]
+    with running(*command, *less, cwd=tmp_path) as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verify"]["differing"] == 0
+    assert report["verify"]["elements"] > 100_000_000
+    scores = report["perplexity"]
+    assert scores["LiteRT"] == pytest.approx(scores["simulator"], rel=1e-6)
+    assert scores["simulator"] < 2 * scores["float"]
+    assert report["prefix"]["tokens"][0] == 1  # BOS
+    assert (tmp_path / "out" / "report.json").stat().st_size < 100_000
+    for line in (
+        f"│ simulator        │ {scores['simulator']:.2f}",
+        f"│ elements         │ 0 of {report['verify']['elements']:,}",
+        f"│ model.tflite     │ {report['bytes'] / 1e6:.1f} MB",
+        "│ total            │ ",
+    ):
+        assert line in out
+    assert max(map(len, out.splitlines())) <= 80

@@ -1,0 +1,104 @@
+"""One optimizer for all groups: each at its rate, rotations orthogonal, offsets within reach."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import learnable
+import numpy as np
+import optax
+import pytest
+
+from qnpu_jax.learn.optimizer import optimizer
+from qnpu_jax.learn.orthogonal import orthogonality_error
+from qnpu_jax.learn.parameters import Theta, group_of, initial
+from qnpu_jax.recipes import GROUPS, Stage
+
+
+def run(
+    stage: Stage, theta: Theta, steps: int, gradient: Any, total: int | None = None
+) -> list[Theta]:
+    """Parameters after each of `steps` steps along gradient(step)."""
+    tx = optimizer(stage, total or steps)
+
+    @jax.jit
+    def step(theta: Theta, state: Any, g: Theta):
+        updates, state = tx.update(g, state, theta)
+        return optax.apply_updates(theta, updates), state
+
+    state, out = tx.init(theta), [theta]
+    for i in range(steps):
+        theta, state = step(theta, state, gradient(i))
+        out.append(theta)
+    return out
+
+
+def noise(theta: Theta, seed: int) -> Theta:
+    rng = np.random.default_rng(seed)
+    return {n: jnp.asarray(rng.normal(size=x.shape), x.dtype) for n, x in theta.items()}
+
+
+def every_group(**settings: Any) -> tuple[Stage, Theta]:
+    """One parameter of each kind in each group, and both rotations."""
+    dec, _, free = learnable.made()
+    theta = initial(dec, free, GROUPS)
+    some = {(n.split("/")[0], group_of(n)): n for n in theta}
+    kept = {n: theta[n] for n in ("rotation/r1", "rotation/r2", *some.values())}
+    assert {group_of(n) for n in kept} == set(GROUPS)
+    return Stage(learn=learnable.ALL, **settings), kept
+
+
+@pytest.mark.parametrize("rotation", ["adam", "cayley_sgd"])
+def test_rotations_stay_orthogonal_beside_all_else(rotation):
+    stage, theta = every_group(rotation_optimizer=rotation)
+    steps = run(stage, theta, 30, lambda i: noise(theta, i))
+    for name, x in steps[-1].items():
+        assert np.isfinite(x).all()
+        assert np.abs(np.asarray(x) - np.asarray(theta[name])).max() > 1e-3, f"{name} did not move"
+        if name.startswith("rotation/"):
+            assert float(orthogonality_error(x)) <= 1e-5  # the issue's bound
+
+
+def test_each_group_has_its_own_rate_and_a_cosine_to_zero():
+    """Adam's step along a gradient that never changes is its rate."""
+    stage, theta = every_group()
+    rates = {g: 0.001 * (i + 1) for i, g in enumerate(GROUPS)}
+    stage = dataclasses.replace(stage, learn=tuple(rates.items()))
+    one = jax.tree.map(jnp.ones_like, theta)
+    steps = run(stage, theta, 12, lambda _: one)
+    cosine = (1 + np.cos(np.pi * np.arange(12) / 12)) / 2
+    for name in theta:
+        if (group := group_of(name)) in ("rotation", "rounding"):
+            continue
+        at = np.asarray([np.asarray(x[name]).ravel()[0] for x in steps])
+        # float32 parameters, and Adam's epsilon beside a gradient of 1.
+        np.testing.assert_allclose(-np.diff(at), rates[group] * cosine, rtol=1e-3, atol=1e-8)
+
+
+def test_sgd_steps_by_rate_times_gradient():
+    stage, theta = every_group(optimizer="sgd")
+    g = noise(theta, 0)
+    after = run(stage, theta, 1, lambda _: g, total=1000)[1]
+    for name in theta:
+        if group_of(name) not in ("rotation", "rounding"):
+            np.testing.assert_allclose(after[name], -0.01 * g[name], rtol=1e-6)
+
+
+def test_rounding_goes_as_far_as_the_stage_allows():
+    stage, theta = every_group()
+    stage = dataclasses.replace(stage, learn=(("rounding", 0.3),))
+    theta = {n: x for n, x in theta.items() if group_of(n) == "rounding"}
+    up = {n: 1e-6 * jnp.ones_like(x) for n, x in theta.items()}  # signs count, not sizes
+    for steps in (10, 40):
+        reached = run(stage, theta, steps, lambda _: up)[-1]
+        for x in reached.values():
+            # The sum of a cosine from its peak is half the steps and a half: 0.3 (1 + 1/steps).
+            np.testing.assert_allclose(x, -0.3 * (1 + 1 / steps), rtol=1e-4)
+
+
+def test_groups_that_do_not_learn_are_refused():
+    stage, theta = every_group()
+    stage = dataclasses.replace(stage, learn=(("rotation", 0.1),))
+    with pytest.raises(ValueError, match="label"):
+        optimizer(stage, 10).init(theta)

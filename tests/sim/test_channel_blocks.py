@@ -1,0 +1,46 @@
+"""Wide linears block by block give the bits of the whole."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from qnpu_sim import channel_blocks, kernels, op_constants
+from qnpu_sim.channel_blocks import by_channels
+from qnpu_sim.rounding import PROFILES
+
+T, K = 3, 16
+
+
+@pytest.mark.parametrize("size", [31, 32, 35, 64])
+@pytest.mark.parametrize("profile", ["litert_ref", "npu"])
+@pytest.mark.parametrize(("dtype", "bias"), [("int8", "int32"), ("int16", "int64")])
+def test_blocks_give_the_bits_of_the_whole(monkeypatch, size, profile, dtype, bias):
+    """Sizes below, at and above the limit, with and without a rest; alone and in a batch."""
+    monkeypatch.setattr(channel_blocks, "BLOCK", 8)
+    monkeypatch.setattr(channel_blocks, "WIDE", 32)
+    rng = np.random.default_rng(size)
+    limits = np.iinfo(dtype)
+    x = rng.integers(limits.min, limits.max, (2, T, K), dtype, endpoint=True)
+    w = rng.integers(-128, 127, (size, K), np.int8, endpoint=True)
+    c = op_constants.prepare_fully_connected(
+        PROFILES[profile],
+        np.dtype(dtype),
+        w,
+        rng.integers(-999, 999, size, bias),
+        np.float32(0.1),
+        -3 if dtype == "int8" else 0,
+        rng.uniform(0.1, 0.2, size).astype(np.float32),
+        np.float32(30),
+        5 if dtype == "int8" else 0,
+    )
+    with jax.enable_x64():
+        args = (jnp.asarray(w), jax.tree.map(jnp.asarray, c))
+        own = jax.jit(partial(by_channels, kernels.fully_connected))
+        for codes in jnp.asarray(x):
+            expected = kernels.fully_connected(codes, *args)
+            assert expected.std() > 0
+            assert (own(codes, *args) == expected).all()
+        batch = jax.vmap(lambda codes: own(codes, *args))(jnp.asarray(x))
+        assert (batch == jax.vmap(lambda codes: kernels.fully_connected(codes, *args))(x)).all()

@@ -1,0 +1,137 @@
+"""Which text a run uses for what: no token serves two ends that must not meet."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from workspace import VOCAB, request, workspace
+
+from qnpu_jax import pipeline
+from qnpu_jax.errors import UserError
+from qnpu_jax.models.checkpoint import load
+from qnpu_jax.recipes import Effort
+from qnpu_jax.text import excerpts, files
+from qnpu_jax.text.windows import Text
+
+EFFORT = Effort("tiny", steps=4, length=48, tokens=500, held_out=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return workspace(tmp_path_factory.getbasetemp() / "tiny")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    return load(str(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    return request(folder).recipe
+
+
+def ids_of(checkpoint, text: str) -> np.ndarray:
+    return np.asarray(checkpoint.tokenizer.encode(text))
+
+
+def test_given(folder, checkpoint, recipe):
+    path = folder / "text.txt"
+    ids = ids_of(checkpoint, path.read_text())
+    calibration, learning = excerpts.given(path, checkpoint, recipe, EFFORT)
+    assert learning is not None
+    assert calibration.windows.shape == (4, 32)
+    assert learning.windows.shape == (10, 48)
+    for excerpt in (calibration, learning):
+        np.testing.assert_array_equal(excerpt.windows.ravel(), ids[: excerpt.windows.size])
+        assert excerpt.source == "text.txt"
+    assert excerpts.given(path, checkpoint, recipe, None)[1] is None
+    (folder / "forty.txt").write_text("abcd " * 10)
+    with pytest.raises(
+        UserError, match=r"forty\.txt: \d+ tokens are too few; expected at least 48"
+    ):
+        excerpts.given(folder / "forty.txt", checkpoint, recipe, EFFORT)
+
+
+@pytest.mark.parametrize("tokens", [10, 500, 10**9])
+def test_written(checkpoint, recipe, monkeypatch, tokens):
+    """Twice the same text, in windows of both lengths, neither of which divides the other."""
+    asked = []
+    effort = Effort("tiny", steps=4, length=48, tokens=tokens, held_out=3)
+
+    def write(config, plan, params, tokenizer, tokens, length, seed, progress):
+        asked.append((tokens, length, seed))
+        return np.arange(-(-tokens // length) * length, dtype=np.int32).reshape(-1, length)
+
+    monkeypatch.setattr("qnpu_jax.text.self_written.calibration_windows", write)
+    calibration, learning = excerpts.written(checkpoint, {}, recipe, effort, lambda s, _: s)
+    assert asked == [(max(128, min(tokens, 65_536)), 48, recipe.seed)]
+    np.testing.assert_array_equal(calibration.windows, np.arange(128).reshape(4, 32))
+    assert learning is not None
+    assert learning.windows.shape == ({10: 1, 500: 10, 10**9: 1366}[tokens], 48)
+    np.testing.assert_array_equal(learning.windows.ravel(), np.arange(learning.windows.size))
+    asked.clear()
+    calibration, learning = excerpts.written(checkpoint, {}, recipe, None, lambda s, _: s)
+    assert asked == [(128, 32, recipe.seed)]
+    assert learning is None
+
+
+def test_written_by_a_model(checkpoint, recipe):
+    params = pipeline.prepare(checkpoint.config, checkpoint.params, recipe)
+    calibration, learning = excerpts.written(checkpoint, params, recipe, EFFORT, lambda s, _: s)
+    assert learning is not None
+    assert learning.windows.shape == (10, 48)
+    assert (learning.windows < VOCAB).all()
+    np.testing.assert_array_equal(learning.windows.ravel()[:128], calibration.windows.ravel())
+    assert learning.source == "written by the model"
+
+
+def test_scored_and_judged(checkpoint):
+    ids = ids_of(checkpoint, files.default_text())
+    scored, held_out = excerpts.scored_and_judged(None, checkpoint, 16, 40, EFFORT)
+    assert held_out is not None
+    np.testing.assert_array_equal(scored.windows, ids[:32].reshape(2, 16))
+    np.testing.assert_array_equal(held_out.windows, ids[-144:].reshape(3, 48))
+    assert excerpts.scored_and_judged(None, checkpoint, 16, 40, None)[1] is None
+    fits = len(ids) - 144
+    scored, _ = excerpts.scored_and_judged(None, checkpoint, 2, fits, EFFORT)
+    assert scored.windows.size == fits // 2 * 2
+    with pytest.raises(UserError, match=r"pydoc_data\.topics reach into its end") as error:
+        excerpts.scored_and_judged(None, checkpoint, 2, fits + 2, EFFORT)
+    assert f"expected at most {fits:,}; lower --eval-tokens, or give --eval-text" in str(
+        error.value
+    )
+
+
+def test_judged_by_another_text_than_what_is_scored(folder, checkpoint):
+    path = folder / "text.txt"
+    scored, held_out = excerpts.scored_and_judged(path, checkpoint, 16, 10**6, EFFORT)
+    assert scored.source == "text.txt"
+    assert held_out is not None
+    assert held_out.source == "pydoc_data.topics"
+    assert held_out.windows.shape == (3, 48)
+
+
+def excerpt(*shape: int) -> excerpts.Excerpt:
+    windows = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    return excerpts.Excerpt("a", hashlib.sha256(b"a").hexdigest(), windows)
+
+
+def test_all_texts_of_a_run():
+    some = excerpts.Texts(excerpt(1, 4), excerpt(2, 6))
+    assert some.to_json().keys() == {"calibration", "held_out"}
+    assert some.windows().learning.shape == (0, 6)
+    every = excerpts.Texts(excerpt(1, 4), excerpt(2, 6), excerpt(3, 4), excerpt(2, 4))
+    assert every.to_json()["early_stopping"] == {
+        "source": "a", "sha256": hashlib.sha256(b"a").hexdigest(), "tokens": 8
+    }  # fmt: skip
+    found: Text = every.windows()
+    assert [x.shape for x in (found.calibration, found.learning, found.held_out)] == [
+        (2, 6), (3, 4), (2, 4)
+    ]  # fmt: skip
+    assert every.digests().keys() == {"calibration", "learning", "held_out"}
+    assert len(set(every.digests().values())) == 3
+
+
+def test_the_same_tokens_in_other_windows_are_another_text():
+    assert excerpt(3, 4).digest() == excerpt(3, 4).digest() != excerpt(4, 3).digest()

@@ -1,0 +1,28 @@
+"""The bugs that docs/litert-bugs.md tells of are there: a release that mends one is noticed."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parents[2] / "docs" / "litert_bugs.py"
+SPEC = importlib.util.spec_from_file_location("litert_bugs", PATH)
+assert SPEC is not None and SPEC.loader is not None
+bugs = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bugs)
+
+
+@pytest.mark.parametrize("name", list(bugs.WRONG))
+def test_a_wrong_result_is_still_wrong(name):
+    expected, got = bugs.WRONG[name]()
+    assert got != expected
+
+
+@pytest.mark.parametrize("name", list(bugs.FATAL))
+def test_a_fatal_one_still_kills_the_process(name):
+    assert bugs.dies(name) < 0, "by a signal"
+
+
+def test_the_page_lists_each():
+    page = PATH.with_name("litert-bugs.md").read_text()
+    assert all(f"| `{name}` |" in page for name in (*bugs.WRONG, *bugs.FATAL))

@@ -1,0 +1,252 @@
+"""Diagonal scales: the logits stay as they are, bit by bit where factors are powers of two; peaks
+move from activations to weights as far as alpha says."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from qnpu_jax.config import ModelConfig
+from qnpu_jax.errors import UserError
+from qnpu_jax.fakequant.forward import forward
+from qnpu_jax.graph.decoder import Decoder, decoder
+from qnpu_jax.graph.layered import Params
+from qnpu_jax.transform.channel_scales import (
+    ChannelPeaks,
+    Diagonal,
+    channel_peaks,
+    identity_diagonal,
+    scale,
+    scaled,
+    smoothquant,
+)
+from qnpu_jax.transform.prefix import add_prefix
+
+PLAN = tiny.PLANS["w8a8"]
+FIELDS = ("up_down", "v_o", "q_k")
+models = pytest.mark.parametrize("name", tiny.NAMES)
+with_and_without_prefix = pytest.mark.parametrize("prefix", [(), tiny.PREFIX])
+OUTLIER = 5
+
+
+def model(name: str, prefix: tuple[int, ...] = ()) -> tuple[Decoder, dict[str, jax.Array]]:
+    """A golden model with biases everywhere, rotated; a dict of the caller's own."""
+    dec, params = made(name, prefix)
+    return dec, dict(params)
+
+
+@cache
+def made(name: str, prefix: tuple[int, ...]) -> tuple[Decoder, dict[str, jax.Array]]:
+    config, prepared = tiny.prepared(name)
+    rng = np.random.default_rng(0)
+    params: Params = {
+        n: jnp.asarray(x if n.endswith("weight") else rng.normal(0, 0.3, x.shape), x.dtype)
+        for n, x in prepared.items()
+    }
+    if prefix:
+        params = add_prefix(config, PLAN, params, prefix)
+    dec = decoder(config, PLAN, tiny.TOKENS, len(prefix))
+    return dec, {n: jnp.asarray(x) for n, x in params.items()}
+
+
+def random_diagonal(config: ModelConfig, *, exact: bool) -> Diagonal:
+    """Factors from 1/8 to 8; powers of two where `exact`."""
+    rng = np.random.default_rng(1)
+    one = identity_diagonal(config)
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        exponent = rng.uniform(-3, 3, shape)
+        return 2.0 ** (np.rint(exponent) if exact else exponent)
+
+    return Diagonal(**{f: draw(getattr(one, f).shape) for f in FIELDS})
+
+
+@cache
+def compiled(dec: Decoder):
+    return jax.jit(partial(forward, dec))
+
+
+def logits(dec: Decoder, params: Params) -> np.ndarray:
+    on_device = {n: jnp.asarray(x) for n, x in params.items()}
+    return np.asarray(compiled(dec)(on_device, tiny.random_ids((dec.tokens,))))
+
+
+def peaks_of(dec: Decoder, params: Params) -> ChannelPeaks:
+    return channel_peaks(dec, params, tiny.random_ids((3, dec.tokens)), batch=2)
+
+
+@models
+@with_and_without_prefix
+def test_scales_leave_the_logits_as_they_are(name, prefix):
+    dec, params = model(name, prefix)
+    expected = logits(dec, params)
+    factors = random_diagonal(dec.config, exact=True)
+    changed = scale(dec.config, params, factors)
+    # A power of two changes the exponent of every product and no bit of its mantissa.
+    np.testing.assert_array_equal(logits(dec, changed), expected)
+    moved = {n for n in params if not np.array_equal(changed[n], params[n])}
+    linears = [
+        f"{n}.{s}" for n in ("mlp.up", "attn.v", "attn.q", "attn.k") for s in ("weight", "bias")
+    ]
+    past = ["attn.prefix_k", "attn.prefix_v"] if prefix else []
+    assert moved == {f"layers.{n}" for n in (*linears, *past, "mlp.down.weight", "attn.o.weight")}
+
+
+@models
+def test_any_factors_leave_the_logits_to_rounding(name):
+    dec, params = model(name, tiny.PREFIX)
+    expected = logits(dec, params)
+    got = logits(dec, scale(dec.config, params, random_diagonal(dec.config, exact=False)))
+    # float32 sums of up to 128 terms in 7 linears a layer; a wrong factor moves logits by O(1).
+    assert np.abs(got - expected).max() <= 1e-5 * np.ptp(expected)
+
+
+def test_identity_and_inverse():
+    dec, params = model("gqa_llama3", tiny.PREFIX)
+    one = scale(dec.config, params, identity_diagonal(dec.config))
+    factors = random_diagonal(dec.config, exact=True)
+    inverse = Diagonal(**{f: 1 / getattr(factors, f) for f in FIELDS})
+    back = scale(dec.config, scale(dec.config, params, factors), inverse)
+    for name, x in params.items():
+        np.testing.assert_array_equal(one[name], x)
+        np.testing.assert_array_equal(back[name], x)
+        assert one[name].dtype == back[name].dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["gqa_llama3", "mqa_linear_bias"])
+def test_learning_and_the_final_merge_scale_alike(name):
+    dec, params = model(name, tiny.PREFIX)
+    factors = random_diagonal(dec.config, exact=False)
+    expected = scale(dec.config, params, factors, np.float64)
+    small = [jnp.asarray(getattr(factors, f), jnp.float32) for f in FIELDS]
+    for key, x in params.items():
+        if key.startswith("layers."):
+            got = jax.jit(jax.vmap(partial(scaled, key)))(x, *small)
+        else:
+            got = scaled(key, x, *(f[0] for f in small))
+        # Rounded twice: the factor and the product.
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected[key], rtol=3 * 2**-24, atol=0, err_msg=key)
+
+
+# Factors from statistics.
+
+
+def with_outlier() -> tuple[Decoder, dict[str, jax.Array]]:
+    """One channel of the input of down, a hundred times larger than its weights make it."""
+    dec, params = model("gqa_llama3", tiny.PREFIX)
+    for n in ("layers.mlp.up.weight", "layers.mlp.up.bias"):
+        params[n] = params[n].at[:, OUTLIER].multiply(100.0)
+    return dec, params
+
+
+def test_smoothquant_lowers_an_outlier_channel():
+    dec, params = with_outlier()
+    before = peaks_of(dec, params)
+    assert (before.act.argmax(axis=1) == OUTLIER).all()
+    changed = scale(dec.config, params, smoothquant(dec.config, params, before, 0.5))
+    after = peaks_of(dec, changed)
+
+    def spread(act: np.ndarray) -> np.ndarray:
+        return act.max(axis=1) / np.median(act, axis=1)
+
+    assert (after.act.max(axis=1) < before.act.max(axis=1) / 5).all()
+    assert (spread(after.act) < spread(before.act) / 5).all()
+    expected = logits(dec, params)
+    assert np.abs(logits(dec, changed) - expected).max() <= 1e-5 * np.ptp(expected)
+
+
+def weight_peaks(config: ModelConfig, params: Params) -> tuple[np.ndarray, np.ndarray]:
+    """Of the columns of down and o, per factor."""
+    down, o = (np.abs(np.asarray(params[f"layers.{n}.weight"])) for n in ("mlp.down", "attn.o"))
+    heads = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
+    return down.max(axis=1), o.reshape(*o.shape[:2], *heads).max(axis=(1, 3))
+
+
+@pytest.mark.parametrize("name", ["gqa_llama3", "mqa_linear_bias"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_ends_of_alpha_equalise_one_side(name, alpha):
+    """All activations have one peak at 1, all weights at 0; queries and keys agree at both."""
+    dec, params = model(name, tiny.PREFIX)
+    factors = smoothquant(dec.config, params, peaks_of(dec, params), alpha)
+    changed = scale(dec.config, params, factors)
+    peaks = peaks_of(dec, changed)
+    sides = (peaks.act, peaks.mixed) if alpha else weight_peaks(dec.config, changed)
+    for side in sides:
+        rows = side.reshape(len(side), -1)
+        np.testing.assert_allclose(rows, np.broadcast_to(rows[:, :1], rows.shape), rtol=1e-4)
+    np.testing.assert_allclose(peaks.q, peaks.k, rtol=1e-4)
+    for f in ("up_down", "v_o"):
+        log_mean = np.log(getattr(factors, f)).reshape(dec.config.num_layers, -1).mean(axis=1)
+        np.testing.assert_allclose(log_mean, 0, atol=1e-12)
+
+
+def test_dead_channels_are_left_alone():
+    dec, params = model("gqa_llama3")
+    for n in ("layers.mlp.up.weight", "layers.mlp.up.bias"):
+        params[n] = params[n].at[:, OUTLIER].set(0.0)
+    params["layers.attn.o.weight"] = jnp.zeros_like(params["layers.attn.o.weight"])
+    params["layers.attn.k.weight"] = jnp.zeros_like(params["layers.attn.k.weight"])
+    params["layers.attn.k.bias"] = jnp.zeros_like(params["layers.attn.k.bias"])
+    factors = smoothquant(dec.config, params, peaks_of(dec, params), 0.5)
+    assert (np.asarray(factors.up_down)[:, OUTLIER] == 1).all()
+    assert np.ptp(factors.up_down) > 0.1
+    np.testing.assert_array_equal(factors.v_o, np.ones_like(factors.v_o))
+    np.testing.assert_array_equal(factors.q_k, np.ones_like(factors.q_k))
+
+
+def test_peaks_are_of_the_whole_text_and_of_the_prefix():
+    dec, params = model("gqa_llama3", tiny.PREFIX)
+    windows = tiny.random_ids((3, dec.tokens))
+    whole = channel_peaks(dec, params, windows, batch=2)
+    parts = [channel_peaks(dec, params, windows[i : i + 1]) for i in range(3)]
+    for field in ("act", "mixed", "q", "k"):
+        expected = np.max([getattr(p, field) for p in parts], axis=0)
+        # Batches of another size sum in another order.
+        np.testing.assert_allclose(getattr(whole, field), expected, rtol=1e-4)
+    loud = params | {"layers.attn.prefix_k": params["layers.attn.prefix_k"].at[1, 0, 0, 3].set(1e4)}
+    half = dec.config.head_dim // 2
+    assert half > 3 and channel_peaks(dec, loud, windows).k[1, 0, 3] == 1e4
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+def test_factors_must_be_positive_and_finite(field, value):
+    dec, params = model("mha_tied")
+    bad = identity_diagonal(dec.config)
+    getattr(bad, field)[0, ..., 1] = value
+    with pytest.raises(UserError, match=f"{field}: expected finite factors above 0, got {value}"):
+        scale(dec.config, params, bad)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_factors_must_fit(field):
+    dec, params = model("mha_tied")
+    one = identity_diagonal(dec.config)
+    for wrong in (getattr(one, field)[:1], getattr(one, field)[..., :-1]):
+        with pytest.raises(UserError, match=rf"{field}: expected shape \(\d.*got \(\d"):
+            scale(dec.config, params, dataclasses.replace(one, **{field: wrong}))
+
+
+def test_parameters_must_be_known():
+    dec, params = model("mha_tied")
+    one = identity_diagonal(dec.config)
+    with pytest.raises(UserError, match=r"layers\.mlp\.extra: not expected"):
+        scale(dec.config, params | {"layers.mlp.extra": jnp.ones((2, 2))}, one)
+    with pytest.raises(UserError, match=r"mlp\.up\.weights: not expected"):
+        scaled("mlp.up.weights", np.ones((4, 4)), np.ones(4), np.ones((2, 4)), np.ones((2, 2)))
+
+
+def test_alpha_is_a_share():
+    dec, params = model("mha_tied")
+    peaks = peaks_of(dec, params)
+    for alpha in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="alpha: expected 0 to 1"):
+            smoothquant(dec.config, params, peaks, alpha)
