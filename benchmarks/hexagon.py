@@ -26,15 +26,15 @@ from typing import get_args
 import numpy as np
 import outcome
 
-from qnpu_jax import artifacts, output, pipeline
+from qnpu_jax import pipeline
 from qnpu_jax.compilers import hexagon
 from qnpu_jax.compilers.emulation import Emulation
 from qnpu_jax.compilers.emulator_differences import LayerDifference, OpDifference, TextDifference
 from qnpu_jax.config import ModelConfig
-from qnpu_jax.integer import storage
 from qnpu_jax.integer.model import IntegerModel
 from qnpu_jax.latency import roofline
 from qnpu_jax.models.llama import expected_tensors
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.recipes import load_recipe
 from qnpu_jax.text import excerpts
@@ -124,11 +124,12 @@ def arguments() -> argparse.Namespace:
 
 
 def read_case(folder: Path, args: argparse.Namespace) -> Case:
-    recipe = artifacts.read_report(folder)["recipe"]
-    model = storage.load(folder)
-    ids = excerpts.tokenized(args.text, output.tokenizer(folder), model.config.vocab_size)
+    opened = OutputFolder.open(folder)
+    ids = excerpts.tokenized(args.text, opened.tokenizer, opened.model.config.vocab_size)
     count = max(1, args.windows)
-    return Case(recipe, model, ids.first(args.tokens, count * args.tokens).windows)
+    return Case(
+        opened.report["recipe"], opened.model, ids.first(args.tokens, count * args.tokens).windows
+    )
 
 
 def tiny_case(recipe: str, args: argparse.Namespace) -> Case:

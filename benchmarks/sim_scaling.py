@@ -16,21 +16,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import outcome
 from matplotlib.figure import Figure
-from qnpu_sim.program import compile_model, run
-from qnpu_sim.rounding import PROFILES
 from random_model import random_model
 from sim_speed import Row, float_logits, float_name, measure, quantize
 
-from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
+from qnpu_jax.graph.graph import LAYERS
 from qnpu_jax.graph.layered import Params
-from qnpu_jax.integer import storage
 from qnpu_jax.integer.model import IntegerModel, dequantize
+from qnpu_jax.output import OutputFolder
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import PROFILES
 
 FIGURE = Path("benchmarks/figures/sim_scaling.svg")
 
@@ -67,12 +68,15 @@ def arguments() -> argparse.Namespace:
 def shallow(model: IntegerModel, params: Params, layers: int) -> tuple[IntegerModel, Params]:
     """The first layers of a model, and embedding and head."""
 
-    def first(arrays: dict[str, Any]) -> dict[str, Any]:
-        return {n: x[:layers] if n.startswith("layers.") else x for n, x in arrays.items()}
+    def first(values: dict[str, Any]) -> dict[str, Any]:
+        cut = jax.tree.map(lambda x: x[:layers], {n: values[n] for n in values if is_layer(n)})
+        return values | cut
+
+    def is_layer(name: str) -> bool:
+        return name.startswith(LAYERS)
 
     config = replace(model.config, num_layers=layers)
-    codes, scale, zero_point = map(first, (model.codes, model.scale, model.zero_point))
-    cut = replace(model, config=config, codes=codes, scale=scale, zero_point=zero_point)
+    cut = replace(model, config=config, tensors=first(model.tensors))
     return cut, first(dict(params))
 
 
@@ -141,9 +145,7 @@ def report(found: list[Point], depth_tokens: int) -> None:
 
 def measured(args: argparse.Namespace) -> int:
     if args.folder or args.random:
-        if args.folder:
-            artifacts.read_report(args.folder)
-        model = storage.load(args.folder) if args.folder else random_model("w8a8")
+        model = OutputFolder.open(args.folder).model if args.folder else random_model("w8a8")
         params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
     else:
         integers, params = quantize(["w8a8"], quick=True)

@@ -33,24 +33,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import outcome
-from qnpu_sim.program import compile_model, run, sequences_at_once
-from qnpu_sim.rounding import PROFILES
 from random_model import random_model
 
-from qnpu_jax import artifacts, pipeline
+from qnpu_jax import pipeline
 from qnpu_jax.fakequant.evaluate import evaluate
 from qnpu_jax.fakequant.forward import forward, shared_inputs
 from qnpu_jax.graph.graph import TensorSpec
 from qnpu_jax.graph.layered import Params, local
-from qnpu_jax.integer import storage
 from qnpu_jax.integer.model import IntegerModel, dequantize
 from qnpu_jax.models.checkpoint import load
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.recipes import RECIPES, load_recipe
 from qnpu_jax.text import files as text_files
 from qnpu_jax.text.files import default_text, tokenize
 from qnpu_jax.text.windows import Text
 from qnpu_jax.tflite import writer
 from qnpu_jax.tflite.interpreter import LiteRT
+from qnpu_sim.program import compile_model, run, sequences_at_once
+from qnpu_sim.rounding import PROFILES
 
 MODEL = "smollm2-135m"
 MIN_TIMES_REFERENCE, MIN_TIMES_FLOAT, MAX_MEMORY = 20.0, 1.0, 1.5
@@ -110,7 +110,8 @@ def models_of(args: argparse.Namespace) -> tuple[dict[str, IntegerModel], Params
     if args.random:
         loaded = {name: random_model(name) for name in args.recipe}
     elif args.folder:
-        loaded = {artifacts.read_report(f)["recipe"]: storage.load(f) for f in args.folder}
+        folders = [OutputFolder.open(path) for path in args.folder]
+        loaded = {folder.report["recipe"]: folder.model for folder in folders}
     else:
         return quantize(args.recipe, args.quick)
     params = dequantize(next(iter(loaded.values())))

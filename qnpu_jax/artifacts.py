@@ -269,38 +269,6 @@ def columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def read_report(out: Path) -> dict[str, Any]:
-    """The report of an output folder, after checking that its files are those it speaks of.
-
-    Raises:
-      UserError: no such folder, a damaged report or one of another version, or a file that was
-        changed or cut short since.
-    """
-    path = out / REPORT
-    try:
-        report = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{path}: missing; expected an output folder of `qnpu quantize`; run it first"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); expected JSON; run `qnpu quantize` again"
-        ) from None
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
-        got = report.get("format") if isinstance(report, dict) else type(report).__name__
-        raise UserError(
-            f"{path}: format {got}; expected {FORMAT}; run `qnpu quantize` again, with this version"
-        )
-    hashes = report.get("sha256")
-    if not isinstance(hashes, dict) or MODEL not in hashes:
-        raise UserError(
-            f"{path}: no hash of {MODEL}; expected those of all files; run `qnpu quantize` again"
-        )
-    check_files(out, hashes, f"by {REPORT}", "run `qnpu quantize` again")
-    return report
-
-
 def check_files(folder: Path, hashes: Mapping[str, Any], by: str, way_out: str) -> None:
     """Raises UserError for a file that is missing or not as it was: `digests` undone.
 

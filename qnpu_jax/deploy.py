@@ -16,8 +16,8 @@ from qnpu_jax import artifacts
 from qnpu_jax.compilers import Emulation, ethos, ethos_form, hexagon
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Positions
-from qnpu_jax.integer import IntegerModel, Simulate, storage
-from qnpu_jax.output import tokenizer
+from qnpu_jax.integer import IntegerModel, Simulate
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Clock, Track, untracked
 from qnpu_jax.proof import CachedSimulator, bound, prove_cached
 from qnpu_jax.runtime import litertlm_package
@@ -26,7 +26,7 @@ from qnpu_jax.tflite import DEFAULT, PROFILES, KernelSet, ProfileName, cached, c
 
 
 def export(
-    out: Path,
+    folder: OutputFolder,
     file: Path,
     prefill: int,
     logits: Positions,
@@ -46,8 +46,7 @@ def export(
     """
     check_prefill(prefill)
     with artifacts.new_file(file) as partial:
-        artifacts.read_report(out)
-        model = storage.load(out)
+        model = folder.model
         stored = PROFILES[profile](model)
         if context is None:
             bound(model, prefill, logits)
@@ -58,7 +57,7 @@ def export(
 
 
 def package(
-    out: Path, file: Path, prefill: int, context: int, profile: ProfileName = "plain"
+    folder: OutputFolder, file: Path, prefill: int, context: int, profile: ProfileName = "plain"
 ) -> None:
     """Writes the model of a folder of `qnpu quantize` to `file`, as a package for LiteRT-LM.
 
@@ -68,30 +67,28 @@ def package(
     check_prefill(prefill)
     litertlm_package.load_builder()  # before the model is read
     with artifacts.new_file(file) as partial:
-        artifacts.read_report(out)
-        model = storage.load(out)
-        bound(model, context, "last")
-        stored = PROFILES[profile](model)
-        litertlm_package.write(stored, out / artifacts.TOKENIZER, partial, prefill, context)
+        bound(folder.model, context, "last")
+        stored = PROFILES[profile](folder.model)
+        litertlm_package.write(stored, folder.tokenizer_folder, partial, prefill, context)
 
 
-def deployed(out: Path, prefill: int, context: int, profile: ProfileName = "plain") -> Path:
+def deployed(
+    folder: OutputFolder, prefill: int, context: int, profile: ProfileName = "plain"
+) -> Path:
     """The file of a folder that generates text, written if it is not there yet; that of `hexagon`
     is for its compiler.
 
     Raises:
       UserError: as `export`.
     """
-    model = artifacts.read_report(out)["sha256"][artifacts.MODEL]
-    use = "generate" if profile == "plain" else profile
-    file = out / artifacts.deployment(use, model, prefill, context)
+    file = folder.deployment("generate" if profile == "plain" else profile, prefill, context)
     if not file.exists():
-        export(out, file, prefill, "last", context, profile)
+        export(folder, file, prefill, "last", context, profile)
     return file
 
 
 def verified(
-    out: Path,
+    folder: OutputFolder,
     prefill: int,
     context: int,
     text: Path | None,
@@ -108,10 +105,10 @@ def verified(
     Raises:
       UserError: as `deployed`; the text is too short.
     """
-    file = deployed(out, prefill, context)
+    file = deployed(folder, prefill, context)
     with clock.stage("load"):
-        model = storage.load(out)
-        ids = excerpts.tokenized(text, tokenizer(out), model.config.vocab_size)
+        model = folder.model
+        ids = excerpts.tokenized(text, folder.tokenizer, model.config.vocab_size)
         length = min(2 * prefill + 4, context)
         read = ids.first(length, length).windows[0]
         simulator = simulate(model, prefill, context)
@@ -127,7 +124,7 @@ def verified(
 
 
 def compiled(
-    out: Path,
+    folder: OutputFolder,
     soc: str,
     prefill: int,
     context: int,
@@ -142,7 +139,7 @@ def compiled(
     """
     hexagon.check_soc(soc)  # before anything is written
     hexagon.check_installed()
-    source = deployed(out, prefill, context, profile)
+    source = deployed(folder, prefill, context, profile)
     target = source.with_name(f"{soc}-{source.name}")
     target.unlink(missing_ok=True)
     return hexagon.compile_file(source, soc, target, share=share)
@@ -158,10 +155,14 @@ def check_target(soc: str) -> None:
 
 
 def compiled_for_arm(
-    out: Path, accelerator: str, prefill: int, context: int
+    folder: OutputFolder, accelerator: str, prefill: int, context: int
 ) -> dict[str, ethos.Compiled]:
-    """Compiles the signatures of `export` for an Ethos-U, each a file in `out`, by their names;
-    files compiled before are replaced. All of them appear, or none.
+    """Compiles the signatures of `export` for an Ethos-U into one file each, in the folder.
+
+    Files compiled before are replaced. All of them appear, or none.
+
+    Returns:
+      By the name of the signature.
 
     Raises:
       UserError: as `deployed` and `ethos.compile_file`.
@@ -169,22 +170,19 @@ def compiled_for_arm(
     ethos.check_accelerator(accelerator)  # before anything is written
     ethos.check_installed()
     check_prefill(prefill)
-    report = artifacts.read_report(out)
-    model = storage.load(out)
+    model = folder.model
     bound(model, context, "last")
     # Ethos-U65 has neither the products nor the gathers of the other spelling.
     stored = ethos_form.arm_form(model, respell=accelerator.startswith("ethos-u85"))
-    digest = report["sha256"][artifacts.MODEL]
-    made = {}
-    with tempfile.TemporaryDirectory() as folder:
+    made, paths = {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
         for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
-            source = Path(folder) / f"{key}.tflite"
+            source = Path(scratch) / f"{key}.tflite"
             ethos_form.build(model, stored, tokens, context, key).write(source)
-            name = artifacts.deployment(accelerator, digest, prefill, context, key)
-            target = Path(folder) / name
+            paths[key] = folder.deployment(accelerator, prefill, context, key)
+            target = Path(scratch) / paths[key].name
             made[key] = ethos.compile_file(source, accelerator, target)
             source.unlink()  # as large as the model
-        paths = {key: out / found.path.name for key, found in made.items()}
         with ExitStack() as files:
             for key, path in paths.items():
                 path.unlink(missing_ok=True)
@@ -193,7 +191,7 @@ def compiled_for_arm(
 
 
 def emulated(
-    out: Path,
+    folder: OutputFolder,
     soc: str,
     layers: Sequence[int],
     windows: int,
@@ -221,13 +219,12 @@ def emulated(
     """
     hexagon.check_soc(soc)
     hexagon.check_installed()
-    artifacts.read_report(out)
     with clock.stage("load"):
-        model = storage.load(out)
+        model = folder.model
         count = model.config.num_layers
         if wrong := [i for i in layers if not 0 <= i < count]:
             raise UserError(f"--layers {wrong[0]}: expected 0 to {count - 1}; choose others")
-        ids = excerpts.tokenized(text, tokenizer(out), model.config.vocab_size)
+        ids = excerpts.tokenized(text, folder.tokenizer, model.config.vocab_size)
         read = ids.first(tokens, max(1, windows) * tokens).windows
         emulation = Emulation(model, soc, read, simulate, profile)
     found: dict[str, Any] = {"ops": [], "layers": []}

@@ -22,7 +22,8 @@ from qnpu_jax.graph import Positions, decoder
 from qnpu_jax.integer import IntegerModel, Simulate, check_bits, storage
 from qnpu_jax.learn import History, Store, schedule
 from qnpu_jax.measure import perplexity
-from qnpu_jax.models import Checkpoint, Tokenizer
+from qnpu_jax.models import Checkpoint
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Clock, Observer
 from qnpu_jax.proof import prove_prefill
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
@@ -322,23 +323,24 @@ def _measure(
 
 
 def check(
-    out: Path,
+    folder: OutputFolder,
     text: Path | None,
     simulate: Simulate,
     clock: Clock,
     kernels: KernelSet = "ref",
 ) -> dict[str, Any]:
-    """`prove_prefill` for a folder that `run` wrote, on any text, in the kernels that `simulate` is of.
+    """Runs `prove_prefill` on a folder that `run` wrote, on any text.
+
+    Args:
+      kernels: LiteRT's; `simulate` gives the simulator of the same ones.
 
     Raises:
-      UserError: not such a folder, a file of it changed since, or the text is too short.
+      UserError: the text is too short.
     """
-    artifacts.read_report(out)
     with clock.stage("load"):
-        model = storage.load(out)
-        runner = LiteRT(out / artifacts.MODEL, kernels, keep_tensors=True)
-        tokenizer = Tokenizer.load(out / artifacts.TOKENIZER)
-        read = excerpts.tokenized(text, tokenizer, model.config.vocab_size)
+        model = folder.model
+        runner = LiteRT(folder.tflite, kernels, keep_tensors=True)
+        read = excerpts.tokenized(text, folder.tokenizer, model.config.vocab_size)
         ids = read.first(runner.tokens, runner.tokens).windows[0]
         simulator = simulate(model, runner.tokens, runner.logits)
     return prove_prefill(model, runner, simulator, ids, clock)

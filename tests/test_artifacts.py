@@ -21,7 +21,6 @@ from qnpu_jax.artifacts import (
     digests,
     layout,
     new_file,
-    read_report,
     writing,
 )
 from qnpu_jax.errors import UserError
@@ -247,47 +246,6 @@ def test_digests(tmp_path):
         "b": hashlib.sha256(b"abc").hexdigest(),
         "sub/a": hashlib.sha256(b"").hexdigest(),
     }
-
-
-def test_report(tmp_path):
-    assert read_report(fill(tmp_path / "out"))["format"] == FORMAT
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "cannot be read (Expecting value"),
-        ("[]", f"format list; expected {FORMAT}"),
-        ("{}", f"format None; expected {FORMAT}"),
-        ('{"format": 99}', f"format 99; expected {FORMAT}; run `qnpu quantize` again"),
-        ('{"format": 1}', f"no hash of {MODEL}"),
-        ('{"format": 1, "sha256": {"other": ""}}', f"no hash of {MODEL}"),
-    ],
-)
-def test_report_that_cannot_be_read(tmp_path, text, expected):
-    out = fill(tmp_path / "out")
-    (out / REPORT).write_text(text)
-    said = message(read_report, out)
-    assert said.startswith(f"{out / REPORT}: ")
-    assert expected in said
-
-
-def test_no_report(tmp_path):
-    out = fill(tmp_path / "out")
-    (out / REPORT).unlink()
-    assert message(read_report, out).startswith(f"{out / REPORT}: missing; expected an output")
-    assert "missing" in message(read_report, tmp_path / "nowhere")
-    assert "missing" in message(read_report, out / MODEL)
-
-
-def test_changed_and_missing_files(tmp_path):
-    out = fill(tmp_path / "out", "model")
-    (out / MODEL).write_text("mode")
-    text = message(read_report, out)
-    assert text.startswith(f"{out / MODEL}: changed or damaged: SHA-256 ")
-    assert f"expected {hashlib.sha256(b'model').hexdigest()[:12]}...;" in text
-    (out / MODEL).unlink()
-    assert message(read_report, out).startswith(f"{out / MODEL}: missing; expected by {REPORT}")
 
 
 def test_files_are_named_once():

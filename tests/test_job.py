@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from qnpu_sim.program import compile_model, run
 from workspace import EVAL_TOKENS, PREFILL, VOCAB, request, workspace, write_tiny_model
 
 from qnpu_jax import artifacts, deploy, job, models, progress
@@ -19,11 +18,13 @@ from qnpu_jax.graph.graph import is_identity
 from qnpu_jax.integer import storage
 from qnpu_jax.learn import train
 from qnpu_jax.learn.train import History
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.proof.comparison import op_names
 from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.recipes import EFFORTS, RECIPES, Effort, Stage
 from qnpu_jax.text.files import default_text
 from qnpu_jax.tflite.interpreter import LiteRT
+from qnpu_sim.program import compile_model, run
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +145,8 @@ def test_logits_of_the_last_position(folder, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         p.name for p in (folder / "out").iterdir()
     }
-    assert (
-        job.check(tmp_path / "out", None, Simulated, progress.Observer())["verify"]["differing"]
-        == 0
-    )
+    made = OutputFolder.open(tmp_path / "out")
+    assert job.check(made, None, Simulated, progress.Observer())["verify"]["differing"] == 0
 
 
 def test_without_rotation_and_prefix_on_text_of_its_own(folder, tmp_path):
@@ -330,14 +329,15 @@ def test_a_learning_rate_that_diverges(learned, tmp_path):
 
 
 def test_check_on_other_text(folder, out):
-    found = job.check(out, folder / "text.txt", Simulated, progress.Observer())["verify"]
+    made = OutputFolder.open(out)
+    found = job.check(made, folder / "text.txt", Simulated, progress.Observer())["verify"]
     assert found == read(out / "report.json")["verify"]
 
 
 @pytest.mark.parametrize(("prefill", "logits"), [(40, "all"), (7, "last")])
 def test_export(folder, out, tmp_path, prefill, logits):
     file = tmp_path / "m.tflite"
-    deploy.export(out, file, prefill, logits)
+    deploy.export(OutputFolder.open(out), file, prefill, logits)
     runner = LiteRT(file)
     assert (runner.tokens, runner.logits) == (prefill, logits)
     ids = np.random.default_rng(0).integers(VOCAB, size=prefill, dtype=np.int32)
@@ -348,7 +348,7 @@ def test_export(folder, out, tmp_path, prefill, logits):
 
 
 def test_export_of_the_same_length_is_the_same_file(out, tmp_path):
-    deploy.export(out, tmp_path / "m.tflite", PREFILL, "all")
+    deploy.export(OutputFolder.open(out), tmp_path / "m.tflite", PREFILL, "all")
     assert (tmp_path / "m.tflite").read_bytes() == (out / "model.tflite").read_bytes()
 
 

@@ -14,8 +14,9 @@ from qnpu_jax import deploy
 from qnpu_jax.cli.display import Display
 from qnpu_jax.cli.options import Context, Folder, Prefill, Profile, Threads, check_unused
 from qnpu_jax.errors import UserError
-from qnpu_jax.integer import IntegerModel, storage
+from qnpu_jax.integer import IntegerModel
 from qnpu_jax.latency import Timing, adb, cpu, phone, roofline
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.tflite import PROFILES, Integers, cached_decoder
 
 app = typer.Typer()
@@ -56,7 +57,7 @@ def bench(
     untested.
     """
     if not (on_phone or dry_run):
-        _host(PROFILES[profile](storage.load(folder)), prefill, context, threads, rounds)
+        _host(PROFILES[profile](OutputFolder.open(folder).model), prefill, context, threads, rounds)
         return
     if binary is None:
         raise UserError(
@@ -65,7 +66,7 @@ def bench(
         )
     if model is not None:
         check_unused("profile", profile, "plain", f"--model {model}, which has its own")
-    file = model or deploy.deployed(folder, prefill, context, profile)
+    file = model or deploy.deployed(OutputFolder.open(folder), prefill, context, profile)
     delegates: Any = tuple(delegate or ["cpu"])  # `phone.check` refuses others
     options = (delegates, tuple(library or ()), serial, threads, rounds)
     _phone(phone.Request(file, binary, *options), dry_run)

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.exceptions import TyperException
 
-from qnpu_jax import artifacts, deploy, job, output
+from qnpu_jax import artifacts, deploy, job
 from qnpu_jax.cli import INTERRUPTED, bench, complain, instrument, npu, proof
 from qnpu_jax.cli.display import Display, megabytes, print_report
 from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, Threads, check_unused
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Positions, decoder
-from qnpu_jax.integer import storage
 from qnpu_jax.models import checkpoint
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.proof import Simulated
 from qnpu_jax.recipes import EFFORTS, load_recipe
 from qnpu_jax.runtime import (
@@ -129,12 +129,13 @@ def verify(
     """Compares every tensor of a folder's model.tflite, run by LiteRT, with the simulator's; with
     --context those of both signatures over a KV cache, which chunks and single steps fill."""
     with Display() as clock:
+        opened = OutputFolder.open(folder)
         if context is None:
             simulate = partial(Simulated, kernels=kernels)
-            found = job.check(folder, eval_text, simulate, clock, kernels)["verify"]
+            found = job.check(opened, eval_text, simulate, clock, kernels)["verify"]
         else:
             cached = partial(SimulatedBackend, kernels=kernels)
-            found = deploy.verified(folder, prefill, context, eval_text, cached, clock, kernels)
+            found = deploy.verified(opened, prefill, context, eval_text, cached, clock, kernels)
             typer.echo(f"fed in steps of {', '.join(map(str, found['steps']))} tokens")
     typer.echo(_verdict(found, kernels))
     _fail_on_difference(found)
@@ -164,11 +165,12 @@ def export(
 ) -> None:
     """Writes the model of a folder again: another length, with a KV cache, or for LiteRT-LM."""
     with Display() as clock, clock.stage("write"):
+        opened = OutputFolder.open(folder)
         if litertlm:
             slots = PACKAGED_CONTEXT if context is None else context
-            deploy.package(folder, file, prefill, slots, profile)
+            deploy.package(opened, file, prefill, slots, profile)
         else:
-            deploy.export(folder, file, prefill, logits, context, profile)
+            deploy.export(opened, file, prefill, logits, context, profile)
     typer.echo(f"wrote {file}, {megabytes(file.stat().st_size)}")
 
 
@@ -195,7 +197,8 @@ def generate(
 ) -> None:
     """Generates text from a quantized model, with what it needs a second."""
     sampling = Sampling(temperature, top_k, top_p, seed)
-    tokenizer = output.tokenizer(folder)
+    opened = OutputFolder.open(folder)
+    tokenizer = opened.tokenizer
     messages = [{"role": "user", "content": prompt}]
     ids = tokenizer.encode(prompt) if raw else tokenizer.chat(messages, bos=False)
     check_room(len(ids), 0, context)
@@ -203,9 +206,9 @@ def generate(
         runner: Backend
         if backend == "sim":
             check_unused("profile", profile, "plain", "--backend sim, which reads no file")
-            runner = SimulatedBackend(storage.load(folder), prefill, context)
+            runner = SimulatedBackend(opened.model, prefill, context)
         else:
-            file = deploy.deployed(folder, prefill, context, profile)
+            file = deploy.deployed(opened, prefill, context, profile)
             runner = LiteRTBackend(file, kernels, threads=threads)
     speed = generation.Speed()
     made = generation.tokens(

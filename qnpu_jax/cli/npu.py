@@ -15,6 +15,7 @@ from qnpu_jax.cli.display import Display, megabytes
 from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, check_unused
 from qnpu_jax.compilers import SOCS, Compiled, LayerDifference, OpDifference, ethos
 from qnpu_jax.errors import UserError
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.proof import Simulated
 from qnpu_jax.tflite import DEFAULT
 
@@ -52,7 +53,9 @@ def compile(
         _compile_for_arm(folder, soc, prefill, context, share_weights)
         return
     with Display() as clock, clock.stage("compile"):
-        made = deploy.compiled(folder, soc, prefill, context, profile, share=share_weights)
+        made = deploy.compiled(
+            OutputFolder.open(folder), soc, prefill, context, profile, share=share_weights
+        )
     _print_compiled(made)
     typer.echo(f"wrote {made.path}")
     _exit(whole=all(s.whole for s in made.signatures))
@@ -78,7 +81,7 @@ def compare(
     chosen = [0] if layers is None else layers
     with Display() as clock:
         found = deploy.emulated(
-            folder,
+            OutputFolder.open(folder),
             soc,
             chosen,
             windows,
@@ -110,7 +113,7 @@ def _compile_for_arm(folder: Path, soc: str, prefill: int, context: int, share: 
             " Snapdragon; leave it out"
         )
     with Display() as clock, clock.stage("compile"):
-        made = deploy.compiled_for_arm(folder, soc, prefill, context)
+        made = deploy.compiled_for_arm(OutputFolder.open(folder), soc, prefill, context)
     _print_arm(soc, made, prefill)
     for found in made.values():
         typer.echo(f"wrote {found.path}")

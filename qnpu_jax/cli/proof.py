@@ -16,6 +16,7 @@ from qnpu_jax import artifacts
 from qnpu_jax.cli.display import Display
 from qnpu_jax.cli.options import EvalText, Folder
 from qnpu_jax.integer import NO_SUM, Intermediate
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.proof import WIDTHS, Row, Widths, figure, observed, widths
 
 app = typer.Typer()
@@ -38,7 +39,8 @@ def proof(
     accumulators.svg. Exit status 1 where a run passes what was proved, which is a bug.
     """
     with Display() as clock:
-        found = widths.measure(folder, text, tokens, prefill, observed, clock)
+        opened = OutputFolder.open(folder)
+        found = widths.measure(opened, text, tokens, prefill, observed, clock)
     console = Console(soft_wrap=False)
     console.print(_kinds_table(found.rows))
     console.print(_between_table(found.intermediates))

@@ -6,7 +6,7 @@ The simulator comes in as an argument (`simulator.Simulate`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,11 +22,11 @@ from qnpu_jax.diagnose.attribution import kl, replaced, without
 from qnpu_jax.diagnose.summary import Row, Tally, mean
 from qnpu_jax.diagnose.tensor_errors import Constants, measure, rounding_tensors
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Tensors
-from qnpu_jax.integer import IntegerModel, Simulate, storage
+from qnpu_jax.graph import LAYERS, Tensors, split_name
+from qnpu_jax.integer import IntegerModel, Simulate
 from qnpu_jax.measure import Logits, float_logits
 from qnpu_jax.models import EMBEDDED, load
-from qnpu_jax.output import tokenizer
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Observer
 from qnpu_jax.text import Excerpt, excerpts
 from qnpu_jax.transform import add_prefix, fold_norms
@@ -124,8 +124,8 @@ class Diagnosis:
         """Shares by name without the layer, falling."""
         found: dict[str, float] = {}
         for row in self.worst:
-            parts = row.tensor.split(".", 2)
-            name = f"layers.*.{parts[2]}" if parts[0] == "layers" else row.tensor
+            name, layer = split_name(row.tensor)
+            name = name if layer is None else name.replace(LAYERS, LAYERS + "*.", 1)
             found[name] = found.get(name, 0.0) + self.share(row)
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -154,16 +154,16 @@ def run(request: Request, simulate: Simulate, watch: Observer) -> Diagnosis:
         original that is not the one that was quantized.
     """
     with watch.stage("load"):
-        report = artifacts.read_report(request.folder)
+        folder = OutputFolder.open(request.folder)
         artifacts.check_writable(request.target(), True, KIND)
-        model = storage.load(request.folder)
-        read = excerpts.tokenized(request.text, tokenizer(request.folder), model.config.vocab_size)
+        model = folder.model
+        read = excerpts.tokenized(request.text, folder.tokenizer, model.config.vocab_size)
         text = read.first(request.tokens, request.tokens * request.windows)
         constants = Constants.of(model, request.tokens)
         chosen = matching(constants, request.replace)
     ids = list(text.windows)
     with watch.stage("original"):
-        source, references = _originals(request, report, model, ids, watch)
+        source, references = _originals(request, folder, ids, watch)
     with watch.stage("compare"):
         simulator = simulate(model, request.tokens, "all")
         tally = Tally(constants)
@@ -183,8 +183,7 @@ def run(request: Request, simulate: Simulate, watch: Observer) -> Diagnosis:
         for i, name in enumerate(names, start=1)
     ]
     totals = tally.kl() | {"fake_quant": float(by_tensor[:, 0, 1].mean())}
-    sha256 = report["sha256"][artifacts.MODEL]
-    return Diagnosis(sha256, text, source, totals, tuple(rows), tuple(made))
+    return Diagnosis(folder.sha256, text, source, totals, tuple(rows), tuple(made))
 
 
 def matching(constants: Constants, patterns: Iterable[str]) -> list[str]:
@@ -208,15 +207,15 @@ def matching(constants: Constants, patterns: Iterable[str]) -> list[str]:
 
 
 def _originals(
-    request: Request, report: Mapping[str, Any], model: IntegerModel, ids: list, watch: Observer
+    request: Request, folder: OutputFolder, ids: list, watch: Observer
 ) -> tuple[str, list[Any]]:
     """The reference's name, and its logits of each window: None where the original is not at
     hand."""
-    source = request.model or report.get("model")
+    source = request.model or folder.report.get("model")
     try:
         if request.model is None and source not in EMBEDDED:
             raise UserError("name it by --model")
-        name, logits = original(str(source), request.folder, model)
+        name, logits = original(str(source), folder.path, folder.model)
     except UserError as error:
         if request.model is not None:
             raise

@@ -28,10 +28,9 @@ from qnpu_jax.integer import (
     check,
     needed_bits,
     proved_intermediates,
-    storage,
 )
 from qnpu_jax.integer import intermediates as integer_intermediates
-from qnpu_jax.models import Tokenizer
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Clock
 from qnpu_jax.text import excerpts
 
@@ -227,7 +226,12 @@ def check_lengths(tokens: int, prefill: int) -> None:
 
 
 def measure(
-    out: Path, text: Path | None, tokens: int, prefill: int, observe: Observe, clock: Clock
+    folder: OutputFolder,
+    text: Path | None,
+    tokens: int,
+    prefill: int,
+    observe: Observe,
+    clock: Clock,
 ) -> Widths:
     """Proves the accumulators of a folder of `qnpu quantize`, and runs it on a text.
 
@@ -236,25 +240,24 @@ def measure(
       tokens: of the text that are read, in sequences of `prefill`.
 
     Raises:
-      UserError: not such a folder or one that cannot be written to, the text is too short, more
-        positions than the model has, or an accumulator can overflow at this length.
+      UserError: the folder cannot be written to, the text is too short, more positions than the
+        model has, or an accumulator can overflow at this length.
     """
     check_lengths(tokens, prefill)
-    report = artifacts.read_report(out)
-    artifacts.check_can_create(out)
+    artifacts.check_can_create(folder.path)
     with clock.stage("load"):
-        model = storage.load(out)
-        tokenizer = Tokenizer.load(out / artifacts.TOKENIZER)
-        read = excerpts.tokenized(text, tokenizer, model.config.vocab_size).first(prefill, tokens)
+        model = folder.model
+        ids = excerpts.tokenized(text, folder.tokenizer, model.config.vocab_size)
+        read = ids.first(prefill, tokens)
     with clock.stage("prove"):
         dec = model.decoder(prefill)
-        bounds = channel_bounds(dec, model.codes, model.zero_point)
+        bounds = channel_bounds(dec, model.tensors)
         check([b.bound for b in bounds])
-        between = proved_intermediates(dec, model.zero_point)
+        between = proved_intermediates(dec, model.tensors)
         integer_intermediates.check(between)
     with clock.stage("observe"):
         rows = join(bounds, observe(model, read.windows))
-    sha256 = report["sha256"].get("integer_model.safetensors", "")
+    sha256 = folder.report["sha256"].get("integer_model.safetensors", "")
     return Widths(rows, tuple(between), read, prefill, sha256)
 
 

@@ -15,6 +15,7 @@ from workspace import QUANTIZE, request, start, workspace, write_inputs
 
 from qnpu_jax import job, progress
 from qnpu_jax.errors import UserError
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.text.files import default_text
 
@@ -60,13 +61,11 @@ def test_killed_while_it_writes(tmp_path):
     (left,) = tmp_path.glob(".out.*.partial")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"report\.json: missing"):
-        job.check(left, None, Simulated, progress.Observer())
+        job.check(OutputFolder.open(left), None, Simulated, progress.Observer())
     job.run(request(tmp_path), Simulated, progress.Observer())
     assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "recipe.json", "text.txt"}
-    assert (
-        job.check(tmp_path / "out", None, Simulated, progress.Observer())["verify"]["differing"]
-        == 0
-    )
+    made = OutputFolder.open(tmp_path / "out")
+    assert job.check(made, None, Simulated, progress.Observer())["verify"]["differing"] == 0
 
 
 def test_interrupted(tmp_path):

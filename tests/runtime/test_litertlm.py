@@ -14,6 +14,7 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.integer import storage
 from qnpu_jax.models.chat import render_chat
 from qnpu_jax.models.tokenizer import Tokenizer
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.runtime import generation, litertlm_package, litertlm_signatures
 from qnpu_jax.runtime.litert_backend import LiteRTBackend
 from qnpu_jax.runtime.sampling import Sampling
@@ -88,7 +89,7 @@ def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels,
     cached.write_cached(model, paths[1], CHUNK, CONTEXT)
     host, backend = Host(paths[0], kernels), LiteRTBackend(paths[1], kernels)
     session = Session(backend)
-    zero_point = int(model.zero_point["head.logits"])
+    zero_point = int(model.tensors["head.logits"].zero_point)
     for start, count in PARTS:
         ids = IDS[start : start + count]
         logits = host.feed(ids, start)
@@ -238,8 +239,9 @@ def engine(here, builder, runtime):
 
 def ours(folder, turns):
     """What `qnpu generate` says to each list of ids, in one session."""
-    backend = LiteRTBackend(deploy.deployed(folder / "out", PREFILL, SLOTS), "xnn", threads=1)
-    session, tokenizer, pending = Session(backend), Tokenizer.load(folder / "out/tokenizer"), []
+    out = OutputFolder.open(folder / "out")
+    backend = LiteRTBackend(deploy.deployed(out, PREFILL, SLOTS), "xnn", threads=1)
+    session, tokenizer, pending = Session(backend), out.tokenizer, []
     for ids in turns:
         made = [
             *generation.tokens(
