@@ -38,7 +38,7 @@ from qnpu_jax.output import OutputFolder
 from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.recipes import load_recipe
 from qnpu_jax.text import excerpts
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows
 from qnpu_jax.tflite import cached
 from qnpu_jax.tflite.export_profiles import DEFAULT, PROFILES, ProfileName
 
@@ -143,7 +143,7 @@ def tiny_case(recipe: str, args: argparse.Namespace) -> Case:
     chosen = replace(load_recipe(recipe), prefix="none")
     windows = rng.integers(0, TINY.vocab_size, (4, args.tokens)).astype(np.int32)
     prepared = pipeline.prepare(TINY, params, chosen)
-    made = pipeline.quantize(TINY, prepared, chosen, Text.of(windows), 1)
+    made = pipeline.quantize(TINY, prepared, chosen, Windows.of(windows), 1)
     return Case(recipe, made.model, windows[:1])
 
 

@@ -26,6 +26,7 @@ from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.models.checkpoint import load
 from qnpu_jax.recipes import Recipe, load_recipe
 from qnpu_jax.text import files
+from qnpu_jax.text.windows import cut
 from qnpu_jax.transform.prefix import add_prefix
 
 TENSORS = {
@@ -62,7 +63,7 @@ def activations(args: argparse.Namespace) -> dict[str, dict[str, np.ndarray]]:
     texts = files.read_text(args.text) if args.text else [files.default_text()]
     ids = files.tokenize(texts, tokenizer, config.vocab_size, str(args.text))
     count, length = (2, 64) if args.quick else (8, 128)
-    windows = jnp.asarray(files.windows(ids, length, count, str(args.text)), jnp.int32)
+    windows = jnp.asarray(cut(ids, length, count, str(args.text)), jnp.int32)
     found: dict[str, dict[str, np.ndarray]] = {}
     for way, (rotation, prefix) in WAYS.items():
         recipe = Recipe("figure", load_recipe("w8a8").bits, rotation=rotation)

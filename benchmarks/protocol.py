@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from qnpu_sim.program import compile_model, run
 
 from qnpu_jax import pipeline
 from qnpu_jax.errors import UserError
@@ -36,7 +35,8 @@ from qnpu_jax.models import checkpoint as models_checkpoint
 from qnpu_jax.models.checkpoint import Checkpoint
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import files
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows, cut
+from qnpu_sim.program import compile_model, run
 
 Row = dict[str, Any]
 """Name, settings and readings of one measurement, as JSON has them."""
@@ -88,17 +88,17 @@ class Bench:
         texts = [files.default_text()] if path is None else files.read_text(path)
         tokenizer, size = self.checkpoint.tokenizer, self.checkpoint.config.vocab_size
         ids = files.tokenize(texts, tokenizer, size, str(path))
-        return files.windows(ids, length, max(1, tokens // length), str(path))
+        return cut(ids, length, max(1, tokens // length), str(path))
 
-    def text(self, recipe: Recipe, effort: Effort) -> Text:
+    def text(self, recipe: Recipe, effort: Effort) -> Windows:
         calibration = self.windows(
             self.calibration, recipe.calibration_length, recipe.calibration_tokens
         )
         if not effort.steps:
-            return Text.of(calibration)
+            return Windows.of(calibration)
         learning = self.windows(self.calibration, effort.length, effort.tokens)
         held_out = self.windows(None, effort.length, effort.held_out * effort.length)
-        return Text(calibration, learning, held_out)
+        return Windows(calibration, learning, held_out)
 
 
 def load(args: argparse.Namespace) -> Bench:

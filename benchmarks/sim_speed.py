@@ -44,9 +44,8 @@ from qnpu_jax.integer.model import IntegerModel, dequantize
 from qnpu_jax.models.checkpoint import load
 from qnpu_jax.output import OutputFolder
 from qnpu_jax.recipes import RECIPES, load_recipe
-from qnpu_jax.text import files as text_files
 from qnpu_jax.text.files import default_text, tokenize
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows, cut
 from qnpu_jax.tflite import writer
 from qnpu_jax.tflite.interpreter import LiteRT
 from qnpu_sim.program import compile_model, run, sequences_at_once
@@ -131,10 +130,10 @@ def quantize(recipes: list[str], quick: bool) -> tuple[dict[str, IntegerModel], 
     checkpoint = load(MODEL)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     ids = tokenize([default_text()], tokenizer, config.vocab_size, "default text")
-    windows = text_files.windows(ids, 128, 4, "default text")
+    windows = cut(ids, 128, 4, "default text")
     params = pipeline.prepare(config, checkpoint.params, chosen[0])
     made = [
-        pipeline.quantize(config, params, r, Text.of(windows), tokenizer.bos_id) for r in chosen
+        pipeline.quantize(config, params, r, Windows.of(windows), tokenizer.bos_id) for r in chosen
     ]
     return {r.name: q.model for r, q in zip(chosen, made, strict=True)}, made[0].params
 

@@ -13,7 +13,7 @@ from qnpu_jax.integer import IntegerModel, freeze
 from qnpu_jax.learn import History, Report, Store, learn
 from qnpu_jax.progress import Clock, Track, untracked
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
-from qnpu_jax.text import Text
+from qnpu_jax.text import Windows
 from qnpu_jax.transform import (
     PrefixReport,
     add_prefix,
@@ -61,7 +61,7 @@ def quantize(
     config: ModelConfig,
     params: Params,
     recipe: Recipe,
-    text: Text,
+    text: Windows,
     bos: int | None,
     effort: Effort = EFFORTS["none"],
     store: Store | None = None,

@@ -20,7 +20,7 @@ from qnpu_jax.integer.model import IntegerModel
 from qnpu_jax.models.checkpoint import Checkpoint, load, load_params
 from qnpu_jax.recipes import RECIPES, Recipe
 from qnpu_jax.text import files
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows, cut
 from qnpu_jax.transform.prefix import add_prefix
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,9 +64,7 @@ def printed_graphs() -> str:
 
 
 def bits_of(graph: Graph, name: str, layer: int) -> int:
-    quant = graph[name].quant
-    assert quant is not None
-    return quant.bits[layer]
+    return graph[name].quant.bits[layer]
 
 
 def recipe(plan: str) -> Recipe:
@@ -122,7 +120,7 @@ def quantize_smollm2() -> Real:
     text = files.default_text()[:40_000]
     ids = files.tokenize([text], checkpoint.tokenizer, config.vocab_size, "default text")
     params = pipeline.prepare(config, checkpoint.params, recipe("w8a8"))
-    calibration = files.windows(ids[:1024], 128, 8, "default text")
+    calibration = cut(ids[:1024], 128, 8, "default text")
     bos = checkpoint.tokenizer.bos_id
-    quantized = pipeline.quantize(config, params, recipe("w8a8"), Text.of(calibration), bos)
-    return Real(checkpoint, quantized, files.windows(ids[1024:], 64, 8, "default text"))
+    quantized = pipeline.quantize(config, params, recipe("w8a8"), Windows.of(calibration), bos)
+    return Real(checkpoint, quantized, cut(ids[1024:], 64, 8, "default text"))

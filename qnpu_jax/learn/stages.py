@@ -16,7 +16,7 @@ from qnpu_jax.learn.parameters import Base, Theta, initial, merged, ranges, stud
 from qnpu_jax.learn.teacher import check_room, keep
 from qnpu_jax.learn.train import Cached, History, TrainState, ended, fit, nothing, start
 from qnpu_jax.recipes import Effort, Recipe, Stage
-from qnpu_jax.text import Text
+from qnpu_jax.text import Windows
 
 Report = Callable[[int, int, int, float, float], None]
 """Stage, step, steps of the stage, loss, best held-out KL so far."""
@@ -70,7 +70,7 @@ def learn(
     effort: Effort,
     params: Params,
     free: Scales,
-    text: Text,
+    text: Windows,
     tame: bool,
     store: Store | None = None,
     report: Report = lambda *_: None,
@@ -108,7 +108,7 @@ def learn(
 
 
 def _prepared(
-    dec: Decoder, stage: Stage, params: Params, free: Scales, text: Text, tame: bool
+    dec: Decoder, stage: Stage, params: Params, free: Scales, text: Windows, tame: bool
 ) -> tuple[Params, Scales]:
     """What the stage does before it learns: ranges, then rounding."""
     if stage.calibrate != "none":
@@ -133,7 +133,7 @@ class _Run:
     dec: Decoder
     effort: Effort
     seed: int
-    text: Text
+    text: Windows
     teacher: Params
     store: Store
     report: Report

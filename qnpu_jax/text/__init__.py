@@ -1,6 +1,6 @@
-"""Text to windows of token ids."""
+"""Text to windows of token ids: read from files, or written by the model itself."""
 
 from qnpu_jax.text.excerpts import Excerpt, Texts
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows
 
-__all__ = ["Excerpt", "Text", "Texts"]
+__all__ = ["Excerpt", "Texts", "Windows"]

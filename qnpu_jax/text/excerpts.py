@@ -20,7 +20,7 @@ from qnpu_jax.graph import Params
 from qnpu_jax.models import Checkpoint, Tokenizer
 from qnpu_jax.recipes import Effort, Recipe
 from qnpu_jax.text import files, self_written
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows, cut
 
 DOCUMENTATION = "pydoc_data.topics"
 OWN_TOKENS = 65_536
@@ -60,10 +60,10 @@ class Texts:
     learning: Excerpt | None = None
     held_out: Excerpt | None = None
 
-    def windows(self) -> Text:
+    def windows(self) -> Windows:
         if self.learning is None or self.held_out is None:
-            return Text.of(self.calibration.windows)
-        return Text(self.calibration.windows, self.learning.windows, self.held_out.windows)
+            return Windows.of(self.calibration.windows)
+        return Windows(self.calibration.windows, self.learning.windows, self.held_out.windows)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         named = {
@@ -104,7 +104,7 @@ class Tokens:
           UserError: the text is too short for one.
         """
         count = max(1, tokens // length)
-        return self._excerpt(files.windows(self.ids, length, count, self.where))
+        return self._excerpt(cut(self.ids, length, count, self.where))
 
     def last(self, length: int, count: int) -> Excerpt:
         """Windows that end where the text ends.
@@ -113,7 +113,7 @@ class Tokens:
           UserError: the text is too short for one.
         """
         count = max(1, min(count, len(self.ids) // length))
-        return self._excerpt(files.windows(self.ids[-length * count :], length, count, self.where))
+        return self._excerpt(cut(self.ids[-length * count :], length, count, self.where))
 
     def _excerpt(self, windows: np.ndarray) -> Excerpt:
         return Excerpt(self.source, self.sha256, windows)

@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import numpy as np
-from jaxtyping import Int32
-
 from qnpu_jax.errors import UserError
 from qnpu_jax.models import Tokenizer, sha256
 
@@ -76,24 +73,6 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, source
             " of the same checkpoint"
         )
     return ids
-
-
-def windows(
-    ids: Sequence[int], length: int, count: int, source: str
-) -> Int32[np.ndarray, "n {length}"]:
-    """The first windows of `length` tokens, at most `count`; what is left of the text is not used.
-
-    Raises:
-      UserError: the text is too short for one window.
-    """
-    available = len(ids) // length
-    if available == 0:
-        raise UserError(
-            f"{source}: {len(ids)} tokens are too few; expected at least {length} (one window);"
-            " give a longer text or choose a shorter window"
-        )
-    n = min(count, available)
-    return np.asarray(ids[: n * length], np.int32).reshape(n, length)
 
 
 def digest(path: str | Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -11,10 +11,10 @@ from numpy.typing import DTypeLike
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
+from qnpu_jax.graph import Params
 
 A = TypeVar("A", Array, np.ndarray)
 """Of one kind throughout a call: float64 of NumPy (merging) or traced float32 of JAX (learning)."""
-Params = Mapping[str, Array | np.ndarray]
 
 # Each linear of a layer, with the norm whose gamma scales its input.
 _LINEARS = {

@@ -29,7 +29,8 @@ from numpy.typing import DTypeLike
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.transform.fold import _TABLES, A, Params, _by_rows, by_layer, check_folded
+from qnpu_jax.graph import Params
+from qnpu_jax.transform.fold import _TABLES, A, _by_rows, by_layer, check_folded
 from qnpu_jax.transform.hadamard import Matrix64, has_hadamard, random_hadamard, random_orthogonal
 
 _ORTHOGONAL = 1e-4  # largest |R R^T - I| of a rotation; float32 rounding stays far below it

@@ -14,7 +14,7 @@ from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.integer.model import activation_scales
 from qnpu_jax.models import checkpoint
 from qnpu_jax.recipes import Recipe
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gqa_llama3"
 RECIPE = Recipe(name="test", bits=bit_plan(8, 8), prefix="none")
@@ -25,7 +25,7 @@ def test_float_and_fake_quantized_logits_equal_forward():
     config, raw = checkpoint.load_params(GOLDEN)
     params = pipeline.prepare(config, raw, RECIPE)
     windows = np.random.default_rng(1).integers(0, 96, (4, 12)).astype(np.int32)
-    model = pipeline.quantize(config, params, RECIPE, Text.of(windows), None).model
+    model = pipeline.quantize(config, params, RECIPE, Windows.of(windows), None).model
     scales = jax.tree.map(jnp.asarray, activation_scales(model))
     dec = decoder(config, RECIPE.bits, 12)
     module = QuantDecoder(config, RECIPE.bits)

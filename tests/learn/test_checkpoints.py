@@ -23,7 +23,7 @@ from qnpu_jax.learn.checkpoints import Checkpoints, check, last
 from qnpu_jax.learn.stages import Learned, learn
 from qnpu_jax.learn.train import History, TrainState
 from qnpu_jax.recipes import Effort, Recipe, Stage
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows
 
 INPUTS = {"model": "m" * 64, "recipe": {"seed": 0, "stages": [{"share": 1.0}]}}
 HISTORY = History([0.1, 1 / 3], [(0, 0.7), (2, math.pi)])
@@ -321,7 +321,7 @@ def run(store: stages.Store | None, kill_at: tuple[int, int] | None = None) -> L
     coarse = QParams(scale=act.scale * np.float32(8), zero_point=act.zero_point)
     free = dict(free) | {"layers.mlp.act": coarse}
     ids = tiny.random_ids((6, 16))
-    text = Text(tiny.random_ids((4, 24)), ids, ids[:2])
+    text = Windows(tiny.random_ids((4, 24)), ids, ids[:2])
 
     def report(stage: int, step: int, *_) -> None:
         if (stage, step) == kill_at:

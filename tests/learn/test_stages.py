@@ -26,9 +26,9 @@ from qnpu_jax.learn.parameters import Base, Theta, group_of, initial, student_sc
 from qnpu_jax.learn.stages import Learned, learn, schedule
 from qnpu_jax.learn.train import History
 from qnpu_jax.recipes import EFFORTS, RECIPES, Effort, Recipe, Stage
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows
 
-TEXT = Text(learnable.random_ids(4, seed=5), learnable.WINDOWS, learnable.HELD_OUT)
+TEXT = Windows(learnable.random_ids(4, seed=5), learnable.WINDOWS, learnable.HELD_OUT)
 ROTATION = Stage(learn=(("rotation", 0.01), ("rotated", 0.01)), share=0.25)
 SCALES = Stage(learn=(("unrotated", 0.01), ("weights", 0.01)), share=0.5)
 UNROTATED = Stage(calibrate="unrotated")
@@ -257,7 +257,7 @@ def test_the_frozen_parameters_are_the_learned_ones(runs):
     for graph in dec.graphs:
         for spec in graph.named("param"):
             name = graph.prefix + spec.name
-            scale, codes = model.scale[name], model.codes[name]
+            scale, codes = model.tensors[name].scale, model.codes[name]
             lo, hi = -np.inf, np.inf  # of biases, which are float until then
             if name in scales:
                 same(scale, scales[name].scale)
@@ -276,7 +276,8 @@ def test_the_frozen_model_computes_the_learned_one(runs):
     dec, params, _ = learnable.made()
     made = runs[0]
     model = freeze(dec, made.params, made.free, learnable.PREFIX)
-    scale, zero = (v["head.logits"] for v in (model.scale, model.zero_point))
+    head = model.tensors["head.logits"]
+    scale, zero = head.scale, head.zero_point
     after = {n: jnp.asarray(x) for n, x in made.params.items()}
     windows = np.concatenate([TEXT.held_out, TEXT.learning])
     fake, exact = (

@@ -21,7 +21,7 @@ from qnpu_jax.learn.stages import Learned, Nowhere, learn
 from qnpu_jax.learn.teacher import BYTES, Kept, check_room, keep
 from qnpu_jax.learn.train import History, TrainState, batches, nothing
 from qnpu_jax.recipes import Effort, Recipe, Stage
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows
 
 K, STEPS, SEED = 4, 12, 3
 STAGE = dataclasses.replace(learnable.ROTATED, top_k=K)
@@ -147,7 +147,7 @@ class Memory(Nowhere):
 
 def run(effort: Effort, store: Memory | None = None, stages: Any = (STAGE,)) -> Learned:
     dec, params, free = learnable.made()
-    text = Text(learnable.random_ids(4, seed=5), WINDOWS, learnable.HELD_OUT)
+    text = Windows(learnable.random_ids(4, seed=5), WINDOWS, learnable.HELD_OUT)
     share = 1 / len(stages)
     parts = tuple(dataclasses.replace(s, share=share) for s in stages)
     recipe = Recipe(name="test", bits=tiny.PLANS["w4a8"], seed=SEED, stages=parts)

@@ -11,7 +11,7 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.models.checkpoint import load
 from qnpu_jax.recipes import Effort
 from qnpu_jax.text import excerpts, files
-from qnpu_jax.text.windows import Text
+from qnpu_jax.text.windows import Windows
 
 EFFORT = Effort("tiny", steps=4, length=48, tokens=500, held_out=3)
 
@@ -125,7 +125,7 @@ def test_all_texts_of_a_run():
     assert every.to_json()["early_stopping"] == {
         "source": "a", "sha256": hashlib.sha256(b"a").hexdigest(), "tokens": 8
     }  # fmt: skip
-    found: Text = every.windows()
+    found: Windows = every.windows()
     assert [x.shape for x in (found.calibration, found.learning, found.held_out)] == [
         (2, 6), (3, 4), (2, 4)
     ]  # fmt: skip

@@ -9,7 +9,8 @@ import tokenizers
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.tokenizer import Tokenizer
-from qnpu_jax.text.files import SEPARATOR, default_text, digest, read_text, tokenize, windows
+from qnpu_jax.text.files import SEPARATOR, default_text, digest, read_text, tokenize
+from qnpu_jax.text.windows import cut
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +153,10 @@ def test_token_outside_the_vocabulary(tokenizer):
 
 def test_windows():
     ids = list(range(10))
-    got = windows(ids, 3, 8, "f")
+    got = cut(ids, 3, 8, "f")
     assert got.dtype == np.int32
     assert got.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert windows(ids, 3, 2, "f").tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert windows(ids, 10, 1, "f").shape == (1, 10)
+    assert cut(ids, 3, 2, "f").tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert cut(ids, 10, 1, "f").shape == (1, 10)
     with pytest.raises(UserError, match=r"some\.txt: 10 tokens are too few; expected at least 11"):
-        windows(ids, 11, 1, "some.txt")
+        cut(ids, 11, 1, "some.txt")
