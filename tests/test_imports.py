@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     name: level
     for level, names in enumerate([
-        "errors",
+        "choices errors",
         "artifacts config extras progress",
         "graph",
         "fakequant integer models recipes",
@@ -34,7 +34,7 @@ LEVELS = {
 SIM_SEES = {"errors", "graph.graph", "graph.ops", "integer.accumulators", "integer.intermediates"}
 SIM_SEES |= {"integer.freeze", "integer.model", "integer.simulator"}
 """All of `qnpu_jax` that `qnpu_sim` may import."""
-SIM_REACHES = {"artifacts", "config", "errors", "graph", "integer"}
+SIM_REACHES = {"artifacts", "choices", "config", "errors", "graph", "integer"}
 """All of `qnpu_jax` that it may reach through those: no float evaluation, nothing that learns."""
 PACKAGES = {"qnpu_jax": ROOT / "qnpu_jax", "qnpu_sim": ROOT / "sim" / "qnpu_sim"}
 

@@ -23,12 +23,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ai_edge_litert import schema_py_generated as schema
 
 from qnpu_jax import extras
 from qnpu_jax.artifacts import new_file
+from qnpu_jax.choices import EthosU
 from qnpu_jax.errors import UserError
 from qnpu_jax.tflite import open_interpreter
 
@@ -42,10 +43,7 @@ MEMORY_MODE, SRAM = "Dedicated_Sram", 2**21
 of `CONFIG`'s largest mode vela cannot place a whole prefill of SmolLM2 in one part, and for 1 MiB
 it searches for minutes."""
 _SYSTEMS = {"ethos-u65": "Ethos_U65_High_End", "ethos-u85": "Ethos_U85_SYS_DRAM_Mid"}
-ACCELERATORS = (
-    *("ethos-u65-256", "ethos-u65-512", "ethos-u85-128", "ethos-u85-256"),
-    *("ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048"),
-)
+ACCELERATORS: tuple[str, ...] = get_args(EthosU)
 """Ethos-U configurations by their MACs a cycle. U65 has no 16-bit products of activations."""
 _BUILTINS = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
 

@@ -16,10 +16,11 @@ import time
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import IO
+from typing import IO, get_args
 
 from qnpu_jax import extras
 from qnpu_jax.artifacts import new_file
+from qnpu_jax.choices import Snapdragon
 from qnpu_jax.compilers import hexagon_file
 from qnpu_jax.errors import UserError
 from qnpu_jax.tflite import open_interpreter
@@ -27,7 +28,7 @@ from qnpu_jax.tflite import open_interpreter
 WANTED = {"ai-edge-litert": "2.3.", "onnxruntime-qnn": "2.6."}
 """Versions whose interfaces match: the plugin is built against the QNN of that wheel."""
 EXTRA = "qnn"
-SOCS = ("SM8350", "SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8845", "SM8850")
+SOCS: tuple[str, ...] = get_args(Snapdragon)
 """Snapdragons that the plugin of ai-edge-litert 2.3 compiles for."""
 
 

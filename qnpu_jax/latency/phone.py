@@ -16,16 +16,16 @@ import struct
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from ai_edge_litert import schema_py_generated as schema
 
+from qnpu_jax.choices import Delegate
 from qnpu_jax.errors import UserError
 from qnpu_jax.latency import phone_log
 from qnpu_jax.latency.adb import Run, adb, call, pick, quoted, shell
 from qnpu_jax.latency.phone_log import Timing
 
-Delegate = Literal["cpu", "nnapi", "qnn", "dispatch"]
 DELEGATES: tuple[Delegate, ...] = get_args(Delegate)
 """XNNPACK; Android's NNAPI; Qualcomm's TFLite delegate; a file that `qnpu compile` wrote."""
 FOLDER = "/data/local/tmp/qnpu"

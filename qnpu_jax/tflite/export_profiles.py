@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import numpy as np
 
+from qnpu_jax.choices import ProfileName
 from qnpu_jax.graph import Graph, Node
 from qnpu_jax.tflite.forms import Composite, Integers, Operand, UnpackedPrefill
 
@@ -66,7 +66,6 @@ def _scope(name: str) -> str | None:
     return found and found[0]
 
 
-ProfileName = Literal["plain", "unpacked", "hexagon"]
 PROFILES: dict[ProfileName, type[Integers]] = {
     "plain": Integers,
     "unpacked": UnpackedPrefill,

@@ -7,14 +7,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.errors import UserError
 
-KernelSet = Literal["ref", "opt", "xnn"]
 RESOLVERS = {
     "ref": OpResolverType.BUILTIN_REF,
     "opt": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
@@ -55,7 +54,7 @@ class LiteRT:
         return int(self._input["shape"][0])
 
     @property
-    def logits(self) -> Literal["all", "last"]:
+    def logits(self) -> Positions:
         """Whether it gives logits of all positions, or of the last only."""
         return "all" if self._output["shape"][0] == self.tokens else "last"
 
