@@ -78,6 +78,12 @@ class QuantSpec:
     axis: int | None = None
 
 
+WIDTHS = (2, 4, 8, 16, 32, 64)
+"""Bits that a tensor can have."""
+RULES = f"a list of [pattern, bits] with bits in {', '.join(map(str, WIDTHS))}"
+"""What a bit plan is made of, in words."""
+
+
 @dataclass(frozen=True)
 class BitPlan:
     """Bits of every tensor: the first rule whose pattern matches the tensor's name decides.
@@ -85,9 +91,25 @@ class BitPlan:
     Names are `embed.*`, `layers.<i>.*`, `head.*`; patterns are shell-style. A rule that matches no
     tensor is an error (`check_used`): a misspelt pattern must not silently leave a tensor at the
     default.
+
+    Attributes:
+      rules: (pattern, bits) in order, bits one of WIDTHS; end with ("*", 8).
+
+    Raises:
+      UserError: anything else.
+
+    Example:
+      >>> plan = BitPlan((("layers.0.*", 16), ("*.weight", 4), ("*", 8)))
+      >>> plan.bits("layers.0.attn.q.weight"), plan.bits("layers.1.attn.q.weight")
+      (16, 4)
     """
 
     rules: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        if not are_rules(self.rules):
+            raise UserError(f"BitPlan: rules must be {RULES}; got {self.rules!r}; correct it")
+        object.__setattr__(self, "rules", tuple((pattern, bits) for pattern, bits in self.rules))
 
     def match(self, name: str) -> int | None:
         """Index of the first rule that matches `name`, None if none does."""
@@ -125,6 +147,16 @@ class BitPlan:
                     " has not taken;"
                     " remove it or correct the pattern (`qnpu graph` prints every name)"
                 )
+
+
+def are_rules(value: Any) -> bool:
+    """Whether this is RULES: what a `BitPlan` takes."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(rule, list | tuple)
+        and [type(part) for part in rule] == [str, int]
+        and rule[1] in WIDTHS
+        for rule in value
+    )
 
 
 def bit_plan(weights: int, activations: int, scores: int = 16, stream: int = 16) -> BitPlan:

@@ -1,0 +1,197 @@
+"""What is done to a model: a `Recipe` (bits, rotation, initialization, stages of learning) and an
+`Effort` (how much of it). Frozen dataclasses that read and write JSON; nothing here computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qnpu_jax.config import BitPlan
+from qnpu_jax.recipes.fields import LARGEST, check, chosen, read, within
+
+Ranges = Literal["minmax", "sigma", "sigma-rotated", "mse", "class"]
+GROUPS = (
+    "rotation",
+    "diagonal",
+    "rotated",
+    "unrotated",
+    "weights",
+    "biases",
+    "prefix",
+    "rounding",
+)
+"""What a stage can learn: R1 and R2; the mergeable diagonal scales; scale and zero point of rotated
+and of all other activations; the weights' scales; biases; the prefix's keys and values; the
+rounding offset of each weight (codes)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Calibrate, round, learn: each part optional, in this order.
+
+    Attributes:
+      learn: (group, peak learning rate): the groups of GROUPS that learn, none for no learning.
+        Rates are relative changes of scales and ranges, half-angles of rotations; that of rounding
+        is how far an offset can get in the whole stage (codes).
+      share: of the effort's steps.
+      quantized: what is quantized meanwhile: `all`, or weights and `rotated` activations only.
+      calibrate: set the ranges of `unrotated` or `all` activations by `ranges` first, everything
+        learned so far active.
+      ranges: as `Recipe.activation_init`.
+      gptq: round weights by GPTQ first.
+      loss: `kl` to the float teacher, `ce` of the next token, or `hidden` (mean squared error of
+        every layer's residual stream, relative to its square).
+      top_k: KL over the teacher's k likeliest tokens, renormalised; 0 takes all.
+      hidden_mse: weight of the hidden loss, added to `kl` or `ce`.
+      warmup: share of the stage's steps in which the local errors of all quantizers are added.
+      optimizer: of everything but rotations and rounding offsets (sign descent).
+      rotation_optimizer: `adam` on A of R = R0 cayley(A), or `cayley_sgd` on the Stiefel manifold.
+      masked: clipped activations pass no gradient (LSQ) or all of it (Quant.npu).
+
+    Raises:
+      UserError: a value of another type or outside its range, an unknown or repeated group.
+
+    Example:
+      >>> Stage(learn=(("rotated", 0.01), ("weights", 0.005))).rate("weights")
+      0.005
+    """
+
+    learn: tuple[tuple[str, float], ...] = chosen(GROUPS)
+    share: float = within(0, 1, 1.0)
+    quantized: Literal["all", "rotated"] = "all"
+    calibrate: Literal["none", "unrotated", "all"] = "none"
+    ranges: Ranges = "minmax"
+    gptq: bool = False
+    loss: Literal["kl", "ce", "hidden"] = "kl"
+    top_k: int = within(0, LARGEST, 0)
+    hidden_mse: float = within(0, 1e6, 0.0)
+    warmup: float = within(0, 1, 0.0)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    rotation_optimizer: Literal["adam", "cayley_sgd"] = "adam"
+    masked: bool = True
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def rate(self, group: str) -> float:
+        """Learning rate of a group, 0 where it does not learn."""
+        return dict(self.learn).get(group, 0.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of one quantization run but its effort.
+
+    Attributes:
+      bits: bits of every tensor.
+      rotation: `hadamard` merges random Hadamard R1 and R2 into the weights, `none` leaves them.
+      prefix: `auto` searches outlier tokens and puts their K/V in the graph, `none` does not.
+      max_prefix: the longest prefix the search may choose (tokens, BOS included).
+      smooth: alpha of SmoothQuant's diagonal scales (up->down, v->o, q/k); 0 for none.
+      activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma),
+        `sigma-rotated` (sigma where rotated, min-max elsewhere: Quant.npu's), `mse`, or `class` (by
+        tensor class, see `qnpu_jax.calibrate.ranges`). 16-bit tensors always take min-max.
+      weight_init: per-channel range of weights: `minmax`, `sigma` or `mse`.
+      calibration_tokens: tokens of calibration text used.
+      calibration_length: tokens per calibration window, prefix not counted.
+      seed: rotation signs, sampling of the default calibration text, order of the learning text.
+      stages: what follows calibration.
+
+    Raises:
+      UserError: a value of another type or outside its range.
+
+    Example:
+      >>> import dataclasses
+      >>> from qnpu_jax import RECIPES
+      >>> unrotated = dataclasses.replace(RECIPES["w8a8"], name="mine", rotation="none")
+      >>> unrotated.rotation, unrotated.bits == RECIPES["w8a8"].bits
+      ('none', True)
+    """
+
+    name: str
+    bits: BitPlan
+    rotation: Literal["hadamard", "none"] = "hadamard"
+    prefix: Literal["auto", "none"] = "auto"
+    max_prefix: int = within(1, LARGEST, 6)
+    smooth: float = within(0, 1, 0.0)
+    activation_init: Ranges = "class"
+    weight_init: Literal["minmax", "sigma", "mse"] = "mse"
+    calibration_tokens: int = within(1, LARGEST, 8192)
+    calibration_length: int = within(8, LARGEST, 256)
+    seed: int = within(0, 2**32 - 1, 0)  # what a key of jax.random holds
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON values: what `from_json` reads."""
+        return {**dataclasses.asdict(self), "bits": [list(r) for r in self.bits.rules]}
+
+    @staticmethod
+    def from_json(data: dict[str, Any], source: str = "recipe") -> Recipe:
+        """Reads a recipe.
+
+        Args:
+          source: the file, for messages.
+
+        Raises:
+          UserError: an unknown key, a missing one or a value out of range.
+        """
+        return read(Recipe, data, source)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is learned.
+
+    Attributes:
+      steps: of all stages together; 0 learns nothing (stages still calibrate and round).
+      batch, length: sequences of a step, and tokens of each.
+      accumulate: parts that a step's batch is cut into, one after the other, to save memory.
+      tokens: of learning text, at most; passed over again when used up.
+      held_out: sequences of the held-out text whose KL decides which step is kept.
+      patience: evaluations without a better held-out KL before a stage ends; many, because the gain
+        of a cosine schedule comes near its end.
+      without: groups that do not learn at this effort.
+      precision: of matrix products: `highest` (float32), `default` (TF32 on a GPU), `bfloat16`.
+      teacher_bytes: of host memory, at most, in which the teacher's `top_k` likeliest tokens are
+        kept (8 bytes each) and not recomputed at every step; 0 recomputes them. Of stages with loss
+        `kl`, a `top_k` and no `hidden_mse`: the others need more of the teacher.
+
+    Raises:
+      UserError: a value of another type or outside its range, an unknown group.
+
+    Example:
+      >>> Effort("short", steps=4, length=64, tokens=512, held_out=2).batch
+      1
+    """
+
+    name: str
+    steps: int = within(0, LARGEST)
+    batch: int = within(1, LARGEST, 1)
+    length: int = within(2, LARGEST, 256)
+    accumulate: int = within(1, LARGEST, 1)
+    tokens: int = within(0, LARGEST, 0)
+    held_out: int = within(0, LARGEST, 0)
+    patience: int = within(1, LARGEST, 8)
+    without: tuple[str, ...] = chosen(GROUPS)
+    precision: Literal["highest", "default", "bfloat16"] = "highest"
+    teacher_bytes: int = within(0, 2**63 - 1, 0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+EFFORTS = {
+    "none": Effort("none", steps=0),
+    "fast": Effort(
+        "fast", 60, batch=2, length=256, tokens=16_384, held_out=4, without=("rotation", "rounding")
+    ),
+    "full": Effort(
+        "full", steps=500, batch=8, length=512, tokens=500_000, held_out=16, precision="default"
+    ),
+}
+"""By name: none; fast, for two CPU cores; full, for a GPU."""
