@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import transformers
 from model_files import read_model, write_gguf, write_model
 
 from qnpu_jax.config import ModelConfig
@@ -134,6 +135,18 @@ def test_save(tokenizer, tmp_path):
     assert back.chat(CHAT) == CHAT_IDS
     assert (back.bos_id, back.eos_ids, back.vocab_size) == (1, (2,), 49152)
     assert back.chat_template == tokenizer.chat_template
+
+
+def test_transformers_reads_what_is_saved(tokenizer, tmp_path):
+    """An output folder's `tokenizer/` serves others: same ids, same chats, same texts."""
+    tokenizer.save(tmp_path)
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert other(TEXT, add_special_tokens=False, split_special_tokens=True).input_ids == (
+        tokenizer.encode(TEXT)
+    )
+    assert other.apply_chat_template(CHAT, add_generation_prompt=True).input_ids == CHAT_IDS
+    assert other.decode(CHAT_IDS) == CHAT_TEXT
+    assert (other.bos_token_id, other.eos_token_id) == (1, 2)
 
 
 SPLITS = {
