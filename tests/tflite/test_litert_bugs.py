@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[2] / "docs" / "litert_bugs.py"
+PATH = Path(__file__).parents[2] / "docs" / "litert-bugs.py"
 SPEC = importlib.util.spec_from_file_location("litert_bugs", PATH)
 assert SPEC is not None and SPEC.loader is not None
 bugs = importlib.util.module_from_spec(SPEC)
@@ -24,5 +24,5 @@ def test_a_fatal_one_still_kills_the_process(name):
 
 
 def test_the_page_lists_each():
-    page = PATH.with_name("litert-bugs.md").read_text()
+    page = PATH.with_suffix(".md").read_text()
     assert all(f"| `{name}` |" in page for name in (*bugs.WRONG, *bugs.FATAL))

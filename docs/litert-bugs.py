@@ -1,4 +1,4 @@
-"""Minimal reproductions of what LiteRT's integer kernels do wrong: `python docs/litert_bugs.py`.
+"""Minimal reproductions of what LiteRT's integer kernels do wrong: `python docs/litert-bugs.py`.
 
 Each is a model of one operator; the table shows what its definition gives and what came out. See
 docs/litert-bugs.md. What kills the process runs in one of its own.
