@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import outcome
 from bitexact import integers, real_text
-from qnpu_sim.program import Program, compile_model, run, run_op
-from qnpu_sim.rounding import Npu, Profile
 
 from qnpu_jax.integer.model import IntegerModel
 from qnpu_jax.measure.perplexity import divergence, integer_logits, perplexity
+from qnpu_sim.program import Program, compile_model, run
+from qnpu_sim.rounding import Npu, Profile
+from qnpu_sim.run_graph import run_op
 
 PLAIN = Npu()
 PROFILES: dict[str, Profile] = {

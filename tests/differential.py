@@ -14,10 +14,12 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from hypothesis import assume
 from hypothesis import strategies as st
-from kernel_cases import FIXED, options
-from qnpu_sim import elementwise, kernels, op_constants
-from qnpu_sim.rounding import Rules
+from kernel_cases import FIXED, options, types
 from single_op import Tensor
+
+from qnpu_sim import elementwise, kernels, op_constants
+from qnpu_sim.op_constants import Weights
+from qnpu_sim.rounding import Rules
 
 Code = schema.BuiltinOperator
 Draw = Callable[[st.SearchStrategy], Any]
@@ -81,10 +83,6 @@ def outputs(draw: Draw, dtype: str, shape: tuple[int, ...], scale: float) -> Ten
     return Tensor(dtype, None, out, draw(zero_points(dtype)), shape=shape)
 
 
-def qparams(*given: Tensor) -> tuple:
-    return tuple(v for t in given for v in (t.scale, t.zero_point))
-
-
 def shifted(real: Any, limit: int) -> bool:
     """A factor that needs a shift to the left of at most so many bits: C++ does not define more."""
     return bool(np.max(np.frexp(np.asarray(real, np.float64))[1]) <= limit)
@@ -117,9 +115,9 @@ def fully_connected(draw: Draw, dtype: str, bits: int, bias: str) -> Example:
     kind = getattr(schema.TensorType, bias.upper()) if dtype == "int16" else 0
 
     def constants(rules: Rules) -> tuple:
-        args: Any = (*qparams(x), weight_scale, *qparams(y))
-        make = partial(op_constants.prepare_fully_connected, rules, np.dtype(dtype), weights, b)
-        return (make(*args, weight_bits=bits),)
+        operands = Weights(weights, b, weight_scale, bits)
+        of_x, of_y = types(x, y)
+        return (op_constants.prepare_fully_connected(of_x, operands, of_y, rules),)
 
     o = options("FullyConnected", keepNumDims=True, quantizedBiasType=kind)
     kernel = kernels.fully_connected
@@ -139,7 +137,7 @@ def batch_matmul(draw: Draw, dtype: str) -> Example:
     assume(product > 0 and shifted(product / np.float64(z.scale), 30 if dtype == "int8" else 7))
 
     def constants(rules: Rules) -> tuple:
-        return (op_constants.prepare_batch_matmul(rules, np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_batch_matmul(*types(x, y, z), rules),)
 
     o, kernel = options("BatchMatMul", adjY=adj), partial(kernels.batch_matmul, adj_y=adj)
     return Example(Code.BATCH_MATMUL, o, [x, y], z, kernel, (x.data, y.data), constants)
@@ -178,7 +176,7 @@ def add(draw: Draw, dtype: str) -> Example:
     assume(denominator > 0 and twice / denominator < 1)
 
     def constants(rules: Rules) -> tuple:
-        return (op_constants.prepare_add(rules, np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_add(*types(x, y, z), rules),)
 
     o = options("Add", potScaleInt16=False)
     return Example(Code.ADD, o, [x, y], z, elementwise.add, (x.data, y.data), constants)
@@ -195,7 +193,7 @@ def mul(draw: Draw, dtype: str) -> Example:
     assume(0 < real < np.inf and shifted(real, 30))
 
     def constants(rules: Rules) -> tuple:
-        return (op_constants.prepare_mul(rules, np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_mul(*types(x, y, z), rules),)
 
     o = options("Mul")
     return Example(Code.MUL, o, [x, y], z, elementwise.mul, (x.data, y.data), constants)
@@ -209,8 +207,7 @@ def quantize(draw: Draw, dtype: str, to: str) -> Example:
     assume(shifted(np.float64(x.scale) / np.float64(y.scale), 30))
 
     def constants(rules: Rules) -> tuple:
-        made = op_constants.prepare_quantize(rules, np.dtype(dtype), np.dtype(to), *qparams(x, y))
-        return (made,)
+        return (op_constants.prepare_quantize(*types(x, y), rules),)
 
     kernel = partial(elementwise.quantize, dtype=np.dtype(to))
     return Example(Code.QUANTIZE, options("Quantize"), [x], y, kernel, (x.data,), constants)
@@ -232,7 +229,7 @@ def softmax(draw: Draw, dtype: str) -> Example:
     )
 
     def constants(rules: Rules) -> tuple:
-        return (make(rules, x.scale),)
+        return (make(x.scale, rules),)
 
     o = options("Softmax", beta=1.0)
     return Example(Code.SOFTMAX, o, [x], y, kernel, (x.data,), constants)
@@ -252,12 +249,12 @@ def unary(draw: Draw, dtype: str, op: Any) -> Example:
     else:
         fit = float(scale) ** (0.5 if op == "sqrt" else -0.5)
         y = draw(outputs(dtype, shape, fit))
-        # Results below 2^-12 codes are shifted by more than 31 bits (`lut.rsqrt_int8`).
+        # Results below 2^-12 codes are shifted by more than 31 bits (`tables.rsqrt_int8`).
         ratio = fit / float(y.scale)
         assume(2.0**-12 <= ratio < 2**20 and 1e-30 < scale < 1e30)
 
     def constants(rules: Rules) -> tuple:
-        return (op_constants.prepare_unary(op, rules, np.dtype(dtype), *qparams(x, y)),)
+        return (op_constants.prepare_unary(op, *types(x, y), rules),)
 
     return Example(getattr(Code, op.upper()), None, [x], y, kernels.unary, (x.data,), constants)
 

@@ -13,11 +13,12 @@ import jax.extend.core
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.random import Generator
-from qnpu_sim import elementwise, kernels, op_constants
-from qnpu_sim.rounding import Profile, rules_of
 from single_op import Tensor
 
 from qnpu_jax.graph import ops
+from qnpu_sim import elementwise, kernels, op_constants
+from qnpu_sim.op_constants import QuantizedType, Weights
+from qnpu_sim.rounding import Profile, rules_of
 
 Code = schema.BuiltinOperator
 ZERO_POINTS = (-128, -5, 0, 7, 127)
@@ -84,8 +85,8 @@ def real_range(t: Tensor) -> float:
     return float(np.max(t.scale)) * 2 ** BITS[t.dtype]
 
 
-def qparams(*tensors: Tensor) -> tuple:
-    return tuple(v for t in tensors for v in (t.scale, t.zero_point))
+def types(*tensors: Tensor) -> tuple[QuantizedType, ...]:
+    return tuple(QuantizedType(t.scale, t.zero_point, BITS[t.dtype]) for t in tensors)
 
 
 def fully_connected(
@@ -108,9 +109,10 @@ def fully_connected(
     b = Tensor(bias_dtype, bias, (weight_scale * x.scale).astype(np.float32), constant=True)
 
     def constants(profile: Profile) -> tuple:
-        args: Any = (*qparams(x), weight_scale, *qparams(y))
-        made = op_constants.prepare_fully_connected
-        return (made(rules_of(profile), np.dtype(dtype), weights, bias, *args, weight_bits=bits),)
+        operands = Weights(weights, bias, weight_scale, bits)
+        of_x, of_y = types(x, y)
+        made = op_constants.prepare_fully_connected(of_x, operands, of_y, rules_of(profile))
+        return (made,)
 
     return Case([x, w, b], y, (x.data, weights), constants)
 
@@ -133,11 +135,7 @@ def batch_matmul(
             replace(t, scale=np.float32(128 * t.scale)) if is_byte else t
             for t, is_byte in zip((x, y), bytes_, strict=True)
         ]
-        return (
-            op_constants.prepare_batch_matmul(
-                rules_of(profile), np.dtype(dtype), *qparams(*narrow, z)
-            ),
-        )
+        return (op_constants.prepare_batch_matmul(*types(*narrow, z), rules_of(profile)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -160,7 +158,7 @@ def add(rng: Generator, dtype: str, shapes: tuple) -> Case:
     z = Tensor(dtype, None, max(z.scale, low), z.zero_point, shape=z.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (op_constants.prepare_add(rules_of(profile), np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_add(*types(x, y, z), rules_of(profile)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -175,9 +173,7 @@ def add_mask(rng: Generator, dtype: str) -> Case:
     z = Tensor(dtype, None, scale, shape=scores.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (
-            op_constants.prepare_add(rules_of(profile), np.dtype(dtype), *qparams(scores, m, z)),
-        )
+        return (op_constants.prepare_add(*types(scores, m, z), rules_of(profile)),)
 
     return Case([scores, m], z, (scores.data, mask), constants)
 
@@ -190,7 +186,7 @@ def keep(rng: Generator, dtype: str) -> Case:
     z = Tensor(dtype, None, p.scale, shape=p.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (op_constants.prepare_mul(rules_of(profile), np.dtype(dtype), *qparams(p, k, z)),)
+        return (op_constants.prepare_mul(*types(p, k, z), rules_of(profile)),)
 
     return Case([p, k], z, (p.data, seen), constants)
 
@@ -200,7 +196,7 @@ def mul(rng: Generator, dtype: str, shapes: tuple) -> Case:
     z = draw_output(rng, dtype, real_range(x) * real_range(y), np.broadcast_shapes(*shapes))
 
     def constants(profile: Profile) -> tuple:
-        return (op_constants.prepare_mul(rules_of(profile), np.dtype(dtype), *qparams(x, y, z)),)
+        return (op_constants.prepare_mul(*types(x, y, z), rules_of(profile)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -210,11 +206,7 @@ def quantize(rng: Generator, dtype: str, output_dtype: str) -> Case:
     y = draw_output(rng, output_dtype, real_range(x), x.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (
-            op_constants.prepare_quantize(
-                rules_of(profile), np.dtype(dtype), np.dtype(output_dtype), *qparams(x, y)
-            ),
-        )
+        return (op_constants.prepare_quantize(*types(x, y), rules_of(profile)),)
 
     return Case([x], y, (x.data,), constants)
 
@@ -235,7 +227,7 @@ def softmax(rng: Generator, dtype: str) -> Case:
             if dtype == "int8"
             else op_constants.prepare_softmax_int16
         )
-        return (make(rules_of(profile), scale),)
+        return (make(scale, rules_of(profile)),)
 
     return Case([x], Tensor(dtype, None, *FIXED[dtype], shape=(64, 200)), (x.data,), constants)
 
@@ -258,9 +250,7 @@ def unary(rng: Generator, dtype: str, op: Any) -> Case:
     x = Tensor(dtype, codes, scale, zero_point)
 
     def constants(profile: Profile) -> tuple:
-        return (
-            op_constants.prepare_unary(op, rules_of(profile), np.dtype(dtype), *qparams(x, output)),
-        )
+        return (op_constants.prepare_unary(op, *types(x, output), rules_of(profile)),)
 
     return Case([x], output, (codes,), constants)
 
@@ -297,13 +287,13 @@ def _fully_connected(dtype: str, bits: int, bias: str, one_scale: bool = False) 
 
 
 def _batch_matmul(dtype: str, adj_y: bool, shape: tuple, bytes_: tuple[bool, bool]) -> Variant:
-    flags = {"adj_y": adj_y, "x_is_byte": bytes_[0], "y_is_byte": bytes_[1]}
+    facts = kernels.OperandFacts(*bytes_)
     return Variant(
         ops.BatchMatmul,
         f"{dtype}-{shape}-{'adj' if adj_y else 'plain'}-{bytes_}",
         Code.BATCH_MATMUL,
         options("BatchMatMul", adjY=adj_y),
-        partial(kernels.batch_matmul, **flags),
+        partial(kernels.batch_matmul, adj_y=adj_y, facts=facts),
         partial(batch_matmul, dtype=dtype, adj_y=adj_y, shape=shape, bytes_=bytes_),
     )
 

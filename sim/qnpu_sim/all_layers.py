@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from qnpu_jax.graph import Graph
-from qnpu_sim.run_graph import run_graph, same_bits
+from qnpu_sim.run_graph import run_graph, same_bits, sequence_input
 
 
 class _Place(NamedTuple):
@@ -112,7 +112,7 @@ def run_all(graphs: tuple[Graph, ...], of_graphs: list[list[Stack]], ids: Array)
 
 
 def _run_stack(graph: Graph, stack: Stack, x: Array) -> Array:
-    name = "ids" if graph.prefix == "embed." else "input.residual"
+    name, shape = sequence_input(graph)
     output = graph.outputs[0]
 
     def step(x: Array, arrays: dict[str, Array]) -> tuple[Array, None]:
@@ -122,7 +122,7 @@ def _run_stack(graph: Graph, stack: Stack, x: Array) -> Array:
             env = run_graph(graph, stack.layer, {**codes, name: x}, constants, (output,))
             return env[output]
 
-        return one(x) if x.ndim == len(graph[name].shape) else jax.vmap(one)(x), None
+        return one(x) if x.ndim == len(shape) else jax.vmap(one)(x), None
 
     if stack.layers == 1:  # of another type than its input, perhaps
         return step(x, {n: a[0] for n, a in stack.arrays.items()})[0]

@@ -108,7 +108,7 @@ def _fits(graph: Graph, layer: int, chain: Chain, constants: Mapping[str, Any]) 
 
     def symmetric(name: str) -> bool:
         quant = graph[name].quant
-        return quant is not None and quant.symmetric
+        return quant.symmetric
 
     _, rows, size = graph[chain.queries].shape
     keys = graph[chain.keys].shape[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, assert_never
 
 import numpy as np
@@ -32,12 +32,12 @@ from qnpu_jax.graph import (
 )
 from qnpu_jax.integer import Bound, IntegerModel, accumulators, intermediates
 from qnpu_sim import op_constants, xnnpack
+from qnpu_sim.op_constants import QuantizedType, Weights
 from qnpu_sim.rounding import Rules
 
 
 def dtype_of(spec: TensorSpec, layer: int) -> np.dtype:
     """int8 for codes of up to 8 bits, int16 above."""
-    assert spec.quant is not None
     return np.dtype(np.int8 if spec.quant.bits[layer] <= 8 else np.int16)
 
 
@@ -47,13 +47,8 @@ def narrow_source(graph: Graph, name: str, layer: int) -> str:
     if producer is None or not isinstance(producer.op, Requantize):
         return name
     source, target = graph[producer.inputs[0]].quant, graph[name].quant
-    assert source is not None and target is not None
     widens = source.bits[layer] == 8 and target.bits[layer] == 16
     return producer.inputs[0] if widens else name
-
-
-def _at(array: np.ndarray, graph: Graph, layer: int) -> Any:
-    return array[layer] if graph.prefix == "layers." else array[()]
 
 
 def tight_sums(model: IntegerModel, dec: Any, rules: Rules) -> frozenset[str]:
@@ -63,12 +58,12 @@ def tight_sums(model: IntegerModel, dec: Any, rules: Rules) -> frozenset[str]:
       UserError: there are some, and the profile does not say what happens to them; or a sum passes
         what the file and the profile's kernels have for it.
     """
-    intermediates.check(intermediates.proved_intermediates(dec, model.zero_point))
+    intermediates.check(intermediates.proved_intermediates(dec, model.tensors))
     bits = rules.accumulator_bits
     int4 = _int4_linears(dec) if rules.xnnpack else frozenset()
     # Of linears, `freeze` has proved that they fit what the file has for them.
     proved = bits is None and rules.rescaled_bits == 64 and not int4
-    bounds = accumulators.proved_bounds(dec, model.codes, model.zero_point, linears=not proved)
+    bounds = accumulators.proved_bounds(dec, model.tensors, linears=not proved)
     if bits is None:
         accumulators.check(bounds)
         if passing := accumulators.overflowing(bounds, rules.rescaled_bits):
@@ -101,7 +96,6 @@ def _int4_linears(dec: Any) -> frozenset[str]:
 
 def _bits(graph: Graph, name: str, layer: int) -> int:
     quant = graph[name].quant
-    assert quant is not None
     return quant.bits[layer]
 
 
@@ -113,6 +107,49 @@ def _too_wide(passing: list[Bound], got: str, way_out: str) -> UserError:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One layer of a graph: what the constants of its ops are made from.
+
+    Attributes:
+      codes: of parameters and shared inputs by local name.
+      tight: `tight_sums`.
+    """
+
+    model: IntegerModel
+    graph: Graph
+    index: int
+    codes: dict[str, np.ndarray]
+    rules: Rules
+    tight: frozenset[str]
+
+    def global_name(self, name: str) -> str:
+        """`layers.3.attn.q` of `attn.q`."""
+        return self.graph.global_name(self.index, name)
+
+    def scale(self, name: str) -> Any:
+        """float32: a scalar, or one value per channel of weights."""
+        return self.graph.at(self.model.tensors[self.graph.prefix + name].scale, self.index)[()]
+
+    def type_of(self, name: str) -> QuantizedType:
+        """Of an activation or input."""
+        tensor = self.model.tensors[self.graph.prefix + name]
+        zero_point = int(self.graph.at(tensor.zero_point, self.index))
+        bits = self.graph[name].quant.bits[self.index]
+        return QuantizedType(self.scale(name), zero_point, bits)
+
+    def weights(self, name: str, bias: str) -> Weights:
+        """The constant operands of a FULLY_CONNECTED."""
+        bits = self.graph[name].quant.bits[self.index]
+        return Weights(self.codes[name], self.codes[bias], self.scale(name), bits)
+
+    def factor(self, name: str, tight: bool) -> QuantizedType:
+        """Type of an operand of BATCH_MATMUL: bits of the tensor, scale and zero point of what is
+        multiplied (`matmul_operand`)."""
+        multiplied = self.type_of(matmul_operand(self.graph, name, self.index, tight))
+        return multiplied._replace(bits=self.type_of(name).bits)
+
+
 def constants_of(
     model: IntegerModel,
     graph: Graph,
@@ -121,80 +158,65 @@ def constants_of(
     rules: Rules,
     tight: frozenset[str],
 ) -> dict[str, Any]:
-    def scale(name: str) -> Any:
-        return _at(model.scale[graph.prefix + name], graph, layer)
+    """The kernels' constants of one layer, by local name of the op's output.
 
-    def pair(name: str) -> tuple[Any, int]:
-        return scale(name), int(_at(model.zero_point[graph.prefix + name], graph, layer))
+    Args:
+      codes: of parameters and shared inputs by local name.
+      tight: `tight_sums` of the same rules.
 
+    Raises:
+      UserError: the profile cannot represent an op.
+    """
+    own = _Layer(model, graph, layer, codes, rules, tight)
     made = {}
     for node in graph.nodes:
         if not is_identity(graph, node, layer):
-            name = graph.global_name(layer, node.output)
             try:
-                constants = _prepare(graph, node, layer, codes, rules, name in tight, scale, pair)
+                constants = _prepare(own, node)
             except UserError as error:
-                raise UserError(f"{name}: {error}") from None
+                raise UserError(f"{own.global_name(node.output)}: {error}") from None
             if constants is not None:
                 made[node.output] = constants
     return made
 
 
-def _prepare(
-    graph: Graph,
-    node: Node,
-    layer: int,
-    codes: dict[str, np.ndarray],
-    rules: Rules,
-    tight: bool,
-    scale: Callable[[str], Any],
-    pair: Callable[[str], tuple[Any, int]],
-) -> Any:
-    names, out = node.inputs, node.output
+def _prepare(layer: _Layer, node: Node) -> Any:
+    """Constants of one op; None for an op that only moves codes."""
+    names, rules = node.inputs, layer.rules
+    tight = layer.global_name(node.output) in layer.tight
     if isinstance(node.op, Embedding | Reshape | Transpose | Slice | Concat):
         return None
-    dtype = dtype_of(graph[names[0]], layer)
+    out = layer.type_of(node.output)
     match node.op:
         case FullyConnected():
-            weights = graph[names[1]].quant
-            assert weights is not None
-            return op_constants.prepare_fully_connected(
-                rules,
-                dtype,
-                codes[names[1]],
-                codes[names[2]],
-                *pair(names[0]),
-                scale(names[1]),
-                *pair(out),
-                weight_bits=weights.bits[layer],
-                tight=tight,
-            )
+            x, weights = layer.type_of(names[0]), layer.weights(*names[1:])
+            return op_constants.prepare_fully_connected(x, weights, out, rules, tight=tight)
         case BatchMatmul():
-            x, y = (pair(operand(graph, n, layer, tight)) for n in names)
-            return op_constants.prepare_batch_matmul(rules, dtype, *x, *y, *pair(out), tight=tight)
+            x, y = (layer.factor(n, tight) for n in names)
+            return op_constants.prepare_batch_matmul(x, y, out, rules, tight=tight)
         case Add() | AddMask():
-            return op_constants.prepare_add(
-                rules, dtype, *pair(names[0]), *pair(names[1]), *pair(out)
-            )
+            x, y = (layer.type_of(n) for n in names)
+            return op_constants.prepare_add(x, y, out, rules)
         case Mul() | Keep():
-            return op_constants.prepare_mul(
-                rules, dtype, *pair(names[0]), *pair(names[1]), *pair(out)
-            )
+            x, y = (layer.type_of(n) for n in names)
+            return op_constants.prepare_mul(x, y, out, rules)
         case Requantize():
-            output = dtype_of(graph[out], layer)
-            return op_constants.prepare_quantize(rules, dtype, output, *pair(names[0]), *pair(out))
-        case Softmax() if dtype == np.int8:
-            return op_constants.prepare_softmax_int8(rules, scale(names[0]))
+            return op_constants.prepare_quantize(layer.type_of(names[0]), out, rules)
+        case Softmax() if layer.type_of(names[0]).narrow:
+            return op_constants.prepare_softmax_int8(layer.scale(names[0]), rules)
         case Softmax():
-            return op_constants.prepare_softmax_int16(rules, scale(names[0]))
+            return op_constants.prepare_softmax_int16(layer.scale(names[0]), rules)
         case Logistic() | Sqrt() | Rsqrt():
             kind: Any = type(node.op).__name__.lower()
-            return op_constants.prepare_unary(kind, rules, dtype, *pair(names[0]), *pair(out))
+            return op_constants.prepare_unary(kind, layer.type_of(names[0]), out, rules)
         case _:
             assert_never(node.op)
 
 
-def operand(graph: Graph, name: str, layer: int, tight: bool) -> str:
-    """What a BATCH_MATMUL multiplies: the byte behind a widened operand (`narrow_source`), but
-    where its sum is limited and so has to be the file's own."""
+def matmul_operand(graph: Graph, name: str, layer: int, tight: bool) -> str:
+    """The tensor that a BATCH_MATMUL multiplies in place of an operand: the bytes that it was
+    widened from (`narrow_source`).
+
+    A `tight` sum is limited term by term, so it has to be the file's own: the operand itself.
+    """
     return name if tight else narrow_source(graph, name, layer)

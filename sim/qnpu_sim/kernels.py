@@ -14,6 +14,7 @@ Products of bytes are summed by exact dots (`qnpu_sim.exact_dots`); int16 operan
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -109,15 +110,32 @@ def fully_connected(x: Array, w: Array, c: FullyConnectedConstants) -> Array:
     return codes_of_sums(acc, c, x.dtype)
 
 
+@dataclass(frozen=True)
+class OperandFacts:
+    """What is known of the operands of a BATCH_MATMUL when it is compiled: it saves work and
+    changes no bit.
+
+    Attributes:
+      x_is_byte, y_is_byte: the int16 operand was widened from int8: its codes over `WIDENING`, with
+        the zero point that the constants have for it, are int8 again, and one dot does.
+      y_is_symmetric: the constants' y_zero_point is 0.
+    """
+
+    x_is_byte: bool = False
+    y_is_byte: bool = False
+    y_is_symmetric: bool = False
+
+
+NO_FACTS = OperandFacts()
+
+
 def batch_matmul(
     x: Array,
     y: Array,
     c: BatchMatmulConstants,
     *,
     adj_y: bool = False,
-    x_is_byte: bool = False,
-    y_is_byte: bool = False,
-    y_is_symmetric: bool = False,
+    facts: OperandFacts = NO_FACTS,
 ) -> Array:
     """z = clip(rescale((x - x_zero_point)(y - y_zero_point)) + zero_point), batch by batch.
 
@@ -128,9 +146,7 @@ def batch_matmul(
       y: (B, K, N), or (B, N, K) with adj_y; of x's type.
       c: from `prepare_batch_matmul`.
       adj_y: y is transposed.
-      x_is_byte, y_is_byte: the caller knows that the int16 operand was widened from int8: the codes
-        over `WIDENING`, with the zero point that `c` has for it, are int8 again, and one dot does.
-      y_is_symmetric: the caller knows that `c.y_zero_point` is 0.
+      facts: what the caller knows of the operands.
 
     Returns:
       (B, M, N) codes of x's type.
@@ -139,16 +155,18 @@ def batch_matmul(
     """
     k_axis = 2 if adj_y else 1
     # |codes - zero point| <= 255: a sum of so few products fits 31 bits, whatever x's type.
-    small = x_is_byte and y_is_byte and x.shape[2] * 255**2 < 2**31
+    small = facts.x_is_byte and facts.y_is_byte and x.shape[2] * 255**2 < 2**31
     if isinstance(c.limit, Saturate):
         y_real = _less(y.swapaxes(1, 2) if adj_y else y, c.y_zero_point)
         acc = saturating_sum(_less(x, c.x_zero_point), y_real, c.limit)
     elif x.dtype == jnp.int16 and x.shape[1] == y.shape[3 - k_axis] == 1:
-        acc = _row_products(x // WIDENING if x_is_byte else x, y // WIDENING if y_is_byte else y)
+        acc = _row_products(
+            x // WIDENING if facts.x_is_byte else x, y // WIDENING if facts.y_is_byte else y
+        )
     else:
         acc = _matmul(
-            _digits(x, c.x_zero_point, x_is_byte),
-            _digits(y, None if y_is_symmetric else c.y_zero_point, y_is_byte),
+            _digits(x, c.x_zero_point, facts.x_is_byte),
+            _digits(y, None if facts.y_is_symmetric else c.y_zero_point, facts.y_is_byte),
             k_axis,
             jnp.int32 if x.dtype == jnp.int8 or small else jnp.int64,
         )

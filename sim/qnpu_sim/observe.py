@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from qnpu_jax.graph import BatchMatmul, FullyConnected, Graph, Node
-from qnpu_jax.integer import IntegerModel
+from qnpu_jax.integer import IntegerModel, QTensor
 from qnpu_sim.program import Program, steps
 
 
@@ -80,16 +80,15 @@ def _layer_ranges(
 def _range(
     model: IntegerModel, graph: Graph, layer: int, node: Node, tensors: Mapping[str, np.ndarray]
 ) -> Range:
-    def at(values: dict[str, np.ndarray], name: str) -> Any:
-        array = values[graph.prefix + name]
-        return array[layer] if graph.prefix == "layers." else array
+    def at(name: str) -> QTensor:
+        return graph.at(model.tensors[graph.prefix + name], layer)
 
     def centred(name: str) -> np.ndarray:
-        return tensors[name].astype(np.float64) - float(at(model.zero_point, name))
+        return tensors[name].astype(np.float64) - float(at(name).zero_point)
 
     x = centred(node.inputs[0])
     if isinstance(node.op, FullyConnected):
-        w, b = (at(model.codes, n) for n in node.inputs[1:])
+        w, b = (at(n).codes for n in node.inputs[1:])
         acc = x @ w.T.astype(np.float64)
         low, high = (end.astype(np.int64) + b for end in (acc.min(0), acc.max(0)))
     else:

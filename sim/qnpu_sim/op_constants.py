@@ -9,7 +9,7 @@ Scales are np.float32, zero points ints; those of int16 tensors are 0.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -24,22 +24,46 @@ from qnpu_sim.kernels import (
     TableConstants,
 )
 from qnpu_sim.narrow_accumulators import Limit, Saturate, Wrap
-from qnpu_sim.rounding import Rules
+from qnpu_sim.rounding import Rules, Scale
+
+
+class QuantizedType(NamedTuple):
+    """How a tensor is quantized: real = scale (code - zero_point).
+
+    Attributes:
+      scale: float32.
+      zero_point: a code; 0 for int16.
+      bits: up to 8 are stored as int8, more as int16.
+    """
+
+    scale: np.float32
+    zero_point: int = 0
+    bits: int = 8
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the codes are int8."""
+        return self.bits <= 8
+
+
+class Weights(NamedTuple):
+    """The second and third operand of a FULLY_CONNECTED.
+
+    Attributes:
+      codes: (N, K) int8.
+      bias: (N,) int32, or int64 (int16 activations only) for a 64-bit accumulator.
+      scale: float32, of the tensor () or per channel (N,).
+      bits: of the codes in the file, 8 or 4.
+    """
+
+    codes: np.ndarray
+    bias: np.ndarray
+    scale: np.ndarray | np.float32
+    bits: int = 8
 
 
 def prepare_fully_connected(
-    rules: Rules,
-    dtype: np.dtype | type,
-    weights: np.ndarray,
-    bias: np.ndarray,
-    x_scale: np.float32,
-    x_zero_point: int,
-    weight_scale: np.ndarray | np.float32,
-    scale: np.float32,
-    zero_point: int,
-    *,
-    weight_bits: int = 8,
-    tight: bool = False,
+    x: QuantizedType, w: Weights, out: QuantizedType, rules: Rules, *, tight: bool = False
 ) -> FullyConnectedConstants:
     """Constants of `kernels.fully_connected`.
 
@@ -48,40 +72,40 @@ def prepare_fully_connected(
     the kernel's sum modulo 2^32 or 2^64.
 
     Args:
-      dtype: of the activations, int8 or int16.
-      weights: (N, K) int8 codes.
-      bias: (N,) int32, or int64 (int16 activations only) for a 64-bit accumulator.
-      weight_scale: float32, one or (N,): their products with x_scale are of float64, or by
-        `rules.one_scale`.
-      weight_bits: of the codes in the file.
       tight: the sum is not proved to fit `rules.accumulator_bits`.
 
     Raises:
       UserError: the profile cannot represent the op.
     """
-    narrow = np.dtype(dtype) == np.int8
-    row_sum = weights.sum(1, dtype=np.int64)
-    offset = bias.astype(np.int64) + (-x_zero_point if narrow else 128) * row_sum
-    weight_scales = np.broadcast_to(np.asarray(weight_scale, np.float32), bias.shape)
-    limit = _limit(rules, tight, x_zero_point if narrow else 0, bias)
-    scales = (x_scale, weight_scales, scale)
-    if (
-        narrow
-        and rules.xnnpack
-        and xnnpack.takes_linear(*scales, weight_bits, input_size=weights.shape[1])
-    ):
-        made = xnnpack.product_scale(*scales)
-        xnnpack.check_linear(made)
-        limit = Wrap(xnnpack.INT4_BITS) if weight_bits <= 4 else limit
-    else:
-        wide = bias.dtype == np.int64 or isinstance(limit, Saturate)
-        single = np.size(weight_scale) == 1 and not wide and rules.one_scale == "float32"
-        product = x_scale * weight_scales if single else np.float64(x_scale) * weight_scales
-        rule = rules.linear8 if narrow else rules.linear16
-        made = (rules.linear16_wide if wide else rule)(product.astype(np.float64) / scale)
-    dot = exact_dots.fastest(weights) if rules.floats else exact_dots.INT8
-    offset = offset.astype(bias.dtype)
-    return FullyConnectedConstants(offset, made, _int32(zero_point), limit, dot)
+    row_sum = w.codes.sum(1, dtype=np.int64)
+    offset = w.bias.astype(np.int64) + (-x.zero_point if x.narrow else 128) * row_sum
+    limit = _limit(rules, tight, x.zero_point if x.narrow else 0, w.bias)
+    scale, limit = _linear_scale(x, w, out, rules, limit)
+    dot = exact_dots.fastest(w.codes) if rules.floats else exact_dots.INT8
+    offset = offset.astype(w.bias.dtype)
+    return FullyConnectedConstants(offset, scale, _int32(out.zero_point), limit, dot)
+
+
+def _linear_scale(
+    x: QuantizedType, w: Weights, out: QuantizedType, rules: Rules, limit: Limit
+) -> tuple[Scale, Limit]:
+    """The rescaling of a FULLY_CONNECTED by x_scale * weight_scale / scale, and the limit of its
+    accumulator.
+
+    The product of the two scales is of float64, or by `rules.one_scale`.
+    """
+    weight_scales = np.broadcast_to(np.asarray(w.scale, np.float32), w.bias.shape)
+    scales = (x.scale, weight_scales, out.scale)
+    input_size = w.codes.shape[1]
+    if x.narrow and rules.xnnpack and xnnpack.takes_linear(*scales, w.bits, input_size=input_size):
+        product = xnnpack.product_scale(*scales)
+        xnnpack.check_linear(product)
+        return product, Wrap(xnnpack.INT4_BITS) if w.bits <= 4 else limit
+    wide = w.bias.dtype == np.int64 or isinstance(limit, Saturate)
+    single = np.size(w.scale) == 1 and not wide and rules.one_scale == "float32"
+    real = x.scale * weight_scales if single else np.float64(x.scale) * weight_scales
+    rule = rules.linear8 if x.narrow else rules.linear16
+    return (rules.linear16_wide if wide else rule)(real.astype(np.float64) / out.scale), limit
 
 
 def _limit(rules: Rules, tight: bool, x_zero_point: int, start: np.ndarray) -> Limit:
@@ -94,117 +118,87 @@ def _limit(rules: Rules, tight: bool, x_zero_point: int, start: np.ndarray) -> L
 
 
 def prepare_batch_matmul(
-    rules: Rules,
-    dtype: np.dtype | type,
-    x_scale: np.float32,
-    x_zero_point: int,
-    y_scale: np.float32,
-    y_zero_point: int,
-    scale: np.float32,
-    zero_point: int,
-    *,
-    tight: bool = False,
+    x: QuantizedType, y: QuantizedType, out: QuantizedType, rules: Rules, *, tight: bool = False
 ) -> BatchMatmulConstants:
     """Constants of `kernels.batch_matmul`: factor double(f32(sx sy)) / double(s) in every profile
     but XNNPACK's.
 
     Args:
-      x_zero_point, y_zero_point: of an int16 operand that was widened from int8, those it had.
+      x, y: an int16 operand that was widened from int8 has the scale and zero point of its bytes,
+        and 16 bits.
       tight: the sum is not proved to fit `rules.accumulator_bits`.
 
     Reference: LiteRT kernels/kernel_util.cc, `GetQuantizedConvolutionMultipler`.
     """
-    narrow = np.dtype(dtype) == np.int8
-    limit = _limit(rules, tight, x_zero_point, np.zeros(1, np.int32))
-    scales = (x_scale, y_scale, scale)
-    if narrow and rules.xnnpack and xnnpack.takes_batch_matmul(*scales, y_zero_point):
+    limit = _limit(rules, tight, x.zero_point, np.zeros(1, np.int32))
+    scales = (x.scale, y.scale, out.scale)
+    if x.narrow and rules.xnnpack and xnnpack.takes_batch_matmul(*scales, y.zero_point):
         made = xnnpack.product_scale(*scales)
     else:
-        wide = not narrow or isinstance(limit, Saturate)
-        real = np.float64(x_scale * y_scale) / np.float64(scale)
+        wide = not x.narrow or isinstance(limit, Saturate)
+        real = np.float64(x.scale * y.scale) / np.float64(out.scale)
         made = (rules.matmul16 if wide else rules.matmul8)(real)
-    zero_points = (_int32(x_zero_point), _int32(y_zero_point))
-    return BatchMatmulConstants(*zero_points, made, _int32(zero_point), limit)
+    zero_points = (_int32(x.zero_point), _int32(y.zero_point))
+    return BatchMatmulConstants(*zero_points, made, _int32(out.zero_point), limit)
 
 
 def prepare_add(
-    rules: Rules,
-    dtype: np.dtype | type,
-    x_scale: np.float32,
-    x_zero_point: int,
-    y_scale: np.float32,
-    y_zero_point: int,
-    scale: np.float32,
-    zero_point: int,
+    x: QuantizedType, y: QuantizedType, out: QuantizedType, rules: Rules
 ) -> elementwise.Add:
     """Constants of `elementwise.add`: with t = 2 max(sx, sy), factors sx / t, sy / t and
     t / (2^L s).
 
     Reference: LiteRT kernels/add.cc, `Prepare`.
     """
-    narrow = np.dtype(dtype) == np.int8
-    zero_points = (_int32(x_zero_point), _int32(y_zero_point))
-    if narrow and rules.xnnpack and xnnpack.takes_add(x_scale, y_scale, scale):
-        factors = xnnpack.add_factors(x_scale, y_scale, scale)
-        return elementwise.XnnAdd(*zero_points, *factors, _int32(zero_point))
-    left = 20 if narrow else 15
-    twice_max = 2.0 * np.float64(max(x_scale, y_scale))
-    total = twice_max / np.float64(np.float32(1 << left) * scale)
-    x, y = (rules.elementwise(np.float64(s) / twice_max) for s in (x_scale, y_scale))
-    made = AddConstants(*zero_points, x, y, rules.elementwise(total), _int32(zero_point))
+    zero_points = (_int32(x.zero_point), _int32(y.zero_point))
+    scales = (x.scale, y.scale, out.scale)
+    if x.narrow and rules.xnnpack and xnnpack.takes_add(*scales):
+        return elementwise.XnnAdd(
+            *zero_points, *xnnpack.add_factors(*scales), _int32(out.zero_point)
+        )
+    left = 20 if x.narrow else 15
+    twice_max = 2.0 * np.float64(max(x.scale, y.scale))
+    total = twice_max / np.float64(np.float32(1 << left) * out.scale)
+    factors = (rules.elementwise(np.float64(t.scale) / twice_max) for t in (x, y))
+    made = AddConstants(*zero_points, *factors, rules.elementwise(total), _int32(out.zero_point))
     return elementwise.LaneAdd(made) if rules.lanes else made
 
 
 def prepare_mul(
-    rules: Rules,
-    dtype: np.dtype | type,
-    x_scale: np.float32,
-    x_zero_point: int,
-    y_scale: np.float32,
-    y_zero_point: int,
-    scale: np.float32,
-    zero_point: int,
+    x: QuantizedType, y: QuantizedType, out: QuantizedType, rules: Rules
 ) -> elementwise.Mul:
     """Constants of `elementwise.mul`: factor f32(f32(sx sy) / s).
 
     Reference: LiteRT kernels/mul.cc, `Prepare`.
     """
-    narrow = np.dtype(dtype) == np.int8
-    taken = narrow and rules.xnnpack and xnnpack.takes_mul(x_scale, y_scale, scale)
+    scales = (x.scale, y.scale, out.scale)
+    taken = x.narrow and rules.xnnpack and xnnpack.takes_mul(*scales)
     if taken:
-        product = xnnpack.product_scale(x_scale, y_scale, scale)
+        product = xnnpack.product_scale(*scales)
     else:
-        product = rules.elementwise(np.float64(x_scale * y_scale / scale))
-    zero_points = (_int32(x_zero_point), _int32(y_zero_point))
-    made = MulConstants(*zero_points, product, _int32(zero_point))
-    return elementwise.LaneMul(made) if narrow and rules.lanes and not taken else made
+        product = rules.elementwise(np.float64(x.scale * y.scale / out.scale))
+    zero_points = (_int32(x.zero_point), _int32(y.zero_point))
+    made = MulConstants(*zero_points, product, _int32(out.zero_point))
+    return elementwise.LaneMul(made) if x.narrow and rules.lanes and not taken else made
 
 
-def prepare_quantize(
-    rules: Rules,
-    dtype: np.dtype | type,
-    output: np.dtype | type,
-    x_scale: np.float32,
-    x_zero_point: int,
-    scale: np.float32,
-    zero_point: int,
-) -> elementwise.Quantize:
+def prepare_quantize(x: QuantizedType, out: QuantizedType, rules: Rules) -> elementwise.Quantize:
     """Constants of `elementwise.quantize`: factor double(sx) / double(s).
 
     Reference: LiteRT kernels/quantize.cc, `Prepare`.
     """
-    narrow = np.dtype(dtype) == np.dtype(output) == np.int8
-    zero_points = _int32(x_zero_point), _int32(zero_point)
-    if narrow and rules.xnnpack and xnnpack.takes_quantize(x_scale, scale):
-        factor = xnnpack.quantize_factor(x_scale, scale)
+    narrow = x.narrow and out.narrow
+    zero_points = _int32(x.zero_point), _int32(out.zero_point)
+    if narrow and rules.xnnpack and xnnpack.takes_quantize(x.scale, out.scale):
+        factor = xnnpack.quantize_factor(x.scale, out.scale)
         return elementwise.XnnQuantize(zero_points[0], factor, zero_points[1])
-    made = rules.elementwise(np.float64(x_scale) / np.float64(scale))
+    made = rules.elementwise(np.float64(x.scale) / np.float64(out.scale))
     constants = QuantizeConstants(zero_points[0], made, zero_points[1])
     return elementwise.LaneQuantize(constants) if narrow and rules.lanes else constants
 
 
 def prepare_softmax_int8(
-    rules: Rules, x_scale: np.float32
+    x_scale: np.float32, rules: Rules
 ) -> SoftmaxInt8Constants | SoftmaxFloatConstants:
     """Constants of `kernels.softmax_int8`: the exponential of every difference to the row's
     maximum.
@@ -229,7 +223,7 @@ def prepare_softmax_int8(
     return SoftmaxInt8Constants(np.where(below <= radius, exponential, 0).astype(np.int32))
 
 
-def prepare_softmax_int16(rules: Rules, x_scale: np.float32) -> SoftmaxInt16Constants:
+def prepare_softmax_int16(x_scale: np.float32, rules: Rules) -> SoftmaxInt16Constants:
     """Constants of `kernels.softmax_int16`: [-10, 0] is stretched over 65,536 steps, and clipped
     there.
 
@@ -247,65 +241,50 @@ def prepare_softmax_int16(rules: Rules, x_scale: np.float32) -> SoftmaxInt16Cons
 Unary = Literal["logistic", "sqrt", "rsqrt"]
 
 
-def prepare_unary(
-    op: Unary,
-    rules: Rules,
-    dtype: np.dtype | type,
-    x_scale: np.float32,
-    x_zero_point: int,
-    scale: np.float32,
-    zero_point: int,
-) -> TableConstants:
-    """Constants of `kernels.unary`: the op's value at every code of `dtype`.
+def prepare_unary(op: Unary, x: QuantizedType, out: QuantizedType, rules: Rules) -> TableConstants:
+    """Constants of `kernels.unary`: the op's value at every code of `x`.
 
-    LOGISTIC's output is fixed at (1/256, -128) or (1/32768, 0) and does not depend on `scale` and
-    `zero_point`.
+    LOGISTIC's output is fixed at (1/256, -128) or (1/32768, 0) and does not depend on `out`.
     """
-    narrow = np.dtype(dtype) == np.int8
-    entries = rules.table_entries
+    qparams = (x.scale, x.zero_point)
+    dtype = np.int8 if x.narrow else np.int16
     match op:
         case "sqrt":
             make = tables.sqrt_float32 if rules.sqrt == "float32" else tables.sqrt_integer
-            table = make(x_scale, x_zero_point, scale, zero_point, dtype)
-        case "logistic" | "rsqrt" if entries is not None:
-            output = (float(scale), zero_point)
-            if op == "logistic":
-                output = (2.0**-8, -128) if narrow else (2.0**-15, 0)
-            table = _sampled(op, dtype, entries, float(x_scale), x_zero_point, *output)
-        case "logistic" if narrow:
-            taken = rules.xnnpack and xnnpack.takes_logistic(x_scale)
+            table = make(*qparams, out.scale, out.zero_point, dtype)
+        case "logistic" | "rsqrt" if rules.table_entries is not None:
+            table = _sampled(op, x, out, rules.table_entries)
+        case "logistic" if x.narrow:
+            taken = rules.xnnpack and xnnpack.takes_logistic(x.scale)
             make = tables.logistic_xnn if taken else tables.logistic_int8
-            table = make(x_scale, x_zero_point)
+            table = make(*qparams)
         case "logistic":
-            table = tables.logistic_int16(x_scale, gemmlowp_at_2_12=rules.lanes)
-        case "rsqrt" if narrow:
-            table = tables.rsqrt_int8(x_scale, x_zero_point, scale, zero_point)
+            table = tables.logistic_int16(x.scale, gemmlowp_at_2_12=rules.lanes)
+        case "rsqrt" if x.narrow:
+            table = tables.rsqrt_int8(*qparams, out.scale, out.zero_point)
         case "rsqrt":
-            table = tables.rsqrt_int16(x_scale, scale)
+            table = tables.rsqrt_int16(x.scale, out.scale)
     return TableConstants(table)
 
 
 def _sampled(
-    op: Literal["logistic", "rsqrt"],
-    dtype: np.dtype | type,
-    entries: int,
-    x_scale: float,
-    x_zero_point: int,
-    scale: float,
-    zero_point: int,
+    op: Literal["logistic", "rsqrt"], x: QuantizedType, out: QuantizedType, entries: int
 ) -> np.ndarray:
     """LOGISTIC or RSQRT in so many samples; codes at or below the zero point of RSQRT give its
     largest."""
+    x_scale, scale, zero_point = float(x.scale), float(out.scale), out.zero_point
+    if op == "logistic":
+        scale, zero_point = (2.0**-8, -128) if x.narrow else (2.0**-15, 0)
 
     def function(code: np.ndarray) -> np.ndarray:
-        x = (code - x_zero_point) * x_scale
+        real = (code - x.zero_point) * x_scale
         if op == "logistic":
-            y = 1 / (1 + np.exp(-np.clip(x, -700, 700)))
+            y = 1 / (1 + np.exp(-np.clip(real, -700, 700)))
         else:
-            y = np.where(x > 0, 1 / np.sqrt(np.where(x > 0, x, 1)), 2**16 * scale)
+            y = np.where(real > 0, 1 / np.sqrt(np.where(real > 0, real, 1)), 2**16 * scale)
         return y / scale + zero_point
 
-    return tables.sampled(function, dtype, entries)
+    return tables.sampled(function, np.int8 if x.narrow else np.int16, entries)
 
 
 def _int32(value: int) -> np.ndarray:

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache, cached_property, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Graph
 from qnpu_jax.integer import IntegerModel
 from qnpu_sim import parallel
 from qnpu_sim.all_layers import Stack, run_all, stacks
 from qnpu_sim.graph_constants import constants_of, tight_sums
 from qnpu_sim.rounding import Profile, rules_of
-from qnpu_sim.run_graph import Codes, run_graph, same_bits
+from qnpu_sim.run_graph import Codes, run_graph, same_bits, sequence_input
 
 NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
@@ -104,7 +106,7 @@ def compile_model(
 def run(
     program: Program,
     ids: Any,
-    keep: Callable[[str], bool] = nothing,
+    keep: Callable[[str], bool] | str = nothing,
     inputs: Mapping[str, Any] = NO_INPUTS,
 ) -> Codes:
     """Codes of the logits, and of every tensor whose global name `keep` accepts.
@@ -112,14 +114,20 @@ def run(
     Args:
       ids: (T,) or (B, T) token ids. Of a program on several devices each takes B / devices
         sequences, rounded up; one sequence (T,) alone is run by all of them alike.
-      keep: chooses tensors by global name (`layers.3.attn.q`).
+      keep: chooses computed tensors by global name: a predicate, or a shell-style pattern
+        (`layers.3.attn.*`), upper and lower case told apart.
       inputs: of the layers; cached keys and values `layers.3.attn.cache_k` (N, C, K) where the
         program has a cache, and in place of the program's own what all layers share (`mask`,
         `rope.cos`, `rope.sin`). Takes one sequence, ids (T,).
 
     Returns:
       By global name: `head.logits` (.., T, V) and what was kept, with the batch axis of `ids`.
+
+    Raises:
+      UserError: a pattern that matches no computed tensor.
     """
+    if not callable(keep):
+        keep = _matching(program.decoder, keep)
     if program.at_once and keep is nothing and not inputs:
         return {"head.logits": _logits(program, jnp.asarray(ids, jnp.int32))}
     out: Codes = {}
@@ -132,6 +140,30 @@ def run(
             }
         )
     return {n: x for n, x in out.items() if n == "head.logits" or keep(n)}
+
+
+def _matching(dec: Any, pattern: str) -> Callable[[str], bool]:
+    """The predicate of a shell-style pattern over the global names of computed tensors.
+
+    Raises:
+      UserError: it matches none.
+    """
+    if not isinstance(pattern, str):
+        expected = "expected a pattern such as 'layers.3.attn.*', or a function of a tensor's name"
+        raise UserError(f"keep: {expected}; got {pattern!r}; give one of them")
+    names = {
+        graph.global_name(layer, tensor.name)
+        for graph in dec.graphs
+        for layer in range(graph.layers)
+        for tensor in graph.named("activation")
+    }
+    chosen = frozenset(n for n in names if fnmatchcase(n, pattern))
+    if not chosen:
+        raise UserError(
+            f"keep={pattern!r}: expected a pattern of tensor names, such as 'layers.3.attn.*'; got"
+            f" one that matches none of {len(names)}; `qnpu graph` prints every name"
+        )
+    return chosen.__contains__
 
 
 def _logits(program: Program, ids: jax.Array) -> jax.Array:
@@ -168,12 +200,12 @@ def steps(
                 if t.kind == "activation"
                 and (t.name in graph.outputs[:1] or keep(graph.global_name(layer, t.name)))
             )
-            like = same_bits(graph, layer)
+            step = _Step(graph, same_bits(graph, layer), kept)
             own = {t.name: graph.global_name(layer, t.name) for t in graph.named("input")}
             given = {n: inputs.get(g, inputs.get(n)) for n, g in own.items()}
             values |= {n: jnp.asarray(x) for n, x in given.items() if x is not None}
             with jax.enable_x64():  # not while the caller has what is yielded
-                env = run_layer(graph, like, kept, codes[layer], constants[layer], values)
+                env = run_layer(step, codes[layer], constants[layer], values)
             filled = mesh is not None and ids.ndim == 2 and ids.shape[0] % mesh.size
             yield graph, layer, {n: x[: len(ids)] for n, x in env.items()} if filled else env
             values = {"input.residual": env[graph.outputs[0]]}
@@ -203,7 +235,7 @@ def _platform(mesh: Mesh | None) -> str:
 def _compiled_layer(mesh: Mesh | None) -> Callable[..., Codes]:
     options = _CPU_OPTIONS if _platform(mesh) == "cpu" else None
     function = _run_layer if mesh is None else partial(_run_layer_on, mesh)
-    return jax.jit(function, static_argnums=(0, 1, 2), compiler_options=options)
+    return jax.jit(function, static_argnums=0, compiler_options=options)
 
 
 @cache
@@ -220,37 +252,32 @@ def _run_all_on(
     return parallel.shards(mesh, function, batched=ids.ndim == 2)(of_graphs, ids)
 
 
-def _run_layer(
-    graph: Graph,
-    layer: int,
-    kept: tuple[str, ...],
-    codes: Codes,
-    constants: dict[str, Any],
-    values: Codes,
-) -> Codes:
-    def one(values: Codes) -> Codes:
-        env = run_graph(graph, layer, {**codes, **values}, constants)
-        return {n: env[n] for n in kept}
+class _Step(NamedTuple):
+    """One compiled program: a layer of a graph, and the tensors that it returns, by local name."""
 
-    name, first = next(iter(values.items()))
-    shape = graph[name].shape
-    if first.ndim == len(shape):
+    graph: Graph
+    layer: int
+    kept: tuple[str, ...]
+
+
+def _run_layer(step: _Step, codes: Codes, constants: dict[str, Any], values: Codes) -> Codes:
+    def one(values: Codes) -> Codes:
+        env = run_graph(step.graph, step.layer, {**codes, **values}, constants)
+        return {n: env[n] for n in step.kept}
+
+    name, shape = sequence_input(step.graph)
+    if values[name].ndim == len(shape):
         return one(values)
-    return jax.lax.map(one, values, batch_size=sequences_at_once(len(first), shape[0]))
+    at_once = sequences_at_once(len(values[name]), shape[0])
+    return jax.lax.map(one, values, batch_size=at_once)
 
 
 def _run_layer_on(
-    mesh: Mesh,
-    graph: Graph,
-    layer: int,
-    kept: tuple[str, ...],
-    codes: Codes,
-    constants: dict[str, Any],
-    values: Codes,
+    mesh: Mesh, step: _Step, codes: Codes, constants: dict[str, Any], values: Codes
 ) -> Codes:
-    name, first = next(iter(values.items()))
-    batched = first.ndim > len(graph[name].shape)
-    function = partial(_run_layer, graph, layer, kept)
+    name, shape = sequence_input(step.graph)
+    batched = values[name].ndim > len(shape)
+    function = partial(_run_layer, step)
     return parallel.shards(mesh, function, batched=batched)(codes, constants, values)
 
 

@@ -261,7 +261,7 @@ def rules_of(profile: Profile) -> Rules:
     """
     if isinstance(profile, Npu):
         return profile.rules()
-    if profile not in PROFILES:
+    if not isinstance(profile, str) or profile not in PROFILES:
         names = ", ".join(PROFILES)
         raise UserError(f"profile {profile!r}: expected one of {names}; choose one of them")
     return PROFILES[profile]

@@ -32,7 +32,7 @@ from qnpu_jax.graph import (
 )
 from qnpu_sim import elementwise, gpu_attention, kernels
 from qnpu_sim.channel_blocks import by_channels
-from qnpu_sim.graph_constants import dtype_of, operand
+from qnpu_sim.graph_constants import dtype_of, matmul_operand
 
 Codes: TypeAlias = dict[str, jax.Array]
 
@@ -72,9 +72,17 @@ def run_graph(
     return env
 
 
+def sequence_input(graph: Graph) -> tuple[str, tuple[int, ...]]:
+    """Name and shape, for one sequence, of what a graph takes from the one before it: the residual
+    stream, or the token ids that the first one takes."""
+    if graph.ids is not None:
+        return graph.ids.name, graph.ids.shape
+    return "input.residual", graph["input.residual"].shape
+
+
 def same_bits(graph: Graph, layer: int) -> int:
     """The first layer with the same bits everywhere, which has the same compiled program."""
-    bits = [t.quant.bits for t in graph.tensors if t.quant is not None]
+    bits = [t.quant.bits for t in graph.tensors]
     return next(i for i in range(layer + 1) if all(b[i] == b[layer] for b in bits))
 
 
@@ -101,17 +109,12 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
             return by_channels(kernels.fully_connected, x[0], x[1], constants)
         case BatchMatmul(adj_y=adj_y):
             tight = constants.limit is not None
-            narrow = [operand(graph, n, layer, tight) for n in node.inputs]
-            y = graph[narrow[1]].quant
-            return kernels.batch_matmul(
-                x[0],
-                x[1],
-                constants,
-                adj_y=adj_y,
-                x_is_byte=narrow[0] != node.inputs[0],
-                y_is_byte=narrow[1] != node.inputs[1],
-                y_is_symmetric=y is not None and y.symmetric,
+            multiplied = [matmul_operand(graph, n, layer, tight) for n in node.inputs]
+            facts = kernels.OperandFacts(
+                *(m != n for m, n in zip(multiplied, node.inputs, strict=True)),
+                y_is_symmetric=graph[multiplied[1]].quant.symmetric,
             )
+            return kernels.batch_matmul(x[0], x[1], constants, adj_y=adj_y, facts=facts)
         case Add() | AddMask():
             return elementwise.add(x[0], x[1], constants)
         case Mul() | Keep():

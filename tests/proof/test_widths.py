@@ -12,10 +12,6 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from qnpu_sim import kernels, op_constants
-from qnpu_sim.observe import Range, observed_accumulators, observed_ranges
-from qnpu_sim.program import compile_model, run
-from qnpu_sim.rounding import PROFILES
 
 from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
@@ -31,6 +27,11 @@ from qnpu_jax.integer.accumulators import (
 )
 from qnpu_jax.integer.intermediates import NO_SUM, proved_intermediates
 from qnpu_jax.proof import widths
+from qnpu_sim import kernels, op_constants
+from qnpu_sim.observe import Range, observed_accumulators, observed_ranges
+from qnpu_sim.op_constants import QuantizedType, Weights
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import PROFILES
 
 REF = PROFILES["litert_ref"]
 ZERO_POINTS = st.sampled_from([-128, -5, 0, 7, 127]) | st.integers(-128, 127)
@@ -115,9 +116,9 @@ def test_the_simulators_kernel_reaches_the_ends(linear):
             if not -(2**31) < end < 2**31:  # codes of neither profile go farther
                 continue
             x = extreme(row, dtype, highest=highest)
-            made = op_constants.prepare_fully_connected(
-                REF, x.dtype, row[None], bias[None], one, zero, np.ones(1), one, 0
-            )
+            of_x = QuantizedType(one, zero, 8 * x.dtype.itemsize)
+            weights = Weights(row[None], bias[None], np.ones(1))
+            made = op_constants.prepare_fully_connected(of_x, weights, QuantizedType(one), REF)
             moved = made._replace(zero_point=np.asarray(-end, np.int32))
             with jax.enable_x64():
                 code = kernels.fully_connected(jnp.asarray(x[None]), jnp.asarray(row[None]), moved)
@@ -141,8 +142,8 @@ def test_products_of_intervals_are_reached_and_not_passed(ends):
 def test_channels_of_a_model_make_up_the_bounds_of_its_ops(plan):
     model = tiny.quantized("mqa_linear_bias", plan)
     dec = model.decoder(8)
-    channels = channel_bounds(dec, model.codes, model.zero_point)
-    assert [c.bound for c in channels] == proved_bounds(dec, model.codes, model.zero_point)
+    channels = channel_bounds(dec, model.tensors)
+    assert [c.bound for c in channels] == proved_bounds(dec, model.tensors)
     found = {c.tensor: c for c in channels}
     for graph in dec.graphs:
         for layer in range(graph.layers):
@@ -160,7 +161,7 @@ def test_what_runs_reach_lies_within_what_is_proved(plan):
     program = compile_model(model, dec)
     ids = tiny.random_ids((2, 8), 9)
     observed = observed_ranges(model, program, ids)
-    rows = widths.join(channel_bounds(dec, model.codes, model.zero_point), observed)
+    rows = widths.join(channel_bounds(dec, model.tensors), observed)
     assert all(row.holds for row in rows)
     assert all(row.seen <= row.needed <= row.proved.available for row in rows)
     singly = [observed_accumulators(model, dec, _codes(program, text)) for text in ids]
@@ -206,8 +207,8 @@ def test_every_op_is_proved_or_said_to_sum_nothing(plan):
     """By TFLite's names of all that the written file holds."""
     model = tiny.quantized("mqa_linear_bias", plan)
     dec = model.decoder(8)
-    between = proved_intermediates(dec, model.zero_point)
-    proved = {b.tensor for b in proved_bounds(dec, model.codes, model.zero_point)}
+    between = proved_intermediates(dec, model.tensors)
+    proved = {b.tensor for b in proved_bounds(dec, model.tensors)}
     proved |= {i.tensor for i in between}
     names = {"Embedding": "GATHER", "Concat": "CONCATENATION"}
     for graph in dec.graphs:
@@ -223,19 +224,19 @@ def test_every_op_is_proved_or_said_to_sum_nothing(plan):
 def test_sums_of_softmax_follow_its_tables():
     """Its largest term is exp(0), what the table says of the row's maximum."""
     scale = np.float32(0.01)
-    top = {8: (op_constants.prepare_softmax_int8(REF, scale).exp[0].astype(np.int64) + 2**11) >> 12}
-    top[16] = op_constants.prepare_softmax_int16(REF, scale).exp.max()
+    top = {8: (op_constants.prepare_softmax_int8(scale, REF).exp[0].astype(np.int64) + 2**11) >> 12}
+    top[16] = op_constants.prepare_softmax_int16(scale, REF).exp.max()
     for plan, bits in (("w8a8", 16), ("w8a8i8", 8)):
         model = tiny.quantized("gqa_llama3", plan)
         dec = model.decoder(8)
-        sums = [i for i in proved_intermediates(dec, model.zero_point) if i.op == "SOFTMAX"]
+        sums = [i for i in proved_intermediates(dec, model.tensors) if i.op == "SOFTMAX"]
         assert len(sums) == 2 * 2
         assert {(i.low, i.high) for i in sums} == {(int(top[bits]), dec.keys * int(top[bits]))}
 
 
 def test_a_sum_of_too_many_exponentials_is_refused():
     model = tiny.quantized("gqa_llama3", "w8a8i8")
-    sums = proved_intermediates(model.decoder(126), model.zero_point)  # 128 keys
+    sums = proved_intermediates(model.decoder(126), model.tensors)  # 128 keys
     intermediates.check(sums)
     # As of 4,096 keys, which are more than this model has.
     longer = [dataclasses.replace(i, high=32 * i.high) for i in sums if i.op == "SOFTMAX"]

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+
 from qnpu_sim import program as sim_run
 from qnpu_sim.program import compile_model, run
 

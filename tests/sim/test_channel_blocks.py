@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from qnpu_sim import channel_blocks, kernels, op_constants
 from qnpu_sim.channel_blocks import by_channels
+from qnpu_sim.op_constants import QuantizedType, Weights
 from qnpu_sim.rounding import PROFILES
 
 T, K = 3, 16
@@ -24,17 +26,17 @@ def test_blocks_give_the_bits_of_the_whole(monkeypatch, size, profile, dtype, bi
     limits = np.iinfo(dtype)
     x = rng.integers(limits.min, limits.max, (2, T, K), dtype, endpoint=True)
     w = rng.integers(-128, 127, (size, K), np.int8, endpoint=True)
-    c = op_constants.prepare_fully_connected(
-        PROFILES[profile],
-        np.dtype(dtype),
+    bits, zero_points = (8, (-3, 5)) if dtype == "int8" else (16, (0, 0))
+    weights = Weights(
         w,
         rng.integers(-999, 999, size, bias),
-        np.float32(0.1),
-        -3 if dtype == "int8" else 0,
         rng.uniform(0.1, 0.2, size).astype(np.float32),
-        np.float32(30),
-        5 if dtype == "int8" else 0,
     )
+    of_x, of_y = (
+        QuantizedType(np.float32(scale), zero_point, bits)
+        for scale, zero_point in zip((0.1, 30), zero_points, strict=True)
+    )
+    c = op_constants.prepare_fully_connected(of_x, weights, of_y, PROFILES[profile])
     with jax.enable_x64():
         args = (jnp.asarray(w), jax.tree.map(jnp.asarray, c))
         own = jax.jit(partial(by_channels, kernels.fully_connected))

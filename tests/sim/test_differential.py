@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from differential import STRATEGIES, Example
 from hypothesis import HealthCheck, assume, given, settings
-from qnpu_sim.rounding import PROFILES, ProfileName
 from single_op import interpret, single_op
 from test_kernels import KERNELS
 
 from qnpu_jax.errors import UserError
+from qnpu_sim.rounding import PROFILES, ProfileName
 
 ELEMENTS = 10_000_000
 """Of every op and kernel set, in the exhaustive run."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from qnpu_sim import exact_dots
 from qnpu_sim.exact_dots import BFLOAT16, INT8, dot, fastest
 

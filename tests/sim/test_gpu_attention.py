@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from qnpu_sim import elementwise, gpu_attention, kernels, op_constants
-from qnpu_sim.all_layers import run_all
-from qnpu_sim.gpu_attention import KEYS, MOST_KEYS, REST, ROWS, Constants, chains
-from qnpu_sim.program import compile_model, run
-from qnpu_sim.rounding import Npu, Profile, rules_of
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.graph.ops import WIDENING
+from qnpu_sim import elementwise, gpu_attention, kernels, op_constants
+from qnpu_sim.all_layers import run_all
+from qnpu_sim.gpu_attention import KEYS, MOST_KEYS, REST, ROWS, Constants, chains
+from qnpu_sim.kernels import OperandFacts
+from qnpu_sim.op_constants import QuantizedType
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import Npu, Profile, rules_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 random_model = importlib.import_module("random_model")
@@ -30,19 +32,19 @@ INT8, INT16 = np.dtype(np.int8), np.dtype(np.int16)
 
 def constants(rules, x_zero_point: int, probs_zero_point: int) -> Constants:
     """Scores that spread over thousands of codes, exponentials over the whole table."""
-    f = np.float32
+
+    def of(scale: float, zero_point: int = 0, bits: int = 16) -> QuantizedType:
+        return QuantizedType(np.float32(scale), zero_point, bits)
+
+    queries, keys, scores = of(0.02, x_zero_point), of(0.03), of(0.002)
+    mask, masked, probs = of(0.01), of(0.0021), of(1 / 200, probs_zero_point, 8)
+    values, mixed = of(0.04, 0, 8), of(0.02, -7, 8)
     made: tuple[Any, ...] = (
-        op_constants.prepare_batch_matmul(
-            rules, INT16, f(0.02), x_zero_point, f(0.03), 0, f(0.002), 0
-        ),
-        op_constants.prepare_add(rules, INT16, f(0.002), 0, f(0.01), 0, f(0.0021), 0),
-        op_constants.prepare_softmax_int16(rules, f(0.0021)),
-        op_constants.prepare_quantize(
-            rules, INT16, INT8, f(2**-15), 0, f(1 / 200), probs_zero_point
-        ),
-        op_constants.prepare_batch_matmul(
-            rules, INT8, f(1 / 200), probs_zero_point, f(0.04), 0, f(0.02), -7
-        ),
+        op_constants.prepare_batch_matmul(queries, keys, scores, rules),
+        op_constants.prepare_add(scores, mask, masked, rules),
+        op_constants.prepare_softmax_int16(masked.scale, rules),
+        op_constants.prepare_quantize(of(2**-15), probs, rules),
+        op_constants.prepare_batch_matmul(probs, values, mixed, rules),
     )
     return Constants(*made)
 
@@ -52,12 +54,14 @@ def op_by_op(q, k, v, mask, c: Constants, zero_point: int):
     wide_q = ((q.astype(np.int16) - zero_point) * WIDENING)[None]
     wide_k = (k.astype(np.int16) * WIDENING)[None]
     scores = kernels.batch_matmul(
-        wide_q, wide_k, c.scores, adj_y=True, x_is_byte=True, y_is_byte=True, y_is_symmetric=True
+        wide_q, wide_k, c.scores, adj_y=True, facts=OperandFacts(True, True, y_is_symmetric=True)
     )
     masked = elementwise.add(scores, mask[None], c.mask)
     softmax = kernels.softmax_int16(masked, c.softmax)
     probs = elementwise.quantize(softmax, c.probs, dtype=INT8)
-    mixed = kernels.batch_matmul(probs, v[None], c.mixed, adj_y=True, y_is_symmetric=True)
+    mixed = kernels.batch_matmul(
+        probs, v[None], c.mixed, adj_y=True, facts=OperandFacts(y_is_symmetric=True)
+    )
     return scores, probs, mixed[0]
 
 

@@ -9,13 +9,14 @@ import jax.extend.core
 import numpy as np
 import pytest
 from kernel_cases import VARIANTS, Case, Variant, dtypes
-from qnpu_sim import elementwise, kernels, op_constants
-from qnpu_sim.rounding import FixedScale, FixedScaleWide, ProfileName, rules_of
 from single_op import run_op
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import ops
 from qnpu_jax.tflite.interpreter import KernelSet
+from qnpu_sim import elementwise, kernels, op_constants
+from qnpu_sim.op_constants import QuantizedType
+from qnpu_sim.rounding import FixedScale, FixedScaleWide, ProfileName, rules_of
 
 ELEMENTS = 100_000
 """At least as many output elements are compared for every variant."""
@@ -122,8 +123,8 @@ def test_vmaps_over_codes_and_constants(variant):
 
 def test_without_64_bits_the_kernels_raise():
     x = np.ones((2, 3), np.int8)
-    scales = (np.float32(1), 0, np.float32(2), 0)
-    constants = op_constants.prepare_quantize(rules_of("npu"), np.int8, np.int8, *scales)
+    types = (QuantizedType(np.float32(scale)) for scale in (1, 2))
+    constants = op_constants.prepare_quantize(*types, rules_of("npu"))
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
@@ -137,7 +138,7 @@ def test_int8_softmax_of_many_equal_keys(keys):
     """From 512 on no probability is above half a code; LiteRT's reference ends the process."""
     x = np.concatenate([np.zeros(keys), np.full(90, -128)]).astype(np.int8)[None]
     for profile in ("litert_ref", "npu"):
-        made = op_constants.prepare_softmax_int8(rules_of(profile), np.float32(0.1))
+        made = op_constants.prepare_softmax_int8(np.float32(0.1), rules_of(profile))
         with jax.enable_x64():
             got = np.asarray(kernels.softmax_int8(jax.numpy.asarray(x), made)).astype(int) + 128
         np.testing.assert_array_equal(got[0, :keys], 1 if keys == 511 else 0)

@@ -14,14 +14,15 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qnpu_sim import fixedpoint, kernels, op_constants, tables
-from qnpu_sim.narrow_accumulators import Saturate, saturating_sum, wrap
-from qnpu_sim.program import compile_model, run
-from qnpu_sim.rounding import ChosenScale, FixedScaleWide, Npu
 from test_parity import simulated
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer.accumulators import proved_bounds
+from qnpu_sim import fixedpoint, kernels, op_constants, tables
+from qnpu_sim.narrow_accumulators import Saturate, saturating_sum, wrap
+from qnpu_sim.op_constants import QuantizedType, Weights
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import ChosenScale, FixedScaleWide, Npu
 
 IDS = tiny.random_ids((tiny.TOKENS,), 3)
 multipliers = st.one_of(st.just(0), st.integers(2**30, 2**31 - 1))
@@ -96,9 +97,9 @@ def test_a_multiplier_of_15_bits_has_15_bits(real):
 @pytest.mark.parametrize("entries", [33, 257, 513, 65537])
 def test_more_entries_come_closer(entries):
     """Against the function in real numbers: the error is that of linear interpolation."""
-    args = (np.int16, np.float32(2**-12), 0, np.float32(1 / 32768), 0)
+    types = (QuantizedType(np.float32(scale), bits=16) for scale in (2**-12, 1 / 32768))
     rules = Npu(table_entries=entries).rules()
-    table = op_constants.prepare_unary("logistic", rules, *args).table
+    table = op_constants.prepare_unary("logistic", *types, rules).table
     exact = 32768 / (1 + np.exp(-tables.INT16_CODES * 2.0**-12))
     step = 2.0**-12 * 65536 / (entries - 1)
     # h^2 / 8 max|f''|, f'' <= 0.0963; half a code each for the sample and the interpolation.
@@ -110,19 +111,19 @@ def test_more_entries_come_closer(entries):
 def test_samples_of_rsqrt_and_exp(entries):
     """Against the functions in real numbers: linear interpolation errs by h^2 / 8 max|f''|."""
     rules, step = Npu(table_entries=entries).rules(), 65536 / (entries - 1)
-    scales = (np.float32(2.0**-10), np.float32(2.0**-13))
-    table = op_constants.prepare_unary("rsqrt", rules, np.int16, scales[0], 0, scales[1], 0).table
+    types = (QuantizedType(np.float32(scale), bits=16) for scale in (2.0**-10, 2.0**-13))
+    table = op_constants.prepare_unary("rsqrt", *types, rules).table
     code = np.arange(2**14, 2**15)
     factor = 2.0**13 / np.sqrt(2.0**-10)
     limit = step**2 / 8 * 0.75 * factor * 2.0 ** (-14 * 2.5) + 1
     assert np.abs(factor / np.sqrt(code) - table[code + 2**15]).max() <= limit
 
-    exp = op_constants.prepare_softmax_int16(rules, np.float32(10 / 65535)).exp
+    exp = op_constants.prepare_softmax_int16(np.float32(10 / 65535), rules).exp
     exact = 32768 * np.exp(-np.arange(65536) * 10 / 65535)
     # exp(0) ends below 1 (32,762); one code for both roundings, and 5 for an index off by one.
     assert np.abs(exp - exact).max() <= (10 * step / 65536) ** 2 / 8 * 32768 + 6 + 1
 
-    exp = op_constants.prepare_softmax_int8(rules, np.float32(0.05)).exp
+    exp = op_constants.prepare_softmax_int8(np.float32(0.05), rules).exp
     exact = np.minimum(2.0**31 * np.exp(-0.05 * np.arange(256)), 2**31 - 1)
     step = max(256 / (entries - 1), 1)  # at a sample per code only rounding is left
     interpolated = (0.05 * step) ** 2 / 8 * 2**31 if step > 1 else 0
@@ -131,11 +132,11 @@ def test_samples_of_rsqrt_and_exp(entries):
 
 
 def test_table_entries_of_8_bits_are_exact_from_257_on():
-    args = (np.int8, np.float32(0.05), 3, np.float32(1 / 256), -128)
+    types = (QuantizedType(np.float32(0.05), 3), QuantizedType(np.float32(1 / 256), -128))
     exact = np.rint(256 / (1 + np.exp(-(tables.INT8_CODES - 3) * np.float64(0.05)))) - 128
-    table = op_constants.prepare_unary("logistic", Npu(table_entries=257).rules(), *args).table
+    table = op_constants.prepare_unary("logistic", *types, Npu(table_entries=257).rules()).table
     np.testing.assert_array_equal(table, np.minimum(exact, 127))
-    coarse = op_constants.prepare_unary("logistic", Npu(table_entries=33).rules(), *args).table
+    coarse = op_constants.prepare_unary("logistic", *types, Npu(table_entries=33).rules()).table
     assert 0 < np.abs(coarse.astype(int) - exact).max() <= 2
 
 
@@ -163,7 +164,7 @@ def test_a_wrapping_accumulator_keeps_its_low_bits(acc, bits):
 
 
 def widest(model) -> Any:
-    bounds = proved_bounds(model.decoder(tiny.TOKENS), model.codes, model.zero_point)
+    bounds = proved_bounds(model.decoder(tiny.TOKENS), model.tensors)
     return max(bounds, key=lambda b: b.needed)
 
 
@@ -192,7 +193,7 @@ def test_more_bits_than_the_requantization_takes_are_refused(monkeypatch):
 def test_int4_sums_that_xnnpack_would_wrap_are_refused(monkeypatch):
     model = tiny.quantized("gqa_llama3", "w4a8")
     dec = model.decoder(tiny.TOKENS)
-    bounds = proved_bounds(dec, model.codes, model.zero_point)
+    bounds = proved_bounds(dec, model.tensors)
     worst = max(
         (b for b in bounds if b.op == "FULLY_CONNECTED" and b.tensor != "head.logits"),
         key=lambda b: b.needed,
@@ -232,12 +233,12 @@ def test_saturation_costs_less_than_wrapping():
     rng = np.random.default_rng(0)
     x = rng.integers(60, 128, (8, 64)).astype(np.int8)
     w = rng.integers(-20, 128, (16, 64)).astype(np.int8)
-    bias, scales = np.zeros(16, np.int32), (np.float32(1), 0, np.ones(16, np.float32))
+    weights = Weights(w, np.zeros(16, np.int32), np.ones(16, np.float32))
+    of_x, of_y = QuantizedType(np.float32(1)), QuantizedType(np.float32(2**13))
 
     def run(**options: Any) -> np.ndarray:
-        args = (np.int8, w, bias, *scales, np.float32(2**13), 0)
-        rules = Npu(**options).rules()
-        c = op_constants.prepare_fully_connected(rules, *args, tight=bool(options))
+        rules, tight = Npu(**options).rules(), bool(options)
+        c = op_constants.prepare_fully_connected(of_x, weights, of_y, rules, tight=tight)
         with jax.enable_x64():
             return np.asarray(kernels.fully_connected(jnp.asarray(x), jnp.asarray(w), c)).astype(
                 int
@@ -250,11 +251,11 @@ def test_saturation_costs_less_than_wrapping():
 
 
 WRONG = """
-from qnpu_jax.config import UserError
-from sim.numerics import Npu, rules_of
+from qnpu_jax.errors import UserError
+from qnpu_sim import Npu, compile_model
 for name, value in {wrong}:
     try:
-        rules_of(value) if name == "profile" else Npu(**{{name: value}})
+        compile_model(None, None, value) if name == "profile" else Npu(**{{name: value}})
     except UserError as error:
         print(error)
 """
@@ -270,6 +271,7 @@ def test_wrong_options_and_profiles_are_named():
         ("overflow", "ignore"),
         ("table_entries", 512),
         ("profile", "hexagon"),
+        ("profile", ["npu"]),
     ]
     command = [sys.executable, "-c", WRONG.format(wrong=wrong)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

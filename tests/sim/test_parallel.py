@@ -12,17 +12,19 @@ import tiny
 import qnpu_jax
 from qnpu_jax.integer import storage
 
+ROOT = str(Path(qnpu_jax.__file__).parents[1])
+
 COMPARE = """
 import sys
 from pathlib import Path
 import jax
 import numpy as np
-from qnpu_jax import freeze
-from sim.run import compile_model, run
+from qnpu_jax.integer import storage
+from qnpu_sim import compile_model, run
 
 devices = jax.devices()
 assert len(devices) == 8
-model = freeze.load(Path(sys.argv[1]))
+model = storage.load(Path(sys.argv[1]))
 dec = model.decoder(6)
 rng = np.random.default_rng(0)
 for profile in ("litert_ref", "npu"):
@@ -58,7 +60,7 @@ def test_eight_devices_give_the_bits_of_one(plan, tmp_path):
     storage.save(tiny.quantized("gqa_llama3", plan), tmp_path)
     env = {
         **os.environ,
-        "PYTHONPATH": str(Path(qnpu_jax.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "sim")]),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }

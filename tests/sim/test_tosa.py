@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qnpu_sim.fixedpoint import multiply_by_quantized_multiplier_wide
 from qnpu_sim.rounding import Npu
 

@@ -1,0 +1,62 @@
+"""What `run` keeps: by a predicate or by a pattern, never by a silent nothing."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+from qnpu_jax.errors import UserError
+from qnpu_sim import compile_model, run
+
+IDS = tiny.random_ids((7,), 3)
+
+
+@pytest.fixture(scope="module")
+def program():
+    model = tiny.quantized("gqa_llama3", "w8a8")
+    return compile_model(model, model.decoder(len(IDS)))
+
+
+@pytest.mark.parametrize("pattern", ["layers.1.attn.*", "*.down", "layers.[01].attn.q", "head.*"])
+def test_a_pattern_keeps_what_its_predicate_keeps(program, pattern):
+    """The logits beside it, whatever it says."""
+    regex = re.compile(pattern.replace(".", "\\.").replace("*", ".*"))
+    expected = run(program, IDS, lambda name: regex.fullmatch(name) is not None)
+    got = run(program, IDS, pattern)
+    assert got.keys() == expected.keys() >= {"head.logits"}
+    assert pattern == "head.*" or len(got) > 2
+    assert all(regex.fullmatch(name) or name == "head.logits" for name in got)
+    for name, codes in expected.items():
+        np.testing.assert_array_equal(got[name], codes, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["typo", "layers.9.attn.q", "Layers.0.*", "layers.0.attn.q.weight", "ids", ""]
+)
+def test_a_pattern_that_matches_no_computed_tensor_is_refused(program, pattern):
+    with pytest.raises(UserError) as error:
+        run(program, IDS, keep=pattern)
+    text = str(error.value)
+    assert text.startswith(f"keep={pattern!r}: expected a pattern") and "\n" not in text
+    assert "matches none of" in text and text.endswith("`qnpu graph` prints every name")
+
+
+NO_PATTERN = """
+from types import SimpleNamespace
+from qnpu_jax.errors import UserError
+from qnpu_sim import run
+try:
+    run(SimpleNamespace(decoder=None, at_once=True), [1], keep=["head.logits"])
+except UserError as error:
+    print(error)
+"""
+
+
+def test_what_is_neither_pattern_nor_function_is_refused():
+    """In a process of its own: here, types are checked before values are."""
+    command = [sys.executable, "-c", NO_PATTERN]
+    line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert line.startswith("keep: expected a pattern") and "got ['head.logits']; " in line
