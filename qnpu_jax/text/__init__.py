@@ -1,6 +1,6 @@
 """Text to windows of token ids: read from files, or written by the model itself."""
 
 from qnpu_jax.text.excerpts import Excerpt, Texts
-from qnpu_jax.text.windows import Windows
+from qnpu_jax.text.windows import Windows, token_ids
 
-__all__ = ["Excerpt", "Texts", "Windows"]
+__all__ = ["Excerpt", "Texts", "Windows", "token_ids"]

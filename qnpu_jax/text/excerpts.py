@@ -8,6 +8,7 @@ learning is kept, so the two never meet.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,7 @@ class Texts:
     held_out: Excerpt | None = None
 
     def windows(self) -> Windows:
-        if self.learning is None or self.held_out is None:
-            return Windows.of(self.calibration.windows)
-        return Windows(self.calibration.windows, self.learning.windows, self.held_out.windows)
+        return windows_of(self.calibration, self.learning, self.held_out)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         named = {
@@ -82,6 +81,13 @@ class Texts:
             "learning": self.learning.digest(),
             "held_out": self.held_out.digest(),
         }
+
+
+def windows_of(calibration: Excerpt, learning: Excerpt | None, held_out: Excerpt | None) -> Windows:
+    """The windows of a run that learns, or calibrates only where there is nothing to learn from."""
+    if learning is None or held_out is None:
+        return Windows.of(calibration.windows)
+    return Windows(calibration.windows, learning.windows, held_out.windows)
 
 
 @dataclass(frozen=True)
@@ -119,19 +125,19 @@ class Tokens:
         return Excerpt(self.source, self.sha256, windows)
 
 
-def tokenized(path: Path | None, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
-    """A file, by default Python's documentation.
+def tokenized(given: Path | Sequence[str] | None, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
+    """A file or documents, by default Python's documentation.
 
     Raises:
       UserError: as `files.read_text` and `files.tokenize`.
     """
-    if path is None:
-        where = source = DOCUMENTATION
-        texts = [files.default_text()]
-        sha256 = hashlib.sha256(texts[0].encode()).hexdigest()
+    if isinstance(given, Path):
+        where, source = str(given), given.name
+        texts, sha256 = files.read_text(given), files.digest(given)
     else:
-        where, source = str(path), path.name
-        texts, sha256 = files.read_text(path), files.digest(path)
+        where = source = DOCUMENTATION if given is None else "text"
+        texts = [files.default_text()] if given is None else list(given)
+        sha256 = hashlib.sha256(files.SEPARATOR.join(texts).encode()).hexdigest()
     return Tokens(where, source, sha256, files.tokenize(texts, tokenizer, vocab_size, where))
 
 
@@ -164,18 +170,35 @@ def scored_and_judged(
     return scored, held_out
 
 
+def judged(checkpoint: Checkpoint, effort: Effort) -> Excerpt:
+    """What decides which step of learning is kept: the end of Python's documentation."""
+    text = tokenized(None, checkpoint.tokenizer, checkpoint.config.vocab_size)
+    return text.last(effort.length, effort.held_out)
+
+
 def given(
-    path: Path, checkpoint: Checkpoint, recipe: Recipe, effort: Effort | None
+    source: Path | Sequence[str] | Int[np.ndarray, "n t"],
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    effort: Effort | None,
 ) -> tuple[Excerpt, Excerpt | None]:
-    """Calibration and learning text from the start of a file.
+    """Calibration and learning text from the start of what the caller gives.
 
     Args:
+      source: a file; documents; or windows of token ids, which are calibrated with as they are,
+        up to the recipe's number of tokens, and learned from as one text.
       effort: None where nothing is learned.
 
     Raises:
-      UserError: the file is too short for a window, or not text.
+      UserError: too short for a window, or not text.
     """
-    text = tokenized(path, checkpoint.tokenizer, checkpoint.config.vocab_size)
+    if isinstance(source, np.ndarray):
+        found = Excerpt("windows", hashlib.sha256(source.tobytes()).hexdigest(), source)
+        text = Tokens("text", found.source, found.sha256, source.reshape(-1).tolist())
+        count = max(1, recipe.calibration_tokens // source.shape[1])
+        calibration = replace(found, windows=source[:count])
+        return calibration, text.first(effort.length, effort.tokens) if effort else None
+    text = tokenized(source, checkpoint.tokenizer, checkpoint.config.vocab_size)
     calibration = text.first(recipe.calibration_length, recipe.calibration_tokens)
     return calibration, text.first(effort.length, effort.tokens) if effort else None
 
@@ -198,10 +221,10 @@ def written(
     tokens, rows = count * length, length
     if effort:
         tokens, rows = max(tokens, min(effort.tokens, OWN_TOKENS)), effort.length
+    writer = self_written.Writer(checkpoint.config, recipe.bits, params)
     windows = self_written.calibration_windows(
-        checkpoint.config, recipe.bits, params, checkpoint.tokenizer,
-        tokens, rows, recipe.seed, progress,
-    )  # fmt: skip
+        writer, checkpoint.tokenizer, tokens, rows, recipe.seed, progress
+    )
     sha256 = hashlib.sha256(windows.tobytes()).hexdigest()
     # Cut anew: like those of a file, windows may then begin within a document.
     cut = windows.reshape(-1)[: count * length].reshape(count, length)

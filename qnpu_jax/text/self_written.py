@@ -1,8 +1,9 @@
 """Text that the model writes itself, so that calibration needs no download.
 
-Decoding runs the graphs of `qnpu_jax.graph.decoder` in float, one token of every row per step, over a
-cache of keys and values. Rows are independent: a row whose document ends begins another one, at
-position 0 and with an empty cache, so that every row is full whatever the model likes to end.
+The float decoder of `qnpu_jax.graph` runs step by step: each step adds one token to each of B rows,
+over a cache of keys and values. Rows are independent. Where a document of a row ends, the row
+begins another document at position 0 with an empty cache, so every row is filled to its end however
+soon the model ends a document.
 
 Reference: LLM-QAT (arXiv 2305.17888), section 3.1: training data sampled from the model itself.
 """
@@ -10,7 +11,7 @@ Reference: LLM-QAT (arXiv 2305.17888), section 3.1: training data sampled from t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -27,10 +28,10 @@ from qnpu_jax.graph import Decoder, Params, Tensors, decoder, layer_inputs, loca
 from qnpu_jax.models import Tokenizer
 
 BATCH = 32
-"""Rows decoded together: every step reads all weights once, whatever the number of rows."""
+"""Rows decoded together at most: a step reads all weights once, however many rows share it."""
 
 Progress = Callable[[Iterable[int], int], Iterable[int]]
-"""Wraps the iteration over the decoding steps; its second argument is their number."""
+"""Shows progress: wraps the iteration over decoding steps; its second argument is their number."""
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -50,18 +51,49 @@ QUESTIONS = (
     "Tell me a story about a robot that learns to paint.",
     "What should I see in Japan in one week?",
 )
-"""What chats in the calibration text begin with: facts, code, sums, languages and tales."""
+"""First messages of the chats in the calibration text: facts, code, sums, languages and tales."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The float model that writes.
+
+    Attributes:
+      plan: any bits; the graph needs some, and float evaluation ignores them.
+      params: folded parameters (`fold_norms`). Prefix keys and values, if there are any, precede
+        every document.
+    """
+
+    config: ModelConfig
+    plan: BitPlan
+    params: Params
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Settings of `sample`.
+
+    Attributes:
+      temperature: 0 takes the likeliest token.
+      stop: tokens that end a document where they are drawn.
+      bos: token that is fed where a document begins with it, but left out of the rows.
+    """
+
+    seed: int
+    temperature: float = 1.0
+    stop: Collection[int] = ()
+    bos: int | None = None
 
 
 @flax.struct.dataclass(kw_only=True)
 class Prompts:
-    """How documents begin, and how they end.
+    """Beginnings of documents, and the tokens that end them, as arrays of the compiled step.
 
     Attributes:
-      ids: P prompts, padded to the longest.
-      lengths: their true lengths.
-      stop: tokens that end a document where they are drawn.
-      bos: the token that rows leave out where a document begins with it, -1 for none.
+      ids: P prompts, padded with 0 to the longest.
+      lengths: tokens of each prompt.
+      stop: as in `Drawing`.
+      bos: as in `Drawing`; -1 for none.
     """
 
     ids: Int32[Array, "p t"]
@@ -72,15 +104,15 @@ class Prompts:
 
 @flax.struct.dataclass(kw_only=True)
 class Stream:
-    """The state of B rows between two steps.
+    """State of B rows between two steps.
 
     Attributes:
-      key: of the random numbers still to be drawn.
-      prompt: which prompt each row's document began with.
-      token: the latest token of each row, not yet in the cache.
-      position: its position in its document.
-      ended: whether it is the last one of its document.
-      k, v: the cache of all layers; slots from `position` on are free.
+      key: random key for the draws to come.
+      prompt: index of the prompt that each row's document began with.
+      token: latest token of each row, not yet in the cache.
+      position: position of `token` in its document, 0 or more.
+      ended: whether `token` is the last one of its document.
+      k, v: cache of all layers; slots from `position` on are free.
     """
 
     key: Key[Array, ""]
@@ -93,46 +125,40 @@ class Stream:
 
 
 def sample(
-    config: ModelConfig,
-    plan: BitPlan,
-    params: Params,
+    writer: Writer,
     prompts: Sequence[Sequence[int]],
     length: int,
-    seed: int,
-    temperature: float = 1.0,
-    *,
-    stop: Collection[int] = (),
-    bos: int | None = None,
+    drawing: Drawing,
     progress: Progress | None = None,
 ) -> Int32[np.ndarray, "b t"]:
-    """One row of `length` tokens per prompt: the prompt, then p(token) ~ exp(logit / temperature).
+    """Writes a row of tokens for each prompt: the prompt, then p(token) ~ exp(logit / temperature).
 
-    A document ends with a drawn `stop` token, which stays in the row, or with the row. Row b begins
-    with prompt b and takes the next prompt (cyclically) for each further document, so that a prompt
-    the model answers briefly does not fill its row with repetitions. Equal arguments give equal
-    tokens.
+    Row b begins with prompt b. A document ends with the first drawn `stop` token, which stays in
+    the row, or where the row is full. Each further document of a row takes the next prompt
+    (cyclically), so that a prompt which the model answers briefly does not fill its row with
+    repetitions. Equal arguments give equal tokens.
 
     Args:
-      plan: any; float evaluation ignores bits.
-      params: folded parameters (`fold.fold_norms`); prefix K/V, if any, precede every document.
       prompts: token ids, at least one each; cut where longer than a row.
-      temperature: 0 takes the likeliest token.
-      bos: fed where a document begins with it, but left out of the rows.
-      progress: wraps the iteration over steps, `length` for each 32 rows.
+      length: tokens of a row.
+      progress: shows progress: wraps the iteration over steps, `length` for each group of rows.
+
+    Returns:
+      Token ids, one row for each prompt.
 
     Raises:
       UserError: an empty prompt, a token outside the vocabulary, or rows longer than the model's
         positions.
     """
-    table = _prompts(config, prompts, stop, bos)
-    dec = _decoder(config, plan, params, cache=length - 1)
+    table = _prompts(writer.config, prompts, drawing)
+    dec = _decoder(writer, cache=length - 1)
     groups = -(-len(prompts) // BATCH)
     rows = -(-len(prompts) // groups)  # per group, equal so that one compiled step serves all
-    keys = jax.random.split(jax.random.key(seed), groups)
+    keys = jax.random.split(jax.random.key(drawing.seed), groups)
     starts = (_start(dec, keys[i], i * rows, rows, len(prompts)) for i in range(groups))
-    weights = {name: jnp.asarray(x) for name, x in params.items()}
+    weights = {name: jnp.asarray(x) for name, x in writer.params.items()}
     tokens = chain.from_iterable(
-        _decode(dec, weights, table, at, length, temperature) for at in starts
+        _decode(dec, weights, table, at, length, drawing.temperature) for at in starts
     )
     steps: Iterable[int] = range(groups * length)
     steps = progress(steps, groups * length) if progress else steps
@@ -141,57 +167,24 @@ def sample(
     return out.reshape(groups, length, rows).swapaxes(1, 2).reshape(-1, length)[: len(prompts)]
 
 
-def greedy(
-    config: ModelConfig,
-    plan: BitPlan,
-    params: Params,
-    prompt_ids: Sequence[int],
-    max_new: int,
-    eos_ids: Collection[int],
-) -> list[int]:
-    """The likeliest continuation, token by token, without the token of `eos_ids` that ends it.
-
-    Args:
-      plan, params: as in `sample`.
-      max_new: at most this many tokens.
-
-    Raises:
-      UserError: as `sample`.
-    """
-    table = _prompts(config, [prompt_ids], (), None)
-    length = len(prompt_ids) + max_new
-    dec = _decoder(config, plan, params, cache=length - 2)
-    weights = {name: jnp.asarray(x) for name, x in params.items()}
-    start = _start(dec, jax.random.key(0), 0, 1, 1)
-    out: list[int] = []
-    for i, token in enumerate(_decode(dec, weights, table, start, length, temperature=0.0)):
-        if i >= len(prompt_ids):
-            if int(token[0]) in eos_ids:
-                break
-            out.append(int(token[0]))
-    return out
-
-
 def calibration_windows(
-    config: ModelConfig,
-    plan: BitPlan,
-    params: Params,
+    writer: Writer,
     tokenizer: Tokenizer,
     tokens: int,
     length: int,
     seed: int,
     progress: Progress | None = None,
 ) -> Int32[np.ndarray, "n t"]:
-    """Calibration text by the model itself: windows of `length` tokens, at least `tokens` in all.
+    """Writes windows of `length` tokens, at least `tokens` in all, to calibrate with.
 
-    Every other window begins as a chat with one of QUESTIONS, the rest as free text, after BOS (a
-    random token where the model has no BOS). Without a chat template all are free text. BOS itself
-    is in no window where a document begins: the product puts a prefix there, and a BOS behind it
-    would be an outlier that ordinary text does not have.
+    Every other window begins as a chat with one of QUESTIONS. The rest are free text after BOS, or
+    after a random token where the model has no BOS; without a chat template all are free text. BOS
+    itself stands in no window where a document begins: the quantized model puts its prefix there,
+    and a BOS behind the prefix would be an outlier that ordinary text does not have.
 
     Args:
-      plan, params, progress: as in `sample`.
       tokenizer: the model's own.
+      seed, progress: as in `Drawing` and `sample`.
 
     Raises:
       UserError: as `sample`, or the chat template refuses a plain question.
@@ -203,13 +196,11 @@ def calibration_windows(
         chats = [tokenizer.chat([{"role": "user", "content": q}]) for q in QUESTIONS]
         for i in range(1, count, 2):
             prompts[i] = chats[i // 2 % len(chats)]
-    ends = {"stop": tokenizer.eos_ids, "bos": tokenizer.bos_id}
-    return sample(config, plan, params, prompts, length, seed, progress=progress, **ends)
+    drawing = Drawing(seed, stop=tokenizer.eos_ids, bos=tokenizer.bos_id)
+    return sample(writer, prompts, length, drawing, progress)
 
 
-def _prompts(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], stop: Collection[int], bos: int | None
-) -> Prompts:
+def _prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], drawing: Drawing) -> Prompts:
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(
@@ -228,20 +219,21 @@ def _prompts(
     return Prompts(
         ids=jnp.asarray(ids),
         lengths=jnp.asarray([len(p) for p in prompts], jnp.int32),
-        stop=jnp.asarray(list(stop), jnp.int32),
-        bos=jnp.asarray(-1 if bos is None else bos, jnp.int32),
+        stop=jnp.asarray(list(drawing.stop), jnp.int32),
+        bos=jnp.asarray(-1 if drawing.bos is None else drawing.bos, jnp.int32),
     )
 
 
-def _decoder(config: ModelConfig, plan: BitPlan, params: Params, cache: int) -> Decoder:
-    """Staged for one token after `cache` slots and the prefix that the parameters hold."""
-    prefix = params.get("layers.attn.prefix_k")
+def _decoder(writer: Writer, cache: int) -> Decoder:
+    """Builds the graphs for one token after `cache` slots and the prefix in the parameters."""
+    prefix = writer.params.get("layers.attn.prefix_k")
+    length = 0 if prefix is None else prefix.shape[2]
     # Without a slot the graph would have no cache inputs, a second form for one-token rows only.
-    return decoder(config, plan, 1, 0 if prefix is None else prefix.shape[2], max(cache, 1))
+    return decoder(writer.config, writer.plan, 1, length, max(cache, 1))
 
 
 def _start(dec: Decoder, key: Key[Array, ""], first: int, rows: int, prompts: int) -> Stream:
-    """Before the first token: as if each row had just ended the prompt before its own."""
+    """Makes the state before the first token: every row as if a document had just ended."""
     cfg = dec.config
     cache = (cfg.num_layers, rows, cfg.num_kv_heads, dec.cache, cfg.head_dim)
     return Stream(
@@ -258,7 +250,7 @@ def _start(dec: Decoder, key: Key[Array, ""], first: int, rows: int, prompts: in
 def _decode(
     dec: Decoder, params: Tensors, prompts: Prompts, at: Stream, steps: int, temperature: float
 ) -> Iterator[Int32[np.ndarray, " b"]]:
-    """The tokens of each step; the caller may stop at any."""
+    """Yields the tokens of each step, one per row."""
     tables = _tables(dec)
     for _ in range(steps):
         at = _step(dec, params, tables, prompts, at, temperature)
@@ -266,7 +258,7 @@ def _decode(
 
 
 def _tables(dec: Decoder) -> Tensors:
-    """What the layers share (RoPE rows, mask, D eps), for 0 to `cache` filled slots on axis 0."""
+    """Stacks what all layers share (RoPE rows, mask, D eps); axis 0: 0 to `cache` filled slots."""
     steps = [layer_inputs(dec, filled) for filled in range(dec.cache + 1)]
     return {name: jnp.asarray(np.stack([step[name] for step in steps])) for name in steps[0]}
 
@@ -280,7 +272,7 @@ def _step(
     at: Stream,
     temperature: float,
 ) -> Stream:
-    """One more token in every row: the prompt's while it lasts, then a drawn one."""
+    """Adds a token to every row: the prompt's while it lasts, then a drawn one."""
     key, draw = jax.random.split(at.key)
     fresh = at.ended
     prompt = jnp.where(fresh, (at.prompt + 1) % len(prompts.lengths), at.prompt)
@@ -294,7 +286,8 @@ def _step(
     drawn = position >= prompts.lengths[prompt]
     given = prompts.ids[prompt, jnp.minimum(position, prompts.ids.shape[1] - 1)]
     token = jnp.where(drawn, _draw(logits, draw, temperature), given)
-    # A document that begins with another token than BOS shows it, so this step was for nothing.
+    # A first token other than BOS belongs in the row. A step gives a row one token: this one gives
+    # the token that it fed, and the next step feeds it again.
     shown = fresh & (first != prompts.bos)
     token, position = jnp.where(shown, first, token), jnp.where(shown, 0, position)
     # Stop tokens inside a prompt (the end of a system turn) end nothing.
@@ -313,7 +306,7 @@ def _draw(
 def _next_logits(
     dec: Decoder, params: Tensors, tables: Tensors, at: Stream
 ) -> tuple[Float32[Array, "b v"], Stream]:
-    """Logits of what follows each row's token, and the state with that token in the cache."""
+    """Computes the logits of each row's next token, and puts its latest into the cache."""
     shared = {name: table[at.position] for name, table in tables.items()}
 
     def embed(token: Array) -> Array:
@@ -327,7 +320,7 @@ def _next_logits(
     x, (k, v) = jax.lax.scan(
         partial(_layer, dec, shared), x, (local(params, "layers."), at.k, at.v)
     )
-    # Written here, in place, for all layers: caches that the scan returned would be copies.
+    # Written in place for all layers at once: a cache that the scan returned would be a copy.
     every, rows = slice(None), jnp.arange(len(at.token))
     k = at.k.at[every, rows, :, at.position].set(jnp.moveaxis(k, 1, 0), mode="drop")
     v = at.v.at[every, rows, :, :, at.position].set(jnp.moveaxis(v, 1, 0), mode="drop")
@@ -340,7 +333,7 @@ def _layer(
     x: Float32[Array, "b 1 d"],
     values: tuple[Tensors, Float32[Array, "b n c h"], Float32[Array, "b n h c"]],
 ) -> tuple[Float32[Array, "b 1 d"], tuple[Float32[Array, "b n h"], Float32[Array, "b n h"]]]:
-    """The new residual, and the token's row of keys and of values."""
+    """Runs one layer; returns the new residual, and the token's row of keys and of values."""
     weights, k, v = values
 
     def row(x: Array, k: Array, v: Array, shared: Mapping[str, Array]):

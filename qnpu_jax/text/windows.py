@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -34,6 +35,47 @@ class Windows:
         (0, 3)
         """
         return Windows(calibration, calibration[:0], calibration[:0])
+
+
+def token_ids(
+    values: Any, vocab_size: int, source: str, ranks: tuple[int, ...] = (2,)
+) -> Int32[np.ndarray, "..."]:
+    """Checks token ids that a caller gives as arrays or nested lists.
+
+    >>> token_ids([[5, 6], [7, 8]], vocab_size=9, source="windows").shape
+    (2, 2)
+
+    Args:
+      values: (T,) or (N, T) integers from 0 to `vocab_size` - 1.
+      source: what they are, for messages.
+      ranks: numbers of axes that are taken.
+
+    Raises:
+      UserError: not such an array.
+    """
+    shapes = {1: "(T,)", 2: "(N, T)"}
+    expected = f"expected integer token ids of shape {' or '.join(shapes[r] for r in ranks)}"
+    try:
+        ids = np.asarray(values)
+    except ValueError:
+        raise UserError(
+            f"{source}: rows of unequal length; {expected}; cut them to one length"
+        ) from None
+    if ids.size == 0:
+        raise UserError(f"{source}: no token; {expected}; give some")
+    if ids.dtype.kind not in "iu":
+        raise UserError(
+            f"{source}: {ids.dtype} values; {expected}; encode text with the model's tokenizer"
+        )
+    if ids.ndim not in ranks:
+        raise UserError(f"{source}: shape {ids.shape}; {expected}; reshape them")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:  # indexing inside jit would silently take the last row of the table
+        raise UserError(
+            f"{source}: token {outside[0]} is outside the model's vocabulary of {vocab_size};"
+            f" expected 0 to {vocab_size - 1}; take model and tokenizer of the same checkpoint"
+        )
+    return ids.astype(np.int32)
 
 
 def cut(

@@ -59,7 +59,7 @@ def test_written(checkpoint, recipe, monkeypatch, tokens):
     asked = []
     effort = Effort("tiny", steps=4, length=48, tokens=tokens, held_out=3)
 
-    def write(config, plan, params, tokenizer, tokens, length, seed, progress):
+    def write(writer, tokenizer, tokens, length, seed, progress):
         asked.append((tokens, length, seed))
         return np.arange(-(-tokens // length) * length, dtype=np.int32).reshape(-1, length)
 

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from model_files import GOLDEN, NAMES
 
-from qnpu_jax.config import BitPlan, ModelConfig
+from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.forward import forward
 from qnpu_jax.graph.decoder import decoder
@@ -19,7 +19,14 @@ from qnpu_jax.models.checkpoint import load, load_params
 from qnpu_jax.models.tokenizer import Tokenizer
 from qnpu_jax.recipes import RECIPES
 from qnpu_jax.text import self_written
-from qnpu_jax.text.self_written import BATCH, QUESTIONS, calibration_windows, greedy, sample
+from qnpu_jax.text.self_written import (
+    BATCH,
+    QUESTIONS,
+    Drawing,
+    Writer,
+    calibration_windows,
+    sample,
+)
 from qnpu_jax.transform.fold import fold_norms
 from qnpu_jax.transform.prefix import add_prefix
 
@@ -27,20 +34,20 @@ PLAN = RECIPES["w8a8"].bits
 EOS, BOS = 94, 95  # of the character tokenizer
 
 
-Model = tuple[ModelConfig, BitPlan, dict[str, jax.Array]]
+GREEDY = Drawing(0, temperature=0.0)
 
 
-def folded(config: ModelConfig, params: dict[str, np.ndarray]) -> Model:
-    return config, PLAN, {k: jnp.asarray(x) for k, x in fold_norms(config, params).items()}
+def folded(config: ModelConfig, params: dict[str, np.ndarray]) -> Writer:
+    return Writer(config, PLAN, {k: jnp.asarray(x) for k, x in fold_norms(config, params).items()})
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def model(request) -> Model:
+def model(request) -> Writer:
     return folded(*load_params(GOLDEN / request.param))
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Model:
+def tiny() -> Writer:
     return folded(*load_params(GOLDEN / "mha_tied"))
 
 
@@ -49,17 +56,16 @@ next_logits = partial(jax.jit, static_argnums=0)(self_written._next_logits)
 
 
 def continuation(
-    model: Model, prompt: list[int], new: int, stop: Collection[int] = (), pad: int = 128
+    model: Writer, prompt: list[int], new: int, stop: Collection[int] = (), pad: int = 128
 ) -> list[int]:
     """The likeliest continuation without a cache, its stop token included."""
-    config, plan, params = model
-    dec = decoder(config, plan, pad)
+    dec = decoder(model.config, model.plan, pad)
     ids = np.zeros(pad, np.int32)
     ids[: len(prompt)] = prompt
     out: list[int] = []
     while len(out) < new and not (out and out[-1] in stop):
         at = len(prompt) + len(out)
-        token = int(full_forward(dec, params, jnp.asarray(ids))[at - 1].argmax())
+        token = int(full_forward(dec, model.params, jnp.asarray(ids))[at - 1].argmax())
         out.append(token)
         if at < pad:
             ids[at] = token
@@ -71,10 +77,10 @@ def continuation(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_gives_the_logits_of_the_reference_implementation(name):
-    config, plan, params = folded(*load_params(GOLDEN / name))
+    model = folded(*load_params(GOLDEN / name))
     golden = np.load(GOLDEN / f"{name}.npz")
     tokens, expected = golden["tokens"], golden["logits"]
-    dec = decoder(config, plan, 1, cache=len(tokens))
+    dec = decoder(model.config, model.plan, 1, cache=len(tokens))
     tables = self_written._tables(dec)
     at = self_written._start(dec, jax.random.key(0), 0, 2, 1)
     # A row at another position must not matter, nor what an earlier document left in the cache.
@@ -83,44 +89,47 @@ def test_every_step_gives_the_logits_of_the_reference_implementation(name):
         here = jnp.asarray([position, position // 2], jnp.int32)
         both = jnp.asarray([token, tokens[position // 2]], jnp.int32)
         at = replace(at, position=here, token=both)
-        logits, at = next_logits(dec, params, tables, at)
+        logits, at = next_logits(dec, model.params, tables, at)
         # Float32 sums in another order: 8.5e-6 was seen, on logits of up to 6.7.
         np.testing.assert_allclose(logits[0], expected[position], atol=3e-5, rtol=0)
         np.testing.assert_allclose(logits[1], expected[position // 2], atol=3e-5, rtol=0)
 
 
-def test_greedy_is_the_argmax_of_the_full_forward(model: Model):
+def greedy(model: Writer, prompt: list[int], new: int, stop: Collection[int] = ()) -> list[int]:
+    """The likeliest continuation by `sample`, its stop token included."""
+    drawing = Drawing(0, temperature=0.0, stop=stop)
+    row = sample(model, [prompt], len(prompt) + new, drawing)[0].tolist()
+    assert row[: len(prompt)] == prompt
+    ends = (i for i, token in enumerate(row) if i >= len(prompt) and token in stop)
+    return row[len(prompt) : next(ends, len(row)) + 1]
+
+
+def test_the_likeliest_tokens_are_the_argmax_of_the_full_forward(model: Writer):
     prompt = [1, 17, 5, 80, 3]
-    expected = continuation(model, prompt, 60)
-    assert greedy(*model, prompt, 60, ()) == expected
-    # Up to the model's last position; the last token is never fed.
-    assert greedy(*model, prompt, 124, ()) == continuation(model, prompt, 124)
+    assert greedy(model, prompt, 60) == continuation(model, prompt, 60)
+    assert greedy(model, prompt, 123) == continuation(model, prompt, 123)  # the last position
 
 
-def test_greedy_stops_before_eos(tiny: Model):
+def test_a_stop_token_ends_a_document(tiny: Writer):
     prompt = [1, 17, 5]
     whole = continuation(tiny, prompt, 20)
     first = whole.index(whole[9])
-    assert greedy(*tiny, prompt, 20, [whole[9]]) == whole[:first]
-    assert greedy(*tiny, prompt, 0, ()) == []
-    assert greedy(*tiny, [7], 1, ()) == continuation(tiny, [7], 1)
+    assert greedy(tiny, prompt, 20, [whole[9]]) == whole[: first + 1]
+    assert greedy(tiny, [7], 1) == continuation(tiny, [7], 1)
 
 
-def test_prefix_in_the_parameters_precedes_every_document(tiny: Model):
-    config, plan, params = tiny
+def test_prefix_in_the_parameters_precedes_every_document(tiny: Writer):
     prefix, prompt = (9, 33, 2), [4, 60]
     expected = continuation(tiny, [*prefix, *prompt], 30)
-    with_prefix = add_prefix(config, plan, params, prefix)
-    assert greedy(config, plan, with_prefix, prompt, 30, ()) == expected
-    rows = sample(config, plan, with_prefix, [prompt], 32, 0, temperature=0.0)
-    assert rows[0].tolist() == prompt + expected
+    params = add_prefix(tiny.config, tiny.plan, tiny.params, prefix)
+    assert greedy(replace(tiny, params=params), prompt, 30) == expected
 
 
 # Rows.
 
 
 def documents(
-    model: Model,
+    model: Writer,
     prompts: list[list[int]],
     first: int,
     length: int,
@@ -138,12 +147,12 @@ def documents(
 
 
 @pytest.mark.parametrize("bos", [None, 1])
-def test_rows_are_whole_documents_one_after_another(tiny: Model, bos):
+def test_rows_are_whole_documents_one_after_another(tiny: Writer, bos):
     # Prompts hold stop tokens, which end nothing there; one is BOS alone, one exceeds the row.
     prompts = [[1], [1, 50, 8], [8, 50], [8], [3] * 70]
     # Every eighth token stops, so that documents end soon but not all at once.
     stop = range(0, 96, 8)
-    rows = sample(*tiny, prompts, 60, 0, temperature=0.0, stop=stop, bos=bos)
+    rows = sample(tiny, prompts, 60, Drawing(0, temperature=0.0, stop=stop, bos=bos))
     expected = [documents(tiny, prompts, i, 60, stop, bos) for i in range(5)]
     assert rows.tolist() == expected
     assert rows.dtype == np.int32
@@ -151,38 +160,38 @@ def test_rows_are_whole_documents_one_after_another(tiny: Model, bos):
     assert sum(np.isin(rows[0], list(stop))) >= 2
 
 
-def test_a_row_of_all_positions(tiny: Model):
-    rows = sample(*tiny, [[1], [2]], 128, 0, temperature=0.0, bos=1)
+def test_a_row_of_all_positions(tiny: Writer):
+    rows = sample(tiny, [[1], [2]], 128, replace(GREEDY, bos=1))
     assert rows[0].tolist() == continuation(tiny, [1], 128)
     assert rows[1].tolist() == [2, *continuation(tiny, [2], 127)]
-    assert sample(*tiny, [[5]], 1, 0).tolist() == [[5]]
+    assert sample(tiny, [[5]], 1, Drawing(0)).tolist() == [[5]]
 
 
-def test_more_rows_than_a_batch(tiny: Model):
+def test_more_rows_than_a_batch(tiny: Writer):
     prompts = [[i, i + 1] for i in range(BATCH + 1)]
-    rows = sample(*tiny, prompts, 12, 0, temperature=0.0)
+    rows = sample(tiny, prompts, 12, GREEDY)
     assert rows.shape == (BATCH + 1, 12)
     for i in (0, 16, 17, BATCH):
         assert rows[i].tolist() == prompts[i] + continuation(tiny, prompts[i], 10)
 
 
-def test_seeds(tiny: Model):
+def test_seeds(tiny: Writer):
     prompts = [[1]] * (BATCH + 8)
-    first = sample(*tiny, prompts, 16, 3)
-    np.testing.assert_array_equal(sample(*tiny, prompts, 16, 3), first)
-    assert (sample(*tiny, prompts, 16, 4) != first).any()
+    first = sample(tiny, prompts, 16, Drawing(3))
+    np.testing.assert_array_equal(sample(tiny, prompts, 16, Drawing(3)), first)
+    assert (sample(tiny, prompts, 16, Drawing(4)) != first).any()
     assert len(np.unique(first, axis=0)) == len(prompts)  # rows, and batches, differ
 
 
-def test_every_step_draws_anew(tiny: Model):
+def test_every_step_draws_anew(tiny: Writer):
     # So hot that all 96 tokens are equally likely: only the noise decides.
-    rows = sample(*tiny, [[1]] * BATCH, 100, 0, temperature=1e6)[:, 1:]
+    rows = sample(tiny, [[1]] * BATCH, 100, Drawing(0, temperature=1e6))[:, 1:]
     repeated = (rows[:, 1:] == rows[:, :-1]).mean()
     assert repeated < 2 / 96
     assert len(np.unique(rows)) == 96
 
 
-def test_progress_counts_steps_and_changes_nothing(tiny: Model):
+def test_progress_counts_steps_and_changes_nothing(tiny: Writer):
     seen = []
 
     def progress(steps, total):
@@ -192,19 +201,18 @@ def test_progress_counts_steps_and_changes_nothing(tiny: Model):
         seen.append(total)  # reached: a progress bar closes
 
     prompts = [[1]] * (BATCH + 1)
-    rows = sample(*tiny, prompts, 5, 0, progress=progress)
+    rows = sample(tiny, prompts, 5, Drawing(0), progress)
     assert seen == [*range(10), 10]
-    np.testing.assert_array_equal(rows, sample(*tiny, prompts, 5, 0))
+    np.testing.assert_array_equal(rows, sample(tiny, prompts, 5, Drawing(0)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
-def test_tokens_are_drawn_from_the_softmax(tiny: Model, temperature):
-    config, plan, params = tiny
+def test_tokens_are_drawn_from_the_softmax(tiny: Writer, temperature):
     ids, count = jnp.asarray([11, 40], jnp.int32), 3200
-    logits = full_forward(decoder(config, plan, 2), params, ids)[-1]
+    logits = full_forward(decoder(tiny.config, tiny.plan, 2), tiny.params, ids)[-1]
     p = np.asarray(jax.nn.softmax(logits / temperature), np.float64)
-    rows = sample(*tiny, [[11, 40]] * count, 3, 0, temperature=temperature)
-    observed = np.bincount(rows[:, 2], minlength=config.vocab_size)
+    rows = sample(tiny, [[11, 40]] * count, 3, Drawing(0, temperature))
+    observed = np.bincount(rows[:, 2], minlength=tiny.config.vocab_size)
     # Pearson's statistic has mean V - 1 and variance 2 (V - 1); 4 deviations.
     likely = p * count > 1
     statistic = np.sum((observed - p * count)[likely] ** 2 / (p * count)[likely])
@@ -228,32 +236,32 @@ def characters(bos: bool, template: str | None) -> Tokenizer:
 TEMPLATE = "{{ bos_token }}U:{{ messages[0].content }}A:"
 
 
-def test_half_of_the_windows_begin_as_chats(tiny: Model):
+def test_half_of_the_windows_begin_as_chats(tiny: Writer):
     tokenizer = characters(True, TEMPLATE)
-    windows = calibration_windows(*tiny, tokenizer, 2500, 100, 0)
+    windows = calibration_windows(tiny, tokenizer, 2500, 100, 0)
     assert windows.shape == (25, 100)
     texts = [tokenizer.decode(row.tolist()) for row in windows]
     for i, text in enumerate(texts):
         chat = f"U:{QUESTIONS[i // 2 % len(QUESTIONS)]}A:"  # without BOS
         assert text.startswith(chat) == (i % 2 == 1)
-    again = calibration_windows(*tiny, tokenizer, 2500, 100, 0)
+    again = calibration_windows(tiny, tokenizer, 2500, 100, 0)
     np.testing.assert_array_equal(windows, again)
     # Free text continues BOS, as a prompt of BOS alone does.
-    rows = sample(*tiny, [[BOS]], 100, 0, stop=[EOS], bos=BOS)
+    rows = sample(tiny, [[BOS]], 100, Drawing(0, stop=[EOS], bos=BOS))
     free = characters(True, None)
-    np.testing.assert_array_equal(calibration_windows(*tiny, free, 100, 100, 0), rows)
+    np.testing.assert_array_equal(calibration_windows(tiny, free, 100, 100, 0), rows)
 
 
-def test_windows_hold_at_least_the_tokens_asked_for(tiny: Model):
+def test_windows_hold_at_least_the_tokens_asked_for(tiny: Writer):
     tokenizer = characters(True, None)
     for tokens, length, count in ((64, 32, 2), (65, 32, 3), (1, 32, 1)):
-        assert calibration_windows(*tiny, tokenizer, tokens, length, 0).shape == (count, length)
+        assert calibration_windows(tiny, tokenizer, tokens, length, 0).shape == (count, length)
 
 
-def test_without_bos_text_begins_with_random_tokens(tiny: Model):
-    windows = calibration_windows(*tiny, characters(False, None), 640, 20, 0)
+def test_without_bos_text_begins_with_random_tokens(tiny: Writer):
+    windows = calibration_windows(tiny, characters(False, None), 640, 20, 0)
     assert len(set(windows[:, 0].tolist())) > 16
-    assert (calibration_windows(*tiny, characters(False, None), 640, 20, 1) != windows).any()
+    assert (calibration_windows(tiny, characters(False, None), 640, 20, 1) != windows).any()
 
 
 def test_questions_are_varied():
@@ -273,14 +281,9 @@ def test_questions_are_varied():
         ([[1]], 129, "expected at most the model's 128"),
     ],
 )
-def test_errors(tiny: Model, prompts, length, message):
+def test_errors(tiny: Writer, prompts, length, message):
     with pytest.raises(UserError, match=message):
-        sample(*tiny, prompts, length, 0)
-
-
-def test_greedy_beyond_the_last_position(tiny: Model):
-    with pytest.raises(UserError, match="expected at most the model's 128"):
-        greedy(*tiny, [1, 2, 3, 4, 5], 125, ())
+        sample(tiny, prompts, length, Drawing(0))
 
 
 # A real model.
@@ -290,18 +293,18 @@ def test_greedy_beyond_the_last_position(tiny: Model):
 def test_smollm2_names_paris():
     checkpoint = load("smollm2-135m")
     tokenizer = checkpoint.tokenizer
-    model = config, plan, params = folded(checkpoint.config, checkpoint.params)
+    model = folded(checkpoint.config, checkpoint.params)
     prompt = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
-    answer = greedy(*model, prompt, 32, tokenizer.eos_ids)
+    answer = greedy(model, prompt, 32, tokenizer.eos_ids)
     assert "Paris" in tokenizer.decode(answer)
     assert len(answer) < 32  # the model ended its turn
     # Past the end of the turn the model goes on, and must do so as the full forward does.
-    longer = greedy(*model, prompt, 32, ())
+    longer = greedy(model, prompt, 32)
     assert longer[: len(answer)] == answer
     ids = jnp.asarray(prompt + longer, jnp.int32)
-    logits = full_forward(decoder(config, plan, len(ids)), params, ids)
+    logits = full_forward(decoder(model.config, model.plan, len(ids)), model.params, ids)
     expected = logits.argmax(axis=-1)[len(prompt) - 1 : -1]
     assert longer == expected.tolist()
-    windows = calibration_windows(*model, tokenizer, 4 * 64, 64, 0)
+    windows = calibration_windows(model, tokenizer, 4 * 64, 64, 0)
     texts = [tokenizer.decode(row.tolist()) for row in windows]
     assert texts[1].startswith("system\n") and QUESTIONS[0] in texts[1]
