@@ -1,11 +1,11 @@
-"""A bit-exact, jitted simulator of integer decoder models.
+"""Bit-exact simulator of integer decoder models, jitted by JAX.
 
     from qnpu_sim import compile_model, run
     program = compile_model(model, model.decoder(tokens=128), "litert_ref")
-    codes = run(program, ids, keep=lambda name: name.startswith("layers.0."))
+    codes = run(program, ids, keep="layers.0.attn.*")
 
-It sees op types, graphs and frozen integers, never the float definitions: shared rounding code
-would hide shared mistakes.
+It imports op types, graphs and frozen integers, never the float side: rounding code shared with the
+float side would hide a mistake that both make.
 """
 
 from qnpu_sim.observe import observed_accumulators, observed_ranges

@@ -1,11 +1,24 @@
-"""Integer primitives of the kernels, each as its reference defines it.
+"""Fixed-point arithmetic on integers: the primitives of the kernels, each as its reference defines
+it.
 
-They are written with operators only, so one definition serves NumPy arrays (tables made on the
-host) and JAX arrays (traced kernels). Shifts and multipliers are arrays, never Python numbers: one
-compiled kernel serves many layers.
+Rescaling. A kernel has an integer accumulator acc and needs round(acc r) for a real factor r, for
+example input scale * weight scale / output scale. `quantize_multiplier` writes r as
 
-Products of two int32 need int64. In JAX that exists only inside `with jax.enable_x64():`, which the
-caller opens around tracing and running; without it these functions raise instead of losing bits.
+    r = M 2^(shift - 31),   M in [2^30, 2^31),
+
+and the kernel computes MBQM (multiply by quantized multiplier) from two rounded steps:
+
+    MBQM(x, M, shift) = RDBP(SRDHM(x 2^max(shift, 0), M), max(-shift, 0))
+    SRDHM(a, b)       = round(a b / 2^31)      saturating rounding doubling high multiply
+    RDBP(x, e)        = round(x / 2^e)         rounding divide by power of two
+
+The variants below differ in where a tie goes, in the bits of M they keep, and in the accumulator's
+width. All use operators only, so one definition serves NumPy arrays (tables made on the host) and
+JAX arrays (traced kernels). Shifts and multipliers are arrays, so one compiled kernel serves many
+layers.
+
+A product of two int32 needs int64. JAX has int64 only inside `with jax.enable_x64():`, which the
+caller opens around tracing and running. Without it these functions raise instead of losing bits.
 """
 
 from __future__ import annotations
@@ -17,19 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 
 Codes: TypeAlias = Any
-"""An integer array or scalar of NumPy or JAX (`round_half_away`: of floats); results are of the
-library of the arguments. A union would be no help: JAX and NumPy type their operators differently.
-"""
+"""Integer array or scalar of NumPy or JAX (floats in `round_half_away`); results are of the library
+of the arguments. JAX and NumPy type their operators differently: a union would satisfy neither."""
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 Rounding = Literal["double", "single"]
+"""How often a rescaling rounds: after the high multiply and after the shift, or once."""
 Ties = Literal["up", "away", "even"]
-"""Where half a code goes: towards plus infinity, away from zero, to the even neighbour."""
+"""Where a value half-way between two integers goes: towards plus infinity, away from zero, or to
+the even neighbour."""
 
 
 def wide(x: Codes) -> Codes:
-    """x as int64.
+    """Casts to int64.
 
     Raises:
       RuntimeError: JAX runs without 64-bit types.
@@ -43,13 +57,19 @@ def wide(x: Codes) -> Codes:
 
 
 def quantize_multiplier(real: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """(M, s) with real = M 2^(s - 31): M in [2^30, 2^31), rounded half away from zero.
+    """Writes a real factor as multiplier and shift: real = M 2^(shift - 31), M in [2^30, 2^31).
+
+    M is rounded half away from zero.
+
+    >>> multiplier, shift = quantize_multiplier(0.75)
+    >>> int(multiplier) == 0.75 * 2**31, int(shift)
+    (True, 0)
 
     Args:
-      real: float64 >= 0, any shape. Below 2^-32 the result is (0, 0).
+      real: float64 >= 0, any shape. A factor below 2^-32 gives (0, 0).
 
     Returns:
-      int32 multiplier and int32 shift, of the shape of `real`; a positive shift is to the left.
+      int32 multiplier and int32 shift, of the shape of `real`. A positive shift is to the left.
 
     Reference: LiteRT tflite/kernels/internal/quantization_util.cc, `QuantizeMultiplier`.
     """
@@ -66,19 +86,22 @@ def quantize_multiplier(real: np.ndarray | float) -> tuple[np.ndarray, np.ndarra
 
 
 def _high_multiply(a: Codes, b: Codes) -> Codes:
-    """round(a b / 2^31), ties upwards, as int64.
+    """Rounds a b / 2^31 to the nearest, ties upwards, as int64.
 
-    The reference adds a nudge and truncates; that is a floor of (ab + 2^30) / 2^31, which is one
-    shift.
+    The reference adds a nudge that depends on the sign and truncates. Both steps together are
+    floor((a b + 2^30) / 2^31), which is one addition and one arithmetic shift.
     """
     return (wide(a) * wide(b) + np.int64(2**30)) >> np.int64(31)
 
 
 def srdhm(a: Codes, b: Codes) -> Codes:
-    """Saturating rounding doubling high multiply: round(a b / 2^31), ties upwards.
+    """SRDHM, saturating rounding doubling high multiply: round(a b / 2^31), ties upwards.
+
+    >>> int(srdhm(np.int32(3), np.int32(2**30)))  # 1.5
+    2
 
     Args:
-      a, b: int32, broadcasting; (-2^31)^2 alone saturates, to 2^31 - 1.
+      a, b: int32 that broadcast. Only (-2^31)^2 saturates, to 2^31 - 1.
 
     Returns:
       int32.
@@ -90,7 +113,10 @@ def srdhm(a: Codes, b: Codes) -> Codes:
 
 
 def rounding_divide_by_pot(x: Codes, exponent: Codes) -> Codes:
-    """x / 2^exponent, rounded half away from zero.
+    """RDBP, rounding divide by power of two: x / 2^exponent, rounded half away from zero.
+
+    >>> [int(rounding_divide_by_pot(np.int32(x), np.int32(1))) for x in (3, -3)]  # 1.5 and -1.5
+    [2, -2]
 
     Args:
       x: int32.
@@ -107,37 +133,45 @@ def rounding_divide_by_pot(x: Codes, exponent: Codes) -> Codes:
 
 
 def multiply_by_quantized_multiplier(x: Codes, multiplier: Codes, shift: Codes) -> Codes:
-    """MBQM: x M 2^(shift - 31), rounded twice (high multiply, then division by a power of two).
+    """MBQM, multiply by quantized multiplier: x M 2^(shift - 31), rounded twice.
+
+        y = RDBP(SRDHM(x 2^max(shift, 0), M), max(-shift, 0))
+
+    >>> multiplier, shift = quantize_multiplier(0.3)
+    >>> int(multiply_by_quantized_multiplier(np.int32(1000), multiplier, shift))
+    300
 
     Args:
-      x: int32; x 2^max(shift, 0) wraps at 32 bits as the kernel's does.
-      multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
+      x: int32; x 2^max(shift, 0) wraps at 32 bits, as in the kernel.
+      multiplier: M, int32: 0 or in [2^30, 2^31); broadcasts.
       shift: int32 in [-31, 31].
 
     Returns:
       int32.
 
     Reference: LiteRT tflite/kernels/internal/common.h, `MultiplyByQuantizedMultiplier` (int32,
-    TFLITE_SINGLE_ROUNDING=0).
+      TFLITE_SINGLE_ROUNDING=0).
     """
     zero = np.int32(0)
     left = shift * (shift > zero).astype(np.int32)
-    # srdhm without its saturation, which takes two negative factors.
+    # `srdhm` without its saturation: that needs two negative factors, and M is not negative.
     high = _high_multiply(x << left, multiplier).astype(np.int32)
     return rounding_divide_by_pot(high, left - shift)
 
 
 def multiply_by_quantized_multiplier_64(x: Codes, multiplier: Codes, shift: Codes) -> Codes:
-    """MBQM64: floor(x m 2^(shift - 15) + 1/2) with m = M rounded to 15 bits.
+    """MBQM64, for 64-bit accumulators: floor(x m 2^(shift - 15) + 1/2), m = M / 2^16 rounded.
+
+    The multiplier keeps 15 of its 31 bits, so that x m fits 64 bits.
 
     Args:
       x: int64, |x| 2^max(shift - 14, 0) < 2^47.
-      multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
-      shift: int32 in [-31, 7]; up to 21 for an x that the reference has 2^7 or 2^14 times larger,
-        with a shift as much smaller.
+      multiplier: M, int32: 0 or in [2^30, 2^31); broadcasts.
+      shift: int32 in [-31, 7]. A BATCH_MATMUL of widened operands passes shifts up to 21: its x is
+        2^7 or 2^14 times smaller than the reference's, and its shift as much larger.
 
     Returns:
-      int32; a larger result wraps, as the reference's cast does.
+      int32. A larger result wraps, as in the reference's cast.
 
     Reference: LiteRT tflite/kernels/internal/common.h, `MultiplyByQuantizedMultiplier` (int64).
     """
@@ -149,7 +183,7 @@ def multiply_by_quantized_multiplier_64(x: Codes, multiplier: Codes, shift: Code
 
 
 def _upper_15_bits(multiplier: Codes) -> Codes:
-    """M / 2^16 rounded, in [0, 2^15), as int64."""
+    """Rounds M to its upper 15 bits: M / 2^16 in [0, 2^15), as int64; 2^15 becomes 2^15 - 1."""
     reduced = (wide(multiplier) + np.int64(2**15)) >> np.int64(16)
     return reduced - (reduced >> np.int64(15))  # only 2^15 itself has that bit
 
@@ -157,15 +191,20 @@ def _upper_15_bits(multiplier: Codes) -> Codes:
 def multiply_by_quantized_multiplier_64_in_double(
     x: jax.Array, multiplier: Codes, shift: Codes
 ) -> jax.Array:
-    """MBQM64 of an int32, by float64, which has a fast multiply where int64 has none.
+    """MBQM64 of an int32 accumulator, computed in float64: CPUs multiply float64 faster than int64.
 
-    Exact: x m has 46 bits, and with the half below or above them the sum still fits 53.
+    It is exact: x m has 46 bits, and with the half that is added, which may lie below or above
+    them, it fits the 53 bits of a float64.
 
     Args:
       x: int32, |x| 2^shift < 2^51.
-      multiplier, shift: as of `multiply_by_quantized_multiplier_64`.
+      multiplier, shift: as in `multiply_by_quantized_multiplier_64`.
+
+    Returns:
+      int32, the bits of `multiply_by_quantized_multiplier_64`.
     """
-    power = (wide(shift) + np.int64(1023 - 15)) << np.int64(52)  # the bits of 2^(shift - 15)
+    # The float64 2^(shift - 15), made from its exponent field.
+    power = (wide(shift) + np.int64(1023 - 15)) << np.int64(52)
     factor = _upper_15_bits(multiplier).astype(np.float64) * jax.lax.bitcast_convert_type(
         power, jnp.float64
     )
@@ -173,18 +212,22 @@ def multiply_by_quantized_multiplier_64_in_double(
 
 
 def multiply_by_quantized_multiplier_single(x: Codes, multiplier: Codes, shift: Codes) -> Codes:
-    """x M 2^(shift - 31) by the vector code of x86: rounded twice, ties upwards both times.
+    """MBQM as x86 vector code computes it: x M 2^(shift - 31), rounded twice, ties upwards both
+    times.
+
+    It differs from `multiply_by_quantized_multiplier` only where the second rounding meets a
+    negative tie.
 
     Args:
       x: int32; x 2^max(shift, 0) wraps at 32 bits.
-      multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
+      multiplier: M, int32: 0 or in [2^30, 2^31); broadcasts.
       shift: int32 in [-31, 31].
 
     Returns:
       int32.
 
     Reference: ruy apply_multiplier.cc, `MultiplyByQuantizedMultiplier`; LiteRT optimized
-      `MultiplyByQuantizedMultiplier4Rows` in its NEON form, which x86 runs by translation.
+      `MultiplyByQuantizedMultiplier4Rows`, whose NEON intrinsics are translated to x86.
     """
     zero = np.int32(0)
     left = shift * (shift > zero).astype(np.int32)
@@ -196,28 +239,33 @@ def multiply_by_quantized_multiplier_single(x: Codes, multiplier: Codes, shift: 
 def multiply_by_quantized_multiplier_wide(
     x: Codes, multiplier: Codes, shift: Codes, rounding: Rounding = "double", ties: Ties = "away"
 ) -> Codes:
-    """x M 2^(shift - 31) of a 64-bit accumulator with all 31 bits of the multiplier.
+    """Rescales a 64-bit accumulator with all 31 bits of the multiplier: x M 2^(shift - 31).
 
-    `double` rounds as a rounding doubling high multiply (ties upwards) and a rounding shift
-    (`ties`) do, one after the other: MBQM. `single` rounds the whole product once.
+    >>> half = quantize_multiplier(0.5)
+    >>> wide_mbqm = multiply_by_quantized_multiplier_wide
+    >>> [int(wide_mbqm(np.int64(5), *half, "single", ties)) for ties in ("up", "away", "even")]
+    [3, 3, 2]
 
     Args:
       x: int64, |x| <= 2^47.
-      multiplier: int32 in {0} or [2^30, 2^31), broadcasting.
+      multiplier: M, int32: 0 or in [2^30, 2^31); broadcasts.
       shift: int32 in [-31, 31].
+      rounding: `double` rounds twice as MBQM does, after the high multiply (ties upwards) and after
+        the shift (`ties`); `single` rounds the whole product once (`ties`).
+      ties: of the last rounding.
 
     Returns:
-      int32; a larger result saturates.
+      int32. A larger result saturates.
 
-    Reference: own; `double` with ties `away` is equal to `multiply_by_quantized_multiplier`
-      wherever that neither wraps nor saturates.
+    Reference: own. `double` with ties `away` equals `multiply_by_quantized_multiplier` wherever
+      that neither wraps nor saturates.
     """
     m, s = wide(multiplier), wide(shift)
     left = s * (s > np.int64(0)).astype(np.int64)
-    # From 2^47 on, what is shifted to the left saturates whatever it is.
+    # |x| 2^left > 2^47 saturates for every M > 0: clipping x keeps the shift from overflowing.
     most = np.int64(2**47) >> left
     x = wide(x).clip(-most, most) << left
-    # x M = 2^16 high + low: as one number it would not fit 64 bits.
+    # x M has up to 78 bits. It is held in two parts: x M = 2^16 high + low, 0 <= low < 2^16.
     product = (x & np.int64(0xFFFF)) * m
     high, low = (x >> np.int64(16)) * m + (product >> np.int64(16)), product & np.int64(0xFFFF)
     if rounding == "double":
@@ -228,11 +276,13 @@ def multiply_by_quantized_multiplier_wide(
 
 
 def _divide(x: Codes, exponent: Codes, ties: Ties, sticky: Codes = 0) -> Codes:
-    """x / 2^exponent rounded to the nearest; `sticky` > 0 says that x is really a little larger.
+    """Divides by 2^exponent, rounded to the nearest.
 
     Args:
       x: int64.
       exponent: int64 in [0, 62], broadcasting.
+      ties: where a value half-way between two integers goes.
+      sticky: the bits below x. Where they are not 0, the exact value is not a tie.
     """
     one, zero = np.int64(1), np.int64(0)
     half = (one << exponent) >> one
@@ -245,9 +295,12 @@ def _divide(x: Codes, exponent: Codes, ties: Ties, sticky: Codes = 0) -> Codes:
 
 
 def round_half_away(x: Codes) -> Codes:
-    """x rounded half away from zero, as C's `round`: exact for every float32 and float64.
+    """Rounds half away from zero, as C's `round`; exact for every float32 and float64.
 
-    Adding one half before truncation would round 0.49999999999999994 up.
+    Adding one half and truncating would be wrong: it rounds 0.49999999999999994 up.
+
+    >>> round_half_away(np.array([2.5, -2.5, 0.49999999999999994])).tolist()
+    [3.0, -3.0, 0.0]
     """
     if not isinstance(x, np.ndarray):
         return jax.lax.round(x, jax.lax.RoundingMethod.AWAY_FROM_ZERO)
@@ -261,21 +314,25 @@ def round_half_away(x: Codes) -> Codes:
 
 
 _ULP_IS_1 = np.float64(1.5 * 2.0**52)
-"""Between 2^52 and 2^53 a float64 is an integer, and this many more leave it in its low bits."""
+"""1.5 * 2^52. A float64 between 2^52 and 2^53 has a unit in the last place of 1, so x + 1.5 * 2^52
+holds the integer x in the low bits of its mantissa."""
 
 
 def low_32_bits(x: jax.Array) -> jax.Array:
-    """An integral float64, |x| <= 2^51, modulo 2^32 as int32.
+    """Takes an integral float64 modulo 2^32, as int32.
 
-    In two instructions: XLA's cast, which saturates, takes seven.
+    It costs two instructions; XLA's own cast, which saturates, costs seven.
+
+    Args:
+      x: float64 without a fraction, |x| <= 2^51.
     """
     return jax.lax.bitcast_convert_type(x + _ULP_IS_1, jnp.int64).astype(jnp.int32)
 
 
 def cast_to_int32(x: jax.Array) -> jax.Array:
-    """An integral float64 as x86 casts it to int32: values that do not fit become -2^31.
+    """Casts an integral float64 to int32 as x86 does: a value that does not fit becomes -2^31.
 
-    So does a FULLY_CONNECTED whose result passes 2^31: the code is the lowest, whatever the sign.
+    A FULLY_CONNECTED whose result passes 2^31 therefore gives the lowest code, whatever its sign.
 
     Reference: Intel SDM, CVTTSD2SI, "integer indefinite".
     """
@@ -284,15 +341,21 @@ def cast_to_int32(x: jax.Array) -> jax.Array:
 
 
 def saturate(x: jax.Array, dtype: np.dtype | type) -> jax.Array:
-    """int32 clipped to the range of int8 or int16 and cast to it."""
+    """Clips int32 to the range of int8 or int16 and casts it."""
     limits = np.iinfo(dtype)
     return jnp.clip(x, np.int32(limits.min), np.int32(limits.max)).astype(dtype)
 
 
 def integer_sqrt(x: np.ndarray) -> np.ndarray:
-    """floor(sqrt(x)) of int64 in [0, 2^62), bit by bit.
+    """Returns floor(sqrt(x)), one binary digit at a time, without floating point.
 
-    Reference: the digit-by-digit (abacus) algorithm; no floating point.
+    >>> integer_sqrt(np.array([15, 16, 2**60])).tolist()
+    [3, 4, 1073741824]
+
+    Args:
+      x: int64 in [0, 2^62).
+
+    Reference: the digit-by-digit (abacus) algorithm.
     """
     root, rest = np.zeros_like(x), x
     for bit in range(60, -1, -2):
@@ -304,16 +367,20 @@ def integer_sqrt(x: np.ndarray) -> np.ndarray:
 
 
 def lut_lookup(x: Codes, lut: Codes) -> Codes:
-    """Linear interpolation in a table of 2^n + 1 entries over the int16 range: n bits index, the
-    other 16 - n interpolate.
+    """Interpolates linearly in a table of 2^n + 1 samples over the int16 range.
+
+    The upper n bits of x choose the interval, the lower r = 16 - n bits the place in it:
+
+        y = lut[i] + ((lut[i + 1] - lut[i]) offset + 2^(r - 1)) / 2^r,   x + 2^15 = i 2^r + offset
+
+    The difference of two entries and the sum wrap at 16 bits.
 
     Args:
       x: int32 in [-2^15, 2^15).
-      lut: int16; LiteRT's have 513 entries.
+      lut: int16, (2^n + 1,); LiteRT's tables have 513 entries.
 
     Returns:
-      int32 in the int16 range: base + (slope offset + half) / 2^(16 - n), base and slope wrapping
-      at 16 bits.
+      int32 in the int16 range.
 
     Reference: LiteRT tflite/kernels/internal/common.h, `LUTLookup` (int16).
     """
