@@ -1,10 +1,71 @@
-"""A decoder LLM made fully static and integer-only, for NPUs.
+"""A decoder LLM made fully static and integer-only, for NPUs, in JAX.
 
-Read in this order: `ops` (the closed set of operations), `graph` and `decoder` (the model as data),
-`quant` and `resolve` (scales and their ties), `evaluate` (float and fake-quantized), `rotate`,
-`prefix` and `calibrate` (what makes static scales possible), `recipes` and `learn` (what is learned
-of them), `weights` (rounding with the data in view), `freeze` (rounding, once), `tflite` (the
-file). `pipeline` puts them in order, `job` adds proof and measurement, `diagnose`
-and `attribution` tell where precision is lost, `cli` is the command.
-The integer simulator is the package `sim`.
+    import qnpu_jax as qnpu
+    checkpoint = qnpu.load("smollm2-135m")
+    model = qnpu.quantize(checkpoint, "w8a8", effort="fast")
+    qnpu.write_tflite(model, "model.tflite", tokens=128)
+
+Every name is imported when it is first used, so that `import qnpu_jax` waits neither for JAX nor
+for NumPy. Folders below hold the parts, each with a face of its own; CONTRIBUTING.md draws them.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qnpu_jax.api import (
+        divergence,
+        generate,
+        perplexity,
+        quantize,
+        simulate,
+        verify,
+        write_tflite,
+    )
+    from qnpu_jax.config import BitPlan
+    from qnpu_jax.errors import UserError
+    from qnpu_jax.integer import IntegerModel
+    from qnpu_jax.models import load
+    from qnpu_jax.recipes import EFFORTS, RECIPES, Effort, Recipe, Stage
+    from qnpu_sim import Npu
+
+__all__ = [
+    "EFFORTS",
+    "RECIPES",
+    "BitPlan",
+    "Effort",
+    "IntegerModel",
+    "Npu",
+    "Recipe",
+    "Stage",
+    "UserError",
+    "divergence",
+    "generate",
+    "load",
+    "perplexity",
+    "quantize",
+    "simulate",
+    "verify",
+    "write_tflite",
+]
+
+_HOMES = {
+    "qnpu_jax.api": "divergence generate perplexity quantize simulate verify write_tflite",
+    "qnpu_jax.config": "BitPlan",
+    "qnpu_jax.errors": "UserError",
+    "qnpu_jax.integer": "IntegerModel",
+    "qnpu_jax.models": "load",
+    "qnpu_jax.recipes": "EFFORTS RECIPES Effort Recipe Stage",
+    "qnpu_sim": "Npu",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

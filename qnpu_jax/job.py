@@ -18,9 +18,9 @@ import numpy as np
 from qnpu_jax import artifacts, models, pipeline
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Positions, decoder
-from qnpu_jax.integer import IntegerModel, Simulate, check_bits, storage
-from qnpu_jax.learn import History, Store, schedule
+from qnpu_jax.graph import Positions
+from qnpu_jax.integer import IntegerModel, Simulate, storage
+from qnpu_jax.learn import History, Store, learns, schedule
 from qnpu_jax.measure import perplexity
 from qnpu_jax.models import Checkpoint
 from qnpu_jax.output import OutputFolder
@@ -66,7 +66,7 @@ class Job:
 
     def learning(self) -> Effort | None:
         """The effort, None where the recipe learns nothing at it."""
-        return self.effort if any(n for _, n in schedule(self.recipe, self.effort)) else None
+        return self.effort if learns(self.recipe, self.effort) else None
 
     def checkpoint_folder(self) -> Path:
         if self.checkpoints is not None:
@@ -242,19 +242,10 @@ def _check_checkpoints(job: Job, inputs: dict[str, Any]) -> None:
 
 def _check_model(config: ModelConfig, job: Job) -> None:
     """What a recipe and a length ask of a model."""
-    longest = job.recipe.max_prefix if job.recipe.prefix == "auto" else 0
-    length = job.recipe.calibration_length
-    asked = [("prefill", job.prefill), ("calibration_length", length)]
+    asked = {"prefill": job.prefill, "calibration_length": job.recipe.calibration_length}
     if effort := job.learning():
-        asked.append((f"effort {effort.name}", effort.length))
-    for name, length in asked:
-        if length + longest > config.max_positions:
-            raise UserError(
-                f"{name}: {length} tokens after a prefix of up to {longest}; expected at most the"
-                f" model's {config.max_positions} positions; choose"
-                f" {'another effort' if 'effort' in name else f'a shorter {name}'}"
-            )
-    check_bits(decoder(config, job.recipe.bits, job.prefill, longest))
+        asked[f"effort {effort.name}"] = effort.length
+    pipeline.check_model(config, job.recipe, asked)
 
 
 def _steps(watch: Observer, what: str) -> Callable[[Iterable[int], int], Iterable[int]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
 from qnpu_jax.calibrate import collect, initialize, weight_scales
 from qnpu_jax.config import ModelConfig
+from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Params, decoder
-from qnpu_jax.integer import IntegerModel, freeze
+from qnpu_jax.integer import IntegerModel, check_bits, freeze
 from qnpu_jax.learn import History, Report, Store, learn
 from qnpu_jax.progress import Clock, Track, untracked
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
@@ -18,6 +20,7 @@ from qnpu_jax.transform import (
     PrefixReport,
     add_prefix,
     channel_peaks,
+    check_folded,
     find_prefix,
     fold_norms,
     random_rotation,
@@ -57,6 +60,27 @@ def prepare(config: ModelConfig, params: Params, recipe: Recipe) -> Params:
     return {name: jnp.asarray(x) for name, x in folded.items()}
 
 
+def check_model(config: ModelConfig, recipe: Recipe, asked: Mapping[str, int]) -> None:
+    """Checks that a recipe can quantize a model at these lengths, before anything is computed.
+
+    Args:
+      asked: tokens of each signature and window, by what asks for them.
+
+    Raises:
+      UserError: more positions than the model has, a rule of the bit plan that matches no tensor,
+        or bits that no kernel has.
+    """
+    longest = recipe.max_prefix if recipe.prefix == "auto" else 0
+    for name, length in asked.items():
+        if length + longest > config.max_positions:
+            raise UserError(
+                f"{name}: {length} tokens after a prefix of up to {longest}; expected at most the"
+                f" model's {config.max_positions} positions; choose"
+                f" {'another effort' if 'effort' in name else f'a shorter {name}'}"
+            )
+    check_bits(decoder(config, recipe.bits, next(iter(asked.values())), longest))
+
+
 def quantize(
     config: ModelConfig,
     params: Params,
@@ -80,8 +104,10 @@ def quantize(
       report: called after every step of learning.
 
     Raises:
-      UserError: an accumulator can overflow, non-finite values, learning diverged.
+      UserError: parameters that are not prepared, an accumulator can overflow, non-finite values,
+        learning diverged.
     """
+    check_folded(params)
     clock = clock or Clock()
     params = dict(params)
     found = None

@@ -42,3 +42,41 @@ class Observer(Clock):
 
     def say(self, message: str) -> None:
         """What the user should know at once."""
+
+
+class Told(Observer):
+    """An observer that passes progress on to a function.
+
+    Args:
+      tell: called with what runs, how much of it is done, and how much there is: 0 where a stage
+        begins whose length is not known.
+
+    Example:
+      >>> watch = Told(print)
+      >>> with watch.stage("calibrate"):
+      ...     _ = list(watch.track("ab", 2, "windows"))
+      calibrate 0 0
+      windows 1 2
+      windows 2 2
+    """
+
+    def __init__(self, tell: Callable[[str, int, int], object]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Tells that a stage begins, and keeps its seconds."""
+        self._tell(name, 0, 0)
+        with super().stage(name):
+            yield
+
+    def track(self, items: Iterable[Any], length: int, what: str) -> Iterator[Any]:
+        """Tells of every item when it is done."""
+        for done, item in enumerate(items, start=1):
+            yield item
+            self._tell(what, done, length)
+
+    def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
+        """Tells of every step of a stage, of which the first is 1."""
+        self._tell(f"learn, stage {stage + 1}", step, steps)

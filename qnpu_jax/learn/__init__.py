@@ -2,7 +2,7 @@
 
 from qnpu_jax.learn.checkpoints import Checkpoints, check, last
 from qnpu_jax.learn.parameters import Base, Theta, initial, merged, ranges, student_scales, units
-from qnpu_jax.learn.stages import Report, Store, learn, schedule
+from qnpu_jax.learn.stages import Report, Store, learn, learns, schedule
 from qnpu_jax.learn.teacher import check_room, keep
 from qnpu_jax.learn.train import Cached, History, TrainState, ended, fit, nothing, start
 
@@ -23,6 +23,7 @@ __all__ = [
     "keep",
     "last",
     "learn",
+    "learns",
     "merged",
     "nothing",
     "ranges",

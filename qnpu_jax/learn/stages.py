@@ -41,6 +41,11 @@ def schedule(recipe: Recipe, effort: Effort) -> list[tuple[Stage, int]]:
     return out
 
 
+def learns(recipe: Recipe, effort: Effort) -> bool:
+    """Whether any stage takes a step at this effort."""
+    return any(steps for _, steps in schedule(recipe, effort))
+
+
 @runtime_checkable
 class Store(Protocol):
     """Where the state of a stage is kept, so that a killed run can go on."""

@@ -11,10 +11,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int8, Integer
 
+from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.proof.comparison import Comparison, compare, op_names
 from qnpu_jax.runtime import LiteRTBackend, Session, Shape
-from qnpu_jax.tflite import KernelSet, cached_decoder
+from qnpu_jax.tflite import cached_decoder
 
 
 @runtime_checkable
@@ -51,12 +52,13 @@ def prove_cached(
     simulator: CachedSimulator,
     ids: Integer[np.ndarray, " t"],
     kernels: KernelSet = "ref",
+    logits: Positions = "last",
 ) -> tuple[Comparison, tuple[int, ...]]:
     """Feeds real text through both, side by side, and compares every tensor of every step.
 
     Args:
-      path: that `cached.write_cached` wrote of the model, with logits of the last position.
-      simulator: of the same lengths, and of these kernels.
+      path: that `cached.write_cached` wrote of the model.
+      simulator: of the same lengths, and of these kernels and logits.
       ids: at most as many as the context has.
 
     Returns:
@@ -72,7 +74,7 @@ def prove_cached(
         past = (session.k[:, :, :slots], session.v[..., :slots])
         expected = simulator.tensors(now, at, *past)
         session.step(now, count)
-        ops = op_names(cached_decoder(model, count, shape.context))
+        ops = op_names(cached_decoder(model, count, shape.context, logits))
         found.append(compare(backend.tensors(count), expected, ops))
     return (
         Comparison(

@@ -41,11 +41,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tensors and elements compared, and every difference."""
+    """Tensors and elements compared, and every difference.
+
+    Example:
+      >>> print(Comparison(tensors=3, elements=1024, differences=()))
+      0 of 1,024 elements differ, in 0 of 3 tensors
+    """
 
     tensors: int
     elements: int
     differences: tuple[Difference, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.differing:,} of {self.elements:,} elements differ, in"
+            f" {len(self.differences):,} of {self.tensors:,} tensors"
+        )
 
     @property
     def differing(self) -> int:

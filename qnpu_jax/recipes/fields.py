@@ -121,7 +121,7 @@ def _plan(value: Any, where: str) -> BitPlan:
 def _tuple(item: Any, limits: Mapping[str, Any], value: Any, where: str) -> tuple[Any, ...]:
     """A tuple of dataclasses, of names, or of names each with a rate."""
     listed = isinstance(value, list | tuple)
-    if dataclasses.is_dataclass(item):
+    if isinstance(item, type) and dataclasses.is_dataclass(item):
         if not listed:
             raise _refused(where, f"a list of {item.__name__.lower()}s", value)
         found = enumerate(value)
@@ -147,4 +147,4 @@ def _is_rate(x: Any) -> bool:
     if not isinstance(x, list | tuple) or len(x) != 2 or not isinstance(x[0], str):
         return False
     number = isinstance(x[1], numbers.Real) and not isinstance(x[1], bool)
-    return number and 0 < x[1] < float("inf")
+    return number and 0 < float(x[1]) < float("inf")

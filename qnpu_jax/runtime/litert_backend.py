@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int8, Integer
 
+from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import KEEP_SCALE, MASK_SCALE, masks, visible
 from qnpu_jax.runtime.session import Shape, Step
-from qnpu_jax.tflite import KernelSet, open_interpreter
+from qnpu_jax.tflite import open_interpreter
 
 PREFILL = "prefill_"
 
@@ -61,6 +62,8 @@ class LiteRTBackend:
             width=width,
         )
         self._prefix = int(inputs["mask"]["shape"][2]) - self.shape.context
+        rows = self._runners[self.shape.prefill].get_output_details()["logits"]["shape"][0]
+        self.logits: Positions = "last" if rows == 1 else "all"
         scales = self._runners[1].get_output_details()["logits"]["quantization_parameters"]
         self.logit_scale = float(scales["scales"][0])
 

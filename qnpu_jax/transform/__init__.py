@@ -1,7 +1,7 @@
 """The same function in easier parameters: folding, rotations, channel scales, prefix."""
 
 from qnpu_jax.transform.channel_scales import Diagonal, channel_peaks, scale, scaled, smoothquant
-from qnpu_jax.transform.fold import fold_norms
+from qnpu_jax.transform.fold import check_folded, fold_norms
 from qnpu_jax.transform.prefix import PrefixReport, add_prefix, find_prefix
 from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotated
 
@@ -11,6 +11,7 @@ __all__ = [
     "Rotation",
     "add_prefix",
     "channel_peaks",
+    "check_folded",
     "find_prefix",
     "fold_norms",
     "random_rotation",

@@ -1,0 +1,137 @@
+"""A checkpoint made into integers, and integers into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qnpu_jax import artifacts, pipeline
+from qnpu_jax.api.arguments import (
+    Ids,
+    check_checkpoint,
+    check_choice,
+    check_integer,
+    check_model,
+    effort_of,
+    observer_of,
+    recipe_of,
+    room,
+    text_of,
+)
+from qnpu_jax.choices import Positions
+from qnpu_jax.errors import UserError
+from qnpu_jax.integer import IntegerModel
+from qnpu_jax.learn import learns
+from qnpu_jax.models import Checkpoint
+from qnpu_jax.progress import Observer
+from qnpu_jax.proof import bound
+from qnpu_jax.recipes import Effort, Recipe
+from qnpu_jax.text import excerpts
+from qnpu_jax.tflite import build, cached
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    recipe: str | Path | Recipe = "w8a8",
+    *,
+    effort: str | Effort = "none",
+    text: str | Path | Sequence[str] | Ids | None = None,
+    progress: Observer | Callable[[str, int, int], object] | None = None,
+) -> IntegerModel:
+    """Quantizes a model: every tensor an integer with a scale that is fixed before it runs.
+
+    Folds the norms, rotates, finds a prefix, sets ranges on calibration text, learns what the
+    recipe says, and rounds once. Equal arguments give equal integers, those of `qnpu quantize`.
+
+    Args:
+      checkpoint: of `load`.
+      recipe: a name of `RECIPES`, a JSON file, or a `Recipe`.
+      effort: how much is learned: a name of `EFFORTS` or an `Effort`. With "none" the recipe's
+        stages calibrate and round only.
+      text: what ranges are set by and what is learned from. None: the model writes it, as often as
+        not in answer to questions. A path: a file of plain text or JSON lines. A list of strings:
+        documents. (N, T) token ids without BOS: the windows to calibrate with, as they are.
+      progress: called with (what runs, how much is done, how much there is; 0 where that is not
+        known), or an `Observer`. By default nothing is shown.
+
+    Returns:
+      The integers. Nothing is written.
+
+    Raises:
+      UserError: no such recipe, effort or file; text that is too short or not of this vocabulary; a
+        model with fewer positions than the recipe needs; an accumulator that can overflow; learning
+        that diverges.
+
+    Example:
+      >>> model = qnpu.quantize(checkpoint, "w8a8", text="text.txt")
+      >>> model.config.num_layers
+      2
+    """
+    check_checkpoint(checkpoint)
+    recipe, effort = recipe_of(recipe), effort_of(effort)
+    config, watch = checkpoint.config, observer_of(progress)
+    taught = effort if learns(recipe, effort) else None
+    given = None if text is None else text_of(text, config)
+    length = given.shape[1] if isinstance(given, np.ndarray) else recipe.calibration_length
+    asked = {"calibration_length" if given is None else "text": length}
+    pipeline.check_model(config, recipe, asked | ({"effort": taught.length} if taught else {}))
+    held_out = excerpts.judged(checkpoint, taught) if taught else None
+    found = None if given is None else excerpts.given(given, checkpoint, recipe, taught)
+    with watch.stage("fold, rotate"):
+        params = pipeline.prepare(config, checkpoint.params, recipe)
+    if found is None:
+        with watch.stage("calibration text"):
+            found = excerpts.written(
+                checkpoint, params, recipe, taught,
+                lambda steps, length: watch.track(steps, length, "calibration text"),
+            )  # fmt: skip
+    windows = excerpts.windows_of(*found, held_out)
+    return pipeline.quantize(
+        config, params, recipe, windows, checkpoint.tokenizer.bos_id, effort,
+        clock=watch, track=watch.track, report=watch.learned,
+    ).model  # fmt: skip
+
+
+def write_tflite(
+    model: IntegerModel,
+    path: str | Path,
+    tokens: int = 128,
+    logits: Positions = "all",
+    context: int | None = None,
+) -> None:
+    """Writes a model as an integer-only .tflite, in place of an older file of that name.
+
+    The signature `prefill_<tokens>` takes ids int32 (tokens,) and gives codes of the logits. With a
+    context the file has a KV cache, and the signature `decode` for one token too.
+
+    Args:
+      model: of `quantize`.
+      path: of the file; its folder exists.
+      tokens: of a prefill, 2 or more; multiples of 64 are fastest.
+      logits: of `all` positions, or of the `last` only.
+      context: positions of the KV cache, after the prefix; None for none.
+
+    Raises:
+      UserError: no model; lengths that the model or the cache has no room for; an accumulator that
+        can overflow at this length; a file that cannot be written.
+
+    Example:
+      >>> qnpu.write_tflite(model, "model.tflite", tokens=16)
+      >>> qnpu.write_tflite(model, "chat.tflite", tokens=16, logits="last", context=64)
+    """
+    check_model(model)
+    path = Path(path)
+    check_choice("logits", logits, ("all", "last"))
+    check_integer("tokens", tokens, 2, room(model) if context is None else room(model) - 1)
+    if context is not None:
+        check_integer("context", context, tokens + 1, room(model))
+    bound(model, context or tokens, logits)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a file; name one in it")
+    with artifacts.new_file(path, replace=True) as partial:
+        if context is None:
+            build(model, tokens, logits).write(partial)
+        else:
+            cached.build_cached(model, tokens, context, logits).write(partial)
