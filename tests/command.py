@@ -1,5 +1,6 @@
 """Fixtures, loaded by conftest.py: the command in this process, in a working folder of its own."""
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +12,21 @@ from workspace import workspace
 from qnpu_jax.cli import main
 
 Command = Callable[..., tuple[int, str, str]]
+
+
+STAGES = (
+    *("load", "fold, rotate", "calibration text", "prefix", "calibrate", "learn", "freeze"),
+    *("write", "verify", "accumulators", "score float", "score fake-quant", "score simulator"),
+    *("score LiteRT", "compile", r"layer \d+", "perplexity", "measure", "compare", "original"),
+    *("replace", "prove", "observe"),
+)
+STAGE = re.compile(rf"qnpu: ({'|'.join(STAGES)})(; \d+ s so far)?\n")
+"""What stderr says, where it is no terminal, when a stage begins."""
+
+
+def without_stages(err: str) -> str:
+    """All that a command says on stderr but for its stages."""
+    return "".join(line for line in err.splitlines(keepends=True) if not STAGE.fullmatch(line))
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +54,15 @@ def no_packages(monkeypatch):
 
 @pytest.fixture
 def qnpu(monkeypatch, capfd) -> Command:
-    """The command in this process: status, stdout, stderr."""
+    """The command in this process: status, stdout, stderr without the lines about its stages."""
 
     def call(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["qnpu", *args])
         monkeypatch.setenv("COLUMNS", "80")
         with pytest.raises(SystemExit) as end:
             main()
-        return int(end.value.code or 0), *capfd.readouterr()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, without_stages(err)
 
     return call
 

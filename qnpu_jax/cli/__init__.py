@@ -1,8 +1,8 @@
-"""The `qnpu` command: `commands` parses and calls, `display` shows. Only this package imports the
-simulator.
+"""The `qnpu` command. A file of commands declares their options and calls; tables are in files of
+their own.
 
-This file only starts them: what they import takes seconds, in which Ctrl-C must do what it does at
-any other time.
+Files of commands import neither JAX nor anything that does, so that `qnpu --help` is quick; each
+command imports what it needs inside `importing`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 INTERRUPTED = 130
@@ -17,14 +19,14 @@ INTERRUPTED = 130
 NOTHING = "interrupted, nothing is left behind"
 
 
-def main() -> None:
-    """Entry point."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # not ignored, as under nohup
-        signal.signal(signal.SIGINT, _leave)
-    from qnpu_jax.cli.commands import call
+class Interrupted(Exception):
+    """Ctrl-C in a run that left something behind: the message says what, and how to go on."""
 
-    signal.signal(signal.SIGINT, usual)
+
+def main() -> None:
+    """Runs the command line and ends the process with its exit status."""
+    with importing():
+        from qnpu_jax.cli.commands import call
     try:
         status = call()
     except KeyboardInterrupt:
@@ -32,13 +34,25 @@ def main() -> None:
     sys.exit(status)
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once while the block imports, which takes seconds:
+    KeyboardInterrupt, raised while jaxlib is imported, crashes it."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is signal.default_int_handler:  # not ignored, as under nohup
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
 def _leave(*_: Any) -> NoReturn:
-    """Ends the process at once: KeyboardInterrupt, raised while jaxlib is imported, crashes it."""
     complain(NOTHING)
     os._exit(INTERRUPTED)
 
 
 def complain(message: str, status: int = 2) -> int:
-    """One line on stderr; returns the exit status."""
+    """Writes one line on stderr and returns the exit status."""
     sys.stderr.write(f"qnpu: {' '.join(message.split())}\n")
     return status

@@ -1,39 +1,42 @@
-"""The commands: parse, call, print."""
+"""The command line, and the commands about models: quantize, verify, export, generate, graph,
+recipe.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer.exceptions import TyperException
 
-from qnpu_jax import artifacts, deploy, job
-from qnpu_jax.cli import INTERRUPTED, bench, complain, instrument, npu, proof
-from qnpu_jax.cli.display import Display, megabytes, print_report
-from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, Threads, check_unused
-from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Positions, decoder
-from qnpu_jax.models import checkpoint
-from qnpu_jax.output import OutputFolder
-from qnpu_jax.proof import Simulated
-from qnpu_jax.recipes import EFFORTS, load_recipe
-from qnpu_jax.runtime import (
-    Backend,
-    LiteRTBackend,
-    Sampling,
-    Session,
-    SimulatedBackend,
-    check_room,
-    generation,
+from qnpu_jax.choices import EffortName
+from qnpu_jax.cli import (
+    INTERRUPTED,
+    Interrupted,
+    bench,
+    compilers,
+    complain,
+    diagnose,
+    importing,
+    proof,
 )
-from qnpu_jax.tflite import KernelSet
+from qnpu_jax.cli.options import (
+    Context,
+    EvalText,
+    Folder,
+    Kernels,
+    Logits,
+    Model,
+    Prefill,
+    Profile,
+    RecipeName,
+    Threads,
+    check_unused,
+)
+from qnpu_jax.errors import UserError
 
-SHOWN = 20
-"""Differing tensors that are named: the first says most."""
 PACKAGED_CONTEXT = 512
 """Positions of the KV cache of a `.litertlm`."""
 
@@ -44,22 +47,43 @@ app = typer.Typer(
     help="Turns a decoder LLM into an integer-only .tflite, proved in a bit-exact simulator.",
     epilog="Exit status: 0; 1 where simulator and LiteRT differ; 2 for a mistake in the input.",
 )
-app.add_typer(npu.app)
+
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"qnpu {metadata.version('qnpu')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _before(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of `qnpu` itself, without a command."""
+
+
+app.add_typer(compilers.app)
 app.add_typer(bench.app)
-app.add_typer(instrument.app)
+app.add_typer(diagnose.app)
 app.add_typer(proof.app)
-Model = Annotated[
-    str, typer.Argument(help="smollm2-135m, a .gguf file, a Hugging Face folder, or org/name.")
+
+Effort = Annotated[
+    EffortName, typer.Option(help="How much is learned: fast is for two CPU cores, full a GPU.")
 ]
-EffortName = Literal["none", "fast", "full"]
-RecipeName = Annotated[
-    str,
-    typer.Option(
-        help="w8a8, w4a8, w8a16 or w4a16, one of these after a method (quarot-w4a8), or a JSON file"
-        " (see `qnpu recipe`)."
-    ),
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Text or JSONL to learn from; without it, the model writes its own."),
 ]
-Logits = Annotated[Positions, typer.Option(help="Positions to give logits of.")]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(help="Where learning is kept until it is done; without it, OUT.checkpoints."),
+]
 
 
 @app.command()
@@ -67,13 +91,8 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Output folder, new or empty.")],
     recipe: RecipeName = "w8a8",
-    effort: Annotated[
-        EffortName, typer.Option(help="How much is learned: fast is for two CPU cores, full a GPU.")
-    ] = "fast",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Text or JSONL to learn from; without it, the model writes its own."),
-    ] = None,
+    effort: Effort = "fast",
+    calibration: Calibration = None,
     eval_text: EvalText = None,
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens to score.")] = 2048,
     prefill: Prefill = 128,
@@ -81,34 +100,30 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier output folder.")
     ] = False,
-    checkpoints: Annotated[
-        Path | None,
-        typer.Option(help="Where learning is kept until it is done; without it, OUT.checkpoints."),
-    ] = None,
+    checkpoints: Checkpoints = None,
 ) -> None:
     """Quantizes a model, learns what it can, writes it, and proves it.
 
-    Every tensor of the file, run by LiteRT, must equal the simulator's in every element. Killed
-    while it learns, the same command goes on from the last checkpoint.
+    Every tensor of the file, run by LiteRT, must equal the simulator's in
+    every element. Killed while it learns, the same command goes on from
+    the last checkpoint.
     """
+    with importing():
+        from qnpu_jax import job, recipes
+        from qnpu_jax.cli import report_table
+        from qnpu_jax.cli.display import Display
+        from qnpu_jax.cli.interruption import resumable
+        from qnpu_jax.proof import Simulated
     request = job.Job(
-        model=model,
-        recipe=load_recipe(recipe),
-        out=out,
-        effort=EFFORTS[effort],
-        calibration=calibration,
-        eval_text=eval_text,
-        prefill=prefill,
-        logits=logits,
-        eval_tokens=eval_tokens,
-        overwrite=overwrite,
-        checkpoints=checkpoints,
-    )
-    with Display() as display, _resumable(request):
+        model=model, recipe=recipes.load_recipe(recipe), out=out, effort=recipes.EFFORTS[effort],
+        calibration=calibration, eval_text=eval_text, prefill=prefill, logits=logits,
+        eval_tokens=eval_tokens, overwrite=overwrite, checkpoints=checkpoints,
+    )  # fmt: skip
+    with Display() as display, resumable(request):
         report = job.run(request, Simulated, display)
-    print_report(report)
+    report_table.show(report)
     typer.echo(f"wrote {out}")
-    _fail_on_difference(report["verify"])
+    report_table.fail_on_difference(report["verify"])
 
 
 @app.command()
@@ -122,12 +137,22 @@ def verify(
             help="Of the file with a KV cache of so many positions, which `generate` runs."
         ),
     ] = None,
-    kernels: Annotated[
-        KernelSet, typer.Option(help="LiteRT's: ref, opt, or xnn (XNNPACK, one op at a time).")
-    ] = "ref",
+    kernels: Kernels = "ref",
 ) -> None:
-    """Compares every tensor of a folder's model.tflite, run by LiteRT, with the simulator's; with
-    --context those of both signatures over a KV cache, which chunks and single steps fill."""
+    """Compares every tensor of model.tflite, run by LiteRT, with the simulator's.
+
+    With --context those of both signatures over a KV cache, which chunks
+    and single steps fill.
+    """
+    with importing():
+        from functools import partial
+
+        from qnpu_jax import deploy, job
+        from qnpu_jax.cli import report_table
+        from qnpu_jax.cli.display import Display
+        from qnpu_jax.output import OutputFolder
+        from qnpu_jax.proof import Simulated
+        from qnpu_jax.runtime import SimulatedBackend
     with Display() as clock:
         opened = OutputFolder.open(folder)
         if context is None:
@@ -137,8 +162,8 @@ def verify(
             cached = partial(SimulatedBackend, kernels=kernels)
             found = deploy.verified(opened, prefill, context, eval_text, cached, clock, kernels)
             typer.echo(f"fed in steps of {', '.join(map(str, found['steps']))} tokens")
-    typer.echo(_verdict(found, kernels))
-    _fail_on_difference(found)
+    typer.echo(report_table.verdict(found, kernels))
+    report_table.fail_on_difference(found)
 
 
 @app.command()
@@ -163,7 +188,12 @@ def export(
     ] = False,
     profile: Profile = "plain",
 ) -> None:
-    """Writes the model of a folder again: another length, with a KV cache, or for LiteRT-LM."""
+    """Writes the model for another length, with a KV cache, or for LiteRT-LM."""
+    with importing():
+        from qnpu_jax import deploy
+        from qnpu_jax.cli.display import Display
+        from qnpu_jax.cli.tables import megabytes
+        from qnpu_jax.output import OutputFolder
     with Display() as clock, clock.stage("write"):
         opened = OutputFolder.open(folder)
         if litertlm:
@@ -174,6 +204,13 @@ def export(
     typer.echo(f"wrote {file}, {megabytes(file.stat().st_size)}")
 
 
+TopK = Annotated[int, typer.Option(help="Of the k likeliest; 0 for all.")]
+TopP = Annotated[float, typer.Option(help="Of the likeliest up to this probability.")]
+BackendName = Annotated[
+    Literal["litert", "sim"], typer.Option(help="LiteRT on this CPU, or the simulator.")
+]
+
+
 @app.command()
 def generate(
     folder: Folder,
@@ -181,43 +218,35 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without a chat.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Of the k likeliest; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Of the likeliest up to this probability.")] = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
-    backend: Annotated[
-        Literal["litert", "sim"], typer.Option(help="LiteRT on this CPU, or the simulator.")
-    ] = "litert",
-    kernels: Annotated[
-        KernelSet, typer.Option(help="LiteRT's: xnn (XNNPACK), opt, or ref.")
-    ] = "xnn",
+    backend: BackendName = "litert",
+    kernels: Kernels = "xnn",
     threads: Threads = 1,
     prefill: Prefill = 128,
     context: Context = 512,
     profile: Profile = "plain",
 ) -> None:
-    """Generates text from a quantized model, with what it needs a second."""
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    """Generates text, and tells how many tokens a second."""
+    with importing():
+        from qnpu_jax import deploy, runtime
+        from qnpu_jax.cli.display import Display
+        from qnpu_jax.cli.streaming import prompt_ids, stream
+        from qnpu_jax.output import OutputFolder
+    sampling = runtime.Sampling(temperature, top_k, top_p, seed)
     opened = OutputFolder.open(folder)
-    tokenizer = opened.tokenizer
-    messages = [{"role": "user", "content": prompt}]
-    ids = tokenizer.encode(prompt) if raw else tokenizer.chat(messages, bos=False)
-    check_room(len(ids), 0, context)
+    ids = prompt_ids(opened.tokenizer, prompt, raw=raw)
+    runtime.check_room(len(ids), 0, context)
     with Display() as clock, clock.stage("load"):
-        runner: Backend
+        runner: runtime.Backend
         if backend == "sim":
             check_unused("profile", profile, "plain", "--backend sim, which reads no file")
-            runner = SimulatedBackend(opened.model, prefill, context)
+            runner = runtime.SimulatedBackend(opened.model, prefill, context)
         else:
             file = deploy.deployed(opened, prefill, context, profile)
-            runner = LiteRTBackend(file, kernels, threads=threads)
-    speed = generation.Speed()
-    made = generation.tokens(
-        Session(runner), ids, runner.logit_scale, sampling, max_tokens, tokenizer.eos_ids, speed
-    )
-    for piece in generation.pieces(made, tokenizer):
-        typer.echo(piece, nl=False)
-    typer.echo()
-    typer.echo(str(speed), err=True)
+            runner = runtime.LiteRTBackend(file, kernels, threads=threads)
+    stream(runner, opened.tokenizer, ids, sampling, max_tokens)
 
 
 @app.command()
@@ -227,7 +256,11 @@ def graph(
     prefill: Prefill = 128,
     prefix: Annotated[int, typer.Option(help="Tokens of constant keys and values.")] = 2,
 ) -> None:
-    """Prints the quantized decoder: embed graph, one layer, head graph."""
+    """Prints the quantized decoder: embed, one layer, head."""
+    with importing():
+        from qnpu_jax.graph import decoder
+        from qnpu_jax.models import checkpoint
+        from qnpu_jax.recipes import load_recipe
     plan = load_recipe(recipe).bits
     config = checkpoint.load_params(model)[0]
     for part in decoder(config, plan, prefill, prefix).graphs:
@@ -239,45 +272,10 @@ def show_recipe(
     name: Annotated[str, typer.Argument(help="A named recipe or a file.")] = "w8a8",
 ) -> None:
     """Prints a recipe as JSON, to start one's own from."""
+    from qnpu_jax import artifacts
+    from qnpu_jax.recipes import load_recipe
+
     typer.echo(artifacts.layout(load_recipe(name).to_json()))
-
-
-class Interrupted(Exception):
-    """Ctrl-C, and what the user should know."""
-
-
-@contextmanager
-def _resumable(request: job.Job) -> Iterator[None]:
-    """Tells who interrupts a run what is kept of it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (kept := job.resumes(request)):
-            raise
-        stage, step = kept
-        raise Interrupted(
-            f"interrupted; the same command goes on from stage {stage}, step {step}, kept in"
-            f" {request.checkpoint_folder()}"
-        ) from None
-
-
-def _verdict(found: dict[str, Any], kernels: KernelSet = "ref") -> str:
-    names = {"ref": "reference kernels", "opt": "optimized kernels", "xnn": "XNNPACK"}
-    return (
-        f"{found['differing']:,} of {found['elements']:,} elements differ, in"
-        f" {len(found['differences']):,} of {found['tensors']:,} tensors"
-        f" (simulator against LiteRT's {names[kernels]})"
-    )
-
-
-def _fail_on_difference(found: dict[str, Any]) -> None:
-    lines = found["differences"]
-    for line in lines[:SHOWN]:
-        typer.echo(line, err=True)
-    if len(lines) > SHOWN:
-        typer.echo(f"... and {len(lines) - SHOWN:,} more", err=True)
-    if found["differing"]:
-        raise typer.Exit(1)
 
 
 def call() -> int:

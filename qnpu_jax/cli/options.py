@@ -7,14 +7,28 @@ from typing import Annotated
 
 import typer
 
+from qnpu_jax.choices import KernelSet, Positions, ProfileName
 from qnpu_jax.errors import UserError
-from qnpu_jax.tflite import ProfileName
 
+Model = Annotated[
+    str, typer.Argument(help="smollm2-135m, a .gguf file, a Hugging Face folder, or org/name.")
+]
 Folder = Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        help="w8a8, w4a8, w8a16 or w4a16, one of these after a method (quarot-w4a8), or a JSON file"
+        " (see `qnpu recipe`)."
+    ),
+]
 Prefill = Annotated[
     int, typer.Option(help="Tokens that the signature takes; multiples of 64 are fastest.")
 ]
 Context = Annotated[int, typer.Option(help="Positions of the KV cache.")]
+Logits = Annotated[Positions, typer.Option(help="Positions to give logits of.")]
+Kernels = Annotated[
+    KernelSet, typer.Option(help="LiteRT's: ref (reference), opt (optimized), or xnn (XNNPACK).")
+]
 Threads = Annotated[int, typer.Option(min=1, help="Of LiteRT.")]
 Profile = Annotated[
     ProfileName,

