@@ -18,16 +18,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from qnpu_sim.program import compile_model, run
 
 from qnpu_jax.config import bit_plan
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer import storage
 from qnpu_jax.integer.model import IntegerModel
-from qnpu_jax.measure import tasks
+from qnpu_jax.measure import task_files, tasks
 from qnpu_jax.measure.perplexity import Logits, fake_quant_logits, float_logits, integer_logits
 from qnpu_jax.models.checkpoint import Checkpoint, load
 from qnpu_jax.transform.fold import fold_norms
+from qnpu_sim.program import compile_model, run
 
 GOALS = {8: 0.99, 4: 0.95}
 """Least ratio of the simulator's mean accuracy to float's, by the bits of the narrowest weights."""
@@ -97,14 +97,14 @@ def recipe_name(folder: Path, checkpoint: Checkpoint) -> str:
 
 def narrowest_weights(model: IntegerModel) -> int:
     specs = [t for t in model.decoder(1).layer.named("param") if t.name.endswith(".weight")]
-    return min(bits for t in specs if t.quant is not None for bits in t.quant.bits)
+    return min(bits for t in specs for bits in t.quant.bits)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Results by reading, with what they were measured on."""
     checkpoint = load(args.model)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    found = tasks.read_folder(args.tasks, args.limit)
+    found = task_files.read_folder(args.tasks, args.limit)
     if args.only and (unknown := set(args.only) - {task.name for task in found}):
         raise UserError(
             f"--only: {sorted(unknown)} not in {args.tasks}; expected some of"
@@ -128,22 +128,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name, logits in readings.items():
         bos = tokenizer.bos_id if args.bos and name == "float" else None
+        scoring = tasks.Scoring(bos, args.lengths, args.batch_tokens)
         for task in found:
             start = time.perf_counter()
-            (result,) = tasks.score(
-                logits,
-                [task],
-                tokenizer,
-                config.vocab_size,
-                bos=bos,
-                lengths=args.lengths,
-                batch_tokens=args.batch_tokens,
-            )
+            (result,) = tasks.score(logits, [task], tokenizer, config.vocab_size, scoring)
             rows.append(_row(name, result, time.perf_counter() - start))
     return {**about, "bos": args.bos, "rows": rows}
 
 
-def _row(reading: str, result: tasks.Result, seconds: float) -> dict[str, Any]:
+def _row(reading: str, result: tasks.TaskResult, seconds: float) -> dict[str, Any]:
     """Prints a line of the table, and gives it as data."""
     norm = "" if result.acc_norm is None else f"{100 * result.acc_norm:.2f}"
     perplexity = "" if result.perplexity is None else f"{result.perplexity:.2f}"

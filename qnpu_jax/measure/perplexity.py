@@ -1,5 +1,7 @@
-"""Perplexity of any reading of a model (float, fake-quantized, simulated, LiteRT), and how far the
-predictions of two readings lie apart.
+"""Perplexity of a reading of a model, and the divergence between two readings.
+
+A reading is any way to compute the model's logits: in float, fake-quantized, by the integer
+simulator, or by LiteRT.
 """
 
 from __future__ import annotations
@@ -20,19 +22,28 @@ from qnpu_jax.graph import Params, decoder
 from qnpu_jax.integer import IntegerModel, activation_scales, dequantize
 
 Logits = Callable[[np.ndarray], Any]
-"""(T,) or (B, T) token ids to real logits (.., T, V)."""
+"""A reading: maps token ids (T,) or (B, T) to logits (.., T, V), real values."""
 
 
 def perplexity(
     logits: Logits, windows: np.ndarray, batch: int | None = None, track: Any = None
 ) -> float:
-    """exp(mean -log p(next token)) over the windows; the first token of each is not scored.
+    """Computes exp(mean -log p(next token)) over windows of token ids.
+
+    The first token of each window is not scored, as nothing stands before it.
+
+    >>> always_sure = lambda ids: 100.0 * jax.nn.one_hot(jnp.roll(ids, -1), 8)
+    >>> perplexity(always_sure, np.array([[1, 2, 3], [4, 5, 6]]))
+    1.0
 
     Args:
-      logits: the model.
-      windows: (N, T) ids.
+      logits: the reading.
+      windows: token ids (N, T).
       batch: windows per call; None passes single windows (T,).
       track: wraps the iteration, for a progress bar: (items, length).
+
+    Returns:
+      The perplexity, 1 or more.
     """
     total = 0.0
     for ids in _batches(windows, batch, track):
@@ -48,10 +59,10 @@ def _sum_nll(logits: jax.Array, ids: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a reading's predictions lie from another's, over positions.
+    """Distance between the predictions of two readings, as means over positions.
 
     Attributes:
-      kl: mean KL(reference || other) in nats, 0 or more.
+      kl: KL(reference || other) in nats, 0 or more.
       top1: fraction of positions where both find the same token most likely, 0 to 1.
     """
 
@@ -66,14 +77,14 @@ def divergence(
     batch: int | None = None,
     track: Any = None,
 ) -> Divergence:
-    """KL(p || q) = sum_v p_v log(p_v / q_v), and agreement of argmax, over all positions.
+    """Computes KL(p || q) = sum_v p_v log(p_v / q_v) and how often argmax agrees, over positions.
 
     Of equal largest logits, which integers often have, the first counts, as in a greedy decoder.
 
     Args:
-      reference: the model that gives p.
-      other: the model that gives q.
-      windows: (N, T) ids; the last position of each counts too, since no next token is needed.
+      reference: the reading that gives p.
+      other: the reading that gives q.
+      windows: token ids (N, T). The last position of each counts too: no next token is needed.
       batch: windows per call; None passes single windows (T,).
       track: wraps the iteration, for a progress bar: (items, length).
     """
@@ -87,21 +98,24 @@ def divergence(
 
 @jax.jit
 def _compare(p_logits: jax.Array, q_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over positions of KL in nats, and of equal argmax."""
+    """Sums KL in nats and equal argmax over positions."""
     same = jnp.argmax(p_logits, axis=-1) == jnp.argmax(q_logits, axis=-1)
     return jnp.sum(kl_terms(p_logits, q_logits)), jnp.sum(same)
 
 
 def kl_terms(p_logits: Float[Array, "*b v"], q_logits: Float[Array, "*b v"]) -> jax.Array:
-    """Terms (.., V) that sum to KL(p || q) in nats at every position, none of them negative.
+    """Computes terms (.., V) that sum to KL(p || q) in nats at every position.
 
-    As sum p = sum q = 1, KL = sum p (e^-d - 1 + d) with d = log p - log q. No term is negative, and
-    errors of the normalisers cancel to first order: sum p d alone would lose a small KL in the
-    rounding of terms that are larger and of both signs.
+    As sum p = sum q = 1, KL = sum p (e^-d - 1 + d) with d = log p - log q. None of these terms is
+    negative, and errors of the normalisers cancel to first order. The usual sum of p d would lose a
+    small KL in the rounding of terms that are larger and of both signs.
+
+    Args:
+      p_logits, q_logits: logits of p and q, real values.
     """
     log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (p_logits, q_logits))
     p, q, d = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
-    # Where q is far larger, e^-d overflows but p e^-d = q does not; without p, q is all that stays.
+    # Where q is far larger than p, e^-d overflows, but p e^-d = q does not. At p = 0 the term is q.
     near = p * (jnp.expm1(-jnp.maximum(d, -1.0)) + d)
     return jnp.where(p == 0, q, jnp.where(d < -1.0, q - p + p * d, near))
 
@@ -113,7 +127,13 @@ def _batches(windows: np.ndarray, batch: int | None, track: Any) -> Iterator[np.
 
 
 def float_logits(config: ModelConfig, plan: BitPlan, params: Params) -> Logits:
-    """The float model; with its prefix, where the parameters hold one."""
+    """Reads a model in float.
+
+    Args:
+      plan: any bits; the graph needs some, and float evaluation ignores them.
+      params: folded parameters (`fold_norms`). Prefix keys and values, if there are any, stand
+        before every input.
+    """
     prefix = params.get("layers.attn.prefix_k")
     length = 0 if prefix is None else prefix.shape[2]
 
@@ -125,7 +145,7 @@ def float_logits(config: ModelConfig, plan: BitPlan, params: Params) -> Logits:
 
 
 def fake_quant_logits(model: IntegerModel) -> Logits:
-    """The model in float arithmetic, every tensor on its integer grid."""
+    """Reads a frozen model in float arithmetic with every tensor rounded to its integer grid."""
     params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
     scales = jax.tree.map(jnp.asarray, activation_scales(model))
 
@@ -145,9 +165,13 @@ def _forward(dec: Any, params: Params, ids: jax.Array, scales: Any) -> jax.Array
 
 
 def integer_logits(model: IntegerModel, run: Callable[[np.ndarray], Any]) -> Logits:
-    """Real logits of something that returns their codes (the simulator, LiteRT)."""
-    scale = np.float32(model.scale["head.logits"])
-    zero_point = np.int32(model.zero_point["head.logits"])
+    """Reads a frozen model in integers: logit = scale (code - zero_point).
+
+    Args:
+      run: maps token ids to codes of the logits: the simulator, or LiteRT.
+    """
+    head = model.tensors["head.logits"]
+    scale, zero_point = np.float32(head.scale), np.int32(head.zero_point)
 
     def logits(ids: np.ndarray) -> jax.Array:
         codes = jnp.asarray(run(ids))

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers
-from qnpu_sim.program import compile_model, run
 from tokenizers.models import BPE
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.forward import token_nll
-from qnpu_jax.measure import perplexity, tasks
-from qnpu_jax.measure.tasks import CHOICES, CONTEXTS, KINDS, LAST_WORD, Item, Request, Task
+from qnpu_jax.measure import perplexity, task_files, tasks
+from qnpu_jax.measure.task_files import CHOICES, CONTEXTS, KINDS, LAST_WORD, Item, Task
+from qnpu_jax.measure.tasks import ScoredTokens, Scoring
 from qnpu_jax.models.checkpoint import load
 from qnpu_jax.models.tokenizer import Tokenizer
 from qnpu_jax.transform.fold import fold_norms
+from qnpu_sim.program import compile_model, run
 
 CHARACTERS = [chr(i) for i in range(32, 127)] + ["\n"]
 ID = {c: i for i, c in enumerate(CHARACTERS)}
@@ -50,8 +51,8 @@ def write(folder, lines, name="task.jsonl"):
     return path
 
 
-def score(logits, task, **options):
-    (result,) = tasks.score(logits, [task], TOKENIZER, 96, **options)
+def score(logits, task):
+    (result,) = tasks.score(logits, [task], TOKENIZER, 96)
     return result
 
 
@@ -63,7 +64,7 @@ def test_choices_and_both_normalisations(tmp_path):
     log 1/32 / 2 beats log 1/16 / 1."""
     logits = chain(x_=1 / 2, _b=1 / 8, _c=1 / 4, cd=1 / 4)
     lines = [{"query": "x", "choices": ["b", "cd"], "gold": gold} for gold in (0, 1, 1, 1)]
-    found = score(logits, tasks.read(write(tmp_path, lines)))
+    found = score(logits, task_files.read(write(tmp_path, lines)))
     assert (found.name, found.items) == ("task", 4)
     assert found.acc == 1 / 4
     assert found.acc_norm == found.headline == 3 / 4
@@ -76,7 +77,7 @@ def test_context_options(tmp_path):
     """p(" z" | ..a) = 1/2 1/9 and p(" z" | ..b) = 1/4 1/9: the first context is more likely."""
     logits = chain(a_=1 / 2, b_=1 / 4, _z=1 / 9)
     lines = [{"context_options": ["qa", "qb"], "continuation": "z", "gold": g} for g in (0, 1, 0)]
-    found = score(logits, tasks.read(write(tmp_path, lines)))
+    found = score(logits, task_files.read(write(tmp_path, lines)))
     assert found.acc == found.acc_norm == pytest.approx(2 / 3)
 
 
@@ -84,7 +85,7 @@ def test_last_word_is_an_exact_match_of_greedy_decoding(tmp_path):
     """ " ab" is the greedy path; in " ac" the last character is not, though likely."""
     logits = chain(x_=1 / 2, _a=1 / 2, ab=1 / 2, ac=1 / 4)
     lines = [{"context": "x", "continuation": word} for word in ("ab", "ac")]
-    found = score(logits, tasks.read(write(tmp_path, lines)))
+    found = score(logits, task_files.read(write(tmp_path, lines)))
     assert found.acc == found.headline == 1 / 2
     assert found.acc_norm is None
     assert found.correct == (True, False)
@@ -105,9 +106,9 @@ def test_a_tie_of_the_largest_logits_goes_to_the_first_token():
 def test_where_spaces_and_answers_stand(tmp_path):
     choices = {"choices": ["b ", " c"], "gold": 0}
     lines = [{"query": query, **choices} for query in ("Question: x?\n", "Intro: x", "x ")]
-    contexts = [item.pairs[0][0] for item in tasks.read(write(tmp_path, lines)).items]
+    contexts = [item.pairs[0][0] for item in task_files.read(write(tmp_path, lines)).items]
     assert contexts == ["Question: x?\nAnswer:", "Intro: x", "x"]
-    for item in tasks.read(write(tmp_path, lines)).items:
+    for item in task_files.read(write(tmp_path, lines)).items:
         assert [continuation for _, continuation in item.pairs] == [" b", " c"]
 
 
@@ -120,7 +121,7 @@ def test_keys_say_the_kind_and_others_are_ignored(tmp_path):
     for i, line in enumerate(lines):
         write(tmp_path, [line] * 3, f"{2 - i}.jsonl")
     (tmp_path / "notes.txt").write_text("no task")
-    found = tasks.read_folder(tmp_path, limit=2)
+    found = task_files.read_folder(tmp_path, limit=2)
     assert [task.name for task in found] == ["0", "1", "2"]
     assert [task.keys for task in found] == [*reversed(KINDS)]
     assert all(len(task.items) == 2 for task in found)
@@ -131,7 +132,7 @@ def test_byte_order_mark_blank_lines_and_line_separators(tmp_path):
     path = tmp_path / "task.jsonl"
     line = json.dumps({"context": "a\u2028b", "continuation": "c"}, ensure_ascii=False)
     path.write_text(f"\ufeff{line}\n\n{line}\n", encoding="utf-8")
-    assert [item.pairs for item in tasks.read(path).items] == [(("a\u2028b", " c"),)] * 2
+    assert [item.pairs for item in task_files.read(path).items] == [(("a\u2028b", " c"),)] * 2
 
 
 GOOD = '{"query": "x", "choices": ["a", "b"], "gold": 0}'
@@ -163,7 +164,7 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
     path = tmp_path / "task.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n")
     with pytest.raises(UserError) as caught:
-        tasks.read(path, limit=1)  # lines beyond the limit are checked too
+        task_files.read(path, limit=1)  # lines beyond the limit are checked too
     assert str(caught.value).startswith(f"{path}: line 3: ")
     assert message in str(caught.value)
     assert "expected" in str(caught.value)
@@ -171,22 +172,24 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"no \*\.jsonl in it"):
-        tasks.read_folder(tmp_path)
+        task_files.read_folder(tmp_path)
     with pytest.raises(UserError, match=r"no\.jsonl: cannot be read"):
-        tasks.read(tmp_path / "no.jsonl")
+        task_files.read(tmp_path / "no.jsonl")
     (tmp_path / "a.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(UserError, match=r"a\.jsonl: cannot be read"):
-        tasks.read_folder(tmp_path)
+        task_files.read_folder(tmp_path)
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"a\.jsonl: no line in it"):
-        tasks.read_folder(tmp_path)
+        task_files.read_folder(tmp_path)
 
 
 # Tokens.
 
 
 def encode(context, continuation, bos=None, longest=99, tokenizer=TOKENIZER):
-    return tasks.encode((context, continuation), tokenizer, 96, "task.jsonl", bos, longest)
+    return tasks.encode(
+        (context, continuation), tokenizer, 96, "task.jsonl", Scoring(bos, (longest,))
+    )
 
 
 def ids(text):
@@ -194,24 +197,24 @@ def ids(text):
 
 
 def test_the_joined_text_is_split_where_the_context_ends():
-    assert encode("ab", " cd") == Request(ids("ab cd"), 2)
-    assert encode("ab", " cd", bos=7) == Request((7, *ids("ab cd")), 3)
+    assert encode("ab", " cd") == ScoredTokens(ids("ab cd"), 2)
+    assert encode("ab", " cd", bos=7) == ScoredTokens((7, *ids("ab cd")), 3)
 
 
 def test_a_token_across_the_border_still_leaves_one_to_score():
     """Merges a + b: of "a" and "b" joined one token is left, which follows "x"."""
     pieces = BPE(vocab={"a": 0, "b": 1, "x": 2, "ab": 3}, merges=[("a", "b")])
     merging = Tokenizer.build(tokenizers.Tokenizer(pieces), [None], [None], None, "merging")
-    assert encode("xa", "b", tokenizer=merging) == Request((2, 3), 1)
+    assert encode("xa", "b", tokenizer=merging) == ScoredTokens((2, 3), 1)
     with pytest.raises(UserError, match="has no token"):
         encode("a", "b", tokenizer=merging)
 
 
 def test_of_a_long_text_the_end_of_the_context_is_kept():
-    """An input of 5 tokens is a request of 6: the last is only predicted."""
-    assert encode("abcdef", " gh", longest=5) == Request(ids("def gh"), 3)
-    assert encode("abcdef", " gh", bos=7, longest=5) == Request((7, *ids("ef gh")), 3)
-    assert encode("abcdef", " gh", longest=3) == Request(ids("f gh"), 1)
+    """An input of 5 tokens scores a text of 6: the last is only predicted."""
+    assert encode("abcdef", " gh", longest=5) == ScoredTokens(ids("def gh"), 3)
+    assert encode("abcdef", " gh", bos=7, longest=5) == ScoredTokens((7, *ids("ef gh")), 3)
+    assert encode("abcdef", " gh", longest=3) == ScoredTokens(ids("f gh"), 1)
     with pytest.raises(UserError, match="has 3 tokens; expected at most 2"):
         encode("abcdef", " gh", longest=2)
 
@@ -225,29 +228,30 @@ def test_tokens_outside_the_vocabulary():
 # Batches.
 
 
-def random_requests(count, longest, seed=0):
-    """Requests of 2 tokens to one more than `longest`, some of them twice."""
+def random_texts(count, longest, seed=0):
+    """Texts of 2 tokens to one more than `longest`, some of them twice."""
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, 96, n) for n in rng.integers(2, longest + 2, count)]
-    found = [Request(tuple(map(int, row)), int(rng.integers(1, len(row)))) for row in rows]
+    found = [ScoredTokens(tuple(map(int, row)), int(rng.integers(1, len(row)))) for row in rows]
     return found + found[:3]
 
 
-def test_batches_hold_every_request_once_at_few_lengths():
-    requests = random_requests(50, 32)
-    found = tasks.batches(requests, (8, 16, 32), 64)
-    assert sorted(r for _, group in found for r in group) == sorted(set(requests))
+def test_batches_hold_every_text_once_at_few_lengths():
+    texts = random_texts(50, 32)
+    found = tasks.batches(texts, Scoring(None, (8, 16, 32), 64))
+    assert sorted(r for _, group in found for r in group) == sorted(set(texts))
     for length, group in found:
         longest = max(len(r.ids) - 1 for r in group)
         assert length == next(n for n in (8, 16, 32) if n >= longest)
     for length in (8, 16, 32):
         rows = [len(group) for n, group in found if n == length]
         assert rows[:-1] == [64 // length] * (len(rows) - 1)
-    assert tasks.batches(requests[:1], (32,), 8) == [(32, requests[:1])]  # at least one a call
+    one = tasks.batches(texts[:1], Scoring(None, (32,), 8))  # at least one a call
+    assert one == [(32, texts[:1])]
 
 
 def test_padding_is_on_the_right_and_not_scored():
-    inputs, targets, scored = tasks.pad([Request((5, 6, 7), 1), Request((8, 9), 1)], 3, 4)
+    inputs, targets, scored = tasks.pad([ScoredTokens((5, 6, 7), 1), ScoredTokens((8, 9), 1)], 3, 4)
     assert inputs.tolist() == [[5, 6, 0, 0], [8, 0, 0, 0], [0, 0, 0, 0]]
     assert targets.tolist() == [[6, 7, 0, 0], [9, 0, 0, 0], [0, 0, 0, 0]]
     assert scored.tolist() == [[True, True, False, False], [True, False, False, False], [False] * 4]
@@ -265,36 +269,38 @@ def test_progress_counts_batches_of_a_task():
     assert seen == [(1, "t"), (1, "t")]
 
 
-def alone(logits, request, length):
+def alone(logits, text, length):
     """log p and greedy match of one text (T,), followed by zeros up to `length`."""
-    given = np.asarray(request.ids, np.int32)
+    given = np.asarray(text.ids, np.int32)
     n = len(given) - 1
     padded = np.zeros(max(n, length), np.int32)
     padded[:n] = given[:-1]
     real = np.asarray(logits(padded))[: n + 1]
     # token_nll scores the token after each position but the last.
     nll = token_nll(jnp.concatenate([real[:n], real[-1:]]), jnp.asarray(given))
-    best = np.argmax(real[:n], axis=-1)[request.start - 1 :]
-    greedy = bool(np.all(best == given[request.start :]))
-    return -float(np.sum(np.asarray(nll)[request.start - 1 :])), greedy
+    best = np.argmax(real[:n], axis=-1)[text.start - 1 :]
+    greedy = bool(np.all(best == given[text.start :]))
+    return -float(np.sum(np.asarray(nll)[text.start - 1 :])), greedy
 
 
-def some_requests(logits):
+def some_texts(logits):
     """Of few lengths, as each compiles; one is a greedy path, which no random one would be."""
     rng = np.random.default_rng(1)
     rows = [tuple(map(int, rng.integers(0, 96, n))) for n in (6, 6, 9, 9, 9, 14, 14)]
     padded = np.array([*rows[5], 0, 0], np.int32)  # to 16
     best = int(np.argmax(np.asarray(logits(padded))[13]))
-    return [Request(row, 1 + i % 4) for i, row in enumerate(rows)] + [Request((*rows[5], best), 14)]
+    return [ScoredTokens(row, 1 + i % 4) for i, row in enumerate(rows)] + [
+        ScoredTokens((*rows[5], best), 14)
+    ]
 
 
 def compare(logits, exact_length, tolerance):
-    requests = some_requests(logits)
-    found = tasks.log_likelihoods(logits, requests, (8, 16), 32)
-    assert set(found) == set(requests)
-    for request, (log_p, greedy) in found.items():
-        length = 0 if exact_length else 8 if len(request.ids) <= 9 else 16
-        expected, expected_greedy = alone(logits, request, length)
+    texts = some_texts(logits)
+    found = tasks.log_likelihoods(logits, texts, Scoring(None, (8, 16), 32))
+    assert set(found) == set(texts)
+    for text, (log_p, greedy) in found.items():
+        length = 0 if exact_length else 8 if len(text.ids) <= 9 else 16
+        expected, expected_greedy = alone(logits, text, length)
         assert log_p == pytest.approx(expected, abs=tolerance)
         assert greedy == expected_greedy
     assert any(greedy for _, greedy in found.values())
@@ -323,15 +329,17 @@ def test_smollm2_knows_a_few_things():
     config = checkpoint.config
     params = jax.device_put(fold_norms(config, dict(checkpoint.params)))
     logits = perplexity.float_logits(config, tiny.PLANS["w8a8"], params)
-    question, series = f"Question: Which animal barks?{tasks.ANSWER}", "one, two, three, four,"
+    question, series = f"Question: Which animal barks?{task_files.ANSWER}", "one, two, three, four,"
     known = [
         Task("c", "", CHOICES, (Item(((question, " A dog"), (question, " A banana")), 0),)),
         Task("o", "", CONTEXTS, (Item((("Fish live in", " water."), ("Fire is", " water.")), 0),)),
         Task("w", "", LAST_WORD, (Item(((series, " five"),), 0),)),
     ]
-    score = functools.partial(
-        tasks.score, logits, known, checkpoint.tokenizer, config.vocab_size, lengths=(16,)
-    )
+
+    def score(batch_tokens, bos=None):
+        scoring = Scoring(bos, (16,), batch_tokens)
+        return tasks.score(logits, known, checkpoint.tokenizer, config.vocab_size, scoring)
+
     plain = score(batch_tokens=64)
     assert [result.headline for result in plain] == [1.0, 1.0, 1.0]
     # One at a time; 1e-4: float32 sums of 49152 terms and of 30 layers in another order.
