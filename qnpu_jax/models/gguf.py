@@ -15,7 +15,14 @@ from gguf.quants import dequantize
 
 from qnpu_jax.config import ModelConfig, RopeScaling
 from qnpu_jax.errors import UserError
-from qnpu_jax.models.file_tensors import BLOCK, Array, Params, StoredTensor, check_room, fill_params
+from qnpu_jax.models.file_tensors import (
+    BLOCK,
+    FloatArray,
+    FloatParams,
+    StoredTensor,
+    check_room,
+    fill_params,
+)
 from qnpu_jax.models.gguf_file import GgufFile
 from qnpu_jax.models.llama import HEAD
 from qnpu_jax.models.rope_factors import llama3_from_factors
@@ -23,7 +30,7 @@ from qnpu_jax.models.rope_factors import llama3_from_factors
 ROPE_FREQS = "rope_freqs.weight"
 
 
-def load_gguf(file: GgufFile) -> tuple[ModelConfig, Params]:
+def load_gguf(file: GgufFile) -> tuple[ModelConfig, FloatParams]:
     """Configuration and float32 parameters of an opened GGUF file.
 
     Raises:
@@ -136,7 +143,7 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | 
     return RopeScaling("linear", factor) if scaled else None
 
 
-def _reader(file: GgufFile, name: str, cfg: ModelConfig | None) -> Callable[[Array], None]:
+def _reader(file: GgufFile, name: str, cfg: ModelConfig | None) -> Callable[[FloatArray], None]:
     """A function that dequantizes one tensor into a float32 array, a block of rows at a time."""
     tensor, where = file.tensors[name], file.path.name
     try:
@@ -158,7 +165,7 @@ def _reader(file: GgufFile, name: str, cfg: ModelConfig | None) -> Callable[[Arr
     check_room(where, name, tensor.offset, math.prod(tensor.shape[:-1]) * row_bytes, file.size)
     heads = _rotary_heads(name, cfg)
 
-    def read(out: Array) -> None:
+    def read(out: FloatArray) -> None:
         rows = out.reshape(-1, row)
         step = max(1, BLOCK // max(1, row))
         with file.path.open("rb") as data:
@@ -173,7 +180,7 @@ def _reader(file: GgufFile, name: str, cfg: ModelConfig | None) -> Callable[[Arr
     return read
 
 
-def _dequantize_row(raw: np.ndarray, kind: GGMLQuantizationType) -> Array:
+def _dequantize_row(raw: np.ndarray, kind: GGMLQuantizationType) -> FloatArray:
     # A damaged scale may overflow here; `fill_params` reports the Inf by the tensor's name.
     with np.errstate(all="ignore"):
         return dequantize(raw, kind)
@@ -187,7 +194,7 @@ def _rotary_heads(name: str, cfg: ModelConfig | None) -> int:
     return next((count for part, count in heads.items() if part in name), 0)
 
 
-def unpermute(x: Array, heads: int) -> Array:
+def unpermute(x: FloatArray, heads: int) -> FloatArray:
     """Undoes llama.cpp's reordering of q/k rows: (pair, half) back to (half, pair) in each head.
 
     Its RoPE rotates neighbours (2i, 2i+1); Hugging Face's, and ours, rotates (i, i + K/2).

@@ -16,7 +16,14 @@ import numpy as np
 
 from qnpu_jax.config import ModelConfig, RopeScaling
 from qnpu_jax.errors import UserError
-from qnpu_jax.models.file_tensors import BLOCK, Array, Params, StoredTensor, check_room, fill_params
+from qnpu_jax.models.file_tensors import (
+    BLOCK,
+    FloatArray,
+    FloatParams,
+    StoredTensor,
+    check_room,
+    fill_params,
+)
 from qnpu_jax.models.llama import HEAD
 from qnpu_jax.models.tokenizer import read_json
 
@@ -26,7 +33,7 @@ POSITIONS = "max_position_embeddings"
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
-def load_huggingface(folder: Path) -> tuple[ModelConfig, Params]:
+def load_huggingface(folder: Path) -> tuple[ModelConfig, FloatParams]:
     """Configuration and float32 parameters of a folder.
 
     Raises:
@@ -237,8 +244,8 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int, size: int
     return StoredTensor(path.name, shape, _reader(path, dtype, data + begin))
 
 
-def _reader(path: Path, dtype: str, offset: int) -> Callable[[Array], None]:
-    def read(out: Array) -> None:
+def _reader(path: Path, dtype: str, offset: int) -> Callable[[FloatArray], None]:
+    def read(out: FloatArray) -> None:
         flat = out.reshape(-1)
         with path.open("rb") as file:
             file.seek(offset)
