@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import test_imports as held  # noqa: E402
 
 ARROW = " -> "
-PLUMBING = ("errors", "artifacts", "extras", "progress")
+PLUMBING = ("errors", "choices", "artifacts", "extras", "progress")
 """Files that much imports and that say nothing about the structure: listed, without arrows."""
 DEFINITION, READERS = ("graph",), ("fakequant", "calibrate", "qnpu_sim", "tflite")
 COLOURS = {"definition": "#f5c26b", "reader": "#9ecae8", "other": "#eeeeee"}
@@ -69,7 +69,7 @@ def edges() -> list[str]:
 def drawn() -> list[str]:
     """The arrows that the committed drawing lists."""
     text = unescape(DRAWING.read_text())
-    return re.findall(rf"^\w+{ARROW}\w+$", text, flags=re.MULTILINE)
+    return re.findall(rf"^\w+{ARROW}\w+(?=\n|<)", text, flags=re.MULTILINE)
 
 
 def purpose(name: str) -> str:
@@ -126,7 +126,7 @@ def box(axes, name: str, at: tuple[float, float]) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     kind = "definition" if name in DEFINITION else "reader" if name in READERS else "other"
-    says = textwrap.wrap(purpose(name).replace("`", ""), 38)
+    says = textwrap.wrap(purpose(name).replace("`", ""), 40)
     folder = bool(says)
     axes.add_patch(
         FancyBboxPatch(

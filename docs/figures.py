@@ -55,7 +55,7 @@ def widths() -> list[str]:
 
 def drawn() -> list[str]:
     """The lines that the committed drawing lists."""
-    return re.findall(r"^\w+ [\w.]+ \d+$", unescape(WIDTHS.read_text()), flags=re.MULTILINE)
+    return re.findall(r"^\w+ [\w.]+ \d+(?=\n|<)", unescape(WIDTHS.read_text()), flags=re.MULTILINE)
 
 
 def draw_widths(target: Path) -> None:
