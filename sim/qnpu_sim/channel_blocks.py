@@ -1,5 +1,7 @@
-"""Wide linears block by block: the accumulators of a vocabulary are a hundred megabytes, and
-writing them to memory to read them again costs as much as the products.
+"""Wide linears in blocks of output channels, so that accumulators stay in the CPU's caches.
+
+The int32 accumulators of a whole vocabulary take a hundred megabytes. Writing them to memory and
+reading them again costs as much as the products.
 """
 
 from __future__ import annotations
@@ -11,19 +13,26 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 1024
-"""Channels of a block: 2 MB of accumulators at 512 tokens, of which caches keep some."""
+"""Channels of a block: 2 MB of accumulators at 512 tokens."""
 WIDE = 8 * BLOCK
-"""Channels from which on blocks are faster; measured on CPUs, and used there only."""
+"""Fewest channels for which blocks are faster, measured on CPUs."""
 
 
 def by_channels(
     function: Callable[[jax.Array, jax.Array, Any], jax.Array], x: jax.Array, w: jax.Array, c: Any
 ) -> jax.Array:
-    """function(x, w, c), for `WIDE` weights and more over blocks of channels: the same bits.
+    """Computes function(x, w, c), on a CPU in blocks of channels if there are `WIDE` or more.
+
+    The bits are the same: each output channel depends on its own weights and constants only.
 
     Args:
-      function: of (T, K) codes, (N, K) weights and constants to (T, N), channel by channel.
-      c: a tree of leaves () or (N,).
+      function: maps (T, K) codes, (N, K) weights and constants to (T, N), channel by channel.
+      x: (T, K) codes.
+      w: (N, K) codes.
+      c: a pytree of constants; every leaf is a scalar or (N,).
+
+    Returns:
+      (T, N).
     """
     size = w.shape[0]
     if size < WIDE or jax.default_backend() != "cpu":

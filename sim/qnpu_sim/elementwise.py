@@ -1,7 +1,8 @@
-"""ADD, MUL and QUANTIZE on integer codes, in the scalar code that defines them, in the vector code
-that x86 runs, and as XNNPACK computes them.
+"""ADD, MUL and QUANTIZE on integer codes.
 
-Which of them a kernel is, its constants' type says.
+Each has up to three definitions, whose bits differ: LiteRT's scalar code, the vector code that its
+optimized kernels run on x86 for most elements (lanes), and XNNPACK's. The type of the constants
+chooses the definition. Letters: x, y inputs, z output; zx, zy their zero points.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from qnpu_sim.fixedpoint import rounding_divide_by_pot, saturate, srdhm
 from qnpu_sim.rounding import FixedScale, Scale, SingleScale, rescale
 
 Leaf = np.ndarray | Array
-"""A constant: NumPy as prepared, traced inside a jitted kernel."""
+"""A constant's array: NumPy when it is prepared, a JAX tracer inside a jitted kernel."""
 
 LANES = 16
-"""Elements that the vector code takes at a time."""
+"""Elements that the vector code computes at a time."""
 
 
 class AddConstants(NamedTuple):
-    """Zero points of both inputs and the output; scales of x, of y and of the sum."""
+    """ADD: zero points of inputs and output (int32), and rescalings.
+
+    Attributes:
+      x_scale, y_scale: bring an input, shifted left by L bits, to the scale of the sum.
+      scale: brings the sum to the output.
+    """
 
     x_zero_point: Leaf
     y_zero_point: Leaf
@@ -35,7 +41,7 @@ class AddConstants(NamedTuple):
 
 
 class MulConstants(NamedTuple):
-    """Zero points of both inputs and the output; scale of the product."""
+    """MUL: zero points of inputs and output (int32), and the rescaling of the product."""
 
     x_zero_point: Leaf
     y_zero_point: Leaf
@@ -44,7 +50,7 @@ class MulConstants(NamedTuple):
 
 
 class QuantizeConstants(NamedTuple):
-    """Zero points of input and output; scale of the difference."""
+    """QUANTIZE: zero points of input and output (int32), and the rescaling of x - x_zero_point."""
 
     x_zero_point: Leaf
     scale: Scale
@@ -52,25 +58,25 @@ class QuantizeConstants(NamedTuple):
 
 
 class LaneAdd(NamedTuple):
-    """ADD in vector code as far as it goes, else by `scalar`."""
+    """ADD of the optimized kernels: vector code where `in_lanes` says so, else `scalar`."""
 
     scalar: AddConstants
 
 
 class LaneMul(NamedTuple):
-    """MUL in vector code as far as it goes, else by `scalar`."""
+    """MUL of the optimized kernels: vector code where `in_lanes` says so, else `scalar`."""
 
     scalar: MulConstants
 
 
 class LaneQuantize(NamedTuple):
-    """QUANTIZE in vector code as far as it goes, else by `scalar`."""
+    """QUANTIZE of the optimized kernels: vector code where `in_lanes` says so, else `scalar`."""
 
     scalar: QuantizeConstants
 
 
 class XnnAdd(NamedTuple):
-    """XNNPACK's: integer factors of x and y in units of 2^-shift."""
+    """ADD of XNNPACK: integer factors of x and y, in units of 2^-shift."""
 
     x_zero_point: Leaf
     y_zero_point: Leaf
@@ -81,7 +87,7 @@ class XnnAdd(NamedTuple):
 
 
 class XnnQuantize(NamedTuple):
-    """XNNPACK's: an integer factor in units of 2^-8."""
+    """QUANTIZE of XNNPACK: an integer factor, in units of 2^-8."""
 
     x_zero_point: Leaf
     factor: Leaf
@@ -94,22 +100,24 @@ Quantize = QuantizeConstants | LaneQuantize | XnnQuantize
 
 
 def add(x: Array, y: Array, c: Add) -> Array:
-    """z = clip(rescale(rescale((x - zx) 2^L) + rescale((y - zy) 2^L)) + zero_point), L = 20 for
-    int8, 15 for int16.
+    """Adds: z = clip(rescale(rescale((x - zx) 2^L) + rescale((y - zy) 2^L)) + zero_point).
+
+    Inputs are shifted left by L = 20 bits (int8) or 15 bits (int16), so that bringing them to one
+    scale keeps their low bits.
 
     Args:
-      x, y: codes of one type, shapes that broadcast as in NumPy.
+      x, y: codes of one type, int8 or int16; shapes broadcast as in NumPy.
       c: from `prepare_add`.
 
     Returns:
-      Codes of the broadcast shape.
+      Codes of the broadcast shape, of x's type.
 
     Reference: LiteRT reference/add.h, `AddElementwise`; kernels/add.cc, `Prepare` with
       pot_scale_int16 = False.
     """
     match c:
         case LaneAdd(scalar):
-            # At 16 bits only equal shapes have vector code.
+            # int16 ADD has vector code for equal shapes only.
             some = x.dtype == jnp.int8 or x.shape == y.shape
             lanes = in_lanes(x.shape, y.shape) if some else False
             return _merge(lanes, lambda: _add_lanes(x, y, scalar), lambda: add(x, y, scalar))
@@ -122,12 +130,12 @@ def add(x: Array, y: Array, c: Add) -> Array:
 
 
 def add_term(x: Array, zero_point: Leaf, scale: Scale) -> Array:
-    """One summand of `add` in the scale of the sum, int32: rescale((x - zero_point) 2^L)."""
+    """Brings an input of `add` to the scale of the sum: rescale((x - zero_point) 2^L), int32."""
     return rescale(_less(x, zero_point) << _left(x), scale)
 
 
 def add_terms(a: Array, b: Array, c: AddConstants, *, dtype: np.dtype | type) -> Array:
-    """What `add` makes of its two terms: clip(rescale(a + b) + zero_point)."""
+    """Finishes `add` from its two terms: clip(rescale(a + b) + zero_point), as `dtype`."""
     return saturate(rescale(_sum(a, b), c.scale) + jnp.asarray(c.zero_point), dtype)
 
 
@@ -151,8 +159,11 @@ def _less(x: Array, zero_point: Leaf) -> Array:
 
 
 def _add_lanes(x: Array, y: Array, c: AddConstants) -> Array:
-    """Both shifts of an input at once, before its high multiply; at 8 bits the sum loses all but
-    16 bits before the zero point.
+    """ADD in vector code.
+
+    It differs from the scalar code in two ways. An input is shifted by L and by its own shift at
+    once, before the high multiply. The int8 sum keeps only its low 16 bits before the zero point is
+    added.
 
     Reference: LiteRT optimized/integer_ops/add.h, `AddElementwiseInt8`, `AddElementwiseInt16`.
     """
@@ -169,18 +180,20 @@ def _add_lanes(x: Array, y: Array, c: AddConstants) -> Array:
     z = srdhm(_sum(a, b), jnp.asarray(c.scale.multiplier))
     z = rounding_divide_by_pot(z, -jnp.asarray(c.scale.shift))
     if x.dtype == jnp.int8:
-        z = z.astype(jnp.int16)  # keeps the low bits
+        z = z.astype(jnp.int16)  # keeps the low 16 bits
         return saturate(_plus_16(z, c.zero_point), jnp.int8)
     return saturate(z + jnp.asarray(c.zero_point), jnp.int16)
 
 
 def _plus_16(z: Array, zero_point: Leaf) -> Array:
-    """A sum of int16 that wraps, as int32."""
+    """Adds an int16 zero point with wrap at 16 bits; returns int32."""
     return (z + jnp.asarray(zero_point).astype(jnp.int16)).astype(jnp.int32)
 
 
 def _add_xnn(x: Array, y: Array, c: XnnAdd) -> Array:
-    """z = clip(((2^(s-1) + A (x - zx) + B (y - zy)) >> s) + zero_point).
+    """ADD of XNNPACK: z = clip(((A (x - zx) + B (y - zy) + 2^(s - 1)) >> s) + zero_point).
+
+    A, B and s are the constants' x_factor, y_factor and shift.
 
     Reference: XNNPACK src/qs8-vadd, `xnn_qs8_vadd_minmax_ukernel`; src/microparams-init.c.
     """
@@ -192,14 +205,14 @@ def _add_xnn(x: Array, y: Array, c: XnnAdd) -> Array:
 
 
 def mul(x: Array, y: Array, c: Mul) -> Array:
-    """z = clip(rescale((x - zx)(y - zy)) + zero_point).
+    """Multiplies: z = clip(rescale((x - zx) (y - zy)) + zero_point).
 
     Args:
-      x, y: codes of one type, shapes that broadcast as in NumPy.
+      x, y: codes of one type, int8 or int16; shapes broadcast as in NumPy.
       c: from `prepare_mul`.
 
     Returns:
-      Codes of the broadcast shape.
+      Codes of the broadcast shape, of x's type.
 
     Reference: LiteRT reference/integer_ops/mul.h, `MulElementwise`; XNNPACK src/qs8-vmul.
     """
@@ -214,7 +227,7 @@ def mul(x: Array, y: Array, c: Mul) -> Array:
 
 
 def _mul_lanes(x: Array, y: Array, c: MulConstants) -> Array:
-    """Saturates to 16 bits before the zero point is added, which then wraps.
+    """MUL in vector code: the product saturates to 16 bits, then adding the zero point wraps.
 
     Reference: LiteRT optimized/integer_ops/mul.h, `MulElementwise`, `MulSimpleBroadcast`.
     """
@@ -223,7 +236,12 @@ def _mul_lanes(x: Array, y: Array, c: MulConstants) -> Array:
 
 
 def quantize(x: Array, c: Quantize, *, dtype: np.dtype | type) -> Array:
-    """y = clip(rescale(x - x_zero_point) + zero_point) as `dtype` (int8 or int16).
+    """Requantizes: y = clip(rescale(x - x_zero_point) + zero_point).
+
+    Args:
+      x: int8 or int16 codes of any shape.
+      c: from `prepare_quantize`.
+      dtype: int8 or int16, of the result.
 
     Reference: LiteRT reference/requantize.h, `Requantize`; optimized/optimized_ops.h, `Requantize`;
       XNNPACK src/qs8-vcvt.
@@ -247,11 +265,23 @@ def quantize(x: Array, c: Quantize, *, dtype: np.dtype | type) -> Array:
 
 
 def in_lanes(x: tuple[int, ...], y: tuple[int, ...]) -> bool | Array:
-    """Which elements of a result vector code computes: all, none, or a mask of its shape.
+    """Finds the elements of a result that vector code computes.
 
-    Equal shapes are one run of elements; otherwise the innermost dimensions that both have, or that
-    one lacks, are a run. In every run the last n % `LANES` are left to scalar code, and all of it
-    where the shapes do not fold into five dimensions.
+    The vector code is called on runs of consecutive elements. Equal shapes are one run. Otherwise a
+    run is made of the innermost dimensions that are equal, or of those in which one shape is
+    broadcast. In every run of n elements scalar code computes the last n % `LANES`. It computes
+    everything where the shapes do not fold into five dimensions.
+
+    >>> in_lanes((2, 16), (2, 16))
+    True
+    >>> int(in_lanes((2, 9), (2, 9)).sum())  # one run of 18 elements
+    16
+
+    Args:
+      x, y: shapes of the operands.
+
+    Returns:
+      True for all elements, False for none, or a mask of the result's shape.
 
     Reference: LiteRT reference/process_broadcast_shapes.h, `ProcessBroadcastShapes`;
       optimized/optimized_ops.h, `BinaryBroadcastFiveFold`.
@@ -266,13 +296,13 @@ def in_lanes(x: tuple[int, ...], y: tuple[int, ...]) -> bool | Array:
 
 
 def _run(x: tuple[int, ...], y: tuple[int, ...]) -> int:
-    """Elements per call of the vector code for two shapes of one rank; 0: none is made."""
+    """Length of a run for two shapes of one rank; 0 where the vector code is not called."""
     if x == y:
         return int(np.prod(x))
     axes = list(zip(x, y, strict=True))
     last = next(a for a in reversed(axes) if a[0] != a[1])
     if last[0] != 1:
-        axes = [(b, a) for a, b in axes]  # the second is broadcast in the innermost place
+        axes = [(b, a) for a, b in axes]  # first of a pair: what is broadcast innermost
     folds = []
     for same in (True, False, True):
         folds.append(_take(axes, lambda a, same=same: a[0] == a[1] if same else a[0] == 1))
@@ -283,7 +313,7 @@ def _run(x: tuple[int, ...], y: tuple[int, ...]) -> int:
 
 
 def _take(axes: list[tuple[int, int]], fits: Callable[[tuple[int, int]], bool]) -> int:
-    """Removes axes from the end as long as they fit, and gives their elements."""
+    """Removes axes from the end as long as they fit; returns their number of elements."""
     size = 1
     while axes and fits(axes[-1]):
         size *= max(axes.pop())

@@ -1,8 +1,11 @@
-"""Transcendental functions in fixed point: the arithmetic behind int8 SOFTMAX and RSQRT, and int16
-LOGISTIC at one scale.
+"""gemmlowp's fixed-point exp, 1 / (1 + x), 1 / sqrt(x) and sigmoid.
 
-A Qm.n number is an int32 with m integer bits and n = 31 - m fraction bits. As in `qnpu_sim.fixedpoint`,
-operators only: the functions take NumPy and JAX arrays.
+int8 SOFTMAX computes with the first two, int8 RSQRT with the third, int16 LOGISTIC at an input
+scale of 2^-12 with the last.
+
+Qm.n is a fixed-point format: m integer bits and n fraction bits beside the sign, so an integer code
+c stands for c 2^-n. n is 31 - m in an int32, and 15 - m in an int16.
+As in `qnpu_sim.fixedpoint`, functions use operators only and take NumPy and JAX arrays.
 
 Reference: gemmlowp fixedpoint/fixedpoint.h; LiteRT tflite/kernels/internal/common.h.
 """
@@ -15,11 +18,17 @@ from qnpu_sim.fixedpoint import INT32_MAX, INT32_MIN, Codes, rounding_divide_by_
 
 
 def saturating_shift_left(x: Codes, exponent: int) -> Codes:
-    """x 2^exponent clipped to int32; exponent in [1, 30].
+    """Returns x 2^exponent, saturated to int32.
 
-    Reference: fixedpoint.h, `SaturatingRoundingMultiplyByPOT` with a positive exponent, whose
-      threshold sends
-    -2^(31 - exponent) to -2^31 too: the clip below is equal to it.
+    >>> [int(saturating_shift_left(np.int32(x), 2)) for x in (5, 2**30)]
+    [20, 2147483647]
+
+    Args:
+      x: int32.
+      exponent: in [1, 30].
+
+    Reference: fixedpoint.h, `SaturatingRoundingMultiplyByPOT` with a positive exponent. It compares
+      with thresholds where this clips; both send -2^(31 - exponent) to -2^31.
     """
     product = wide(x) << np.int64(exponent)
     low, high = np.int64(INT32_MIN), np.int64(INT32_MAX)
@@ -27,7 +36,14 @@ def saturating_shift_left(x: Codes, exponent: int) -> Codes:
 
 
 def _exp_on_last_quarter(a: Codes) -> Codes:
-    """exp(a) as Q0.31 for a Q0.31 in [-1/4, 0): Taylor of order 4 around -1/8.
+    """Returns exp(a) by the Taylor series of order 4 around -1/8; a is Q0.31 in [-1/4, 0).
+
+        exp(a) = exp(-1/8) (1 + x + x^2/2 + x^3/6 + x^4/24),   x = a + 1/8
+
+    The sum of the last three terms is computed as ((x^4 / 4 + x^3) / 3 + x^2) / 2.
+
+    Returns:
+      Q0.31.
 
     Reference: fixedpoint.h, `exp_on_interval_between_negative_one_quarter_and_0_excl`.
     """
@@ -42,13 +58,26 @@ def _exp_on_last_quarter(a: Codes) -> Codes:
 
 
 _EXP_OF_POWERS = (1672461947, 1302514674, 790015084, 290630308, 39332535, 720401, 242)
-"""Q0.31 of exp(-2^k), k = -2..4."""
+"""exp(-2^k) as Q0.31, for k from -2 to 4."""
 
 
 def exp_on_negative_values(a: Codes) -> Codes:
-    """exp(a) as Q0.31 for a Q5.26, a <= 0.
+    """Returns exp(a) for a <= 0.
 
-    a is split in a multiple of 1/4, whose binary digits pick factors, and a rest in [-1/4, 0).
+    a is split into a rest in [-1/4, 0) and a multiple of 1/4. Each binary digit d_k of the multiple
+    multiplies the exponential of the rest by a constant:
+
+        a = rest - sum_k d_k 2^k,   exp(a) = exp(rest) prod_k exp(-2^k)^d_k,   k = -2..4
+
+    >>> exp = exp_on_negative_values(np.int32(-(2**26)))  # a = -1
+    >>> round(int(exp) / 2**31, 5)
+    0.36788
+
+    Args:
+      a: Q5.26 in int32, <= 0.
+
+    Returns:
+      Q0.31 in int32; 2^31 - 1 for a = 0.
 
     Reference: fixedpoint.h, `exp_on_negative_values`.
     """
@@ -65,8 +94,22 @@ def exp_on_negative_values(a: Codes) -> Codes:
 
 
 def one_over_one_plus_x(a: Codes) -> Codes:
-    """1 / (1 + a) as Q0.31 for a Q0.31 in [0, 1): three Newton-Raphson steps on the half
-    denominator.
+    """Returns 1 / (1 + a) for a in [0, 1), by Newton-Raphson division.
+
+    With d = (1 + a) / 2 in [1/2, 1), three steps approach 1 / d, and the result is half of it:
+
+        x_0 = 48/17 - 32/17 d,   x_(n+1) = x_n + x_n (1 - d x_n)
+
+    x is Q2.29.
+
+    >>> round(int(one_over_one_plus_x(np.int32(2**30))) / 2**31, 6)  # a = 1/2
+    0.666667
+
+    Args:
+      a: Q0.31 in int32, >= 0.
+
+    Returns:
+      Q0.31 in int32.
 
     Reference: fixedpoint.h, `one_over_one_plus_x_for_x_in_0_1`.
     """
@@ -79,18 +122,27 @@ def one_over_one_plus_x(a: Codes) -> Codes:
 
 
 def inverse_sqrt(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(r, s) with 1 / sqrt(value) = r 2^(s - 31), by five Newton-Raphson steps from 1.
+    """Writes 1 / sqrt(value) as r 2^(s - 31), by five Newton-Raphson steps from 1.
+
+    With v = value scaled by a power of 4 into [1/4, 1), x is Q3.28:
+
+        x_0 = 1,   x_(n+1) = 3/2 x_n - v/2 x_n^3
+
+    >>> root, shift = inverse_sqrt(np.array([4]))
+    >>> round(int(root[0]) * 2.0 ** (int(shift[0]) - 31), 6)
+    0.5
 
     Args:
       value: int32 in [1, 2^29).
 
     Returns:
-      int32 r and int32 s <= 0; value 1 gives (2^31 - 1, 0).
+      int32 r and int32 s <= 0, of the shape of `value`. A value of 1 gives (2^31 - 1, 0).
 
     Reference: LiteRT common.h, `GetInvSqrtQuantizedMultiplierExp` with reverse_shift -1.
     """
     value = np.asarray(value, np.int32)
-    # frexp counts the bits of an integer exactly; the reference counts leading zeros.
+    # The exponent that frexp returns is the number of bits of an integer, exactly; the reference
+    # counts leading zeros.
     pairs = (31 - np.frexp(value.astype(np.float64))[1]) // 2 - 1
     x_input = (value << (2 * pairs).astype(np.int32)) >> np.int32(1)
     half_input = rounding_divide_by_pot(x_input, np.int32(1))
@@ -110,9 +162,11 @@ def inverse_sqrt(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _high16(a: Codes, b: Codes | int) -> Codes:
-    """round(a b / 2^15) of int16 values held as int32, ties upwards.
+    """SRDHM of int16 values held as int32: round(a b / 2^15), ties upwards.
 
-    Reference: fixedpoint.h, `SaturatingRoundingDoublingHighMul` (int16); no factor here is -2^15.
+    Only (-2^15)^2 would saturate, and no factor here is -2^15.
+
+    Reference: fixedpoint.h, `SaturatingRoundingDoublingHighMul` (int16).
     """
     return (a * np.int32(b) + np.int32(2**14)) >> np.int32(15)
 
@@ -122,9 +176,9 @@ def _clip16(x: Codes) -> Codes:
 
 
 def _exp16(a: np.ndarray) -> np.ndarray:
-    """exp(a) as Q0.15 for a Q3.12 in [-8, 0]: as `exp_on_negative_values`, in int16.
+    """Returns exp(a) as Q0.15 for a in [-8, 0] as Q3.12: `exp_on_negative_values` in int16.
 
-    Its constants are those of int32, rounded to their upper half.
+    Its constants are those of int32, rounded to their upper 16 bits.
     """
     quarter = np.int32(1 << 10)
     rest = (a & (quarter - np.int32(1))) - quarter
@@ -142,13 +196,15 @@ def _exp16(a: np.ndarray) -> np.ndarray:
 
 
 def logistic16(a: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-a)) as Q0.15 for a Q3.12: exponential and Newton-Raphson in int16.
+    """Returns the sigmoid 1 / (1 + exp(-a)), by exponential and Newton-Raphson division in int16.
+
+    Negative a take the symmetry sigmoid(a) = 1 - sigmoid(-a).
 
     Args:
-      a: int32 in the int16 range.
+      a: Q3.12 in int32, within the int16 range.
 
     Returns:
-      int32 in the int16 range.
+      Q0.15 in int32, within the int16 range.
 
     Reference: fixedpoint.h, `logistic`, `one_over_one_plus_x_for_x_in_0_1` (int16).
     """

@@ -1,14 +1,14 @@
-"""One pure function per op on arrays of integer codes.
+"""The kernels: one pure function per op, on arrays of integer codes.
 
-Each takes codes and a NamedTuple of prepared constants (`qnpu_sim.op_constants` makes them from scales and
-zero points). Constants are arrays, so a jitted kernel serves every layer of equal shapes; what must
-be static is an array's dtype or shape, or a keyword argument. All functions can be jitted, vmapped
-and scanned.
+A kernel takes codes and a NamedTuple of constants, which `qnpu_sim.op_constants` makes from scales
+and zero points. Constants are arrays, so one jitted kernel serves every layer of equal shapes.
+Static are only dtypes, shapes and keyword arguments. All functions can be jitted, vmapped and
+scanned. Call them inside `with jax.enable_x64():`; without 64-bit integers they raise.
 
-Call them inside `with jax.enable_x64():`; without 64-bit integers they raise.
+Accumulators are 32 bits wide and wrap, as in LiteRT, unless a function says otherwise. int8 arrays
+are multiplied by exact dots (`qnpu_sim.exact_dots`). An int16 operand is split into two of them:
 
-Accumulators are 32 bits wide and wrap, as in the hardware and in LiteRT, unless said otherwise.
-Products of bytes are summed by exact dots (`qnpu_sim.exact_dots`); int16 operands are split in two bytes.
+    x = 256 high + low + 128,   x w^T = 256 (high w^T) + low w^T + 128 rowsum(w)
 """
 
 from __future__ import annotations
@@ -32,8 +32,16 @@ from qnpu_sim.rounding import Scale, rescale
 
 
 class FullyConnectedConstants(NamedTuple):
-    """offset (N,): bias plus what input zero point or byte split adds, int32 (wraps) or int64 (wide
-    accumulator); limit: of an accumulator that may be too narrow; dot: how bytes are multiplied."""
+    """Constants of `fully_connected`.
+
+    Attributes:
+      offset: (N,) the bias, minus zero_point rowsum(w) (int8) or plus 128 rowsum(w) (int16). int32
+        for an accumulator of 32 bits, int64 for one of 64.
+      scale: of the accumulator to the output.
+      zero_point: of the output.
+      limit: of an accumulator that may be too narrow.
+      dot: instructions of the product.
+    """
 
     offset: Leaf
     scale: Scale
@@ -43,8 +51,8 @@ class FullyConnectedConstants(NamedTuple):
 
 
 class BatchMatmulConstants(NamedTuple):
-    """Zero points (int32 scalars) of both inputs and the output; limit: of an accumulator that may
-    be too narrow."""
+    """Constants of `batch_matmul`: zero points of inputs and output (int32 scalars), the rescaling
+    of the accumulator, and the limit of one that may be too narrow."""
 
     x_zero_point: Leaf
     y_zero_point: Leaf
@@ -54,39 +62,43 @@ class BatchMatmulConstants(NamedTuple):
 
 
 class SoftmaxInt8Constants(NamedTuple):
-    """exp (256,): Q0.31 of exp(-scale d) by d = row maximum - code; 0 where the kernel drops the
-    term."""
+    """exp: (256,) exp(-scale d) as Q0.31, indexed by d = row maximum - code; 0 where the kernel
+    drops the term."""
 
     exp: Leaf
 
 
 class SoftmaxFloatConstants(NamedTuple):
-    """exp (256,): float32 exp(-scale d) by d = row maximum - code."""
+    """exp: (256,) exp(-scale d) as float32, indexed by d = row maximum - code."""
 
     exp: Leaf
 
 
 class SoftmaxInt16Constants(NamedTuple):
-    """exp (65536,): Q0.15 of exp(-scale d) by d = row maximum - code; reciprocal (513,): 1 / (1 +
-    x) on [0, 1]."""
+    """Constants of `softmax_int16`.
+
+    Attributes:
+      exp: (65536,) exp(-scale d) as Q0.15, indexed by d = row maximum - code.
+      reciprocal: (513,) 1 / (1 + x) on [0, 1] as Q0.15, for `lut_lookup`.
+    """
 
     exp: Leaf
     reciprocal: Leaf
 
 
 class TableConstants(NamedTuple):
-    """table (256,) or (65536,): output code by input code - qmin."""
+    """table: (256,) or (65536,) output codes, indexed by input code - qmin."""
 
     table: Leaf
 
 
 def fully_connected(x: Array, w: Array, c: FullyConnectedConstants) -> Array:
-    """y = clip(rescale(x w^T + offset) + zero_point).
+    """Multiplies by constant weights: y = clip(rescale(x w^T + offset) + zero_point).
 
     Args:
       x: (..., K) int8 or int16 codes.
-      w: (N, K) int8 codes; int4 weights come as int8 in [-8, 7].
-      c: from `prepare_fully_connected`; an int64 offset makes the accumulator 64 bits wide (int16
+      w: (N, K) int8 codes; int4 weights are int8 in [-8, 7].
+      c: from `prepare_fully_connected`. An int64 offset makes the accumulator 64 bits wide (int16
         only).
 
     Returns:
@@ -101,7 +113,7 @@ def fully_connected(x: Array, w: Array, c: FullyConnectedConstants) -> Array:
     elif x.dtype == jnp.int8:
         acc = dot(x, w, (((x.ndim - 1,), (1,)), ((), ())), c.dot) + offset
     else:
-        # One dot of both bytes reads the weights once.
+        # One dot for both halves of x reads the weights once.
         both = dot(jnp.stack(_bytes(x)), w, (((x.ndim,), (1,)), ((), ())), c.dot)
         both = both.astype(offset.dtype)
         acc = (both[0] << jnp.asarray(8, offset.dtype)) + both[1] + offset
@@ -112,12 +124,13 @@ def fully_connected(x: Array, w: Array, c: FullyConnectedConstants) -> Array:
 
 @dataclass(frozen=True)
 class OperandFacts:
-    """What is known of the operands of a BATCH_MATMUL when it is compiled: it saves work and
-    changes no bit.
+    """Facts about the operands of a BATCH_MATMUL that are known when it is compiled. They save work
+    and change no bit.
 
     Attributes:
-      x_is_byte, y_is_byte: the int16 operand was widened from int8: its codes over `WIDENING`, with
-        the zero point that the constants have for it, are int8 again, and one dot does.
+      x_is_byte, y_is_byte: the int16 operand was widened from int8, code by code:
+        wide = WIDENING (code - zero_point). So wide / WIDENING + zero_point, with the zero point in
+        the constants, is int8 again, and one int8 dot replaces two.
       y_is_symmetric: the constants' y_zero_point is 0.
     """
 
@@ -127,6 +140,7 @@ class OperandFacts:
 
 
 NO_FACTS = OperandFacts()
+"""Nothing is known."""
 
 
 def batch_matmul(
@@ -137,16 +151,17 @@ def batch_matmul(
     adj_y: bool = False,
     facts: OperandFacts = NO_FACTS,
 ) -> Array:
-    """z = clip(rescale((x - x_zero_point)(y - y_zero_point)) + zero_point), batch by batch.
+    """Multiplies two computed operands: z = clip(rescale((x - zx) (y - zy)) + zero_point).
 
-    int8 accumulates in 32 bits and wraps; int16, whose zero points are 0, in 64.
+    The product is a matrix product, batch by batch. int8 accumulates in 32 bits and wraps; int16,
+    whose zero points are 0, accumulates in 64 bits.
 
     Args:
       x: (B, M, K) int8 or int16 codes.
-      y: (B, K, N), or (B, N, K) with adj_y; of x's type.
+      y: (B, K, N) codes, or (B, N, K) with adj_y; of x's type.
       c: from `prepare_batch_matmul`.
       adj_y: y is transposed.
-      facts: what the caller knows of the operands.
+      facts: known properties of the operands.
 
     Returns:
       (B, M, N) codes of x's type.
@@ -154,7 +169,7 @@ def batch_matmul(
     Reference: LiteRT reference/batch_matmul.h, `BatchMatMul` (FullyConnectedParams).
     """
     k_axis = 2 if adj_y else 1
-    # |codes - zero point| <= 255: a sum of so few products fits 31 bits, whatever x's type.
+    # |code - zero_point| <= 255, so a sum of K products of bytes is at most 255^2 K.
     small = facts.x_is_byte and facts.y_is_byte and x.shape[2] * 255**2 < 2**31
     if isinstance(c.limit, Saturate):
         y_real = _less(y.swapaxes(1, 2) if adj_y else y, c.y_zero_point)
@@ -178,7 +193,7 @@ def batch_matmul(
 def codes_of_sums(
     acc: Array, c: FullyConnectedConstants | BatchMatmulConstants, dtype: np.dtype | type
 ) -> Array:
-    """What FULLY_CONNECTED and BATCH_MATMUL make of their sums: clip(rescale(acc) + zero_point)."""
+    """Brings accumulators to output codes: clip(rescale(acc) + zero_point), as `dtype`."""
     return saturate(rescale(acc, c.scale) + jnp.asarray(c.zero_point), dtype)
 
 
@@ -187,22 +202,25 @@ def _less(x: Array, zero_point: Leaf) -> Array:
 
 
 def _row_products(x: Array, y: Array) -> Array:
-    """(B, 1, K) and K values per batch: one sum of products each, which a dot of 1 x 1 results
-    would do slowly."""
+    """Sums products of (B, 1, K) and K values per batch, as int64.
+
+    `dot_general` is slow for results of 1 x 1.
+    """
     b, _, k = x.shape
     return jnp.sum(wide(x.reshape(b, k)) * wide(y.reshape(b, k)), 1)[:, None, None]
 
 
 class _Digits(NamedTuple):
-    """An operand less its zero point: a sum of weight * int8, plus a rest (None: 0)."""
+    """An operand minus its zero point, as int8 arrays: sum of weight * array over `terms`, plus
+    `rest` (None: 0)."""
 
     terms: list[tuple[int, Array]]
     rest: Array | None
 
 
 def _digits(x: Array, zero_point: Leaf | None, is_byte: bool) -> _Digits:
-    """One term for int8 codes, which int16 ones are again with their zero point (None: 0) added;
-    else two."""
+    """Splits an operand into int8 arrays: one for int8 codes and for those widened from int8, two
+    for other int16 codes. A zero point of None is 0."""
     if x.dtype == jnp.int16 and not is_byte:
         high, low = _bytes(x)
         return _Digits([(256, high), (1, low)], jnp.int32(128))
@@ -215,7 +233,12 @@ def _digits(x: Array, zero_point: Leaf | None, is_byte: bool) -> _Digits:
 
 
 def _matmul(x: _Digits, y: _Digits, k_axis: int, dtype: type) -> Array:
-    """Sums over K of products of two operands, as int32 (wraps) or int64."""
+    """Matrix product of two operands over the axis K, as int32 (wraps) or int64.
+
+    With x = X + a and y = Y + b, where X and Y are the weighted int8 arrays and a and b the rests:
+
+        sum_k x y = sum_k X Y + a sum_k Y + b (sum_k X + K a)
+    """
 
     def weighted(parts: list[tuple[int, Array]]) -> Array:
         terms = (jnp.asarray(weight, dtype) * part.astype(dtype) for weight, part in parts)
@@ -224,8 +247,7 @@ def _matmul(x: _Digits, y: _Digits, k_axis: int, dtype: type) -> Array:
     def total(digits: _Digits, axis: int) -> Array:
         return weighted([(w, jnp.sum(codes, axis, dtype=jnp.int32)) for w, codes in digits.terms])
 
-    # With x = X + a and y = Y + b: xy = XY + a Y + b (X + a), summed over K.
-    assert x.rest is not None  # known to be 0 for y only
+    assert x.rest is not None  # only y can be known to be symmetric
     dims = (((2,), (k_axis,)), ((0,), (0,)))
     products = [(v * w, dot(p, q, dims)) for v, p in x.terms for w, q in y.terms]
     acc = weighted(products) + x.rest.astype(dtype) * total(y, k_axis)[:, None, :]
@@ -236,29 +258,32 @@ def _matmul(x: _Digits, y: _Digits, k_axis: int, dtype: type) -> Array:
 
 
 def _bytes(x: Array) -> tuple[Array, Array]:
-    """int16 as two int8: x = 256 high + low + 128."""
+    """Splits int16 into two int8: x = 256 high + low + 128."""
     high = x >> np.int16(8)
     return high.astype(jnp.int8), ((x & np.int16(255)) - np.int16(128)).astype(jnp.int8)
 
 
 def _row(leaf: Leaf, ndim: int) -> Array:
-    """A vector with axes added in front, up to `ndim` dimensions; a scalar as it is."""
+    """Adds axes in front of a vector, up to `ndim` dimensions; a scalar stays one."""
     array = jnp.asarray(leaf)
     return array.reshape((1,) * (ndim - array.ndim) + array.shape) if array.ndim else array
 
 
 def softmax_int8(x: Array, c: SoftmaxInt8Constants | SoftmaxFloatConstants) -> Array:
-    """exp(x) / sum exp(x) over the last axis at scale 1/256, zero point -128.
+    """SOFTMAX on int8: exp(x) / sum exp(x) over the last axis.
 
-    exp is Q0.31, the sum Q12.19, its reciprocal by Newton-Raphson. LiteRT aborts where the sum of
-    exp reaches 512 (512 nearly equal logits): no term is then above half a code, all are 0 here.
+    In fixed point: exp is Q0.31, the sum Q12.19, written 2^k (1 + a) with a in [0, 1). The
+    reciprocal 1 / (1 + a) is by Newton-Raphson, and a shift applies 2^-k.
+
+    LiteRT aborts where the sum of exp reaches 512 (512 nearly equal logits). No probability is then
+    above half a code; here all are 0.
 
     Args:
-      x: (..., T) int8 codes, T < 4096: more may wrap the sum.
-      c: from `prepare_softmax_int8`; its type says fixed point or float32.
+      x: (..., T) int8 codes, T < 4096: the sum of more may wrap.
+      c: from `prepare_softmax_int8`; its type chooses fixed point or float32.
 
     Returns:
-      (..., T) int8.
+      (..., T) int8 at scale 1/256 and zero point -128.
 
     Reference: LiteRT reference/softmax.h, `Softmax` (int8), common.h, `GetReciprocal`.
     """
@@ -268,7 +293,7 @@ def softmax_int8(x: Array, c: SoftmaxInt8Constants | SoftmaxFloatConstants) -> A
         return _softmax_float(exp)
     total = jnp.sum(rounding_divide_by_pot(exp, np.int32(12)), -1, keepdims=True, dtype=jnp.int32)
     headroom = jax.lax.clz(total)
-    mantissa = (total << headroom) ^ np.int32(-(2**31))  # bit 31 is the leading one
+    mantissa = (total << headroom) ^ np.int32(-(2**31))  # a as Q0.31: the leading bit is removed
     reciprocal = one_over_one_plus_x(mantissa)
     exponent = np.int32(12 + 31 - 8) - headroom
     y = rounding_divide_by_pot(srdhm(exp, reciprocal), jnp.minimum(exponent, np.int32(31)))
@@ -277,7 +302,9 @@ def softmax_int8(x: Array, c: SoftmaxInt8Constants | SoftmaxFloatConstants) -> A
 
 
 def _softmax_float(exp: Array) -> Array:
-    """round_half_away(exp (1 / (sum / 256))) - 128, the sum taken from left to right in float32.
+    """SOFTMAX on int8 in float32: round_half_away(exp (1 / (sum / 256))) - 128.
+
+    float32 sums depend on their order; the kernel's is from left to right.
 
     Reference: LiteRT optimized/optimized_ops.h, `Softmax` (int8, with a table of exp).
     """
@@ -293,17 +320,17 @@ def _softmax_float(exp: Array) -> Array:
 
 
 def softmax_int16(x: Array, c: SoftmaxInt16Constants) -> Array:
-    """exp(x) / sum exp(x) over the last axis at scale 1/32768, zero point 0.
+    """SOFTMAX on int16: exp(x) / sum exp(x) over the last axis.
 
-    exp is Q0.15 from a table that ends at exp(-10): a term 10 or more below the maximum never
-    reaches 0.
+    exp is Q0.15 from a table that ends at exp(-10). A term that lies 10 or more below the maximum
+    therefore never becomes 0.
 
     Args:
       x: (..., T) int16 codes, T < 65536.
       c: from `prepare_softmax_int16`.
 
     Returns:
-      (..., T) int16 >= 0.
+      (..., T) int16 >= 0 at scale 1/32768 and zero point 0.
 
     Reference: LiteRT reference/softmax.h, `SoftmaxInt16`.
     """
@@ -314,17 +341,23 @@ def softmax_int16(x: Array, c: SoftmaxInt16Constants) -> Array:
 
 
 def softmax_quotient(exp: Array, total: Array, reciprocal: Codes) -> Array:
-    """exp / total as int16 at scale 1/32768: what int16 SOFTMAX does with a row's exponentials.
+    """Divides a row's exponentials by their sum, as int16 SOFTMAX does: exp / total.
+
+    The sum is written 2^k (1 + a) with a in [0, 1); a table gives 1 / (1 + a), and a rounding shift
+    applies 2^-k.
 
     Args:
       exp: (..., T) int32, Q0.15.
-      total: (..., 1) int32, their sum over the whole row.
-      reciprocal: (513,) int16, as in `SoftmaxInt16Constants`; an array or a reference to one.
+      total: (..., 1) int32, the sum over the whole row, > 0.
+      reciprocal: (513,) int16, as in `SoftmaxInt16Constants`: an array, or a Pallas reference.
+
+    Returns:
+      (..., T) int16 at scale 1/32768.
     """
     headroom = jax.lax.clz(total)
-    # Normalized to [1, 2) as Q1.16, then 1 is subtracted and the rest centred on the table's int16
-    # index.
+    # 1 + a as Q1.16, rounded.
     normalized = ((wide(total) << wide(headroom - np.int32(1))) + np.int64(2**13)) >> np.int64(14)
+    # a 2^16 - 2^15: the table's index is an int16.
     index = jnp.clip(
         normalized.astype(jnp.int32) - np.int32(2**15 + 2**16), np.int32(-32768), np.int32(32767)
     )
@@ -335,8 +368,10 @@ def softmax_quotient(exp: Array, total: Array, reciprocal: Codes) -> Array:
 
 
 def unary(x: Array, c: TableConstants) -> Array:
-    """y = table[x - qmin]: LOGISTIC, SQRT and RSQRT on int8 and int16, each defined in
-    `qnpu_sim.tables`."""
+    """LOGISTIC, SQRT or RSQRT on int8 or int16, by look-up: y = table[x - qmin].
+
+    `qnpu_sim.tables` defines the tables.
+    """
     return _lookup(c.table, x.astype(jnp.int32) - np.int32(jnp.iinfo(x.dtype).min))
 
 
@@ -345,26 +380,34 @@ def _lookup(table: Leaf, index: Array) -> Array:
 
 
 def gather(ids: Array, table: Array) -> Array:
-    """table[ids]: rows of an embedding; ids int32 in [0, rows). TFLite GATHER, axis 0."""
+    """Looks up rows of an embedding: table[ids], TFLite's GATHER on axis 0.
+
+    Args:
+      ids: (...,) int32 in [0, rows).
+      table: (rows, N) codes.
+
+    Returns:
+      (..., N) codes.
+    """
     return table.at[ids].get(mode="promise_in_bounds")
 
 
 def reshape(x: Array, *, shape: tuple[int, ...]) -> Array:
-    """The same codes in another shape."""
+    """Reshapes codes, in row-major order."""
     assert math.prod(shape) == x.size, f"{x.shape} does not reshape to {shape}"
     return jnp.reshape(x, shape)
 
 
 def transpose(x: Array, *, perm: tuple[int, ...]) -> Array:
-    """Axes permuted."""
+    """Permutes axes: axis i of the result is axis perm[i] of x."""
     return jnp.transpose(x, perm)
 
 
 def slice_(x: Array, *, begin: tuple[int, ...], size: tuple[int, ...]) -> Array:
-    """x[begin : begin + size] on every axis."""
+    """Takes x[begin : begin + size] on every axis."""
     return jax.lax.slice(x, begin, tuple(b + s for b, s in zip(begin, size, strict=True)))
 
 
 def concatenation(*x: Array, axis: int) -> Array:
-    """Codes of one scale and zero point joined along an axis."""
+    """Joins codes of one scale and zero point along an axis."""
     return jnp.concatenate(x, axis)

@@ -1,7 +1,7 @@
-"""Accumulators narrower than a sum may need: what happens past their ends.
+"""Accumulators that may be too narrow for a sum: they wrap or saturate.
 
-A kernel's constants hold one of these only where the sum is not proved to fit: everywhere else the
-exact sum is what any accumulator holds.
+A kernel's constants hold a `Limit` only where the sum is not proved to fit. Everywhere else an
+accumulator of any width holds the exact sum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qnpu_sim.fixedpoint import wide
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Wrap:
-    """Keeps the low `bits` of a sum; so the order of its terms does not matter."""
+    """Keeps the low `bits` of a sum. The order of its terms does not matter."""
 
     bits: int
 
@@ -33,11 +33,11 @@ class Wrap:
 )
 @dataclass(frozen=True)
 class Saturate:
-    """Clips after every product, in the order of the inner index.
+    """Clips to `bits` after every product, in the order of the inner index k.
 
     Attributes:
-      x_zero_point: of the first operand.
-      start: (N,) what the accumulator holds before the first product (the bias), or 0.
+      x_zero_point: of the first operand, int32.
+      start: (N,) or (1,) value of the accumulator before the first product: the bias, or 0.
     """
 
     x_zero_point: Any
@@ -46,20 +46,28 @@ class Saturate:
 
 
 Limit = Wrap | Saturate | None
+"""How an accumulator is limited; None: its sum is proved to fit."""
 
 
 def wrap(acc: Array, bits: int) -> Array:
-    """acc modulo 2^bits, in [-2^(bits - 1), 2^(bits - 1)); int32 or int64 as it came."""
+    """Takes an accumulator modulo 2^bits, into [-2^(bits - 1), 2^(bits - 1)).
+
+    >>> int(wrap(jnp.asarray(130, jnp.int32), 8))
+    -126
+
+    Args:
+      acc: int32 or int64; the result has its type.
+    """
     unused = np.asarray(acc.dtype.itemsize * 8 - bits, acc.dtype)
     return (acc << unused) >> unused if unused > 0 else acc
 
 
 def saturating_sum(x: Array, y: Array, limit: Saturate) -> Array:
-    """((start + x_0 y_0) clipped + x_1 y_1) clipped ...
+    """Sums products, clipping after each: acc_k = clip(acc_(k-1) + x_k y_k), acc_(-1) = start.
 
     Args:
-      x: (B, M, K) codes less their zero point.
-      y: (B, K, N) likewise.
+      x: (B, M, K) codes minus their zero point.
+      y: (B, K, N) codes minus their zero point.
 
     Returns:
       (B, M, N) int64.

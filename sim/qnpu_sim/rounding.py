@@ -1,9 +1,11 @@
-"""Rounding profiles: which arithmetic brings an accumulator to the output's scale.
+"""Rounding profiles: the arithmetic that brings an accumulator to the output's scale.
 
-A profile is a table of `Rules`. Its choices show up in a kernel only as the *type* of a prepared
-constant: each type below is one rounding rule, and `rescale` is the rule's definition. So a kernel
-is compiled once per rule, not once per layer, and a new profile is a new table, with a new type
-where its arithmetic is new.
+Every kernel ends in y = round(acc r) with a real factor r, for example input scale * weight scale /
+output scale. Machines round it differently. Each way is a `Scale` type below; `rescale` defines all
+of them. A profile is a table of `Rules` that names the way for each op.
+
+A kernel sees a profile only as the types of its constants. So it is compiled once per type, not
+once per layer. A new profile needs a new table, and a new type only where its arithmetic is new.
 """
 
 from __future__ import annotations
@@ -22,25 +24,26 @@ from qnpu_sim import fixedpoint
 from qnpu_sim.fixedpoint import Rounding, Ties
 
 ProfileName = Literal["litert_ref", "litert_opt", "litert_xnn", "npu"]
+"""Name of a rounding profile: see `PROFILES`."""
 
 
 class DoubleScale(NamedTuple):
-    """round_half_away(double(acc) * factor); the reference FULLY_CONNECTED, which is not fixed
-    point.
+    """Rescales in float64: round_half_away(float64(acc) factor).
 
-    Reference: LiteRT tflite/kernels/internal/reference/integer_ops/fully_connected.h,
-      `FullyConnectedPerChannel`
-    with scales.
+    LiteRT's reference FULLY_CONNECTED is floating point, unlike its other integer kernels.
+
+    Reference: LiteRT tflite/kernels/internal/reference/integer_ops/fully_connected.h, the overload
+      of `FullyConnectedPerChannel` with scales.
     """
 
     factor: np.ndarray
 
 
 class FloatScale(NamedTuple):
-    """round_half_even(float32(acc) * factor), all in float32.
+    """Rescales in float32: round_half_even(float32(acc) factor).
 
-    Large results are clipped on the way, small ones are not: what is below -2^31 becomes that, and
-    a negative zero point then wraps it to the other end, as in the kernels.
+    Large results are clipped before rounding. Small ones are not: a result below -2^31 becomes
+    -2^31, and adding a negative zero point then wraps it to the highest code, as in the kernels.
 
     Reference: XNNPACK src/qs8-gemm, AVX512: min, CVTPS2DQ, then the zero point.
     """
@@ -49,28 +52,31 @@ class FloatScale(NamedTuple):
 
 
 class FixedScale(NamedTuple):
-    """MBQM(acc, multiplier, shift) on int32 accumulators."""
+    """Rescales int32 accumulators by MBQM: `fixedpoint.multiply_by_quantized_multiplier`."""
 
     multiplier: np.ndarray
     shift: np.ndarray
 
 
 class SingleScale(NamedTuple):
-    """MBQM with ties upwards in both of its roundings, on int32 accumulators: vector code."""
+    """Rescales int32 accumulators by MBQM as vector code does, ties upwards in both roundings:
+    `fixedpoint.multiply_by_quantized_multiplier_single`."""
 
     multiplier: np.ndarray
     shift: np.ndarray
 
 
 class FixedScale64(NamedTuple):
-    """MBQM64(acc, multiplier, shift) on int64 accumulators, with 15 bits of the multiplier."""
+    """Rescales int64 accumulators with 15 bits of the multiplier:
+    `fixedpoint.multiply_by_quantized_multiplier_64`."""
 
     multiplier: np.ndarray
     shift: np.ndarray
 
 
 class FixedScaleWide(NamedTuple):
-    """MBQM on int64 accumulators, with all 31 bits of the multiplier."""
+    """Rescales int64 accumulators with all 31 bits of the multiplier:
+    `fixedpoint.multiply_by_quantized_multiplier_wide`."""
 
     multiplier: np.ndarray
     shift: np.ndarray
@@ -83,8 +89,8 @@ class FixedScaleWide(NamedTuple):
 )
 @dataclass(frozen=True)
 class ChosenScale:
-    """What an NPU's designer chose: `fixedpoint.multiply_by_quantized_multiplier_wide` with these
-    roundings, on accumulators of any width."""
+    """Rescales accumulators of any width with the roundings that an `Npu` chooses:
+    `fixedpoint.multiply_by_quantized_multiplier_wide`."""
 
     multiplier: Any
     shift: Any
@@ -101,46 +107,47 @@ Scale = (
     | FixedScaleWide
     | ChosenScale
 )
-"""How an accumulator is brought to the output's scale; leaves are scalars or one value per
-channel."""
+"""A rescaling: its factor and, by its type, how the product is rounded. Arrays are scalars or have
+one value per output channel."""
 
 Rule = Callable[[Any], Scale]
-"""Makes the constant of a rounding rule from a real factor (float64, scalar or per channel)."""
+"""Makes a `Scale` from a real factor: float64, a scalar or one per channel."""
 
 
 def double(real: Any) -> DoubleScale:
-    """A `Rule`."""
+    """Makes a `DoubleScale`: the rule that multiplies in float64."""
     return DoubleScale(np.asarray(real, np.float64))
 
 
 def fixed(kind: Callable[[np.ndarray, np.ndarray], Scale]) -> Rule:
-    """The `Rule` of a type that holds a multiplier and a shift."""
+    """Returns the rule of a type that holds a multiplier and a shift."""
     return lambda real: kind(*fixedpoint.quantize_multiplier(real))
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a profile does where profiles differ. Ops that are not named are equal in all of them.
+    """The choices of a profile. Ops that are not named here have the same bits in all profiles.
 
     Attributes:
       linear8: rule of FULLY_CONNECTED on int8.
-      linear16, linear16_wide: of FULLY_CONNECTED on int16 with a 32-bit and with a 64-bit bias.
-      one_scale: in which x_scale * weight_scale of FULLY_CONNECTED is computed, where all weights
-        have one scale and the accumulator has 32 bits.
-      matmul8, matmul16: of BATCH_MATMUL.
-      elementwise: of ADD, MUL and QUANTIZE.
-      lanes: int8 ADD, MUL and QUANTIZE and int16 ADD run in vector code, 16 elements at a time,
-        which rounds and saturates otherwise than the scalar code that does the rest.
-      xnnpack: XNNPACK takes what its limits allow (`qnpu_sim.xnnpack`).
-      softmax8: int8 SOFTMAX in fixed point or in float32.
+      linear16, linear16_wide: rules of FULLY_CONNECTED on int16 with a 32-bit and a 64-bit bias.
+      matmul8, matmul16: rules of BATCH_MATMUL on int8 and on int16.
+      elementwise: rule of ADD, MUL and QUANTIZE.
+      one_scale: precision of the product x_scale * weight_scale of a FULLY_CONNECTED with one
+        weight scale and a 32-bit accumulator; other products are float64.
+      lanes: int8 ADD, MUL and QUANTIZE and int16 ADD run in vector code, 16 elements at a time. It
+        rounds and saturates differently from the scalar code that computes the remaining elements.
+      xnnpack: XNNPACK takes the ops that its limits allow (`qnpu_sim.xnnpack`).
+      softmax8: arithmetic of int8 SOFTMAX.
       sqrt: `float32` computes in float32 and truncates; `integer` takes an exact integer square
         root.
-      table_entries: of LOGISTIC, RSQRT and SOFTMAX's exp; None: as LiteRT has them.
-      accumulator_bits: of FULLY_CONNECTED and BATCH_MATMUL; None: those of the bias, 32 for int8
-        BATCH_MATMUL, 64 for int16.
-      rescaled_bits: of the widest accumulator that its rules bring to an output.
-      overflow: what an accumulator of these bits does where a sum may pass it; `error` refuses.
-      floats: floating point may serve where it is exact (`qnpu_sim.exact_dots`).
+      table_entries: samples of LOGISTIC, RSQRT and SOFTMAX's exp; None: LiteRT's own tables.
+      accumulator_bits: width of the accumulators of FULLY_CONNECTED and BATCH_MATMUL; None: as in
+        the file, the bias's width, and for BATCH_MATMUL 32 (int8) or 64 (int16).
+      rescaled_bits: width of the widest accumulator that the rules can rescale.
+      overflow: what an accumulator of `accumulator_bits` does where a sum may pass it; `error`
+        refuses the model.
+      floats: floating point may be used where it is exact (`qnpu_sim.exact_dots`).
     """
 
     linear8: Rule
@@ -169,28 +176,33 @@ _OPT = replace(
 
 
 WIDEST = 48
-"""Bits that `fixedpoint.multiply_by_quantized_multiplier_wide` takes."""
+"""Widest accumulator, in bits, that `fixedpoint.multiply_by_quantized_multiplier_wide` takes."""
 
 
 @dataclass(frozen=True)
 class Npu:
-    """The options of the `npu` profile: integers only, as a fixed-point machine computes.
+    """Options of the `npu` profile, a fixed-point machine that computes with integers only.
+
+    >>> Npu(rounding="single", ties="even", accumulator_bits=24).overflow
+    'error'
 
     Attributes:
-      rounding: of FULLY_CONNECTED, BATCH_MATMUL, ADD, MUL and QUANTIZE: `double` as MBQM, or the
-        whole product once. The other ops are tables, and SOFTMAX's fixed point is LiteRT's.
-      ties: of the last rounding; in `double` the first one goes upwards, as the high multiply of
-        all vector units does.
-      multiplier_bits: of the multipliers of these five, without their sign.
-      accumulator_bits: 16 to 48, of FULLY_CONNECTED and BATCH_MATMUL; None: as the file has it.
-      overflow: `error` refuses a model whose accumulators are not proved to fit; `wrap` keeps the
-        low bits; `saturate` clips after every product, in the order of the inner index, the bias
-        first.
-      table_entries: 2^n + 1, n from 5 to 16: samples of LOGISTIC, RSQRT and of SOFTMAX's exp over
-        the range of codes, interpolated linearly; None: LiteRT's own tables.
+      rounding: of FULLY_CONNECTED, BATCH_MATMUL, ADD, MUL and QUANTIZE. `double` rounds twice, as
+        MBQM does; `single` rounds the whole product once. The other ops are tables, and SOFTMAX is
+        LiteRT's fixed point.
+      ties: of the last rounding. The first one of `double` always goes upwards, as in the high
+        multiply of vector units.
+      multiplier_bits: width of the multipliers of these five ops, without the sign.
+      accumulator_bits: width of the accumulators of FULLY_CONNECTED and BATCH_MATMUL, 16 to 48;
+        None: as in the file.
+      overflow: `error` refuses a model whose accumulators are not proved to fit. `wrap` keeps the
+        low bits. `saturate` clips after every product, in the order of the inner index; the bias
+        comes first.
+      table_entries: samples of LOGISTIC, RSQRT and SOFTMAX's exp over the range of codes, 2^n + 1
+        with n from 5 to 16, interpolated linearly; None: LiteRT's own tables.
 
     Raises:
-      UserError: a value out of its range.
+      UserError: a value is out of its range.
     """
 
     rounding: Rounding = "double"
@@ -215,12 +227,12 @@ class Npu:
                 raise UserError(f"{name}: expected one of {some}; got {got}; choose one of them")
 
     def rules(self) -> Rules:
-        """The table of this NPU."""
+        """Returns the rules of this NPU."""
         plain = (self.rounding, self.ties, self.multiplier_bits) == ("double", "away", 31)
-        # The same bits, in fewer operations.
+        # Special cases of `_chosen`: the same bits in fewer operations.
         narrow = _MBQM if plain else self._chosen
         wide = fixed(FixedScaleWide) if plain else self._chosen
-        # A sum of more than 32 bits needs the wide form; see `prepare`.
+        # `op_constants` takes the wide rules where an accumulator may have more than 32 bits.
         return Rules(
             *(narrow, narrow, wide, narrow, wide, narrow),
             sqrt="integer",
@@ -234,7 +246,7 @@ class Npu:
     def _chosen(self, real: Any) -> ChosenScale:
         multiplier, shift = fixedpoint.quantize_multiplier(real)
         if self.multiplier_bits == 15:
-            # The upper 15 bits: a product with them is the one with 15 bits, times 2^16.
+            # A multiplier of 15 bits, held as the upper bits of a 31-bit one.
             rounded = np.minimum((multiplier.astype(np.int64) + 2**15) >> 16, 2**15 - 1)
             multiplier = (rounded << 16).astype(np.int32)
         return ChosenScale(multiplier, shift, self.rounding, self.ties)
@@ -246,15 +258,21 @@ PROFILES: dict[ProfileName, Rules] = {
     "litert_xnn": replace(_OPT, xnnpack=True),
     "npu": Npu().rules(),
 }
-"""`litert_ref`, `litert_opt`: LiteRT's reference and optimized kernels on x86 (OpResolverType
-BUILTIN_REF, BUILTIN_WITHOUT_DEFAULT_DELEGATES), bit for bit. `litert_xnn`: what an application gets
-(BUILTIN): XNNPACK where it takes the op, the optimized kernels elsewhere. `npu`: `Npu`."""
+"""Rules of each profile by name:
+
+litert_ref: LiteRT's reference kernels on x86 (OpResolverType BUILTIN_REF), bit for bit.
+litert_opt: its optimized kernels (BUILTIN_WITHOUT_DEFAULT_DELEGATES), bit for bit.
+litert_xnn: the default of an application (BUILTIN), bit for bit: XNNPACK where it takes the op,
+  the optimized kernels elsewhere.
+npu: `Npu` with its defaults.
+"""
 
 Profile = ProfileName | Npu
+"""A profile by name, or an NPU's options."""
 
 
 def rules_of(profile: Profile) -> Rules:
-    """The table of a profile.
+    """Returns the rules of a profile.
 
     Raises:
       UserError: no profile has this name.
@@ -268,15 +286,15 @@ def rules_of(profile: Profile) -> Rules:
 
 
 def rescale(acc: jax.Array, scale: Scale) -> jax.Array:
-    """acc times the real factor of `scale`, rounded by its rule.
+    """Multiplies an accumulator by a real factor and rounds: round(acc r), by the scale's type.
 
     Args:
-      acc: int32 for `FixedScale`, `SingleScale` and `FloatScale`, int64 for `FixedScale64` and
-        `FixedScaleWide`, either for the others; channels last.
-      scale: leaves of shape () or (channels,).
+      acc: int32 for `FixedScale`, `SingleScale` and `FloatScale`; int64 for `FixedScaleWide`;
+        either for the others. Channels are the last axis.
+      scale: its arrays have shape () or (channels,).
 
     Returns:
-      int32, before the output's zero point and clipping.
+      int32 of acc's shape, to which the output's zero point is still to be added.
     """
 
     def at(leaf: Any) -> jax.Array:
@@ -312,6 +330,6 @@ def rescale(acc: jax.Array, scale: Scale) -> jax.Array:
 
 
 def _channels(leaf: np.ndarray | jax.Array, acc: jax.Array) -> jax.Array:
-    """A scalar or per-channel leaf, with axes added in front to the rank of `acc`."""
+    """Adds axes in front of a per-channel array, up to the rank of `acc`; a scalar stays one."""
     leaf = jnp.asarray(leaf)
     return leaf.reshape((1,) * (acc.ndim - leaf.ndim) + leaf.shape) if leaf.ndim else leaf

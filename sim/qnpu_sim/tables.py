@@ -1,10 +1,15 @@
-"""Tables of functions of one code, made on the host.
+"""Look-up tables of one-input ops, made on the host.
 
-An op of one int8 or int16 input is a function of 256 or 65,536 codes: its kernel is a look-up,
-whatever the arithmetic behind it, and can be checked on every code. This file holds that
-arithmetic, exactly as the kernels do it.
+An op of one int8 or int16 input has 256 or 65,536 possible inputs, so its kernel can be a look-up
+and can be checked on every code. This file computes the tables, with the arithmetic of the kernels.
 
-Tables are indexed by code - qmin and hold codes of the input's type.
+    softmax exponentials   exp(-scale d), d = row maximum - code
+    LOGISTIC               1 / (1 + exp(-x))
+    SQRT, RSQRT            sqrt(x), 1 / sqrt(x)
+
+Unless a function says otherwise, a table is indexed by code - qmin, has 256 entries for int8 and
+65,536 for int16, and holds output codes of the input's type. Scales are float32 real units per
+code; zero points are codes.
 """
 
 from __future__ import annotations
@@ -17,11 +22,17 @@ import numpy as np
 from qnpu_sim import fixedpoint, gemmlowp
 
 INT8_CODES = np.arange(-128, 128, dtype=np.int32)
+"""Every int8 code in rising order."""
 INT16_CODES = np.arange(-32768, 32768, dtype=np.int32)
+"""Every int16 code in rising order."""
 
 
 def codes(dtype: np.dtype | type) -> np.ndarray:
-    """All codes of int8 or int16 in rising order, as int32."""
+    """Returns every code of int8 or int16 in rising order, as int32.
+
+    >>> codes(np.int8)[[0, -1]].tolist()
+    [-128, 127]
+    """
     return INT8_CODES if np.dtype(dtype) == np.int8 else INT16_CODES
 
 
@@ -37,17 +48,19 @@ def interpolation_table(
     output_scale: np.floating,
     entries: int = 513,
 ) -> np.ndarray:
-    """Samples of a function over the int16 range, for `lut_lookup`; output zero point 0.
+    """Samples a function over the int16 range, for `fixedpoint.lut_lookup`; output zero point 0.
 
-    Each sample is moved by half the interpolation error in the middle of its interval.
+    Interpolating between exact samples errs on one side of a curve. So each sample is moved by half
+    of the interpolation error in the middle of its interval.
 
     Args:
-      function: on arrays of the type of the scales.
-      scale, output_scale: float32, or float64 where the kernel computes in double.
+      function: real to real, on arrays of the type of the scales.
+      scale, zero_point: of the input.
+      output_scale: float32 like `scale`, or both float64 where the kernel computes in double.
       entries: 2^n + 1.
 
     Returns:
-      int16 (entries,).
+      int16, (entries,).
 
     Reference: LiteRT tflite/kernels/internal/common.h, `LUTPopulateInt16`.
     """
@@ -73,13 +86,22 @@ def sampled(
     entries: int,
     output: np.dtype | type | None = None,
 ) -> np.ndarray:
-    """A function of one code as a machine with so many samples of it computes it: linear between
-    equally spaced codes, rounded half upwards; exact where there is a sample per code.
+    """Tabulates a function as a machine with few samples computes it: interpolated linearly between
+    equally spaced codes, ties rounded upwards.
+
+    >>> square = lambda code: code**2 / 16
+    >>> few, every = (sampled(square, np.int8, entries) for entries in (33, 257))
+    >>> int(few[128 + 9]), int(every[128 + 9])  # 9^2 / 16 = 5.06, between samples 4 and 16
+    (6, 5)
 
     Args:
-      function: float64 codes (up to qmax + 1) to float64 output codes, unrounded.
+      function: float64 codes, up to qmax + 1, to float64 output codes before rounding.
+      dtype: int8 or int16, of the input.
       entries: 2^n + 1 samples over the range of `dtype`.
-      output: type of the result; None: `dtype`.
+      output: integer type of the result; None: `dtype`.
+
+    Returns:
+      One entry per code of `dtype`.
     """
     output = dtype if output is None else output
     limits, every = np.iinfo(output), codes(dtype).astype(np.int64)
@@ -95,7 +117,15 @@ def sampled(
 
 @cache
 def softmax_tables(entries: int = 513) -> tuple[np.ndarray, np.ndarray]:
-    """The tables of int16 SOFTMAX: exp on [-10, 0], and 1 / (1 + x) on [0, 1] in 513 entries.
+    """Makes the two tables of int16 SOFTMAX: exp(x) on [-10, 0], and 1 / (1 + x) on [0, 1].
+
+    Each spans the int16 range, for `fixedpoint.lut_lookup`; outputs are Q0.15.
+
+    Args:
+      entries: samples of exp, 2^n + 1; the reciprocal has 513.
+
+    Returns:
+      int16 (entries,) and int16 (513,).
 
     Reference: LiteRT tflite/kernels/activations.cc, `SoftmaxPrepare`.
     """
@@ -108,7 +138,7 @@ def softmax_tables(entries: int = 513) -> tuple[np.ndarray, np.ndarray]:
 
 
 def softmax_exp(scale: np.float32) -> np.ndarray:
-    """float32 exp(-scale d), d in [0, 255].
+    """Tabulates exp(-scale d) in float32, for d from 0 to 255: (256,), indexed by d.
 
     Reference: LiteRT optimized/optimized_ops.h, `PopulateSoftmaxLookupTable`.
     """
@@ -118,7 +148,13 @@ def softmax_exp(scale: np.float32) -> np.ndarray:
 
 
 def logistic_int8(scale: np.float32, zero_point: int) -> np.ndarray:
-    """LOGISTIC on int8: float32, rounded half away, at output scale 1/256 and zero point -128.
+    """Tabulates LOGISTIC on int8 as LiteRT does: in float32, rounded half away from zero.
+
+    The output has scale 1/256 and zero point -128.
+
+    >>> table = logistic_int8(np.float32(0.1), 0)
+    >>> int(table[128]) + 128  # 256 sigmoid(0)
+    128
 
     Reference: LiteRT common.h, `LUTPopulateInt8`; activations.cc, `SigmoidPrepare`.
     """
@@ -131,11 +167,13 @@ def logistic_int8(scale: np.float32, zero_point: int) -> np.ndarray:
 
 
 def logistic_xnn(scale: np.float32, zero_point: int) -> np.ndarray:
-    """LOGISTIC on int8 by XNNPACK: the function in float64, its scaling in float32, rounded half to
-    even after the zero point is added.
+    """Tabulates LOGISTIC on int8 as XNNPACK does: sigmoid in float64, scaling in float32, rounded
+    half to even after the zero point is added.
 
-    Reference: XNNPACK src/reference/unary-elementwise.cc; the precision is measured (ai-edge-litert
-      2.3.0): float32 would differ at 3 of a million codes.
+    The output has scale 1/256 and zero point -128.
+
+    Reference: XNNPACK src/reference/unary-elementwise.cc. That its sigmoid is as precise as float64
+      was measured (ai-edge-litert 2.3.0): float32 differs at 3 of a million codes.
     """
     x = scale * (INT8_CODES - zero_point).astype(np.float32)
     with np.errstate(over="ignore"):
@@ -144,10 +182,10 @@ def logistic_xnn(scale: np.float32, zero_point: int) -> np.ndarray:
 
 
 def _logistic_multiplier(scale: np.float32) -> tuple[int, int]:
-    """(m, right shift) that bring an int16 code to units of 1 / (3 * 2^12).
+    """Multiplier and right shift that bring an int16 code to units of 1 / (3 * 2^12).
 
-    Reference: LiteRT activations.cc, `SigmoidPrepare`; `CheckedLog2` takes a scale within 0.07%
-      of 2^-12 for it.
+    Reference: LiteRT activations.cc, `SigmoidPrepare`. Its `CheckedLog2` treats a scale within
+      0.07% of 2^-12 as 2^-12.
     """
     log2 = np.log(scale) * (np.float32(1) / np.log(np.float32(2)))
     rounded = fixedpoint.round_half_away(np.asarray([log2]))[0]
@@ -160,11 +198,15 @@ def _logistic_multiplier(scale: np.float32) -> tuple[int, int]:
 
 
 def logistic_int16(scale: np.float32, gemmlowp_at_2_12: bool = False) -> np.ndarray:
-    """LOGISTIC on int16: a 256-entry sigmoid table on [0, 10.7), interpolated, point-symmetric.
+    """Tabulates LOGISTIC on int16: interpolates in `sigmoid_table`, which covers [0, 10.7).
+
+    Negative inputs take the symmetry sigmoid(-x) = 1 - sigmoid(x). Input and output have zero point
+    0; the output's scale is 1/32768.
 
     Args:
-      gemmlowp_at_2_12: the kernels that compute an input scale of 2^-12 (within 0.07%) otherwise:
-        the optimized ones.
+      scale: of the input.
+      gemmlowp_at_2_12: use gemmlowp's fixed point for an input scale within 0.07% of 2^-12, as the
+        optimized kernels do.
 
     Reference: LiteRT reference/integer_ops/logistic.h, `Logistic` (int16); activations.cc,
       `SigmoidEval`.
@@ -173,7 +215,7 @@ def logistic_int16(scale: np.float32, gemmlowp_at_2_12: bool = False) -> np.ndar
     if gemmlowp_at_2_12 and (multiplier, shift) == (3, 0):
         return gemmlowp.logistic16(INT16_CODES).astype(np.int16)
     half = 1 << (shift - 1) if shift else 0
-    # The kernel's product is an int32 and wraps; its shift is arithmetic.
+    # The kernel's product is an int32, which wraps; its shift is arithmetic.
     product = (INT16_CODES.astype(np.int64) * multiplier + half).astype(np.int32)
     x = (product >> np.int32(shift)).astype(np.int64)
     magnitude = np.abs(x)
@@ -189,12 +231,14 @@ _ONE_ABOVE = (
     4, 8, 12, 14, 15, 16, 17, 19, 20, 21, 22, 25, 27, 28, 29, 30, 31, 33, 34, 35, 37, 39, 40, 41,
     43, 44, 45, 46, 49, 50, 54, 62, 63, 64, 66, 82, 86, 93, 100, 103, 112, 116, 135, 255,
 )  # fmt: skip
-"""Entries of the sigmoid table that lie one above the rounded value."""
+"""Indices of the entries of `sigmoid_table` that lie one above the rounded value."""
 
 
 @cache
 def sigmoid_table() -> np.ndarray:
-    """2^16 sigmoid(i / 24), i < 256, int64, as the kernel has it: rounded, but for 44 entries.
+    """Returns the kernel's 256 values of 2^16 sigmoid(i / 24), int64.
+
+    They are the rounded values, except for 44 entries that lie one above.
 
     Reference: LiteRT common.h, `sigmoid_table_uint16`.
     """
@@ -210,9 +254,9 @@ def sqrt_float32(
     output_zero_point: int,
     dtype: np.dtype | type,
 ) -> np.ndarray:
-    """SQRT as the interpreter computes it: float32, truncated.
+    """Tabulates SQRT as LiteRT computes it: in float32, truncated.
 
-    Codes below the zero point, which it refuses, give the code of 0.
+    LiteRT refuses codes below the zero point; here they give the code of 0.
 
     Reference: LiteRT tflite/kernels/elementwise.cc, `SqrtEvalQuantized`.
     """
@@ -231,11 +275,10 @@ def sqrt_integer(
     output_zero_point: int,
     dtype: np.dtype | type,
 ) -> np.ndarray:
-    """SQRT in integers: floor(sqrt(v M 2^(s - 31))), v = code - zero point.
+    """Tabulates SQRT in integers: floor(sqrt(v M 2^(shift - 31))), v = code - zero_point.
 
-    M 2^(s - 31) = scale / output_scale^2 is the only thing rounded.
-
-    Codes below the zero point give the code of 0.
+    The multiplier M 2^(shift - 31) is scale / output_scale^2, rounded to 31 bits; the rest is
+    exact. Codes below the zero point give the code of 0.
     """
     multiplier, shift = fixedpoint.quantize_multiplier(float(scale) / float(output_scale) ** 2)
     product = np.maximum(codes(dtype).astype(np.int64) - zero_point, 0) * np.int64(multiplier)
@@ -252,11 +295,11 @@ def sqrt_integer(
 def rsqrt_int8(
     scale: np.float32, zero_point: int, output_scale: np.float32, output_zero_point: int
 ) -> np.ndarray:
-    """RSQRT on int8: Newton-Raphson in Q3.28 on code - zero point.
+    """Tabulates RSQRT on int8: Newton-Raphson in Q3.28 on code - zero_point.
 
-    The zero point itself gives 127; codes below it, which the interpreter refuses, too. The kernel
-    shifts right by more than 31 bits, which C++ leaves undefined, where 1 / (sqrt(scale)
-    output_scale) < 2^-12: every result is then below half a code, and here it is 0.
+    The zero point itself gives 127. So do codes below it, which LiteRT refuses. Where
+    1 / (sqrt(scale) output_scale) < 2^-12, the kernel shifts right by more than 31 bits, which C++
+    leaves undefined. Every result is then below half a code; here it is 0.
 
     Reference: LiteRT tflite/kernels/elementwise.cc, `RsqrtEvalQuantizedInt8`,
       `SetRsqrtOutputMultiplier`.
@@ -271,10 +314,11 @@ def rsqrt_int8(
 
 
 def rsqrt_int16(scale: np.float32, output_scale: np.float32) -> np.ndarray:
-    """RSQRT on int16: 513 samples over the whole int16 range, interpolated, hence poor below 128.
+    """Tabulates RSQRT on int16: 513 samples over the int16 range, interpolated linearly.
 
-    Codes 0 to 127 lie in the first interval, which starts at about 3/4 of the output's range at any
-    scale: results there mean nothing. Negative codes, which the interpreter refuses, give 32767.
+    Samples are 128 codes apart. 1 / sqrt(x) is infinite at 0, so results of codes 0 to 127, the
+    first interval, mean nothing: they start at about 3/4 of the output's range at any scale. LiteRT
+    refuses negative codes; here they give 32767.
 
     Reference: LiteRT tflite/kernels/elementwise.cc, `GenericPrepare`, `RsqrtEvalQuantizedInt16`.
     """

@@ -1,7 +1,10 @@
-"""What XNNPACK takes from a graph of int8 ops on x86, and its constants.
+"""XNNPACK on x86: which int8 ops its LiteRT delegate takes, and the constants that it computes.
 
-An op outside these limits stays with LiteRT's optimized kernels: other bits. Only int8 is taken.
-FULLY_CONNECTED sums int4 weights in units of 1/16, so that 28 bits of its accumulator are left.
+The delegate takes an op only where its scales are within limits (the functions `takes_*`). An op
+outside them stays with LiteRT's optimized kernels, which give other bits. int16 ops all stay.
+FULLY_CONNECTED holds int4 weights times 16, so its 32-bit accumulator has 28 usable bits.
+
+Scales are float32 real units per code, > 0.
 
 Reference: LiteRT tflite/delegates/xnnpack/xnnpack_delegate.cc, `CheckTensorsInputOutputScale`,
   `CheckTensorsInputProductOutputScale`, `VisitBatchMatMulNode`; measured with ai-edge-litert 2.3.0.
@@ -17,15 +20,20 @@ from qnpu_jax.errors import UserError
 from qnpu_sim.rounding import FloatScale
 
 INT4_BITS = 28
-"""Bits of the accumulator of FULLY_CONNECTED with int4 weights."""
+"""Usable bits of the accumulator of a FULLY_CONNECTED with int4 weights."""
 
 
 TINY = np.finfo(np.float32).tiny
+"""The smallest normal float32."""
 
 
 def _check_normal(*scales: Any) -> None:
-    """Raises UserError for a denormal scale: where XNNPACK meets one it stands aside, refuses the
-    model or crashes, by op and operand."""
+    """Refuses denormal scales: depending on op and operand, XNNPACK leaves the op, refuses the
+    model or crashes.
+
+    Raises:
+      UserError: a scale is denormal.
+    """
     smallest = min(float(np.min(s)) for s in scales)
     if smallest < TINY:
         raise UserError(
@@ -41,27 +49,32 @@ def takes_linear(
     weight_bits: int,
     input_size: int,
 ) -> bool:
-    """The bias's scales (the products) are normal numbers; int4 weights come in pairs."""
+    """Takes a FULLY_CONNECTED if the bias's scales x_scale * weight_scale are normal numbers, and
+    rows of int4 weights have an even length `input_size`.
+
+    Raises:
+      UserError: a scale is denormal, here and in the functions below.
+    """
     _check_normal(x_scale, weight_scale, scale)
     paired = weight_bits > 4 or input_size % 2 == 0
     return paired and bool(np.min(x_scale * weight_scale) >= TINY)
 
 
 def takes_add(x_scale: np.float32, y_scale: np.float32, scale: np.float32) -> bool:
-    """Both input-to-output scales in [2^-10, 2^8)."""
+    """Takes an ADD if x_scale / scale and y_scale / scale are in [2^-10, 2^8)."""
     _check_normal(x_scale, y_scale, scale)
     ratios = (x_scale / scale, y_scale / scale)
     return all(2.0**-10 <= r < 2.0**8 for r in ratios)
 
 
 def takes_mul(x_scale: np.float32, y_scale: np.float32, scale: np.float32) -> bool:
-    """The product's scale over the output's in [2^-16, 2^8)."""
+    """Takes a MUL if x_scale y_scale / scale is in [2^-16, 2^8)."""
     _check_normal(x_scale, y_scale, scale)
     return bool(2.0**-16 <= x_scale * y_scale / scale < 2.0**8)
 
 
 def takes_quantize(x_scale: np.float32, scale: np.float32) -> bool:
-    """The input-to-output scale in [2^-8, 2^7]."""
+    """Takes a QUANTIZE if x_scale / scale is in [2^-8, 2^7]."""
     _check_normal(x_scale, scale)
     return bool(2.0**-8 <= x_scale / scale <= 2.0**7)
 
@@ -69,25 +82,30 @@ def takes_quantize(x_scale: np.float32, scale: np.float32) -> bool:
 def takes_batch_matmul(
     x_scale: np.float32, y_scale: np.float32, scale: np.float32, y_zero_point: int
 ) -> bool:
-    """The second operand has zero point 0."""
+    """Takes a BATCH_MATMUL if its second operand has zero point 0."""
     _check_normal(x_scale, y_scale, scale)
     return y_zero_point == 0
 
 
 def takes_logistic(x_scale: np.float32) -> bool:
-    """At any scale."""
+    """Takes a LOGISTIC at any normal scale."""
     _check_normal(x_scale)
     return True
 
 
 def product_scale(x_scale: np.float32, y_scale: Any, scale: np.float32) -> FloatScale:
-    """f32(f32(sx sy) / s), scalar or per channel."""
+    """Rescaling of FULLY_CONNECTED, BATCH_MATMUL and MUL: float32(float32(sx sy) / s), a scalar or
+    per channel."""
     return FloatScale(np.asarray(x_scale * y_scale / scale, np.float32))
 
 
 def check_linear(scale: FloatScale) -> None:
-    """Raises UserError where XNNPACK fails to make a FULLY_CONNECTED that the delegate took, and
-    with it the whole model."""
+    """Refuses a FULLY_CONNECTED that the delegate takes and XNNPACK then fails to create, which
+    fails the whole model.
+
+    Raises:
+      UserError: a factor is 256 or more.
+    """
     largest = float(np.max(scale.factor))
     if largest >= 256.0:
         raise UserError(
@@ -100,7 +118,9 @@ def check_linear(scale: FloatScale) -> None:
 def add_factors(
     x_scale: np.float32, y_scale: np.float32, scale: np.float32
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Integer factors of both inputs and their shift: the larger factor has 21 bits.
+    """Integer factors A, B and the shift s of ADD: A = round(2^s sx / sz), B = round(2^s sy / sz).
+
+    s is chosen so that the larger factor has 21 bits.
 
     Reference: XNNPACK src/microparams-init.c, `xnn_init_qs8_add_minmax_scalar_params`.
     """
@@ -111,7 +131,7 @@ def add_factors(
 
 
 def quantize_factor(x_scale: np.float32, scale: np.float32) -> np.ndarray:
-    """The factor in units of 2^-8.
+    """Integer factor of QUANTIZE in units of 2^-8: round(256 sx / sz).
 
     Reference: XNNPACK src/microparams-init.c, `xnn_init_qs8_cvt_scalar_params`.
     """
