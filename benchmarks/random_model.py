@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.graph.ops import WIDENING, Requantize
-from qnpu_jax.integer.model import IntegerModel
+from qnpu_jax.integer.model import IntegerModel, QTensor
 from qnpu_jax.recipes import RECIPES
 
 SMOLLM2 = ModelConfig(
@@ -30,26 +32,32 @@ def random_model(recipe: str, config: ModelConfig = SMOLLM2) -> IntegerModel:
     graphs = [
         g for logits in ("all", "last") for g in decoder(config, plan, 1, 2, 1, logits).graphs
     ]
-    codes, scale, zero_point = {}, {}, {}
+    tensors: dict[str, QTensor] = {}
     for graph in graphs:
-        stack = (config.num_layers,) if graph.prefix == "layers." else ()
+        stack = (config.num_layers,) if graph.layered else ()
         for spec in graph.tensors:
             name = graph.prefix + spec.name
-            if spec.quant is None or name in scale:
+            if name in tensors:
                 continue
             channels = () if spec.quant.axis is None else (spec.shape[spec.quant.axis],)
             value = spec.fixed[0] if spec.fixed else 0.01
-            scale[name] = np.full(stack + channels, value, np.float32)
-            zero_point[name] = np.zeros(stack, np.int32)
+            codes = None
             if spec.kind == "param":
                 bias = name.endswith("bias")
                 top = 127 if bias else 2 ** (spec.quant.bits[0] - 1) - 1
                 dtype = np.int32 if bias else np.int8
-                codes[name] = rng.integers(-top, top + 1, stack + spec.shape).astype(dtype)
+                codes = rng.integers(-top, top + 1, stack + spec.shape).astype(dtype)
+            tensors[name] = QTensor(
+                scale=np.full(stack + channels, value, np.float32),
+                zero_point=np.zeros(stack, np.int32),
+                codes=codes,
+            )
         for node in graph.nodes:
-            source, target = graph[node.inputs[0]].quant, graph[node.output].quant
-            if isinstance(node.op, Requantize) and source.bits < target.bits:
+            if not isinstance(node.op, Requantize):
+                continue
+            if graph[node.inputs[0]].quant.bits < graph[node.output].quant.bits:
                 # Exact, as in a model that `freeze` made.
-                finer = scale[graph.prefix + node.inputs[0]] / np.float32(WIDENING)
-                scale[graph.prefix + node.output] = np.asarray(finer)
-    return IntegerModel(config, plan, (0, 0), codes, scale, zero_point)
+                finer = tensors[graph.prefix + node.inputs[0]].scale / np.float32(WIDENING)
+                name = graph.prefix + node.output
+                tensors[name] = replace(tensors[name], scale=np.asarray(finer))
+    return IntegerModel(config, plan, (0, 0), tensors)

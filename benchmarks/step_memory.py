@@ -83,7 +83,6 @@ def free_scales(dec: Decoder) -> dict[str, QParams]:
     for graph in dec.graphs:
         for spec in graph.tensors:
             if is_free(graph, spec.name):
-                assert spec.quant is not None
                 channels = spec.shape[:1] if spec.quant.axis == 0 else ()
                 scale = np.ones(_stacked(graph, channels), np.float32)
                 found = QParams(scale=scale, zero_point=np.zeros_like(scale))
@@ -92,7 +91,7 @@ def free_scales(dec: Decoder) -> dict[str, QParams]:
 
 
 def _stacked(graph: Graph, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (graph.layers, *shape) if graph.prefix == "layers." else shape
+    return (graph.layers, *shape) if graph.layered else shape
 
 
 def measure(config: ModelConfig, args: argparse.Namespace, batch: int, length: int) -> Row:

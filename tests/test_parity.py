@@ -13,8 +13,6 @@ import tiny
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from kernel_cases import dtypes
-from qnpu_sim.program import compile_model, run
-from qnpu_sim.run_graph import run_graph
 
 from qnpu_jax.fakequant.evaluate import fake_quant_edge
 from qnpu_jax.graph.graph import Graph, is_identity
@@ -24,6 +22,8 @@ from qnpu_jax.integer.model import IntegerModel, activation_scales, dequantize
 from qnpu_jax.measure.perplexity import float_logits, integer_logits
 from qnpu_jax.tflite import writer
 from qnpu_jax.tflite.interpreter import KernelSet, LiteRT
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.run_graph import run_graph
 
 CASES = [(name, plan) for name in tiny.NAMES for plan in tiny.PLANS]
 cases = pytest.mark.parametrize(("name", "plan"), CASES, ids=["-".join(c) for c in CASES])
@@ -172,7 +172,7 @@ def node_by_node(model: IntegerModel, dec, ids: np.ndarray, codes: Tensors):
         own, q = local(params, graph.prefix), local(scales, graph.prefix)
         bounds = ranges_of(graph, q)
         for layer in range(graph.layers):
-            if graph.prefix == "layers.":
+            if graph.layered:
                 p, s, r = jax.tree.map(lambda a, i=layer: a[i], (own, q, bounds))
             else:
                 p, s, r = own, q, bounds
@@ -208,8 +208,8 @@ def allowed(model: IntegerModel, graph: Graph, layer: int, node, held: Tensors) 
     # 3/4 y / x^2, which is largest where the interval starts. Five roundings by half a code: of a
     # sample, of the two terms of its correction, of the interpolation (`qnpu_sim.tables`), of fake-quant.
     assert x.min() >= 128, "the first interval of the table means nothing"
-    scales = (model.scale[graph.prefix + n] for n in (node.inputs[0], node.output))
-    s_x, s_y = (float(s[layer] if graph.prefix == "layers." else s) for s in scales)
+    scales = (model.tensors[graph.prefix + n].scale for n in (node.inputs[0], node.output))
+    s_x, s_y = (float(s[layer] if graph.layered else s) for s in scales)
     start = np.floor(x / 128) * 128
     here, following = (1 / np.sqrt(s_x * (start + d)) / s_y for d in (0, 128))
     curvature = 128**2 / 8 * 0.75 / start**2 * here

@@ -226,7 +226,7 @@ class At(NamedTuple):
 
     def of(self, x: Any) -> Any:
         """The layer's part of an entry."""
-        return x[self.layer] if self.graph.prefix == "layers." else x
+        return self.graph.at(x, self.layer)
 
     def rows(self, values: Params, names: tuple[str, ...]) -> Float64[np.ndarray, "n *k"]:
         """Entries by local name, stacked along their output channels."""

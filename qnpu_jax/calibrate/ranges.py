@@ -42,7 +42,6 @@ def initialize(
         for root in _members(graph):
             name = graph.prefix + root
             quant = graph[root].quant
-            assert quant is not None
             ranges = []
             for bits, s in zip(quant.bits, stats[name], strict=True):
                 kind = tensor_class(name, bits)
@@ -53,8 +52,7 @@ def initialize(
                 )
             lo, hi = (np.asarray(v) for v in zip(*ranges, strict=True))
             q = from_range(lo, hi, np.asarray(quant.bits), quant.symmetric)
-            layered = graph.prefix == "layers."
-            scales[name] = q if layered else jax.tree.map(lambda a: a[0], q)
+            scales[name] = q if graph.layered else jax.tree.map(lambda a: a[0], q)
     return scales, report
 
 
@@ -126,22 +124,16 @@ def weight_scales(dec: Decoder, params: Params, method: str) -> Scales:
         for spec in graph.named("param"):
             if not is_free(graph, spec.name):
                 continue
-            assert spec.quant is not None
             w = np.asarray(params[graph.prefix + spec.name])
-            stack = w if graph.prefix == "layers." else w[None]
             per_tensor = spec.quant.axis is None
-            rows = [
-                _weight_bound(layer.reshape(1, -1) if per_tensor else layer, bits, method)
-                for layer, bits in zip(stack, spec.quant.bits, strict=True)
-            ]
-            bound = np.stack(rows)
-            bits = np.asarray(spec.quant.bits)[:, None]
-            q = from_range(-bound, bound, bits, symmetric=True, narrow=True)
-            if per_tensor:
-                q = jax.tree.map(lambda a: a[:, 0], q)
-            scales[graph.prefix + spec.name] = (
-                q if graph.prefix == "layers." else jax.tree.map(lambda a: a[0], q)
-            )
+            rows = []
+            for i, bits in enumerate(spec.quant.bits):
+                layer = graph.at(w, i)
+                layer = layer.reshape(1, -1) if per_tensor else layer
+                bound = _weight_bound(layer, bits, method)
+                q = from_range(-bound, bound, np.asarray(bits), symmetric=True, narrow=True)
+                rows.append(jax.tree.map(lambda a: a[0], q) if per_tensor else q)
+            scales[graph.prefix + spec.name] = graph.stack(rows)
     return scales
 
 

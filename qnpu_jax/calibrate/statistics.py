@@ -141,7 +141,6 @@ def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
         if len(kept) == layer:
             kept.append(Stats())
         quant = graph[root].quant
-        assert quant is not None
         for name in members:
             rows[name] = kept[layer]
             kept[layer].merge(env[name].size, moments[name])

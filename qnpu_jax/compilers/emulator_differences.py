@@ -204,8 +204,9 @@ def layer_values(model: IntegerModel, dec: Decoder, layer: int, tensors: Codes) 
 
 def _real(model: IntegerModel, graph: Graph, name: str, layer: int, values: Codes) -> np.ndarray:
     """Real values of a layer's tensor."""
-    scale, zero = (x[graph.prefix + name][layer] for x in (model.scale, model.zero_point))
-    return ((values[name].astype(np.int64) - zero) * np.float64(scale)).astype(np.float32)
+    tensor = graph.at(model.tensors[graph.prefix + name], layer)
+    centred = values[name].astype(np.int64) - tensor.zero_point
+    return (centred * np.float64(tensor.scale)).astype(np.float32)
 
 
 def _port(name: str) -> str:

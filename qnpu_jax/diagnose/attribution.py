@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from qnpu_jax.diagnose.tensor_errors import Constants, rounding_tensors
 from qnpu_jax.fakequant import Edge, evaluate, fake_quant
-from qnpu_jax.graph import Decoder, Tensors, local
+from qnpu_jax.graph import LAYERS, Decoder, Tensors, local
 from qnpu_jax.measure import kl_terms
 
 POINTS = 3
@@ -73,7 +73,7 @@ def slopes(
 
 
 def _layers(name: str, error: Any) -> tuple[int, ...]:
-    return np.shape(error)[:1] if name.startswith("layers.") else ()
+    return np.shape(error)[:1] if name.startswith(LAYERS) else ()
 
 
 @partial(jax.jit, static_argnums=0)

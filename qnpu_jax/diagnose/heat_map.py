@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from qnpu_jax.diagnose.run import Diagnosis
 from qnpu_jax.diagnose.summary import Row
+from qnpu_jax.graph import LAYERS, split_name
 
 EXTRA = 'install qnpu\'s extra "figures": pip install "qnpu[figures]"'
 DECIBELS = (10.0, 60.0)
@@ -34,10 +35,11 @@ def table(
     """Names and values of the layers' tensors that round, a column per layer; NaN without one."""
     cells: dict[str, dict[int, float]] = {}
     for row in rows:
-        where = row.tensor.split(".", 2)
-        if where[0] == "layers" and row.rounds:
+        name, layer = split_name(row.tensor)
+        if layer is not None and row.rounds:
             value = of(row)
-            cells.setdefault(where[2], {})[int(where[1])] = np.nan if value is None else value
+            cell = cells.setdefault(name.removeprefix(LAYERS), {})
+            cell[layer] = np.nan if value is None else value
     layers = 1 + max(layer for cell in cells.values() for layer in cell)
     grid = [[cell.get(layer, np.nan) for layer in range(layers)] for cell in cells.values()]
     return [*cells], np.array(grid)

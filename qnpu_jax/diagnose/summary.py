@@ -116,7 +116,6 @@ def _row(
     graph: Graph, node: Node, layer: int, s: Sums, charged: tuple[float, float | None] | None
 ) -> Row:
     quant = graph[node.output].quant
-    assert quant is not None
     nats, error = charged or (None, None)
     return Row(
         tensor=graph.global_name(layer, node.output),

@@ -26,6 +26,7 @@ from jaxtyping import Int
 
 from qnpu_jax.fakequant import evaluate
 from qnpu_jax.graph import (
+    LAYERS,
     AddMask,
     Bounds,
     Decoder,
@@ -140,9 +141,7 @@ class Constants:
         for graph in self.decoder.graphs:
             whole = (self.whole(graph, ids), self.quant(graph))
             for layer in range(graph.layers):
-                own, quant = whole
-                if graph.prefix == "layers.":
-                    own, quant = jax.tree.map(lambda a, i=layer: a[i], whole)
+                own, quant = graph.at(whole, layer)
                 yield graph, layer, {**own, **self.shared(graph)}, quant
 
 
@@ -211,7 +210,7 @@ def measure(
             sums[graph.global_name(layer, node.output)] = Sums(*values)
         for name, e in error.items():
             errors[graph.prefix + name].append(e)
-    stacked = {n: jnp.stack(e) if n.startswith("layers.") else e[0] for n, e in errors.items()}
+    stacked = {n: jnp.stack(e) if n.startswith(LAYERS) else e[0] for n, e in errors.items()}
     return Measured(sums, stacked, x[0]["input.residual"], x[1]["input.residual"])
 
 

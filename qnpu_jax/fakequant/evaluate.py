@@ -33,7 +33,8 @@ def identity(_: TensorSpec, x: jax.Array) -> jax.Array:
 
 def evaluate(graph: Graph, values: Tensors, edge: Edge = identity) -> Tensors:
     """Every tensor of the graph by local name, from its inputs and parameters."""
-    env = {name: edge(graph[name], x) for name, x in values.items()}
+    ids = graph.ids.name if graph.ids else None
+    env = {name: x if name == ids else edge(graph[name], x) for name, x in values.items()}
     for node in graph.nodes:
         y = eval_op(node.op, *(env[name] for name in node.inputs))
         env[node.output] = edge(graph[node.output], y)

@@ -67,9 +67,7 @@ def passes(
         out = graph.outputs[0]
         names = tuple(dict.fromkeys((out, *keep(graph))))
         for i in range(graph.layers):
-            here = (own, quant)
-            if graph.prefix == "layers.":
-                here = jax.tree.map(lambda a, i=i: a[i], here)
+            here = graph.at((own, quant), i)
             env = graph_tensors(graph, names, values, here[0] | shared, here[1])
             yield graph, i, env
             values = {"input.residual": env[out]}

@@ -1,7 +1,7 @@
 """The quantized decoder as data: ops, graphs, scales, and values by tensor name."""
 
 from qnpu_jax.graph.decoder import KEEP_SCALE, MASK, MASK_SCALE, Decoder, Positions, decoder
-from qnpu_jax.graph.graph import Graph, Node, TensorSpec, is_identity
+from qnpu_jax.graph.graph import LAYERS, Graph, Node, TensorSpec, TokenIds, is_identity, split_name
 from qnpu_jax.graph.layered import Bounds, Params, T, Tensors, local, ranges_of
 from qnpu_jax.graph.ops import (
     WIDENING,
@@ -36,6 +36,7 @@ from qnpu_jax.graph.tensor_classes import is_rotated, tensor_class
 
 __all__ = [
     "KEEP_SCALE",
+    "LAYERS",
     "MASK",
     "MASK_SCALE",
     "WIDENING",
@@ -70,6 +71,7 @@ __all__ = [
     "T",
     "TensorSpec",
     "Tensors",
+    "TokenIds",
     "Transpose",
     "code_range",
     "constraint",
@@ -86,6 +88,7 @@ __all__ = [
     "quantize",
     "ranges_of",
     "resolve",
+    "split_name",
     "tensor_class",
     "tied_inputs",
     "visible",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from qnpu_jax.config import QuantSpec
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph.graph import Graph, Node, TensorSpec
+from qnpu_jax.graph.graph import Graph, Node, TensorSpec, TokenIds, global_name
 from qnpu_jax.graph.ops import (
     Add,
     AddMask,
     BatchMatmul,
+    Embedding,
     FullyConnected,
     Logistic,
     Mul,
@@ -47,6 +48,7 @@ class Builder:
     _tensors: dict[str, TensorSpec] = field(default_factory=dict)
     _nodes: list[Node] = field(default_factory=list)
     _scopes: list[str] = field(default_factory=list)
+    _ids: TokenIds | None = None
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -75,9 +77,10 @@ class Builder:
         quant = QuantSpec(self.bits(name) if bits is None else bits, symmetric=True)
         return self._register(TensorSpec(name, shape, "input", quant, fixed))
 
-    def ids(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
-        """An input of token ids, the only tensor that is not quantized."""
-        return self._register(TensorSpec(self._named(name), shape, "input", None))
+    def ids(self, name: str, shape: tuple[int, ...]) -> TokenIds:
+        """The input of token ids, the only tensor that is not quantized."""
+        self._ids = TokenIds(self._named(name), shape)
+        return self._ids
 
     def param(
         self,
@@ -91,6 +94,11 @@ class Builder:
         quant = QuantSpec(self.bits(name) if bits is None else bits, True, axis)
         return self._register(TensorSpec(name, shape, "param", quant))
 
+    def gather(self, name: str, ids: TokenIds, table: TensorSpec) -> TensorSpec:
+        """Appends `name = table[ids]`, which has the table's scale."""
+        quant = QuantSpec(table.quant.bits, table.quant.symmetric)
+        return self._append(self._named(name), Embedding(), (ids, table), quant)
+
     def add(self, name: str, op: Op, *inputs: TensorSpec, symmetric: bool = False) -> TensorSpec:
         """Appends `name = op(inputs)`; operands narrower than the output are widened first
         (exactly).
@@ -103,7 +111,6 @@ class Builder:
         tied = tied_inputs(op, tuple(t.name for t in inputs))
         if tied:
             source = self._tensors[tied[0]].quant
-            assert source is not None
             quant = QuantSpec(source.bits, source.symmetric)
         else:
             quant = QuantSpec(self.bits(name), symmetric)
@@ -111,8 +118,13 @@ class Builder:
             inputs = tuple(self._widen(t, quant.bits, name) for t in inputs)
         if isinstance(op, FullyConnected):
             self._check_bias(inputs[0], inputs[2])
+        return self._append(name, op, inputs, quant)
+
+    def _append(
+        self, name: str, op: Op, inputs: Sequence[TensorSpec | TokenIds], quant: QuantSpec
+    ) -> TensorSpec:
         shapes = (
-            jax.ShapeDtypeStruct(t.shape, jnp.int32 if t.quant is None else jnp.float32)
+            jax.ShapeDtypeStruct(t.shape, jnp.int32 if isinstance(t, TokenIds) else jnp.float32)
             for t in inputs
         )
         shape = jax.eval_shape(partial(eval_op, op), *shapes).shape
@@ -129,17 +141,14 @@ class Builder:
 
     def _check_bias(self, x: TensorSpec, bias: TensorSpec) -> None:
         """Raises UserError for a 64-bit bias of an 8-bit input: LiteRT would read it as 32 bits."""
-        assert x.quant is not None and bias.quant is not None
         for i, (bits, wide) in enumerate(zip(x.quant.bits, bias.quant.bits, strict=True)):
             if bits <= 8 and wide > 32:
-                where = f"layers.{i}." if self.prefix == "layers." else self.prefix
                 raise UserError(
-                    f"{where}{bias.name}: the plan gives it {wide} bits; expected 32 beside an"
+                    f"{global_name(self.prefix, i, bias.name)}: the plan gives it {wide} bits; expected 32 beside an"
                     f" input of {bits}; correct the rule that matches it"
                 )
 
     def _widen(self, x: TensorSpec, bits: tuple[int, ...], consumer: str) -> TensorSpec:
-        assert x.quant is not None
         if x.kind == "param" or x.quant.bits == bits:
             return x
         if any(have > want for have, want in zip(x.quant.bits, bits, strict=True)):
@@ -163,4 +172,5 @@ class Builder:
             tuple(self._tensors.values()),
             tuple(self._nodes),
             tuple(t.name for t in outputs),
+            self._ids,
         )

@@ -14,18 +14,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
+from qnpu_jax.choices import Positions
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.builder import Builder
-from qnpu_jax.graph.graph import Graph, TensorSpec
+from qnpu_jax.graph.graph import Graph, TensorSpec, global_name
 from qnpu_jax.graph.ops import (
     Add,
     AddMask,
     BatchMatmul,
     Concat,
-    Embedding,
     FullyConnected,
     Keep,
     Logistic,
@@ -49,10 +48,6 @@ MASK_SCALE = {8: 2.0, 16: 1 / 16}
 KEEP_SCALE = {16: 1 / 32767}
 """Of what multiplies 16-bit probabilities, in which LiteRT's SOFTMAX leaves 2/32768 to every masked
 key: 1 where a token may look, 0 elsewhere. In 8 bits so little is 0 already."""
-
-
-Positions = Literal["all", "last"]
-"""Positions that logits are given of."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +112,7 @@ def decoder(
 
     def bits_of(where: str, layers: int):
         def bits(name: str) -> tuple[int, ...]:
-            names = (
-                [f"layers.{i}.{name}" for i in range(layers)]
-                if where == "layers"
-                else [f"{where}.{name}"]
-            )
+            names = [global_name(f"{where}.", i, name) for i in range(layers)]
             asked.extend(names)
             return tuple(plan.bits(n) for n in names)
 
@@ -154,7 +145,7 @@ def _shared(
 
 def _embed(g: Builder, cfg: ModelConfig, tokens: int) -> Graph:
     ids = g.ids("ids", (tokens,))
-    out = g.add("out", Embedding(), ids, g.param("weight", (cfg.vocab_size, cfg.hidden_size)))
+    out = g.gather("out", ids, g.param("weight", (cfg.vocab_size, cfg.hidden_size)))
     return g.finish(g.add("residual", Requantize(), out, symmetric=True))
 
 
@@ -268,7 +259,7 @@ def _with_past(
     g: Builder, name: str, letter: str, rows: TensorSpec, past: list[tuple[str, int]], axis: int
 ) -> TensorSpec:
     """What is there of earlier positions, which lie along `axis`, before the new rows."""
-    bits = rows.quant.bits if rows.quant else ()
+    bits = rows.quant.bits
     parts = []
     for source, length in past:
         shape = (*rows.shape[:axis], length, *rows.shape[axis + 1 :])

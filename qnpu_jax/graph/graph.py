@@ -1,5 +1,4 @@
-"""The decoder as data: tensors, nodes, and a `Builder` that stages a forward function into a
-`Graph`.
+"""The decoder as data: tensors, nodes and graphs.
 
 A graph holds no arrays and is hashable, so it is a static argument of `jax.jit`. Tensor names are
 the one vocabulary shared by parameters, quantization parameters, the simulator, the .tflite file
@@ -9,10 +8,13 @@ and every report.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
+
+import jax
+import numpy as np
 
 from qnpu_jax.config import QuantSpec
 from qnpu_jax.graph.ops import (
@@ -23,18 +25,34 @@ from qnpu_jax.graph.ops import (
     tied_inputs,
 )
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named tensor. `quant` is None for token ids only; `fixed` is the (scale, zero_point) of an
-    input that arrives quantized (RoPE tables, mask), None where it is calibrated, tied or
-    derived."""
+    """A named quantized tensor.
+
+    Attributes:
+      name: local to its graph.
+      shape: of one layer's value.
+      quant: bits of every layer, symmetry and channel axis.
+      fixed: scale and zero point of an input that arrives quantized (RoPE tables, mask); None where
+        they are calibrated, tied or derived.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: Literal["input", "param", "activation"]
-    quant: QuantSpec | None
+    quant: QuantSpec
     fixed: tuple[float, int] | None = None
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The graph input of token ids, int32: the one tensor that is not quantized."""
+
+    name: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,21 +66,33 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in execution order. `prefix` is what precedes the names globally (`layers.` for the
-    layer graph)."""
+    """Nodes in execution order, with the tensors they read and write.
+
+    The layer graph is evaluated once per layer, each time with another set of values: those values
+    are stacked, with a leading layer axis. Embed and head graph have one set, without that axis.
+    `at` and `stack` hide the difference.
+
+    Attributes:
+      prefix: precedes local names in global ones: `embed.`, `layers.` or `head.`.
+      tensors: every quantized tensor.
+      outputs: local names.
+      ids: the input of token ids, of the embed graph only.
+    """
 
     prefix: str
     tensors: tuple[TensorSpec, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...]
+    ids: TokenIds | None = None
 
     def __post_init__(self) -> None:
-        ready = {t.name for t in self.tensors if t.kind != "activation"}
+        ids = {self.ids.name} if self.ids else set()
+        ready = ids | {t.name for t in self.tensors if t.kind != "activation"}
         for node in self.nodes:
             missing = set(node.inputs) - ready
             assert not missing and node.output not in ready, f"{node}: {missing} not ready"
             ready.add(node.output)
-        assert ready == set(self._index) and set(self.outputs) <= ready
+        assert ready == self._index.keys() | ids and set(self.outputs) <= ready
 
     @cached_property
     def _index(self) -> dict[str, TensorSpec]:
@@ -73,7 +103,7 @@ class Graph:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.prefix, self.tensors, self.nodes, self.outputs))
+        return hash((self.prefix, self.tensors, self.nodes, self.outputs, self.ids))
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._index[name]
@@ -84,12 +114,27 @@ class Graph:
 
     def global_name(self, layer: int, name: str) -> str:
         """`layers.3.attn.q` in the layer graph, `head.logits` elsewhere."""
-        return f"{self.prefix}{layer}.{name}" if self.prefix == "layers." else self.prefix + name
+        return global_name(self.prefix, layer, name)
+
+    @property
+    def layered(self) -> bool:
+        """True for the layer graph, whose values carry a leading layer axis."""
+        return self.prefix == LAYERS
 
     @cached_property
     def layers(self) -> int:
-        """How many sets of values the graph is evaluated with."""
-        return max(len(t.quant.bits) for t in self.tensors if t.quant is not None)
+        """Sets of values that the graph is evaluated with: L for the layer graph, else 1."""
+        return max(len(t.quant.bits) for t in self.tensors)
+
+    def at(self, values: T, layer: int) -> T:
+        """One layer's values: every array of a pytree without its leading layer axis; the values
+        themselves where the graph has no layers."""
+        return jax.tree.map(lambda x: x[layer], values) if self.layered else values
+
+    def stack(self, rows: Sequence[T]) -> T:
+        """One layer's values for each layer, as one pytree of NumPy arrays with a leading layer
+        axis: the inverse of `at`."""
+        return jax.tree.map(lambda *x: np.stack(x), *rows) if self.layered else rows[0]
 
     @cached_property
     def ties(self) -> dict[str, str]:
@@ -136,18 +181,40 @@ def is_identity(graph: Graph, node: Node, layer: int = 0) -> bool:
     if not isinstance(constraint(node.op), Narrowed):
         return False
     source, target = graph[node.inputs[0]].quant, graph[node.output].quant
-    assert source is not None and target is not None
     same_width = source.bits[layer] == target.bits[layer]
     no_shift = source.symmetric or not target.symmetric or target.bits[layer] == 16
     return same_width and no_shift
 
 
+LAYERS = "layers."
+"""Prefix of the layer graph."""
+
+
+def global_name(prefix: str, layer: int, name: str) -> str:
+    """`layers.3.attn.q` for the prefix `layers.`; the prefix and the name for others."""
+    return f"{prefix}{layer}.{name}" if prefix == LAYERS else prefix + name
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """The name of the stacked tensor, and the layer, of a global name.
+
+    >>> split_name("layers.3.attn.q")
+    ('layers.attn.q', 3)
+    >>> split_name("head.logits")
+    ('head.logits', None)
+    """
+    parts = name.split(".", 2)
+    if parts[0] + "." != LAYERS or not parts[1].isdecimal():
+        return name, None
+    return LAYERS + parts[2], int(parts[1])
+
+
 def _print(graph: Graph) -> Iterator[str]:
     """One line per node; the scopes kv1, kv2, ... repeat kv0 and are folded into one line."""
     rows: list[tuple[str, str, str]] = []
-    for t in graph.tensors:
-        if t.kind == "input":
-            rows.append((t.name, _type(t), "input"))
+    inputs = [graph.ids] if graph.ids else []
+    for t in (*inputs, *graph.named("input")):
+        rows.append((t.name, _type(t), "input"))
     for node in graph.nodes:
         if not re.search(r"\bkv[1-9]\d*\.", node.output):
             rows.append((node.output, _type(graph[node.output]), _call(graph, node)))
@@ -159,15 +226,16 @@ def _print(graph: Graph) -> Iterator[str]:
         yield f"  {name:<{wide[0]}}  {kind:<{wide[1]}}  {call}"
 
 
-def _type(t: TensorSpec) -> str:
+def _type(t: TensorSpec | TokenIds) -> str:
     shape = ",".join(map(str, t.shape))
-    if t.quant is None:
+    if isinstance(t, TokenIds):
         return f"i32[{shape}]"
     return "|".join(f"i{b}" for b in sorted(set(t.quant.bits))) + f"[{shape}]"
 
 
 def _call(graph: Graph, node: Node) -> str:
     attrs = [f"{k}={v}" for k, v in vars(node.op).items() if v is not False]
-    args = [f"{n}:{_type(graph[n])}" if graph[n].kind == "param" else n for n in node.inputs]
+    params = {t.name: t for t in graph.named("param")}
+    args = [f"{n}:{_type(params[n])}" if n in params else n for n in node.inputs]
     verb = re.sub(r"(?<!^)(?=[A-Z])", "_", type(node.op).__name__).lower()
     return f"{verb}({', '.join([*args, *attrs])})"

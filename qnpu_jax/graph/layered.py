@@ -28,5 +28,5 @@ def ranges_of(graph: Graph, names: Mapping[str, object]) -> dict[str, Bounds]:
     out = {}
     for name in names:
         qmin, qmax = code_range(graph[name])
-        out[name] = (qmin, qmax) if graph.prefix == "layers." else (qmin[0], qmax[0])
+        out[name] = (qmin, qmax) if graph.layered else (qmin[0], qmax[0])
     return out

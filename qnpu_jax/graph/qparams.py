@@ -32,7 +32,6 @@ class QParams:
 def code_range(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
     """qmin and qmax per layer (float32). Parameters leave the lowest code out, as LiteRT's weights
     must."""
-    assert spec.quant is not None
     qmax = 2.0 ** (np.asarray(spec.quant.bits, np.float32) - 1) - 1
     qmin = -qmax if spec.kind == "param" else -qmax - 1
     return qmin.astype(np.float32), qmax.astype(np.float32)
@@ -51,7 +50,7 @@ def quantize(
 def expand(scale: Array, spec: TensorSpec) -> Array:
     """A per-channel vector reshaped to broadcast along the tensor's channel axis; scalars as they
     are."""
-    if spec.quant is None or spec.quant.axis is None:
+    if spec.quant.axis is None:
         return scale
     shape = [1] * len(spec.shape)
     shape[spec.quant.axis] = spec.shape[spec.quant.axis]

@@ -21,7 +21,7 @@ from qnpu_jax.graph.qparams import QParams, Scales
 def is_free(graph: Graph, name: str) -> bool:
     """True for the tensors whose scale and zero point someone must choose: the rest is tied, fixed
     or derived."""
-    if graph.ties[name] != name or graph[name].quant is None:
+    if graph.ties[name] != name:
         return False
     if graph[name].kind != "activation":
         return graph[name].kind == "param" and not name.endswith("bias")
@@ -38,7 +38,6 @@ def is_free(graph: Graph, name: str) -> bool:
 def _follows(graph: Graph, node: Node) -> list[bool]:
     """Per layer: does this requantize take its input's scale (it widens, or changes nothing)?"""
     source, target = graph[node.inputs[0]].quant, graph[node.output].quant
-    assert source is not None and target is not None
     return [
         b > a or is_identity(graph, node, i)
         for i, (a, b) in enumerate(zip(source.bits, target.bits, strict=True))
@@ -84,18 +83,17 @@ def _resolve_graph(graph: Graph, free: Scales, known: Scales) -> Scales:
             done[root] = _of_root(graph, root, producer.get(root), free, of)
         return done[root]
 
-    names = [t.name for t in graph.tensors if t.quant is not None and not t.name.endswith("bias")]
+    names = [t.name for t in graph.tensors if not t.name.endswith("bias")]
     return {name: of(name) for name in names}
 
 
 def _of_root(graph: Graph, name: str, node: Node | None, free: Scales, of: Any) -> QParams:
     spec = graph[name]
-    assert spec.quant is not None
     layers = np.shape(spec.quant.bits)[0]
 
     def constant(values: Any) -> jax.Array:
         array = jnp.broadcast_to(jnp.asarray(values, jnp.float32), (layers,))
-        return array if graph.prefix == "layers." else array[0]
+        return array if graph.layered else array[0]
 
     if spec.fixed is not None:
         return QParams(scale=constant(spec.fixed[0]), zero_point=constant(spec.fixed[1]))

@@ -73,8 +73,6 @@ def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
     eps = np.full((1, 1, 1), dec.config.hidden_size * dec.config.rms_norm_eps, np.float32)
     seen = visible(dec.tokens, dec.prefix, dec.cache, filled)
     every = {"rope.cos": cos, "rope.sin": sin, "norm.eps": eps}
-    mask = dec.layer["mask"].quant
-    assert mask is not None
-    every |= masks(seen, dec.config.queries_per_kv_head, mask.bits[0])
+    every |= masks(seen, dec.config.queries_per_kv_head, dec.layer["mask"].quant.bits[0])
     named = {t.name for t in dec.layer.named("input")}
     return {name: x for name, x in every.items() if name in named}

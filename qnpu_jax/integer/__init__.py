@@ -10,7 +10,7 @@ from qnpu_jax.integer.accumulators import (
 )
 from qnpu_jax.integer.freeze import check_bits, freeze
 from qnpu_jax.integer.intermediates import NO_SUM, Intermediate, proved_intermediates
-from qnpu_jax.integer.model import IntegerModel, activation_scales, dequantize
+from qnpu_jax.integer.model import IntegerModel, QTensor, activation_scales, dequantize
 from qnpu_jax.integer.simulator import Simulate, Simulator
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ChannelBounds",
     "IntegerModel",
     "Intermediate",
+    "QTensor",
     "Simulate",
     "Simulator",
     "activation_scales",

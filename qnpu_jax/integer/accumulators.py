@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -33,6 +33,7 @@ from qnpu_jax.graph import (
     Requantize,
     TensorSpec,
 )
+from qnpu_jax.integer.model import QTensor
 
 Interval = tuple[int, int]
 """Lowest and highest value, codes."""
@@ -98,27 +99,24 @@ def needed_bits(low: int, high: int) -> int:
 
 def proved_bounds(
     dec: Decoder,
-    codes: Mapping[str, np.ndarray],
-    zero_point: Mapping[str, np.ndarray],
+    tensors: Mapping[str, QTensor],
     *,
     linears: bool = True,
 ) -> list[Bound]:
     """One bound per FULLY_CONNECTED and BATCH_MATMUL and layer, by global name.
 
     Args:
-      codes: integer weights and biases by global name, as in `IntegerModel`.
-      zero_point: by global name.
+      tensors: as in `IntegerModel`.
       linears: False leaves FULLY_CONNECTED out: its weights take a second to read, and its bounds
         do not depend on the length.
     """
-    found = channel_bounds(dec, codes, zero_point, linears=linears)
+    found = channel_bounds(dec, tensors, linears=linears)
     return [channels.bound for channels in found]
 
 
 def channel_bounds(
     dec: Decoder,
-    codes: Mapping[str, np.ndarray],
-    zero_point: Mapping[str, np.ndarray],
+    tensors: Mapping[str, QTensor],
     *,
     linears: bool = True,
 ) -> list[ChannelBounds]:
@@ -127,25 +125,21 @@ def channel_bounds(
         bounds
         for graph in dec.graphs
         for layer in range(graph.layers)
-        for bounds in _graph_bounds(graph, layer, codes, zero_point, linears)
+        for bounds in _graph_bounds(graph, layer, tensors, linears)
     ]
 
 
 def _graph_bounds(
-    graph: Graph,
-    layer: int,
-    codes: Mapping[str, np.ndarray],
-    zero_point: Mapping[str, np.ndarray],
-    linears: bool,
+    graph: Graph, layer: int, tensors: Mapping[str, QTensor], linears: bool
 ) -> Iterator[ChannelBounds]:
-    interval = intervals(graph, layer, zero_point)
+    interval = intervals(graph, layer, tensors)
     for node in graph.nodes:
         name = graph.global_name(layer, node.output)
         match node.op:
             case FullyConnected() if linears:
                 x, w, b = node.inputs
                 bits, available = (_bits(graph[n], layer) for n in (x, b))
-                own_w, own_b = (_at(graph, layer, codes, n) for n in (w, b))
+                own_w, own_b = (graph.at(tensors[graph.prefix + n].codes, layer) for n in (w, b))
                 low, high = linear_interval(own_w, own_b, *interval(x))
                 yield ChannelBounds(name, "FULLY_CONNECTED", low, high, available, bits)
             case BatchMatmul():
@@ -163,7 +157,7 @@ def _graph_bounds(
 
 
 def intervals(
-    graph: Graph, layer: int, zero_point: Mapping[str, np.ndarray]
+    graph: Graph, layer: int, tensors: Mapping[str, QTensor]
 ) -> Callable[[str], Interval]:
     """What gives the reachable values of code - zero point of a tensor by local name; of a widened
     tensor, those of its source made wider."""
@@ -177,7 +171,7 @@ def intervals(
                 low, high = interval(source)
                 return WIDENING * low, WIDENING * high
         half = 2 ** (_bits(graph[name], layer) - 1)
-        zero = int(_at(graph, layer, zero_point, name))
+        zero = int(graph.at(tensors[graph.prefix + name].zero_point, layer))
         return -half - zero, half - 1 - zero
 
     return interval
@@ -206,13 +200,7 @@ def linear_interval(
     )
 
 
-def _at(graph: Graph, layer: int, values: Mapping[str, np.ndarray], name: str) -> Any:
-    array = values[graph.prefix + name]
-    return array[layer] if graph.prefix == "layers." else array
-
-
 def _bits(spec: TensorSpec, layer: int) -> int:
-    assert spec.quant is not None
     return spec.quant.bits[layer]
 
 

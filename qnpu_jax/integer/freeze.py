@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from qnpu_jax.graph import (
     Graph,
     Node,
     Params,
+    QParams,
     Scales,
     TensorSpec,
     decoder,
@@ -31,7 +33,7 @@ from qnpu_jax.graph import (
     resolve,
 )
 from qnpu_jax.integer.accumulators import check, narrow_biases, proved_bounds, wider_linear
-from qnpu_jax.integer.model import IntegerModel, _layers
+from qnpu_jax.integer.model import IntegerModel, QTensor
 
 
 def check_bits(dec: Decoder) -> None:
@@ -45,7 +47,7 @@ def check_bits(dec: Decoder) -> None:
             if re.search(r"\.i\d+$", spec.name):
                 continue  # widened for a tensor that is checked too
             allowed = _allowed_bits(graph.prefix, spec)
-            for bits in spec.quant.bits if spec.quant else ():
+            for bits in spec.quant.bits:
                 if bits not in allowed:
                     raise UserError(
                         f"{graph.prefix}{spec.name}: the bit plan gives it {bits} bits; expected"
@@ -85,37 +87,44 @@ def freeze(dec: Decoder, params: Params, free: Scales, prefix: tuple[int, ...]) 
     # must know too.
     every = decoder(dec.config, dec.plan, 1, dec.prefix, 1, "last")
     resolved = jax.tree.map(np.asarray, resolve(every, free))
-    scale = {n: np.asarray(q.scale, np.float32) for n, q in resolved.items()}
-    zero_point = {n: np.asarray(np.rint(q.zero_point), np.int32) for n, q in resolved.items()}
-    for name, s in scale.items():
-        if not (np.isfinite(s).all() and (s > 0).all()):
-            raise UserError(
-                f"{name}: scale must be finite and positive, got {s.ravel()[:4]}; calibrate again"
-            )
-    check_mask(dec, scale)
-    codes: dict[str, np.ndarray] = {}
+    tensors = {name: _integer(name, q) for name, q in resolved.items()}
+    check_mask(dec, tensors)
     for graph in dec.graphs:
-        _freeze_weights(graph, params, scale, zero_point, codes)
-        _freeze_biases(graph, params, scale, zero_point, codes)
-    plan, codes = _narrow_biases(dec, codes, zero_point)
-    return IntegerModel(dec.config, plan, tuple(prefix), codes, scale, zero_point)
+        tensors |= _freeze_weights(graph, params, tensors)
+        tensors |= _freeze_biases(graph, params, tensors)
+    plan, narrowed = _narrow_biases(dec, tensors)
+    return IntegerModel(dec.config, plan, tuple(prefix), tensors | narrowed)
 
 
-def check_mask(dec: Decoder, scale: Mapping[str, np.ndarray]) -> None:
+def _integer(name: str, q: QParams) -> QTensor:
+    """Scale in float32 and zero point in int32.
+
+    Raises:
+      UserError: a scale is not finite and positive.
+    """
+    scale = np.asarray(q.scale, np.float32)
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        raise UserError(
+            f"{name}: scale must be finite and positive, got {scale.ravel()[:4]}; calibrate again"
+        )
+    return QTensor(scale=scale, zero_point=np.asarray(np.rint(q.zero_point), np.int32))
+
+
+def check_mask(dec: Decoder, tensors: Mapping[str, QTensor]) -> None:
     """Raises UserError where the highest score, masked, would not be the lowest code: where it lies
     above -2^(b-1) times the scale of masked scores."""
-    quant = dec.layer["mask"].quant
-    assert quant is not None
-    bits = quant.bits[0]
+    bits = dec.layer["mask"].quant.bits[0]
     top = 2 ** (bits - 1)
     for node in dec.layer.nodes:
         if isinstance(node.op, AddMask):
-            scores, masked = (scale[f"layers.{n}"] for n in (node.inputs[0], node.output))
+            scores, masked = (
+                tensors[dec.layer.prefix + n].scale for n in (node.inputs[0], node.output)
+            )
             highest = (top - 1) * scores + MASK[bits] + top * masked
             if highest.max() > 0:
                 layer = int(highest.argmax())
                 raise UserError(
-                    f"layers.{layer}.{node.inputs[0]}: scores reach"
+                    f"{dec.layer.global_name(layer, node.inputs[0])}: scores reach"
                     f" {(top - 1) * scores[layer]:.0f}, which the {bits}-bit mask of"
                     f" {MASK[bits]:.0f} does not hide; expected at most"
                     f" about {-MASK[bits] / 2:.0f}; give *.scores, *.masked and *.softmax 16 bits"
@@ -124,15 +133,15 @@ def check_mask(dec: Decoder, scale: Mapping[str, np.ndarray]) -> None:
 
 
 def _narrow_biases(
-    dec: Decoder, codes: dict[str, np.ndarray], zero_point: dict[str, np.ndarray]
-) -> tuple[BitPlan, dict[str, np.ndarray]]:
-    """The plan and codes with 32 bits for a 64-bit bias wherever its linear provably needs no more:
+    dec: Decoder, tensors: Mapping[str, QTensor]
+) -> tuple[BitPlan, dict[str, QTensor]]:
+    """The plan and the biases with 32 bits for a 64-bit bias wherever its linear provably needs no more:
     CPU kernels then accumulate in 32 bits, several times as fast.
 
     Raises:
       UserError: an accumulator can overflow.
     """
-    bounds = proved_bounds(dec, codes, zero_point)
+    bounds = proved_bounds(dec, tensors)
     check(bounds)
     biases = {
         g.prefix + t.name: [g.global_name(i, t.name) for i in range(g.layers)]
@@ -142,15 +151,11 @@ def _narrow_biases(
     }
     names = [n for every in biases.values() for n in every]
     plan = dec.plan.replaced(narrow_biases(bounds), names)
-    narrowed = dict(codes)
+    narrowed = {}
     for name, every in biases.items():
-        wide = any(plan.bits(n) == 64 for n in every)
-        narrowed[name] = codes[name].astype(np.int64 if wide else np.int32)
+        dtype = np.int64 if any(plan.bits(n) == 64 for n in every) else np.int32
+        narrowed[name] = replace(tensors[name], codes=tensors[name].codes.astype(dtype))
     return plan, narrowed
-
-
-def _stack(graph: Graph, rows: list[np.ndarray]) -> np.ndarray:
-    return np.stack(rows) if graph.prefix == "layers." else rows[0]
 
 
 def _finite(name: str, x: np.ndarray) -> np.ndarray:
@@ -160,56 +165,52 @@ def _finite(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def _freeze_weights(
-    graph: Graph,
-    params: Params,
-    scale: dict[str, np.ndarray],
-    zero_point: dict[str, np.ndarray],
-    codes: dict[str, np.ndarray],
-) -> None:
+    graph: Graph, params: Params, tensors: Mapping[str, QTensor]
+) -> dict[str, QTensor]:
+    """Weights and prefix K/V with their codes, by global name."""
+    frozen = {}
     for spec in graph.named("param"):
         name = graph.prefix + spec.name
-        if name not in scale:
-            continue
-        w = _layers(graph, np.asarray(params[name]))
-        rows = [
-            quantize(_finite(name, layer), expand(s, spec), np.int64(0), spec, i).astype(np.int8)
-            for i, (layer, s) in enumerate(zip(w, _layers(graph, scale[name]), strict=True))
-        ]
-        codes[name] = _stack(graph, rows)
-        if spec.quant is not None and spec.quant.axis is not None:
-            zero_point[name] = zero_point[name][..., 0]
+        if name not in tensors:
+            continue  # a bias
+        real, tensor = np.asarray(params[name]), tensors[name]
+        rows = []
+        for i in range(graph.layers):
+            layer, scale = _finite(name, graph.at(real, i)), graph.at(tensor.scale, i)
+            codes = quantize(layer, expand(scale, spec), np.int64(0), spec, i)
+            rows.append(codes.astype(np.int8))
+        zero_point = tensor.zero_point if spec.quant.axis is None else tensor.zero_point[..., 0]
+        frozen[name] = replace(tensor, codes=graph.stack(rows), zero_point=zero_point)
+    return frozen
 
 
 def _freeze_biases(
-    graph: Graph,
-    params: Params,
-    scale: dict[str, np.ndarray],
-    zero_point: dict[str, np.ndarray],
-    codes: dict[str, np.ndarray],
-) -> None:
+    graph: Graph, params: Params, tensors: Mapping[str, QTensor]
+) -> dict[str, QTensor]:
+    """Biases with their codes, by global name: round(b / (s_x s_w)), the product in float32."""
+    frozen = {}
     for node in graph.nodes:
         if not isinstance(node.op, FullyConnected):
             continue
-        x, w, b = (graph.prefix + n for n in node.inputs)
-        spec = graph[node.inputs[2]]
-        assert spec.quant is not None
-        s_x = scale[x][..., None].astype(np.float64)
-        scale[b] = (s_x * scale[w].astype(np.float64)).astype(np.float32)
-        zero_point[b] = np.zeros_like(zero_point[x])
-        values = np.rint(
-            _finite(b, np.asarray(params[b], np.float64)) / scale[b].astype(np.float64)
-        )
+        x, w = (tensors[graph.prefix + n] for n in node.inputs[:2])
+        name = graph.prefix + node.inputs[2]
+        scale = x.scale[..., None].astype(np.float64) * w.scale.astype(np.float64)
+        scale = scale.astype(np.float32)
+        real = _finite(name, np.asarray(params[name], np.float64))
+        values = np.rint(real / scale.astype(np.float64))
         _check_bias_codes(graph, node, values)
-        codes[b] = values.astype(np.int32 if max(spec.quant.bits) == 32 else np.int64)
+        wide = max(graph[node.inputs[2]].quant.bits) > 32
+        codes = values.astype(np.int64 if wide else np.int32)
+        frozen[name] = QTensor(scale=scale, zero_point=np.zeros_like(x.zero_point), codes=codes)
+    return frozen
 
 
 def _check_bias_codes(graph: Graph, node: Node, values: np.ndarray) -> None:
     """Raises UserError for codes (L, out), or (out,), that their bits do not hold."""
     x, _, b = (graph[n].quant for n in node.inputs)
-    assert x is not None and b is not None
-    for i, codes in enumerate(_layers(graph, values)):
-        if (worst := np.abs(codes).max()) >= 2.0 ** (b.bits[i] - 1):
-            where = f"layers.{i}." if graph.prefix == "layers." else graph.prefix
+    for i in range(graph.layers):
+        if (worst := np.abs(graph.at(values, i)).max()) >= 2.0 ** (b.bits[i] - 1):
+            where = graph.global_name(i, "")
             way_out = (
                 f"{wider_linear(where + node.output, x.bits[i])} in the bit plan"
                 if b.bits[i] == 32 and worst < 2.0**63

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-import numpy as np
-
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import (
     Add,
@@ -37,6 +35,7 @@ from qnpu_jax.graph import (
     is_identity,
 )
 from qnpu_jax.integer.accumulators import Interval, intervals, needed_bits, product
+from qnpu_jax.integer.model import QTensor
 
 ADD_SHIFT = {8: 20, 16: 15}
 """Bits that ADD shifts its operands to the left, by their own. LiteRT kernels/add.cc, `Prepare`."""
@@ -82,13 +81,13 @@ class Intermediate:
         return needed_bits(self.low, self.high)
 
 
-def proved_intermediates(dec: Decoder, zero_point: Mapping[str, np.ndarray]) -> list[Intermediate]:
+def proved_intermediates(dec: Decoder, tensors: Mapping[str, QTensor]) -> list[Intermediate]:
     """One per ADD, MUL, QUANTIZE and SOFTMAX and layer, by global name.
 
     Args:
-      zero_point: by global name, as in `IntegerModel`.
+      tensors: as in `IntegerModel`.
     """
-    return list(_found(dec, zero_point))
+    return list(_found(dec, tensors))
 
 
 def check(found: Iterable[Intermediate]) -> None:
@@ -102,10 +101,10 @@ def check(found: Iterable[Intermediate]) -> None:
             )
 
 
-def _found(dec: Decoder, zero_point: Mapping[str, np.ndarray]) -> Iterator[Intermediate]:
+def _found(dec: Decoder, tensors: Mapping[str, QTensor]) -> Iterator[Intermediate]:
     for graph in dec.graphs:
         for layer in range(graph.layers):
-            interval = intervals(graph, layer, zero_point)
+            interval = intervals(graph, layer, tensors)
             for node in graph.nodes:
                 if not is_identity(graph, node, layer) and (
                     found := _intermediate(graph, node, layer, interval)
@@ -118,8 +117,7 @@ def _intermediate(
     graph: Graph, node: Node, layer: int, interval: Callable[[str], Interval]
 ) -> tuple[Literal["ADD", "MUL", "QUANTIZE", "SOFTMAX"], str, Interval] | None:
     op: Op = node.op
-    quant = graph[node.inputs[0]].quant
-    bits = 16 if quant is not None and quant.bits[layer] > 8 else 8
+    bits = 16 if graph[node.output].quant.bits[layer] > 8 else 8
     match op:
         case Add() | AddMask():
             # Each operand, shifted; its share of the sum is at most half of it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import flax.struct
 import numpy as np
 
 from qnpu_jax.config import BitPlan, ModelConfig
@@ -19,24 +20,52 @@ from qnpu_jax.graph import (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@flax.struct.dataclass(kw_only=True)
+class QTensor:
+    """A quantized tensor whole: real value = (codes - zero_point) scale.
+
+    Arrays of `layers.*` have a leading layer axis; `Graph.at` gives one layer's.
+
+    Attributes:
+      scale: float32, real units per code, > 0: () for a tensor, (channels,) for per-channel scales.
+      zero_point: int32, the code of real 0: ().
+      codes: of a parameter: int8 weights (4-bit codes too) and prefix K/V, int32 or int64 biases;
+        None for a tensor that the graph computes or is fed.
+    """
+
+    scale: Any
+    zero_point: Any
+    codes: Any = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class IntegerModel:
     """A frozen quantized decoder.
 
     Attributes:
-      codes: integer codes by global name: weights (int8; 4-bit codes in int8 arrays), biases (int32
-        or int64), prefix K/V (int8). Arrays of `layers.*` have a leading layer axis.
-      scale: float32 by global name of every quantized tensor: (L,) or (L, channels) in `layers.*`.
-      zero_point: int32, of the same shapes without channels.
+      plan: bits of every tensor; biases narrowed to what their linears provably need.
       prefix: token ids whose K/V are constants of the graph.
+      tensors: every quantized tensor by stacked global name (`embed.*`, `layers.*`, `head.*`).
     """
 
     config: ModelConfig
     plan: BitPlan
     prefix: tuple[int, ...]
-    codes: dict[str, np.ndarray]
-    scale: dict[str, np.ndarray]
-    zero_point: dict[str, np.ndarray]
+    tensors: dict[str, QTensor]
+
+    def __repr__(self) -> str:
+        c = self.config
+        size = sum(x.nbytes for x in self.codes.values())
+        return (
+            f"IntegerModel({c.family}, {c.num_layers} layers of {c.hidden_size}, vocabulary"
+            f" {c.vocab_size:,}, prefix {list(self.prefix)}, {len(self.tensors)} tensors,"
+            f" {size / 1e6:.1f} MB of codes)"
+        )
+
+    @property
+    def codes(self) -> dict[str, np.ndarray]:
+        """Integer codes of the parameters by stacked global name."""
+        return {n: t.codes for n, t in self.tensors.items() if t.codes is not None}
 
     def decoder(self, tokens: int, cache: int = 0, logits: Any = "all") -> Decoder:
         """The graphs for `tokens` new positions after the prefix and `cache` slots."""
@@ -47,8 +76,7 @@ class IntegerModel:
         plan has them in this layer (the stack of all layers is as wide as the widest)."""
         codes = {}
         for spec in graph.named("param"):
-            assert spec.quant is not None
-            own = _layers(graph, self.codes[graph.prefix + spec.name])[layer]
+            own = graph.at(self.tensors[graph.prefix + spec.name].codes, layer)
             codes[spec.name] = own.astype(np.int32) if spec.quant.bits[layer] == 32 else own
         return codes
 
@@ -58,7 +86,7 @@ class IntegerModel:
         codes = {}
         for name, x in real.items():
             spec = dec.layer[name]
-            assert spec.fixed is not None and spec.quant is not None
+            assert spec.fixed is not None
             dtype = np.int8 if spec.quant.bits[0] == 8 else np.int16
             codes[name] = quantize(x, np.float64(spec.fixed[0]), np.int64(0), spec).astype(dtype)
         return codes
@@ -72,22 +100,22 @@ def dequantize(model: IntegerModel) -> dict[str, np.ndarray]:
     out = {}
     for graph in model.decoder(1).graphs:
         for spec in graph.named("param"):
-            name = graph.prefix + spec.name
-            codes, scale = model.codes[name], model.scale[name]
-            scale = scale.reshape(scale.shape + (1,) * (codes.ndim - scale.ndim))
-            out[name] = (codes * scale.astype(np.float64)).astype(np.float32)
+            tensor = model.tensors[graph.prefix + spec.name]
+            scale = tensor.scale.reshape(
+                tensor.scale.shape + (1,) * (tensor.codes.ndim - tensor.scale.ndim)
+            )
+            real = tensor.codes * scale.astype(np.float64)
+            out[graph.prefix + spec.name] = real.astype(np.float32)
     return out
 
 
 def activation_scales(model: IntegerModel) -> Scales:
-    """QParams of every activation and input, without those of parameters."""
+    """QParams of every activation and input, without those of parameters; zero points float32, as
+    fake-quantization takes them."""
     names = [g.prefix + t.name for g in model.decoder(1).graphs for t in g.tensors]
+    found = {n: model.tensors[n] for n in names if n in model.tensors}
     return {
-        name: QParams(scale=model.scale[name], zero_point=model.zero_point[name].astype(np.float32))
-        for name in names
-        if name in model.scale and name not in model.codes
+        name: QParams(scale=t.scale, zero_point=t.zero_point.astype(np.float32))
+        for name, t in found.items()
+        if t.codes is None
     }
-
-
-def _layers(graph: Graph, x: np.ndarray) -> np.ndarray:
-    return x if graph.prefix == "layers." else np.asarray(x)[None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.integer.model import IntegerModel
+from qnpu_jax.integer.model import IntegerModel, QTensor
 
 FORMAT = 3
 """Version of the stored form; a reader refuses any other."""
@@ -22,8 +23,8 @@ def save(model: IntegerModel, folder: Path) -> None:
     rest)."""
     arrays = {
         **{f"codes/{n}": x for n, x in model.codes.items()},
-        **{f"scale/{n}": x for n, x in model.scale.items()},
-        **{f"zero_point/{n}": x for n, x in model.zero_point.items()},
+        **{f"scale/{n}": t.scale for n, t in model.tensors.items()},
+        **{f"zero_point/{n}": t.zero_point for n, t in model.tensors.items()},
     }
     arrays = {n: np.asarray(x, order="C") for n, x in arrays.items()}  # keeps 0-d arrays 0-d
     (folder / "integer_model.safetensors").write_bytes(safetensors.numpy.save(arrays))
@@ -57,22 +58,34 @@ def load(folder: Path) -> IntegerModel:
         got = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
         raise UserError(f"{path}: format {got}, expected {FORMAT}; run `qnpu quantize` again")
 
-    def group(kind: str) -> dict[str, np.ndarray]:
-        return {n.split("/", 1)[1]: x for n, x in arrays.items() if n.startswith(kind + "/")}
-
     try:
         plan = BitPlan(tuple((str(p), int(b)) for p, b in meta["bits"]))
         config, prefix = ModelConfig.from_json(meta["config"]), tuple(meta["prefix"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error!r}); run `qnpu quantize` again") from None
-    model = IntegerModel(config, plan, prefix, group("codes"), group("scale"), group("zero_point"))
+    model = IntegerModel(config, plan, prefix, _tensors(arrays))
     for graph in model.decoder(1, 1).graphs:
         for spec in graph.tensors:
             kinds = ("codes",) * (spec.kind == "param") + ("scale", "zero_point")
             for name in (f"{kind}/{graph.prefix}{spec.name}" for kind in kinds):
-                if spec.quant is not None and name not in arrays:
+                if name not in arrays:
                     raise UserError(
                         f"{tensors}: has no {name}, which {path.name} speaks of; the two are not of"
                         " one run; run `qnpu quantize` again"
                     )
     return model
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, QTensor]:
+    """Whole tensors from the arrays `codes/<name>`, `scale/<name>` and `zero_point/<name>`; one that
+    lacks its scale or zero point is left out."""
+    names = [n.removeprefix("scale/") for n in arrays if n.startswith("scale/")]
+    return {
+        n: QTensor(
+            scale=arrays[f"scale/{n}"],
+            zero_point=arrays[f"zero_point/{n}"],
+            codes=arrays.get(f"codes/{n}"),
+        )
+        for n in names
+        if f"zero_point/{n}" in arrays
+    }

@@ -245,5 +245,4 @@ def least_bytes(dec: Decoder) -> float:
 def _bits(graph: Graph, name: str) -> tuple[int, ...]:
     """Of a tensor, in every layer."""
     quant = graph[name].quant
-    assert quant is not None
     return quant.bits

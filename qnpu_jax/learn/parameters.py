@@ -111,7 +111,6 @@ def initial(dec: Decoder, free: Scales, groups: Iterable[str]) -> Theta:
 
 def _symmetric(graph: Graph, name: str) -> bool:
     quant = graph[name].quant
-    assert quant is not None
     return quant.symmetric or min(quant.bits) >= 16
 
 
@@ -120,7 +119,7 @@ def ranges(dec: Decoder) -> dict[str, Bounds]:
     return {
         graph.prefix + name: bounds
         for graph in dec.graphs
-        for name, bounds in ranges_of(graph, {t.name: t for t in graph.tensors if t.quant}).items()
+        for name, bounds in ranges_of(graph, {t.name: t for t in graph.tensors}).items()
     }
 
 
@@ -131,7 +130,6 @@ def units(dec: Decoder, free: Scales) -> dict[str, np.ndarray]:
 
     def span(name: str, like: str) -> np.ndarray:
         quant = dec.layer[like].quant
-        assert quant is not None
         reach = 2.0 ** (np.asarray(quant.bits, np.float32) - 1)
         unit = (resolved["layers." + like].scale * reach).astype(np.float32)
         return unit.reshape(-1, *[1] * len(dec.layer[name].shape))
@@ -175,7 +173,7 @@ def _prepared(graph: Graph, values: Tensors, r1: jax.Array | None) -> Tensors:
         name, x = graph.prefix + spec.name, values[spec.name]
         if r1 is not None:
             x = rotated(name, x, r1, ours.get("rotation/r2"))
-        if diagonal[0] is not None and graph.prefix == "layers.":
+        if diagonal[0] is not None and graph.layered:
             x = scaled(name, x, *diagonal)
         out[spec.name] = x + ours[name] if name in ours else x
     return out
@@ -206,7 +204,6 @@ def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
             a = theta.get(f"scale/{name}", theta.get(f"weight_scale/{name}"))
             b = theta.get(f"zero_point/{name}")
             if stage.optimizer == "sgd":
-                assert spec.quant is not None
                 channel = spec.shape[1:] if spec.kind == "param" and spec.quant.axis == 0 else None
                 numel = math.prod(channel or spec.shape)
                 factor = lsq_factor(numel, 2.0 ** (max(spec.quant.bits) - 1) - 1)
@@ -233,9 +230,8 @@ def _factor(stage: Stage, a: jax.Array) -> jax.Array:
 def _moved(graph: Graph, name: str, q: QParams, b: jax.Array) -> jax.Array:
     """The zero point, an integer of the code range; 0 in layers of 16 bits."""
     quant = graph[name].quant
-    assert quant is not None
     bits = np.asarray(quant.bits, np.float32)
-    bits = bits if graph.prefix == "layers." else bits[0]
+    bits = bits if graph.layered else bits[0]
     qmax = (2 ** (bits - 1) - 1).astype(np.float32)
     narrow = (bits < 16).astype(np.float32)
     z = jnp.clip(q.zero_point + np.float32(ZERO_UNIT) * b, -qmax - 1, qmax)

@@ -26,7 +26,7 @@ def bound(model: IntegerModel, tokens: int, logits: Positions) -> list[Bound]:
       UserError: one can overflow, which depends on the length.
     """
     dec = model.decoder(tokens, logits=logits)
-    bounds = proved_bounds(dec, model.codes, model.zero_point)
+    bounds = proved_bounds(dec, model.tensors)
     check(bounds)
     return bounds
 

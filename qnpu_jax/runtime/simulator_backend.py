@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from qnpu_sim import ProfileName, compile_model, run
 
 from qnpu_jax.graph import Positions
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.runtime.session import Shape, Step
 from qnpu_jax.tflite import KernelSet, cached_decoder
+from qnpu_sim import ProfileName, compile_model, run
 
 PROFILES: dict[KernelSet, ProfileName] = {
     "ref": "litert_ref",
@@ -42,7 +42,7 @@ class SimulatedBackend:
         self._programs = {t: compile_model(model, d, profile) for t, d in decoders.items()}
         cfg = model.config
         self.shape = Shape(prefill, context, cfg.num_layers, cfg.num_kv_heads, cfg.head_dim)
-        self.logit_scale = float(model.scale["head.logits"])
+        self.logit_scale = float(model.tensors["head.logits"].scale)
 
     def tensors(
         self, ids: np.ndarray, filled: int, k: np.ndarray, v: np.ndarray, every: bool = True

@@ -33,13 +33,12 @@ def emit(
     emitter = emitter or Emitter
     values, out, rows = {"ids": ids}, ids, []
     for graph in graphs:
-        is_layer = graph.prefix == "layers."
         for layer in range(graph.layers):
-            own = caches[layer] if is_layer else {}
+            own = caches[layer] if graph.layered else {}
             env = emitter(stored, subgraph, graph, layer).emit(values | shared | own)
             out = env[graph.outputs[0]]
             values = {"input.residual": out}
-            if is_layer:
+            if graph.layered:
                 rows.append([env[name] for name in graph.outputs[1:]])
     return out, rows
 
@@ -119,6 +118,4 @@ class Emitter:
         return self.subgraph.add_tensor(label or self._global(name), spec.shape, data=data, **form)
 
     def _global(self, name: str) -> str:
-        if self.graph.prefix == "layers.":
-            return f"layers.{self.layer}.{name}"
-        return self.graph.prefix + name
+        return self.graph.global_name(self.layer, name)

@@ -103,16 +103,11 @@ class Integers:
 
     def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
         quant = graph[name].quant
-        assert quant is not None
-        scale, zero_point = (
-            values[graph.prefix + name] for values in (self.model.scale, self.model.zero_point)
-        )
-        if graph.prefix == "layers.":
-            scale, zero_point = scale[layer], zero_point[layer]
+        tensor = graph.at(self.model.tensors[graph.prefix + name], layer)
         return {
             "dtype": DTYPES[quant.bits[layer]],
-            "scale": np.asarray(scale, np.float32)[()],
-            "zero_point": int(zero_point),
+            "scale": np.asarray(tensor.scale, np.float32)[()],
+            "zero_point": int(tensor.zero_point),
             "axis": quant.axis or 0,
         }
 
@@ -131,7 +126,7 @@ class Unpacked(Integers):
     def differs(model: IntegerModel) -> bool:
         """Whether any weight has 4 bits, so that this is not just as `Integers`."""
         graphs = model.decoder(1).graphs
-        return any(4 in t.quant.bits for g in graphs for t in g.tensors if t.quant is not None)
+        return any(4 in t.quant.bits for g in graphs for t in g.tensors)
 
     def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
         form = super().form(graph, layer, name)
@@ -145,7 +140,8 @@ class UnpackedPrefill(Unpacked):
     both signatures holds 4-bit weights twice."""
 
     def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
-        tokens = graph[graph.nodes[0].inputs[0]].shape[0]
+        first = graph.ids or graph[graph.nodes[0].inputs[0]]
+        tokens = first.shape[0]
         return (super() if tokens > 1 else Integers(self.model)).form(graph, layer, name)
 
 
@@ -161,8 +157,8 @@ class Reals:
         return Reals(dequantize(model))
 
     def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
-        at = layer if graph.prefix == "layers." else ()
-        return {t.name: self.params[graph.prefix + t.name][at] for t in graph.named("param")}
+        names = {t.name: graph.prefix + t.name for t in graph.named("param")}
+        return {n: graph.at(self.params[whole], layer) for n, whole in names.items()}
 
     def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
         return layer_inputs(dec)

@@ -41,8 +41,8 @@ def measured(plan: str):
 
 def real(model: IntegerModel, codes: np.ndarray, name: str, layer: int) -> np.ndarray:
     """Codes of a layer's tensor in real numbers, float64."""
-    scale, zero = (x[f"layers.{name}"][layer] for x in (model.scale, model.zero_point))
-    return (codes.astype(np.float64) - float(zero)) * float(scale)
+    tensor = model.decoder(1).layer.at(model.tensors[f"layers.{name}"], layer)
+    return (codes.astype(np.float64) - float(tensor.zero_point)) * float(tensor.scale)
 
 
 # One tensor.
@@ -90,7 +90,7 @@ def test_clipped_codes_are_counted_exactly():
     silu.reshape(-1)[:10] = 127
     tensors |= {"layers.1.mlp.up": up, "layers.1.mlp.silu": silu}
     product = real(model, up, "mlp.up", 1) * real(model, silu, "mlp.silu", 1)
-    scale, zero = model.scale["layers.mlp.act"][1], model.zero_point["layers.mlp.act"][1]
+    scale, zero = model.tensors["layers.mlp.act"].scale[1], model.tensors["layers.mlp.act"].zero_point[1]
     code = product / scale + zero
     expected = int(np.sum((code > 127.5) | (code < -128.5)))
     assert expected >= 10
@@ -107,12 +107,12 @@ def test_sqnr_is_against_the_float_pass():
         constants.decoder,
         constants.params,
         jnp.asarray(IDS[None]),
-        lambda g: names if g.prefix == "layers." else (),
+        lambda g: names if g.layered else (),
         tables=tables,
     )
     env = {}
     for graph, layer, env in steps:
-        for name in names if graph.prefix == "layers." else ():
+        for name in names if graph.layered else ():
             sums = found.sums[f"layers.{layer}.{name}"]
             ref = np.asarray(env[name][0], np.float64)
             got = real(model, np.asarray(tensors[f"layers.{layer}.{name}"]), name, layer)

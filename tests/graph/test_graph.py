@@ -58,7 +58,7 @@ def test_operands_are_widened_once_and_keep_their_symmetry():
     assert graph.nodes[3].inputs == ("x.i16", "z.i16") and graph.nodes[4].inputs[0] == "z.i16"
     for name, symmetric in (("x.i16", True), ("z.i16", False)):
         quant = graph[name].quant
-        assert quant is not None and quant.bits == (8, 16) and quant.symmetric == symmetric
+        assert quant.bits == (8, 16) and quant.symmetric == symmetric
 
 
 def test_equal_widths_and_parameters_are_not_widened():
@@ -71,7 +71,7 @@ def test_equal_widths_and_parameters_are_not_widened():
 def test_movement_takes_its_inputs_bits_whatever_the_plan_says():
     g = builder({"x": (16,)})
     y = g.add("y", Reshape((12,)), g.input("x", (4, 3)))
-    assert y.shape == (12,) and y.quant is not None and y.quant.bits == (16,) and y.quant.symmetric
+    assert y.shape == (12,) and y.quant.bits == (16,) and y.quant.symmetric
 
 
 def test_an_output_narrower_than_its_input_is_refused_with_both_names():

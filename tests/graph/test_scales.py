@@ -29,7 +29,7 @@ def nodes(dec, op):
 def at(scales, graph, layer, name) -> tuple[float, float]:
     q = scales[graph.prefix + name]
     pair = (q.scale, q.zero_point)
-    return tuple(x[layer] for x in pair) if graph.prefix == "layers." else pair
+    return tuple(x[layer] for x in pair) if graph.layered else pair
 
 
 @plans
@@ -37,9 +37,9 @@ def test_every_quantized_tensor_but_biases_is_resolved_in_its_shape(plan):
     dec, _, scales = resolved(plan)
     expected = {}
     for graph in dec.graphs:
-        layers = (graph.layers,) if graph.prefix == "layers." else ()
+        layers = (graph.layers,) if graph.layered else ()
         for t in graph.tensors:
-            if t.quant is not None and not t.name.endswith("bias"):
+            if not t.name.endswith("bias"):
                 channels = () if t.quant.axis is None else (t.shape[t.quant.axis],)
                 expected[graph.prefix + t.name] = layers + channels
     assert {n: q.scale.shape for n, q in scales.items()} == expected
@@ -73,7 +73,7 @@ def test_ties_share_values(plan):
     shared = 0
     for graph in dec.graphs:
         for name, root in graph.ties.items():
-            if name != root and graph[name].quant is not None:
+            if name != root:
                 for layer in range(graph.layers):
                     assert at(scales, graph, layer, name) == at(scales, graph, layer, root)
                     shared += 1

@@ -9,8 +9,6 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from qnpu_sim.observe import observed_accumulators
-from qnpu_sim.program import compile_model, run
 
 from qnpu_jax.config import BitPlan, ModelConfig, bit_plan
 from qnpu_jax.errors import UserError
@@ -20,13 +18,15 @@ from qnpu_jax.graph.qparams import QParams
 from qnpu_jax.graph.scales import is_free
 from qnpu_jax.integer.accumulators import Bound, check, overflowing, proved_bounds
 from qnpu_jax.integer.freeze import freeze
+from qnpu_sim.observe import observed_accumulators
+from qnpu_sim.program import compile_model, run
 
 plans = pytest.mark.parametrize("plan", tiny.PLANS)
 
 
 def bounds_of(name: str, plan: str) -> dict[str, Bound]:
     model = tiny.quantized(name, plan)
-    bounds = proved_bounds(model.decoder(8), model.codes, model.zero_point)
+    bounds = proved_bounds(model.decoder(8), model.tensors)
     return {b.tensor: b for b in bounds}
 
 
@@ -115,7 +115,7 @@ def test_an_input_reaches_the_bound_of_every_linear(plan):
                     continue
                 x = node.inputs[0]
                 w, b = (model.constants(graph, layer)[n].astype(np.int64) for n in node.inputs[1:])
-                zero = model.zero_point[graph.prefix + x]
+                zero = model.tensors[graph.prefix + x].zero_point
                 zero = int(zero[layer] if zero.ndim else zero)
                 limit = 2 ** (tiny.bits_of(graph, x, layer) - 1)
 
@@ -139,7 +139,7 @@ def test_bounds_of_attention_products():
     dec = model.decoder(8)
 
     def products(x: str, y: str, layer: int) -> list[int]:
-        zero = [int(model.zero_point["layers." + n][layer]) for n in (x, y)]
+        zero = [int(model.tensors["layers." + n].zero_point[layer]) for n in (x, y)]
         ends = [(-128 - z, 127 - z) for z in zero]
         return [a * b for a in ends[0] for b in ends[1]]
 
@@ -162,7 +162,7 @@ def test_what_is_observed_stays_inside_what_is_proved(plan):
     dec = model.decoder(8)
     tensors = run(compile_model(model, dec), tiny.random_ids((8,), 9), lambda _: True)
     codes = jax.tree.map(np.asarray, tensors)
-    bounds = {b.tensor: b for b in proved_bounds(dec, model.codes, model.zero_point)}
+    bounds = {b.tensor: b for b in proved_bounds(dec, model.tensors)}
     observed = observed_accumulators(model, dec, codes)
     assert observed.keys() == bounds.keys()
     for name, largest in observed.items():
@@ -186,12 +186,11 @@ def wide_model(plan: BitPlan):
     params, free = {}, {}
     for graph in dec.graphs:
         for t in graph.tensors:
-            stack = (2,) if graph.prefix == "layers." else ()
+            stack = (2,) if graph.layered else ()
             if t.kind == "param":
                 fill = np.zeros if t.name.endswith("bias") else np.ones
                 params[graph.prefix + t.name] = fill(stack + t.shape, np.float32)
             if is_free(graph, t.name):
-                assert t.quant is not None
                 shape = stack if t.quant.axis is None else (*stack, t.shape[t.quant.axis])
                 scale = np.full(shape, 1 / 127, np.float32)
                 free[graph.prefix + t.name] = QParams(scale=scale, zero_point=np.zeros_like(scale))
@@ -230,7 +229,7 @@ def test_the_last_width_that_fits_is_accepted():
         codes = {}
         for graph in d.graphs:
             for t in graph.named("param"):
-                shape = ((2,) if graph.prefix == "layers." else ()) + t.shape
+                shape = ((2,) if graph.layered else ()) + t.shape
                 bias = t.name.endswith("bias")
                 codes[graph.prefix + t.name] = (
                     np.zeros(shape, np.int32) if bias else np.full(shape, 127, np.int8)

@@ -26,7 +26,7 @@ FILES = ("integer_model.json", "integer_model.safetensors")
 
 
 def rows(graph: Graph, array: np.ndarray) -> np.ndarray:
-    return array if graph.prefix == "layers." else array[None]
+    return array if graph.layered else array[None]
 
 
 @plans
@@ -41,10 +41,10 @@ def test_weights_and_prefix_are_within_half_a_step(plan):
                 continue
             codes = model.codes[name]
             assert codes.dtype == np.int8
-            for layer, bits in enumerate(spec.quant.bits if spec.quant else ()):
+            for layer, bits in enumerate(spec.quant.bits):
                 c, w, r, s = (
                     rows(graph, np.asarray(x))[layer]
-                    for x in (codes, params[name], real[name], model.scale[name])
+                    for x in (codes, params[name], real[name], model.tensors[name].scale)
                 )
                 qmax = 2 ** (bits - 1) - 1
                 assert -qmax <= c.min() and c.max() <= qmax
@@ -65,9 +65,9 @@ def test_biases_are_rounded_to_the_accumulators_grid(plan):
         for node in graph.nodes:
             if isinstance(node.op, FullyConnected):
                 x, w, b = (graph.prefix + n for n in node.inputs)
-                scale = model.scale[x][..., None].astype(np.float64) * model.scale[w]
-                np.testing.assert_array_equal(model.scale[b], scale.astype(np.float32))
-                exact = np.asarray(params[b], np.float64) / model.scale[b]
+                scale = model.tensors[x].scale[..., None].astype(np.float64) * model.tensors[w].scale
+                np.testing.assert_array_equal(model.tensors[b].scale, scale.astype(np.float32))
+                exact = np.asarray(params[b], np.float64) / model.tensors[b].scale
                 np.testing.assert_array_equal(model.codes[b], np.rint(exact))
 
 
@@ -99,7 +99,7 @@ def test_scores_that_an_8_bit_mask_does_not_hide_are_refused():
 def test_64_bit_biases_are_narrowed_where_the_proof_allows():
     model = tiny.quantized("mqa_linear_bias", "w8a16")
     assert {model.codes[n].dtype for n in model.codes if n.endswith("bias")} == {np.dtype("int32")}
-    bounds = proved_bounds(model.decoder(8), model.codes, model.zero_point)
+    bounds = proved_bounds(model.decoder(8), model.tensors)
     assert all(b.available == 32 for b in bounds if b.op == "FULLY_CONNECTED")
     assert "*.bias" not in dict(model.plan.rules)  # left without a tensor
 
@@ -119,18 +119,17 @@ def test_freezing_the_dequantized_model_gives_the_same_codes(plan):
 def test_every_tensor_has_scale_and_zero_point(plan):
     model = tiny.quantized("gqa_llama3", plan)
     dec = model.decoder(8, 4, "last")  # tensors of their own: a cache, and the last position
-    names = {g.prefix + t.name for g in dec.graphs for t in g.tensors if t.quant is not None}
-    assert model.scale.keys() == model.zero_point.keys() == names
-    assert all(s.dtype == np.float32 for s in model.scale.values())
+    names = {g.prefix + t.name for g in dec.graphs for t in g.tensors}
+    assert model.tensors.keys() == names
+    assert all(t.scale.dtype == np.float32 for t in model.tensors.values())
     for graph in dec.graphs:
         for t in graph.tensors:
-            if t.quant is not None:
-                zero = model.zero_point[graph.prefix + t.name]
-                assert zero.dtype == np.int32
-                assert zero.shape == ((graph.layers,) if graph.prefix == "layers." else ())
-                wide = np.asarray(t.quant.bits) >= 16
-                assert not np.any(rows(graph, zero)[wide]), t.name
-                assert not (t.quant.symmetric and np.any(zero)), t.name
+            zero = model.tensors[graph.prefix + t.name].zero_point
+            assert zero.dtype == np.int32
+            assert zero.shape == ((graph.layers,) if graph.layered else ())
+            wide = np.asarray(t.quant.bits) >= 16
+            assert not np.any(rows(graph, zero)[wide]), t.name
+            assert not (t.quant.symmetric and np.any(zero)), t.name
     only = {"head.last", "layers.attn.cache_k", "layers.attn.cache_v"}
     assert activation_scales(model).keys() == names - model.codes.keys() - only
 
