@@ -259,10 +259,10 @@ def graph(
     """Prints the quantized decoder: embed, one layer, head."""
     with importing():
         from qnpu_jax.graph import decoder
-        from qnpu_jax.models import checkpoint
+        from qnpu_jax.models import load_params
         from qnpu_jax.recipes import load_recipe
     plan = load_recipe(recipe).bits
-    config = checkpoint.load_params(model)[0]
+    config = load_params(model)[0]
     for part in decoder(config, plan, prefill, prefix).graphs:
         typer.echo(str(part))
 

@@ -125,14 +125,16 @@ class Tokens:
         return Excerpt(self.source, self.sha256, windows)
 
 
-def tokenized(given: Path | Sequence[str] | None, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
+def tokenized(
+    given: str | Path | Sequence[str] | None, tokenizer: Tokenizer, vocab_size: int
+) -> Tokens:
     """A file or documents, by default Python's documentation.
 
     Raises:
       UserError: as `files.read_text` and `files.tokenize`.
     """
-    if isinstance(given, Path):
-        where, source = str(given), given.name
+    if isinstance(given, str | Path):
+        where, source = str(given), Path(given).name
         texts, sha256 = files.read_text(given), files.digest(given)
     else:
         where = source = DOCUMENTATION if given is None else "text"
@@ -142,7 +144,11 @@ def tokenized(given: Path | Sequence[str] | None, tokenizer: Tokenizer, vocab_si
 
 
 def scored_and_judged(
-    eval_text: Path | None, checkpoint: Checkpoint, length: int, tokens: int, effort: Effort | None
+    eval_text: str | Path | None,
+    checkpoint: Checkpoint,
+    length: int,
+    tokens: int,
+    effort: Effort | None,
 ) -> tuple[Excerpt, Excerpt | None]:
     """What perplexity is measured on, and what decides which step of learning is kept.
 
@@ -177,7 +183,7 @@ def judged(checkpoint: Checkpoint, effort: Effort) -> Excerpt:
 
 
 def given(
-    source: Path | Sequence[str] | Int[np.ndarray, "n t"],
+    source: str | Path | Sequence[str] | Int[np.ndarray, "n t"],
     checkpoint: Checkpoint,
     recipe: Recipe,
     effort: Effort | None,
@@ -227,8 +233,8 @@ def written(
     )
     sha256 = hashlib.sha256(windows.tobytes()).hexdigest()
     # Cut anew: like those of a file, windows may then begin within a document.
-    cut = windows.reshape(-1)[: count * length].reshape(count, length)
-    calibration = Excerpt("written by the model", sha256, cut)
+    anew = windows.reshape(-1)[: count * length].reshape(count, length)
+    calibration = Excerpt("written by the model", sha256, anew)
     if effort is None:
         return calibration, None
     return calibration, replace(calibration, windows=windows[: max(1, effort.tokens // rows)])

@@ -38,7 +38,7 @@ def ids_of(checkpoint, text: str) -> np.ndarray:
 def test_given(folder, checkpoint, recipe):
     path = folder / "text.txt"
     ids = ids_of(checkpoint, path.read_text())
-    calibration, learning = excerpts.given(path, checkpoint, recipe, EFFORT)
+    calibration, learning = excerpts.given(str(path), checkpoint, recipe, EFFORT)
     assert learning is not None
     assert calibration.windows.shape == (4, 32)
     assert learning.windows.shape == (10, 48)
