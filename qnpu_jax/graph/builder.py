@@ -36,11 +36,11 @@ _UNIFORM = (FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax, Logistic, S
 
 @dataclass
 class Builder:
-    """Stages a graph: `add` appends a node and returns the spec of its output.
+    """Stages a graph: each method appends a tensor or a node, and returns the tensor's spec.
 
-    Args:
-      prefix: what precedes the names globally.
-      bits: the bits of a tensor by local name, one per layer (`BitPlan` behind it).
+    Attributes:
+      prefix: precedes local names in global ones.
+      bits: function from a local name to the tensor's bits, one per layer.
     """
 
     prefix: str
@@ -52,6 +52,7 @@ class Builder:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
+        """Prepends `name.` to every name staged inside."""
         self._scopes.append(name)
         yield
         self._scopes.pop()
@@ -72,13 +73,13 @@ class Builder:
         bits: tuple[int, ...] | None = None,
         fixed: tuple[float, int] | None = None,
     ) -> TensorSpec:
-        """A symmetric graph input, at the plan's bits or those given."""
+        """Stages a symmetric graph input, at the plan's bits or those given."""
         name = self._named(name)
         quant = QuantSpec(self.bits(name) if bits is None else bits, symmetric=True)
         return self._register(TensorSpec(name, shape, "input", quant, fixed))
 
     def ids(self, name: str, shape: tuple[int, ...]) -> TokenIds:
-        """The input of token ids, the only tensor that is not quantized."""
+        """Stages the input of token ids, the one tensor that is not quantized."""
         self._ids = TokenIds(self._named(name), shape)
         return self._ids
 
@@ -89,23 +90,22 @@ class Builder:
         axis: int | None = None,
         bits: tuple[int, ...] | None = None,
     ) -> TensorSpec:
-        """A constant (weight, bias, prefix K/V): symmetric, per channel along `axis`."""
+        """Stages a parameter (weight, bias, prefix K/V): symmetric, per channel along `axis`."""
         name = self._named(name)
         quant = QuantSpec(self.bits(name) if bits is None else bits, True, axis)
         return self._register(TensorSpec(name, shape, "param", quant))
 
     def gather(self, name: str, ids: TokenIds, table: TensorSpec) -> TensorSpec:
-        """Appends `name = table[ids]`, which has the table's scale."""
+        """Appends `name = table[ids]`; the output has the table's scale."""
         quant = QuantSpec(table.quant.bits, table.quant.symmetric)
         return self._append(self._named(name), Embedding(), (ids, table), quant)
 
     def add(self, name: str, op: Op, *inputs: TensorSpec, symmetric: bool = False) -> TensorSpec:
-        """Appends `name = op(inputs)`; operands narrower than the output are widened first
-        (exactly).
+        """Appends `name = op(inputs)`. Operands narrower than the output are widened first, exactly.
 
         Raises:
           UserError: the plan makes the output narrower than an operand, which only a requantize may
-          do.
+            do.
         """
         name = self._named(name)
         tied = tied_inputs(op, tuple(t.name for t in inputs))
@@ -134,7 +134,7 @@ class Builder:
     def fully_connected(
         self, name: str, x: TensorSpec, features: int, *, symmetric: bool = False
     ) -> TensorSpec:
-        """A linear layer; stages its parameters `<name>.weight` (features, K) and `<name>.bias`."""
+        """Stages a linear with its parameters `<name>.weight` (features, K) and `<name>.bias`."""
         weight = self.param(f"{name}.weight", (features, x.shape[-1]), axis=0)
         bias = self.param(f"{name}.bias", (features,), axis=0)
         return self.add(name, FullyConnected(), x, weight, bias, symmetric=symmetric)

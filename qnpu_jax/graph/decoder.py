@@ -41,20 +41,31 @@ from qnpu_jax.graph.ops import (
 TABLE_SCALE = {8: 1 / 127, 16: 1 / 32767}
 """Scale of the RoPE tables by their bits: cos and sin use the whole code range."""
 MASK = {8: -254.0, 16: -2032.0}
+"""Value added to the score of a masked position, by the mask's bits: code -127 or -32512."""
 MASK_SCALE = {8: 2.0, 16: 1 / 16}
-"""A masked position adds MASK to its score, by its bits: code -127 in 8, which are symmetric,
--32512 in 16. A power of two keeps the ADD's rescaling of 16-bit scores exact to 1/200 of a code; in
-8 bits a mask no lower than scores need (`freeze.check_mask`) keeps Hexagon's precise."""
+"""Scale of the mask by its bits.
+
+A power of two keeps the ADD's rescaling of 16-bit scores exact to 1/200 of a code. An 8-bit mask is
+no lower than scores need (`freeze.check_mask`), which keeps Hexagon's ADD precise.
+"""
 KEEP_SCALE = {16: 1 / 32767}
-"""Of what multiplies 16-bit probabilities, in which LiteRT's SOFTMAX leaves 2/32768 to every masked
-key: 1 where a token may look, 0 elsewhere. In 8 bits so little is 0 already."""
+"""Scale of the tensor that multiplies probabilities: 1 where a token may look, 0 elsewhere.
+
+Only 16-bit probabilities need it: LiteRT's int16 SOFTMAX leaves 2/32768 to every masked key. In 8
+bits so little rounds to 0.
+"""
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What every layer of a run shares: RoPE tables (T, 1, K); the mask and, beside 16-bit
-    probabilities only, what it keeps, (1, T G, S), a row for every query head that shares a KV
-    head; D eps (1, 1, 1)."""
+    """Inputs of the layer graph that all layers share.
+
+    Attributes:
+      cos, sin: RoPE tables, (T, 1, K).
+      mask: added to scores, (1, T G, S): one row for each of the G query heads of a KV head.
+      keep: multiplies probabilities, of the mask's shape; None beside 8-bit probabilities.
+      eps: D eps of the norms, (1, 1, 1).
+    """
 
     cos: TensorSpec
     sin: TensorSpec
@@ -65,8 +76,14 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Three graphs and the sizes they were staged for. The layer graph runs `config.num_layers`
-    times."""
+    """A quantized decoder as three graphs, staged for fixed lengths.
+
+    Attributes:
+      tokens: new positions of one run, T.
+      prefix: constant positions before them, whose keys and values are parameters.
+      cache: slots of the KV cache between prefix and new positions.
+      embed, layer, head: the graphs; the layer graph runs `config.num_layers` times.
+    """
 
     config: ModelConfig
     plan: BitPlan
@@ -83,6 +100,7 @@ class Decoder:
 
     @property
     def keys(self) -> int:
+        """Positions that attention reads, S = prefix + cache + tokens."""
         return self.prefix + self.cache + self.tokens
 
 
@@ -97,10 +115,13 @@ def decoder(
 ) -> Decoder:
     """Stages the graphs for `tokens` new positions after `prefix` constant and `cache` cached ones.
 
+    Args:
+      plan: bits of every tensor.
+      logits: of all T positions, or of the last only.
+
     Raises:
       UserError: more positions than the model has, a tensor that no rule of the plan matches, or a
-      rule that
-        matches no tensor.
+        rule that matches no tensor.
     """
     if (positions := prefix + cache + tokens) > config.max_positions:
         raise UserError(
@@ -128,7 +149,11 @@ def decoder(
 def _shared(
     g: Builder, name: str, shape: tuple[int, ...], like: str, scales: Mapping[int, float]
 ) -> TensorSpec:
-    """An input that all layers share, so as wide in all of them as what it is combined with."""
+    """Stages an input that all layers share.
+
+    Its kernel combines it with the tensor `like`, so it has that tensor's bits, which must be the
+    same in all layers.
+    """
     bits = g.bits(like)
     if len(set(bits)) > 1:
         raise UserError(
@@ -178,7 +203,7 @@ def _head(g: Builder, cfg: ModelConfig, tokens: int, logits: str) -> Graph:
 
 
 def _eps(g: Builder, cfg: ModelConfig, like: str) -> TensorSpec:
-    """D eps, the highest code of its width."""
+    """Stages D eps of a norm, scaled so that it is the highest code of its width."""
     real = cfg.hidden_size * cfg.rms_norm_eps
     scales = {bits: real / (2 ** (bits - 1) - 1) for bits in (8, 16)}
     return _shared(g, "norm.eps", (1, 1, 1), like, scales)
@@ -187,8 +212,16 @@ def _eps(g: Builder, cfg: ModelConfig, like: str) -> TensorSpec:
 def decoder_layer(
     g: Builder, cfg: ModelConfig, x: TensorSpec, env: LayerInputs, past: list[tuple[str, int]]
 ) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-    """x + attention(norm(x)), then + swiglu(norm(x)). Returns the residual and the new rows of keys
-    and values."""
+    """Stages one layer: x <- x + attention(norm(x)), x <- x + swiglu(norm(x)).
+
+    Args:
+      x: residual stream, (T, D).
+      env: inputs that all layers share.
+      past: sources of earlier keys and values with their lengths, ("prefix", P) and ("cache", C).
+
+    Returns:
+      The residual stream (T, D), new keys (N, T, K) and new values (N, K, T).
+    """
     with g.scope("attn"):
         mixed, k_rows, v_rows = attention(g, cfg, rms_norm(g, x, env.eps), env, past)
         x = g.add("residual", Add(), x, mixed, symmetric=True)
@@ -198,11 +231,15 @@ def decoder_layer(
 
 
 def rms_norm(g: Builder, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
-    """x / sqrt(sum(x^2) + D eps), of unit length (the factor sqrt(D) is in the weights).
+    """Stages x / sqrt(sum(x^2) + D eps), rows of unit length; the factor sqrt(D) is in the weights.
 
-    A BATCH_MATMUL sums the squares in 64 bits and rounds once; sqrt before rsqrt halves the dynamic
-    range that the RSQRT table must cover (litert.md, section 2: below 0.6% error for rows 128 times
-    smaller than the largest).
+    A BATCH_MATMUL sums the squares in 64 bits and rounds once. SQRT before RSQRT halves the dynamic
+    range that the RSQRT table must cover: the error stays below 0.6% for rows 128 times smaller
+    than the largest.
+
+    Args:
+      x: (T, D).
+      eps: D eps, (1, 1, 1).
     """
     tokens, hidden = x.shape
     with g.scope("norm"):
@@ -216,8 +253,10 @@ def rms_norm(g: Builder, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
 
 
 def rope(g: Builder, name: str, x: TensorSpec, env: LayerInputs) -> TensorSpec:
-    """x cos + swap(x) sin, where swap exchanges the halves of each head; the sign is in the sin
-    table."""
+    """Stages rotary positions: x cos + swap(x) sin, for x (T, heads, K).
+
+    `swap` exchanges the halves of each head. The minus sign of its first half is in the sin table.
+    """
     tokens, heads, width = x.shape
     half = (tokens, heads, width // 2)
     with g.scope("rope"):
@@ -233,8 +272,11 @@ def rope(g: Builder, name: str, x: TensorSpec, env: LayerInputs) -> TensorSpec:
 def attention(
     g: Builder, cfg: ModelConfig, x: TensorSpec, env: LayerInputs, past: list[tuple[str, int]]
 ) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-    """softmax(q k^T + mask) v through o. Returns the output and the new keys (N, T, K) and values
-    (N, K, T)."""
+    """Stages softmax(q k^T + mask) v through the output linear o.
+
+    Returns:
+      The output (T, D), new keys (N, T, K) and new values (N, K, T).
+    """
     tokens, n, k = x.shape[0], cfg.num_kv_heads, cfg.head_dim
     x = g.add("input", Requantize(), x)
     q = g.fully_connected("q", x, cfg.num_heads * k)
@@ -258,7 +300,7 @@ def attention(
 def _with_past(
     g: Builder, name: str, letter: str, rows: TensorSpec, past: list[tuple[str, int]], axis: int
 ) -> TensorSpec:
-    """What is there of earlier positions, which lie along `axis`, before the new rows."""
+    """Stages the concatenation of earlier positions and new rows along `axis`."""
     bits = rows.quant.bits
     parts = []
     for source, length in past:
@@ -277,7 +319,7 @@ def _kv_head(
     values: TensorSpec,
     env: LayerInputs,
 ) -> TensorSpec:
-    """The G query heads that share KV head i, as one matrix of T G rows."""
+    """Stages attention of one KV head: its G query heads are one matrix of T G rows."""
     tokens, groups, k = q.shape[0], cfg.queries_per_kv_head, cfg.head_dim
     length = keys.shape[1]
     rows = (1, tokens * groups)
@@ -296,7 +338,7 @@ def _kv_head(
 
 
 def swiglu(g: Builder, cfg: ModelConfig, x: TensorSpec) -> TensorSpec:
-    """down(silu(gate(x)) * up(x)), silu(z) = z sigmoid(z)."""
+    """Stages down(silu(gate(x)) up(x)), silu(z) = z sigmoid(z), for x (T, D)."""
     x = g.add("input", Requantize(), x)
     gate = g.fully_connected("gate", x, cfg.intermediate_size)
     up = g.fully_connected("up", x, cfg.intermediate_size)

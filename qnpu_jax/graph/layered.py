@@ -1,4 +1,4 @@
-"""Values by tensor name. Those of the layer graph carry a leading layer axis."""
+"""Values by tensor name; those of the layer graph are stacked along a leading layer axis."""
 
 from __future__ import annotations
 
@@ -13,18 +13,31 @@ from qnpu_jax.graph.qparams import code_range
 
 T = TypeVar("T")
 Tensors = dict[str, Any]
+"""Arrays by tensor name."""
 Params = Mapping[str, jax.Array | np.ndarray]
+"""Real parameters by stacked global name (`embed.weight`, `layers.attn.q.weight` (L, out, in))."""
 Bounds = tuple[Any, Any]
-"""qmin and qmax: float32 scalars, or (L,) arrays."""
+"""qmin and qmax, in codes: float32 scalars, or (L,) arrays."""
 
 
 def local(values: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """The entries under `prefix`, without it."""
+    """Selects the entries whose names begin with `prefix`, and removes it from them.
+
+    >>> local({"layers.attn.q": 1, "head.logits": 2}, "layers.")
+    {'attn.q': 1}
+    """
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
 def ranges_of(graph: Graph, names: Mapping[str, object]) -> dict[str, Bounds]:
-    """Code ranges of the named tensors, with the layer axis in the layer graph only."""
+    """Code ranges of the named tensors of a graph.
+
+    Args:
+      names: local names; values are not read.
+
+    Returns:
+      (qmin, qmax) by local name: (L,) arrays for the layer graph, scalars for the others.
+    """
     out = {}
     for name in names:
         qmin, qmax = code_range(graph[name])

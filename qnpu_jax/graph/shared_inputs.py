@@ -10,7 +10,10 @@ from qnpu_jax.graph.decoder import MASK, Decoder
 
 
 def rope_frequencies(cfg: ModelConfig) -> Float64[np.ndarray, " half"]:
-    """Angles per position, (K/2,) float64, with linear or llama3 scaling.
+    """Rotary angles per position, (K/2,) float64: theta^(-2i/K), scaled as the config says.
+
+    Linear scaling divides every frequency by its factor. llama3 scaling divides low frequencies
+    only, and blends between `low_freq_factor` and `high_freq_factor`.
 
     Reference: transformers/modeling_rope_utils.py, `_compute_linear_scaling_rope_parameters`,
     `_compute_llama3_parameters`.
@@ -32,8 +35,10 @@ def rope_frequencies(cfg: ModelConfig) -> Float64[np.ndarray, " half"]:
 def rope_tables(
     cfg: ModelConfig, positions: Int[np.ndarray, " t"]
 ) -> tuple[Float32[np.ndarray, "t 1 k"], Float32[np.ndarray, "t 1 k"]]:
-    """cos and signed sin for the positions, (T, 1, K) float32; the first half of sin is
-    negative."""
+    """RoPE tables cos and signed sin of the positions, (T, 1, K) float32.
+
+    The first half of sin is negative, so that RoPE is x cos + swap(x) sin.
+    """
     angle = positions[:, None] * rope_frequencies(cfg)[None, :]
     cos, sin = np.cos(angle), np.sin(angle)
     cos = np.concatenate([cos, cos], axis=1)[:, None, :]
@@ -44,8 +49,14 @@ def rope_tables(
 def visible(
     tokens: int, prefix: int = 0, cache: int = 0, filled: int = 0
 ) -> Bool[np.ndarray, "t s"]:
-    """Where a token may look: keys are [prefix | cache | new], of which the whole prefix, the first
-    `filled` cache slots and new keys up to the token's own are visible."""
+    """Causal visibility of keys, (T, S) bool.
+
+    Keys are [prefix | cache | new]. A token sees the whole prefix, the first `filled` cache slots,
+    and new keys up to its own.
+
+    >>> visible(2, prefix=1).astype(int).tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
     seen = np.zeros((tokens, prefix + cache + tokens), dtype=bool)
     seen[:, : prefix + filled] = True
     seen[:, prefix + cache :] = np.tril(np.ones((tokens, tokens), dtype=bool))
@@ -55,10 +66,14 @@ def visible(
 def masks(
     seen: Bool[np.ndarray, "t s"], groups: int, bits: int
 ) -> dict[str, Float32[np.ndarray, "1 r s"]]:
-    """Of what is `visible`: `mask`, which is added to scores, 0 there and MASK elsewhere; `keep`,
-    which probabilities are multiplied by, 1 and 0. (1, T G, S), a row for each of G query heads.
+    """Real values of the inputs `mask` and `keep`, (1, T G, S) float32.
+
+    `mask` is added to scores: 0 where a key is seen, MASK elsewhere. `keep` multiplies
+    probabilities: 1 and 0. Rows repeat for each of the G query heads of a KV head.
 
     Args:
+      seen: from `visible`.
+      groups: G.
       bits: of the mask.
     """
     rows = np.repeat(seen, groups, axis=0)[None]
@@ -67,7 +82,11 @@ def masks(
 
 
 def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
-    """Values of the inputs that all layers share, by local name, in real numbers (float32)."""
+    """Real values (float32) of the inputs that all layers share, by local name.
+
+    Args:
+      filled: cache slots that hold keys; new positions follow them.
+    """
     start = dec.prefix + filled
     cos, sin = rope_tables(dec.config, np.arange(start, start + dec.tokens))
     eps = np.full((1, 1, 1), dec.config.hidden_size * dec.config.rms_norm_eps, np.float32)

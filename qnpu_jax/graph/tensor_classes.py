@@ -1,4 +1,8 @@
-"""Classes of activations, by which ranges are chosen and scales are learned: rotated or not."""
+"""Classes of activations: the class decides how a range is chosen and when a scale learns.
+
+Rotations R1 and R2 make the tensors of their basis nearly Gaussian; the others keep heavy tails
+(Quant.npu, arXiv 2605.20295, section on initialization).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,19 @@ _ROTATED = {
 
 
 def tensor_class(name: str, bits: int) -> str:
-    """`wide` (16 bits), `probs`, `cache`, `rotated` (near Gaussian after R1/R2) or `unrotated`
-    (heavy tails)."""
+    """Names the class of an activation.
+
+    Args:
+      name: stacked global name, `layers.attn.v`.
+      bits: of the tensor in one layer.
+
+    Returns:
+      `wide` for 16 bits, `probs` for attention probabilities, `cache` for keys and values, else
+      `rotated` (near Gaussian) or `unrotated` (heavy tails).
+
+    >>> tensor_class("layers.mlp.act", 8), tensor_class("layers.mlp.act", 16)
+    ('unrotated', 'wide')
+    """
     if bits > 8:
         return "wide"
     if name.endswith(".probs"):
@@ -26,6 +41,8 @@ def tensor_class(name: str, bits: int) -> str:
 
 
 def is_rotated(name: str) -> bool:
-    """True for free activations in a rotated basis: inputs of the linears but down's, outputs of
-    v, o and down (Quant.npu's rotated tensors)."""
+    """Tells whether a free activation lies in a rotated basis.
+
+    Those are the inputs of every linear but `down`, and the outputs of `v`, `o` and `down`.
+    """
     return name in _ROTATED
