@@ -31,7 +31,7 @@ from qnpu_jax.graph.ops import (
 )
 
 _UNIFORM = (FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax, Logistic, Sqrt, Rsqrt)
-"""Ops whose kernels take activations of one type and give the same type (litert.md, section 2)."""
+"""Ops whose kernels take activations of one type and give one of that type (LiteRT tflite/kernels)."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Builder:
         return self._append(self._named(name), Embedding(), (ids, table), quant)
 
     def add(self, name: str, op: Op, *inputs: TensorSpec, symmetric: bool = False) -> TensorSpec:
-        """Appends `name = op(inputs)`. Operands narrower than the output are widened first, exactly.
+        """Appends `name = op(inputs)`; operands narrower than the output are widened, exactly.
 
         Raises:
           UserError: the plan makes the output narrower than an operand, which only a requantize may

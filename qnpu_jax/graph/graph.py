@@ -109,7 +109,7 @@ class Graph:
         return self._index[name]
 
     def named(self, kind: str) -> tuple[TensorSpec, ...]:
-        """The tensors of one kind, in order of appearance."""
+        """Tensors of one kind (`input`, `param`, `activation`), in order of appearance."""
         return tuple(t for t in self.tensors if t.kind == kind)
 
     def global_name(self, layer: int, name: str) -> str:
@@ -138,11 +138,10 @@ class Graph:
 
     @cached_property
     def ties(self) -> dict[str, str]:
-        """Root of every tensor: tensors of one root share scale and zero point (movement ops copy
-        codes).
+        """Root of every tensor, by local names: tensors of one root share scale and zero point,
+        because movement ops copy codes.
 
-        The root is the first member whose value is not itself a copy, so that it can be calibrated
-        or derived.
+        The root is the first member whose value is no copy, so it can be calibrated or derived.
         """
         parent = {t.name: t.name for t in self.tensors}
 
@@ -176,8 +175,8 @@ class Graph:
 
 
 def is_identity(graph: Graph, node: Node, layer: int = 0) -> bool:
-    """True where a requantize changes nothing in this layer: equal widths, and no zero point to
-    remove."""
+    """Tells whether a requantize changes nothing in this layer: equal widths, and no zero point to
+    remove. False for other ops."""
     if not isinstance(constraint(node.op), Narrowed):
         return False
     source, target = graph[node.inputs[0]].quant, graph[node.output].quant
@@ -210,7 +209,7 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def _print(graph: Graph) -> Iterator[str]:
-    """One line per node; the scopes kv1, kv2, ... repeat kv0 and are folded into one line."""
+    """Yields one line per node; the scopes kv1, kv2, .. repeat kv0 and become one line."""
     rows: list[tuple[str, str, str]] = []
     inputs = [graph.ids] if graph.ids else []
     for t in (*inputs, *graph.named("input")):

@@ -1,9 +1,9 @@
 """The closed set of operations, at the granularity of TFLite kernels.
 
-An op has one definition in real numbers (`eval_op`, here), one meaning on integers (`qnpu_sim.program`), one
-spelling in a file (`qnpu_jax.tflite.emitter`), and one rule for the scale of its output (`constraint`).
-Each is a `match` over `Op` that ends in `assert_never`, so that an op which lacks one fails type
-checking.
+An op has one definition in real numbers (`eval_op`, here), one meaning on integers
+(`qnpu_sim.run_graph`), one spelling in a file (`qnpu_jax.tflite.operators`), and one rule for the
+scale of its output (`constraint`). Each is a `match` over `Op` that ends in `assert_never`, so that
+an op which lacks one fails type checking.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Add:
 
 @dataclass(frozen=True)
 class AddMask:
-    """y = scores + mask, with an output scale so wide that a masked score lies at least `HEADROOM`
-    below all others.
+    """y = scores + mask, mask 0 or `decoder.MASK`. TFLite ADD.
 
-    The mask is 0 or -2032; masked sums saturate at the lowest code. TFLite ADD.
+    The output scale is so wide that a masked score, which saturates at the lowest code, lies at
+    least `HEADROOM` below every valid one.
     """
 
 
@@ -88,21 +88,21 @@ class Rsqrt:
 
 @dataclass(frozen=True)
 class Reshape:
-    """The same elements in another shape."""
+    """y = x in another shape, elements in the same order."""
 
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Transpose:
-    """Axes permuted."""
+    """y = x with permuted axes."""
 
     perm: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """x[begin : begin + size] on every axis."""
+    """y = x[begin : begin + size] on every axis."""
 
     begin: tuple[int, ...]
     size: tuple[int, ...]
@@ -110,7 +110,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Concat:
-    """The inputs joined along one axis."""
+    """y = the inputs joined along one axis."""
 
     axis: int
 
@@ -136,7 +136,11 @@ Op = (
 
 
 def eval_op(op: Op, *x: Array) -> Array:
-    """The op in real numbers: its definition, against which every other reading is held."""
+    """Evaluates an op in real numbers: the definition that every other reading is held against.
+
+    Args:
+      x: inputs, in the order that the op's docstring names them.
+    """
     match op:
         case Embedding():
             return x[1][x[0]]
@@ -173,18 +177,24 @@ def eval_op(op: Op, *x: Array) -> Array:
 
 
 def _where_positive(function: Callable[[Array], Array], x: Array, at_zero: float) -> Array:
-    """The function with derivative 0 at 0, where its own is infinite: a quantized sum of squares
-    does get there, and an infinity times a clipped gradient of 0 is NaN for all parameters."""
+    """Applies the function where x > 0, and gives `at_zero` with derivative 0 elsewhere.
+
+    Its own derivative at 0 is infinite. A quantized sum of squares does reach 0, and infinity times
+    a clipped gradient of 0 would make every parameter NaN.
+    """
     positive = x > 0
     return jnp.where(positive, function(jnp.where(positive, x, 1)), jnp.asarray(at_zero, x.dtype))
 
 
 HEADROOM = 10.0
-"""How far below every valid score a masked one lies (real units): the int16 SOFTMAX treats 10 and
-more alike; the int8 one, which gives 0 below exp(-6.2), counts a masked key with at most exp(-10).
+"""Distance of a masked score below every valid one, real units.
 
-Reference: LiteRT tflite/kernels/internal/reference/softmax.h, `SoftmaxInt16` (table of exp on [-10,
-0])."""
+The int16 SOFTMAX treats distances of 10 and more alike. The int8 one gives 0 below exp(-6.2), and
+counts a masked key with at most exp(-10).
+
+Reference: LiteRT tflite/kernels/internal/reference/softmax.h, `SoftmaxInt16`: a table of exp on
+[-10, 0].
+"""
 
 
 @dataclass(frozen=True)
@@ -208,28 +218,33 @@ class Fixed:
 
 
 WIDENING = 128
-"""A widened code is so many times that of its source less its zero point: exact, 255 x 128 fits 16
-bits. It fills the upper byte, because Hexagon's 16-bit BATCH_MATMUL rounds an operand to it."""
+"""Factor of widening: wide code = 128 (code - zero_point), exact in 16 bits (255 x 128 < 2^15).
+
+It fills the upper byte, because Hexagon's 16-bit BATCH_MATMUL rounds an operand to that byte.
+"""
 
 
 @dataclass(frozen=True)
 class Narrowed:
-    """Requantize: free where it narrows; scale / WIDENING of the input with zero point 0 where it
-    widens (exact: code WIDENING (q - z)); the input's scale and zero point where the widths are
-    equal (an identity, which `freeze` drops)."""
+    """The scale of a requantize depends on the widths.
+
+    Where it narrows, scale and zero point are free. Where it widens, the scale is the input's
+    divided by WIDENING, with zero point 0: code WIDENING (q - z), exact. Between equal widths it is
+    an identity with the input's scale and zero point, which file and simulator drop.
+    """
 
 
 @dataclass(frozen=True)
 class Masked:
-    """scale = scale(scores) + HEADROOM / 32767 (127 at 8 bits): the code range covers every score
-    and HEADROOM below."""
+    """scale = scale(scores) + HEADROOM / 32767 (127 at 8 bits): the code range covers every score,
+    and HEADROOM below it."""
 
 
 Constraint = Free | Same | Fixed | Narrowed | Masked
 
 
 def constraint(op: Op) -> Constraint:
-    """What ties the output's scale and zero point to its inputs'."""
+    """Rule by which an op's output gets its scale and zero point."""
     match op:
         case FullyConnected() | BatchMatmul() | Add() | Mul() | Sqrt() | Rsqrt():
             return Free()

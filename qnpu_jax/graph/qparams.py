@@ -1,7 +1,7 @@
 """Scales, zero points and code ranges: from real values to integer codes and back.
 
-xhat = (clip(round(x / s) + z, qmin, qmax) - z) s, with scale s and zero point z. Tensors of the layer
-graph carry a leading layer axis: scales are (L,) or (L, channels).
+xhat = (clip(round(x / s) + z, qmin, qmax) - z) s, with scale s and zero point z. Tensors of the
+layer graph carry a leading layer axis: scales are (L,) or (L, channels).
 """
 
 from __future__ import annotations
@@ -22,16 +22,22 @@ layer axis."""
 
 @flax.struct.dataclass(kw_only=True)
 class QParams:
-    """Scale (real units per code, float32, > 0) and zero point (code of real 0, integer-valued
-    float32)."""
+    """Quantization parameters of a tensor.
+
+    Attributes:
+      scale: real units per code, float32, > 0.
+      zero_point: code of real 0, an integer held in float32.
+    """
 
     scale: Any
     zero_point: Any
 
 
 def code_range(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
-    """qmin and qmax per layer (float32). Parameters leave the lowest code out, as LiteRT's weights
-    must."""
+    """Lowest and highest code of a tensor, one of each per layer (float32).
+
+    Parameters leave the lowest code out, as LiteRT requires of weights.
+    """
     qmax = 2.0 ** (np.asarray(spec.quant.bits, np.float32) - 1) - 1
     qmin = -qmax if spec.kind == "param" else -qmax - 1
     return qmin.astype(np.float32), qmax.astype(np.float32)
@@ -40,16 +46,22 @@ def code_range(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
 def quantize(
     x: Array, scale: Array, zero_point: Array, spec: TensorSpec, layer: int = 0
 ) -> np.ndarray:
-    """Codes of x: clip(round(x / s) + z), rounded half to even in float64. Shapes as `fake_quant`;
-    int64."""
+    """Rounds real values to codes: clip(round(x / s) + z, qmin, qmax), half to even, in float64.
+
+    Args:
+      x: real values of one layer.
+      scale, zero_point: broadcastable to x.
+      layer: whose code range is taken.
+
+    Returns: int64 codes, of the shape of x.
+    """
     qmin, qmax = (int(r[layer]) for r in code_range(spec))
     q = np.rint(np.asarray(x, np.float64) / np.asarray(scale, np.float64)) + zero_point
     return np.clip(q, qmin, qmax).astype(np.int64)
 
 
 def expand(scale: Array, spec: TensorSpec) -> Array:
-    """A per-channel vector reshaped to broadcast along the tensor's channel axis; scalars as they
-    are."""
+    """Reshapes per-channel scales to broadcast along the tensor's channel axis; leaves scalars."""
     if spec.quant.axis is None:
         return scale
     shape = [1] * len(spec.shape)
@@ -58,7 +70,10 @@ def expand(scale: Array, spec: TensorSpec) -> Array:
 
 
 def from_range(lo: Array, hi: Array, bits: Array, symmetric: bool, narrow: bool = False) -> QParams:
-    """The scale and zero point whose code range spans [min(lo, 0), max(hi, 0)].
+    """Scale and zero point whose code range spans [min(lo, 0), max(hi, 0)].
+
+    Symmetric: s = max(-lo, hi) / qmax, z = 0. Asymmetric: s = (hi - lo) / (qmax - qmin),
+    z = round(qmin - lo / s).
 
     Args:
       lo, hi: real bounds, any shape.

@@ -1,7 +1,7 @@
-"""Scale ties as data: from the free scales to those of every quantization point.
+"""Scales of every quantization point, derived from the free ones.
 
-An optimizer or a calibration sees only the free ones; what movement ops copy, kernels fix and
-widening keeps is filled in here, from `ops.constraint`.
+Calibration and the optimizer choose the free scales only. The others follow from `ops.constraint`:
+movement ops copy them, kernels fix them, and widening keeps them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from qnpu_jax.graph.qparams import QParams, Scales
 
 
 def is_free(graph: Graph, name: str) -> bool:
-    """True for the tensors whose scale and zero point someone must choose: the rest is tied, fixed
-    or derived."""
+    """Tells whether calibration or learning must choose a tensor's scale and zero point.
+
+    Those of other tensors are tied to another's, fixed by a kernel, or derived.
+
+    Args:
+      name: local name.
+    """
     if graph.ties[name] != name:
         return False
     if graph[name].kind != "activation":
@@ -36,7 +41,8 @@ def is_free(graph: Graph, name: str) -> bool:
 
 
 def _follows(graph: Graph, node: Node) -> list[bool]:
-    """Per layer: does this requantize take its input's scale (it widens, or changes nothing)?"""
+    """Tells for each layer whether a requantize takes its input's scale: it widens, or changes
+    nothing."""
     source, target = graph[node.inputs[0]].quant, graph[node.output].quant
     return [
         b > a or is_identity(graph, node, i)
@@ -45,18 +51,16 @@ def _follows(graph: Graph, node: Node) -> list[bool]:
 
 
 def resolve(dec: Decoder, free: Scales) -> Scales:
-    """Scale and zero point of every quantization point, from the free ones: ties, fixed and derived
-    filled in.
+    """Fills in scale and zero point of every quantization point.
 
-    Traceable: the free scales may be tracers. Biases are left out; `freeze` derives theirs (scale
-    sx sw).
+    The free scales may be tracers. Biases are left out: `freeze` derives their scale, s_x s_w.
 
     Args:
-      free: QParams by global name for every tensor with `is_free`.
+      free: QParams by stacked global name, of every tensor with `is_free`.
 
     Returns:
-      QParams by global name; (L,) arrays in `layers.*`, scalars elsewhere, (.., channels) for
-      weights.
+      QParams by stacked global name: (L,) arrays in `layers.*`, scalars elsewhere; with a last axis
+      of channels for weights.
     """
     embed = _resolve_graph(dec.embed, free, {})
     first = embed["residual"]
@@ -72,8 +76,8 @@ def resolve(dec: Decoder, free: Scales) -> Scales:
 
 
 def _resolve_graph(graph: Graph, free: Scales, known: Scales) -> Scales:
-    """Local names. Tensors are visited in graph order, roots of tie classes before their members
-    are needed."""
+    """QParams by local name. Tensors are visited in graph order; the root of a tie class comes
+    first."""
     done = dict(known)
     producer = {n.output: n for n in graph.nodes}
 
