@@ -16,7 +16,7 @@ from numpy.random import Generator
 from single_op import Tensor
 
 from qnpu_jax.graph import ops
-from qnpu_sim import elementwise, kernels, op_constants
+from qnpu_sim import elementwise, kernels, movement, op_constants
 from qnpu_sim.op_constants import QuantizedType, Weights
 from qnpu_sim.rounding import Profile, rules_of
 
@@ -255,7 +255,7 @@ def unary(rng: Generator, dtype: str, op: Any) -> Case:
     return Case([x], output, (codes,), constants)
 
 
-def movement(
+def moved_codes(
     rng: Generator, shapes: tuple, extra: tuple, shape: tuple[int, ...], dtype: str
 ) -> Case:
     """Ops that copy codes: inputs of one scale, then arguments that the kernel has static."""
@@ -336,20 +336,20 @@ def _movement(dtype: str) -> list[Variant]:
     shape, begin, size, perm, flat = (16, 24, 32), (2, 0, 5), (9, 24, 20), (2, 0, 1), (384, 32)
 
     def variant(op: type, kind: str, fields: dict, kernel: Callable, *args: Any) -> Variant:
-        code, draw = getattr(Code, kind.upper()), partial(movement, dtype=dtype)
+        code, draw = getattr(Code, kind.upper()), partial(moved_codes, dtype=dtype)
         return Variant(op, dtype, code, options(kind, **fields), kernel, lambda r: draw(r, *args))
 
-    reshape = partial(kernels.reshape, shape=flat)
-    transpose = partial(kernels.transpose, perm=perm)
-    slice_ = partial(kernels.slice_, begin=begin, size=size)
-    join = partial(kernels.concatenation, axis=1)
+    reshape = partial(movement.reshape, shape=flat)
+    transpose = partial(movement.transpose, perm=perm)
+    slice_ = partial(movement.slice_, begin=begin, size=size)
+    join = partial(movement.concatenation, axis=1)
     fields = {"newShape": list(flat)}
     gather = Variant(
         ops.Embedding,
         dtype,
         Code.GATHER,
         options("Gather"),
-        kernels.gather,
+        movement.gather,
         partial(embedding, dtype=dtype),
     )
     return [

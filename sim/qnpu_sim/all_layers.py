@@ -1,8 +1,9 @@
-"""All layers in one program, for a device that runs a layer faster than its host launches one.
+"""All layers in one compiled program, for a GPU, which runs a layer faster than the host can launch
+one.
 
-Layers of the same compiled program become steps of one loop. What differs between them is stacked:
-each matrix by itself, scalars and vectors of one type in one array, because a loop on a GPU takes
-as long to pick a scalar as to pick them all.
+Consecutive layers that share a compiled program become steps of one `scan`. Their arrays are
+stacked along a new layer axis. Scalars and vectors of one dtype are first joined into one array,
+because every array that a step reads costs a GPU the same time, however small it is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qnpu_sim.run_graph import run_graph, same_bits, sequence_input
 
 
 class _Place(NamedTuple):
-    """Where a leaf of one layer is: in this array, from `start`."""
+    """Where a leaf of one layer's tree lies: name of its array, first element, and shape."""
 
     array: str
     start: int
@@ -37,13 +38,13 @@ class _Place(NamedTuple):
 )
 @dataclass(frozen=True)
 class Stack:
-    """Layers one after the other that one compiled program computes.
+    """Consecutive layers that one compiled program computes.
 
     Attributes:
-      arrays: (layers, ...) by name: vectors and scalars joined by type, and matrices.
-      layer: the first of the graph's layers with their bits.
-      layers: how many.
-      tree, places: what is where in the arrays.
+      arrays: (layers, ...) by name: scalars and vectors joined by dtype, and each matrix.
+      layer: the first layer of the graph with their bits.
+      layers: number of layers.
+      tree, places: structure of one layer's pytree, and where its leaves lie in `arrays`.
     """
 
     arrays: dict[str, Any]
@@ -54,10 +55,11 @@ class Stack:
 
 
 def stacks(graph: Graph, layers: Sequence[Any]) -> list[Stack]:
-    """The layers of a graph, in as few stacks as their programs and order allow.
+    """Stacks the layers of a graph: one stack for each run of consecutive layers that share a
+    program.
 
     Args:
-      layers: what differs between layers, a tree each.
+      layers: a pytree of arrays per layer, its codes and constants.
     """
 
     def program(layer: int) -> Any:
@@ -86,7 +88,7 @@ def _stack(layer: int, trees: list[Any]) -> Stack:
 
 
 def _unstack(stack: Stack, arrays: dict[str, Array]) -> Any:
-    """The tree of one layer, from its share of the arrays."""
+    """Rebuilds the pytree of one layer from its slice of the arrays."""
 
     def leaf(place: _Place) -> Array:
         if len(place.shape) > 1:
@@ -98,11 +100,14 @@ def _unstack(stack: Stack, arrays: dict[str, Array]) -> Any:
 
 
 def run_all(graphs: tuple[Graph, ...], of_graphs: list[list[Stack]], ids: Array) -> Array:
-    """Codes of the last graph's output.
+    """Runs all graphs one after the other.
 
     Args:
-      of_graphs: per graph the stacks of its layers' (codes, constants).
+      of_graphs: per graph, the stacks of its layers' (codes, constants).
       ids: (T,) or (B, T) token ids.
+
+    Returns:
+      Codes of the last graph's output, the logits, with the batch axis of `ids`.
     """
     x = ids
     for graph, own in zip(graphs, of_graphs, strict=True):
@@ -124,6 +129,6 @@ def _run_stack(graph: Graph, stack: Stack, x: Array) -> Array:
 
         return one(x) if x.ndim == len(shape) else jax.vmap(one)(x), None
 
-    if stack.layers == 1:  # of another type than its input, perhaps
+    if stack.layers == 1:  # `scan` needs input and output of one type; embed and head have two
         return step(x, {n: a[0] for n, a in stack.arrays.items()})[0]
     return jax.lax.scan(step, x, stack.arrays)[0]

@@ -1,8 +1,11 @@
-"""The attention of a group of heads as one kernel, for a GPU: scores, mask, softmax and mix.
+"""Fused attention for a GPU: scores, mask, softmax, requantization and mix of a group of heads in
+one Pallas kernel.
 
-XLA makes four kernels of it, between which every score goes through memory. Here the scores of a
-few queries stay in registers. Each op is the function that defines it (`qnpu_sim.elementwise`,
-`qnpu_sim.kernels`), so the codes are those of the ops one by one.
+XLA makes four kernels of these five ops, and every score goes through memory between them. Here the
+scores of a few queries stay in registers. Each op is the function that defines it
+(`qnpu_sim.elementwise`, `qnpu_sim.kernels`), so the codes are those of the ops one by one.
+
+Sizes: M queries, N keys, K elements of a head.
 """
 
 from __future__ import annotations
@@ -26,20 +29,21 @@ from qnpu_sim.graph_constants import narrow_source
 from qnpu_sim.kernels import BatchMatmulConstants, SoftmaxInt16Constants
 
 ROWS = 16
-"""Queries of a block: the fewest that tensor cores multiply."""
+"""Queries of a block: the fewest rows that tensor cores multiply."""
 KEYS, REST = 128, 32
-"""Keys that are multiplied at a time, and at the end."""
+"""Keys of a full block, and of the blocks at the end."""
 FEWEST_TERMS = 32
-"""Tensor cores sum so many products of bytes. Of 16 Triton (in jax 0.11.2) gives wrong sums without
-a word."""
+"""Smallest K: the number of int8 products that tensor cores sum at once. With K = 16 Triton (in jax
+0.11.2) gives wrong sums without an error."""
 MOST_KEYS = 5 * KEYS
-"""Registers hold the scores of so many: `ROWS` x `MOST_KEYS` are 80 for each thread of `WARPS`. 512
-and a prefix were measured; more would spill."""
+"""Largest N. Registers hold the scores of a block: `ROWS` x `MOST_KEYS` are 80 for each thread.
+512 keys and a prefix were measured; more scores would spill into memory."""
 WARPS = 4
+"""Warps, of 32 threads each, that compute a block of queries."""
 
 
 class Constants(NamedTuple):
-    """Of the five ops, in their order."""
+    """Constants of the five ops, in their order."""
 
     scores: BatchMatmulConstants
     mask: AddConstants
@@ -49,7 +53,12 @@ class Constants(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Five ops that `attention` computes: their outputs in order, and the tensors they read."""
+    """Five ops that `attention` can compute, by local tensor names.
+
+    Attributes:
+      outputs: of the ops, in order.
+      queries, keys: the 8-bit tensors that the operands of the scores were widened from.
+    """
 
     outputs: tuple[str, ...]
     queries: str
@@ -59,27 +68,31 @@ class Chain(NamedTuple):
 
     @property
     def operands(self) -> tuple[str, str, str, str]:
-        """In the order of `attention`."""
+        """Names of the arrays that `attention` takes, in its order."""
         return self.queries, self.keys, self.values, self.mask
 
     def constants(self, of_ops: Mapping[str, Any]) -> Constants:
-        """Of a graph's constants by output name, those of these ops."""
+        """Picks the constants of these ops from those of a graph, by output name."""
         return Constants(*(of_ops[name] for name in self.outputs))
 
 
 def chains(graph: Graph, layer: int, constants: Mapping[str, Any]) -> dict[str, Chain]:
-    """What of a graph `attention` can compute, by the name of the last output.
+    """Finds the parts of a graph that `attention` can compute.
 
-    That is where scores are products of bytes in int16, probabilities bytes, keys and values
-    symmetric, sums proved to fit, and every code depends on its operands alone (vector code's on
-    its place too); and where a GPU can: shapes in whole blocks, keys that its registers hold.
+    The graph has to have int16 scores of 8-bit queries and keys, 8-bit probabilities and values,
+    keys and values with zero point 0, and sums that are proved to fit. A code may depend on its
+    operands only; in vector code (`elementwise.in_lanes`) it depends on its place, too. A GPU needs
+    shapes in whole blocks, and keys that its registers hold.
+
+    Returns:
+      By the name of the last output.
     """
     found = (_chain(graph, layer, n) for n in graph.nodes if isinstance(n.op, Softmax))
     return {c.outputs[-1]: c for c in found if c is not None and _fits(graph, layer, c, constants)}
 
 
 def _chain(graph: Graph, layer: int, softmax: Node) -> Chain | None:
-    """The ops around a SOFTMAX, if they are the five and nothing else reads between them."""
+    """Returns the ops around a SOFTMAX if they are the five and no other op reads their results."""
     made = {n.output: n for n in graph.nodes}
     mask = made.get(softmax.inputs[0])
     scores = made.get(mask.inputs[0]) if mask is not None else None
@@ -97,6 +110,7 @@ def _chain(graph: Graph, layer: int, softmax: Node) -> Chain | None:
 
 
 def _fits(graph: Graph, layer: int, chain: Chain, constants: Mapping[str, Any]) -> bool:
+    """Checks bits, zero points, constants and shapes: the conditions of `chains`."""
     own = [constants.get(name) for name in chain.outputs]
     kinds = get_type_hints(Constants).values()
     if not all(isinstance(c, kind) for c, kind in zip(own, kinds, strict=True)):
@@ -126,7 +140,7 @@ def _fits(graph: Graph, layer: int, chain: Chain, constants: Mapping[str, Any]) 
 
 
 class _Block(NamedTuple):
-    """Keys that are multiplied at a time: `size` from `start`, of which `real` exist."""
+    """Keys that are multiplied at a time: `size` from `start`, of which the first `real` exist."""
 
     start: int
     size: int
@@ -134,6 +148,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(keys: int) -> list[_Block]:
+    """Cuts keys into blocks of `KEYS`, and the remainder into blocks of `REST`."""
     blocks, start = [], 0
     while start < keys:
         size = KEYS if keys - start >= KEYS else REST
@@ -145,22 +160,23 @@ def _blocks(keys: int) -> list[_Block]:
 def attention(
     queries: Array, keys: Array, values: Array, mask: Array, c: Constants, interpret: bool = False
 ) -> Array:
-    """mix(probs(softmax(scores + mask))), the codes of each op from those of the one before.
+    """Computes attention: quantize(softmax(queries keys^T + mask)) values^T, in integer codes.
 
     Args:
-      queries: (M, K) int8, M a multiple of `ROWS`, K a power of two from `FEWEST_TERMS` on.
-      keys: (N, K) int8, zero point 0; N up to `MOST_KEYS`.
-      values: (K, N) int8, zero point 0.
-      mask: (M, N) int16.
-      interpret: compute as ordinary JAX, where there is no GPU.
+      queries: (M, K) int8 codes; M a multiple of `ROWS`, K a power of two >= `FEWEST_TERMS`.
+      keys: (N, K) int8 codes, zero point 0; N up to `MOST_KEYS`.
+      values: (K, N) int8 codes, zero point 0.
+      mask: (M, N) int16 codes.
+      c: constants of the five ops.
+      interpret: compute as ordinary JAX, without a GPU.
 
     Returns:
-      (M, K) int8.
+      (M, K) int8 codes, those of the five ops one by one.
     """
     blocks = _blocks(keys.shape[0])
     more = blocks[-1].start + blocks[-1].size - keys.shape[0]
     keys, values = jnp.pad(keys, ((0, more), (0, 0))), jnp.pad(values, ((0, 0), (0, more)))
-    # Of the mask one term for all heads and sequences.
+    # The mask's term of the ADD is the same for all heads and sequences: computed once, outside.
     masks = elementwise.add_term(mask, c.mask.y_zero_point, c.mask.y_scale)
     masks = jnp.pad(masks, ((0, 0), (0, more)))
     offsets = (_offset(c.scores, keys), _offset(c.mixed, values))
@@ -188,7 +204,7 @@ def attention(
 
 
 def _spec(array: Array, by_rows: bool) -> pl.BlockSpec:
-    """A block of `ROWS` rows at a time, or the whole array each time."""
+    """Block of an array that one call of the kernel reads: the next `ROWS` rows, or all of it."""
     zeros = (np.int32(0),) * (array.ndim - 1)
     if by_rows:
         return pl.BlockSpec((ROWS, *array.shape[1:]), lambda i: (i, *zeros))
@@ -198,11 +214,12 @@ def _spec(array: Array, by_rows: bool) -> pl.BlockSpec:
 def _attend(
     operands: Sequence[Any], offset: Any, of_mixed: Array, c: Any, blocks: list[_Block]
 ) -> Array:
-    """The codes of one block of queries.
+    """Computes the codes of one block of queries.
 
     Args:
-      operands, offset: references, of which a part is read at a time.
-      of_mixed: (K,) int32.
+      operands: Pallas references to queries, keys, values and the mask's term, read in parts.
+      offset: reference to `_offset` of the scores, (N,).
+      of_mixed: `_offset` of the mix, (K,) int32.
       c: `Constants`, with references in place of tables.
     """
     queries, keys, values, masks = operands
@@ -227,17 +244,17 @@ def _attend(
 
 
 def _offset(c: BatchMatmulConstants, y: Array) -> Array:
-    """What the zero point of x adds to sum_k x_k y_nk, (N,) int32."""
+    """Zero point's part of sum_k (x_k - zx) y_nk: -zx sum_k y_nk, (N,) int32."""
     return -jnp.asarray(c.x_zero_point) * jnp.sum(y, 1, dtype=jnp.int32)
 
 
 def _product(x: Array, y: Array) -> Array:
-    """x y^T of bytes."""
+    """Multiplies int8 arrays: x y^T, as int32."""
     return dot(x, y, (((1,), (1,)), ((), ())))
 
 
 def _only_real(x: Array, block: _Block, other: int) -> Array:
-    """`other` in place of keys that do not exist."""
+    """Replaces the values of keys that do not exist by `other`."""
     if block.real == block.size:
         return x
     exists = jax.lax.iota(jnp.int32, block.size) < np.int32(block.real)

@@ -1,4 +1,4 @@
-"""The constants of every op of a layer, from a model's integers by a profile's rules."""
+"""Constants of every op of a layer, made from a model's integers by a profile's rules."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ from qnpu_sim.rounding import Rules
 
 
 def dtype_of(spec: TensorSpec, layer: int) -> np.dtype:
-    """int8 for codes of up to 8 bits, int16 above."""
+    """Type of a tensor's codes in one layer: int8 up to 8 bits, int16 above."""
     return np.dtype(np.int8 if spec.quant.bits[layer] <= 8 else np.int16)
 
 
 def narrow_source(graph: Graph, name: str, layer: int) -> str:
-    """The 8-bit tensor that `name` was widened from (exactly), or `name`."""
+    """Name of the 8-bit tensor that a 16-bit one was widened from, exactly (`graph.WIDENING`);
+    `name` itself if there is none."""
     producer = next((n for n in graph.nodes if n.output == name), None)
     if producer is None or not isinstance(producer.op, Requantize):
         return name
@@ -52,16 +53,22 @@ def narrow_source(graph: Graph, name: str, layer: int) -> str:
 
 
 def tight_sums(model: IntegerModel, dec: Any, rules: Rules) -> frozenset[str]:
-    """Outputs of ops whose sums are not proved to fit the profile's accumulators, by global name.
+    """Finds the sums that are not proved to fit the profile's accumulators.
+
+    Args:
+      dec: the graphs (`IntegerModel.decoder`).
+
+    Returns:
+      Global names of the outputs of their ops; empty for a profile without `accumulator_bits`.
 
     Raises:
-      UserError: there are some, and the profile does not say what happens to them; or a sum passes
-        what the file and the profile's kernels have for it.
+      UserError: there are such sums, and the profile's `overflow` is `error`; or a sum does not fit
+        the accumulator that the file and the profile's kernels have for it.
     """
     intermediates.check(intermediates.proved_intermediates(dec, model.tensors))
     bits = rules.accumulator_bits
     int4 = _int4_linears(dec) if rules.xnnpack else frozenset()
-    # Of linears, `freeze` has proved that they fit what the file has for them.
+    # `freeze` has proved that the sums of linears fit the accumulators that the file has for them.
     proved = bits is None and rules.rescaled_bits == 64 and not int4
     bounds = accumulators.proved_bounds(dec, model.tensors, linears=not proved)
     if bits is None:
@@ -82,7 +89,8 @@ def tight_sums(model: IntegerModel, dec: Any, rules: Rules) -> frozenset[str]:
 
 
 def _int4_linears(dec: Any) -> frozenset[str]:
-    """Outputs of what XNNPACK may take with int4 weights."""
+    """Global names of the outputs of linears with 8-bit input and int4 weights, which XNNPACK may
+    take."""
     return frozenset(
         graph.global_name(layer, node.output)
         for graph in dec.graphs
@@ -109,7 +117,7 @@ def _too_wide(passing: list[Bound], got: str, way_out: str) -> UserError:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """One layer of a graph: what the constants of its ops are made from.
+    """One layer of a graph, with everything that the constants of its ops are made from.
 
     Attributes:
       codes: of parameters and shared inputs by local name.
@@ -132,7 +140,7 @@ class _Layer:
         return self.graph.at(self.model.tensors[self.graph.prefix + name].scale, self.index)[()]
 
     def type_of(self, name: str) -> QuantizedType:
-        """Of an activation or input."""
+        """Quantization of an activation or input."""
         tensor = self.model.tensors[self.graph.prefix + name]
         zero_point = int(self.graph.at(tensor.zero_point, self.index))
         bits = self.graph[name].quant.bits[self.index]
@@ -144,8 +152,8 @@ class _Layer:
         return Weights(self.codes[name], self.codes[bias], self.scale(name), bits)
 
     def factor(self, name: str, tight: bool) -> QuantizedType:
-        """Type of an operand of BATCH_MATMUL: bits of the tensor, scale and zero point of what is
-        multiplied (`matmul_operand`)."""
+        """Quantization of an operand of BATCH_MATMUL: its own bits, and scale and zero point of the
+        tensor that is multiplied in its place (`matmul_operand`)."""
         multiplied = self.type_of(matmul_operand(self.graph, name, self.index, tight))
         return multiplied._replace(bits=self.type_of(name).bits)
 
@@ -158,14 +166,17 @@ def constants_of(
     rules: Rules,
     tight: frozenset[str],
 ) -> dict[str, Any]:
-    """The kernels' constants of one layer, by local name of the op's output.
+    """Makes the kernels' constants of one layer.
 
     Args:
-      codes: of parameters and shared inputs by local name.
+      codes: of parameters and shared inputs, by local name.
       tight: `tight_sums` of the same rules.
 
+    Returns:
+      By local name of the op's output. Ops that move codes have none, nor have identities.
+
     Raises:
-      UserError: the profile cannot represent an op.
+      UserError: the profile cannot represent an op; its global name comes first.
     """
     own = _Layer(model, graph, layer, codes, rules, tight)
     made = {}
@@ -214,9 +225,10 @@ def _prepare(layer: _Layer, node: Node) -> Any:
 
 
 def matmul_operand(graph: Graph, name: str, layer: int, tight: bool) -> str:
-    """The tensor that a BATCH_MATMUL multiplies in place of an operand: the bytes that it was
-    widened from (`narrow_source`).
+    """Name of the tensor that a BATCH_MATMUL multiplies in place of an operand: the 8-bit tensor
+    that it was widened from (`narrow_source`).
 
-    A `tight` sum is limited term by term, so it has to be the file's own: the operand itself.
+    A `tight` sum is limited product by product, so its products have to be the file's: it
+    multiplies the operand itself.
     """
     return name if tight else narrow_source(graph, name, layer)

@@ -1,4 +1,4 @@
-"""What a run really used of its accumulators, to be held against what was proved."""
+"""Accumulator values that a run reached, to be compared with the proved bounds."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ from qnpu_sim.program import Program, steps
 
 
 class Range(NamedTuple):
-    """Smallest and largest accumulator of each channel, (N,) int64: one per output channel of a
-    FULLY_CONNECTED, one for all of a BATCH_MATMUL."""
+    """Smallest and largest accumulator per channel, (N,) int64.
+
+    A FULLY_CONNECTED has one channel per output; a BATCH_MATMUL counts as one channel.
+    """
 
     low: np.ndarray
     high: np.ndarray
 
     def joined(self, other: Range) -> Range:
-        """That of both runs."""
+        """Returns the range of two runs together."""
         return Range(np.minimum(self.low, other.low), np.maximum(self.high, other.high))
 
 
 def observed_ranges(model: IntegerModel, program: Program, ids: np.ndarray) -> dict[str, Range]:
-    """What every FULLY_CONNECTED and BATCH_MATMUL reached on a text, by global name.
+    """Measures the accumulators of every FULLY_CONNECTED and BATCH_MATMUL on a text.
 
-    Holds one layer's tensors at a time.
+    Sequences run one after the other. Memory holds one layer's tensors at a time.
 
     Args:
-      program: of the model and of T tokens.
-      ids: (B, T) token ids, one sequence after the other.
+      program: `compile_model` of the model for T tokens.
+      ids: (B, T) token ids.
+
+    Returns:
+      Range over all sequences, by global name of the op's output.
     """
     found: dict[str, Range] = {}
     for sequence in ids:
@@ -46,11 +51,14 @@ def observed_ranges(model: IntegerModel, program: Program, ids: np.ndarray) -> d
 def observed_accumulators(
     model: IntegerModel, dec: Any, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, int]:
-    """Largest |accumulator| of every FULLY_CONNECTED and BATCH_MATMUL, by global name.
+    """Finds the largest |accumulator| of every FULLY_CONNECTED and BATCH_MATMUL in one run.
 
     Args:
       dec: the graphs that ran.
-      tensors: codes of every tensor of one sequence (`qnpu_sim.program.run` with everything kept).
+      tensors: codes of every tensor of one sequence, by global name (`run` with `keep="*"`).
+
+    Returns:
+      By global name of the op's output.
     """
     found: dict[str, int] = {}
     for graph in dec.graphs:
@@ -65,10 +73,14 @@ def observed_accumulators(
 def _layer_ranges(
     model: IntegerModel, graph: Graph, layer: int, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Range]:
-    """By global name, from activations by local name.
+    """Ranges of one layer's accumulators, by global name.
 
-    Sums are made anew from the codes in float64, where they are exact: |x - z| < 2^17, |w| < 2^7
-    and fewer than 2^20 terms stay below 2^53 (16 x 16 bits: fewer than 2^21 terms of 2^32).
+    The sums are recomputed from the codes in float64, which holds integers up to 2^53 exactly:
+    FULLY_CONNECTED has fewer than 2^20 terms below 2^17 2^7, BATCH_MATMUL fewer than 2^21 terms
+    below 2^32.
+
+    Args:
+      tensors: activations and inputs by local name.
     """
     return {
         graph.global_name(layer, node.output): _range(model, graph, layer, node, tensors)

@@ -1,10 +1,11 @@
-"""Constants of the kernels, made once on the host from scales and zero points.
+"""Constants of each kernel, made once on the host from scales and zero points.
 
-Every real number is rounded here as the C++ does it, in float32 or float64 as written there; the
-kernels see integers (and, in LiteRT's profiles, the factors and tables that it has in floating
-point). What differs between profiles is read from `qnpu_sim.rounding.Rules`.
+Every real number is rounded here, in float32 or float64 as the kernel's C++ does it. The kernels
+themselves see integers, and in LiteRT's profiles the factors and tables that LiteRT keeps in
+floating point. `qnpu_sim.rounding.Rules` says where profiles differ.
 
-Scales are np.float32, zero points ints; those of int16 tensors are 0.
+In equations sx, sy and s are the scales of the inputs and the output. f32(..) and f64(..) say in
+which precision a product or quotient is rounded.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from qnpu_sim.rounding import Rules, Scale
 
 
 class QuantizedType(NamedTuple):
-    """How a tensor is quantized: real = scale (code - zero_point).
+    """How an activation or input is quantized: real = scale (code - zero_point).
+
+    >>> QuantizedType(np.float32(0.5), -3).narrow
+    True
 
     Attributes:
-      scale: float32.
-      zero_point: a code; 0 for int16.
-      bits: up to 8 are stored as int8, more as int16.
+      scale: float32 real units per code, > 0.
+      zero_point: the code of real 0; 0 for int16.
+      bits: width of a code; up to 8 are held as int8, more as int16.
     """
 
     scale: np.float32
@@ -47,13 +51,13 @@ class QuantizedType(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The second and third operand of a FULLY_CONNECTED.
+    """Weights and bias of a FULLY_CONNECTED.
 
     Attributes:
-      codes: (N, K) int8.
+      codes: (N, K) int8; zero point 0.
       bias: (N,) int32, or int64 (int16 activations only) for a 64-bit accumulator.
-      scale: float32, of the tensor () or per channel (N,).
-      bits: of the codes in the file, 8 or 4.
+      scale: float32 real units per code, () for the tensor or (N,) per channel.
+      bits: width of a weight in the file, 8 or 4.
     """
 
     codes: np.ndarray
@@ -65,17 +69,24 @@ class Weights(NamedTuple):
 def prepare_fully_connected(
     x: QuantizedType, w: Weights, out: QuantizedType, rules: Rules, *, tight: bool = False
 ) -> FullyConnectedConstants:
-    """Constants of `kernels.fully_connected`.
+    """Makes the constants of `kernels.fully_connected`.
 
-    The input's zero point (int8) or the 128 of the byte split (int16) meets the weights only
-    through their row sums: offset = bias - zero_point rowsum(w), or bias + 128 rowsum(w), equal to
-    the kernel's sum modulo 2^32 or 2^64.
+    The zero point of int8 codes, and the 128 that is left when int16 codes are split into bytes
+    (`kernels`), are added to every code of the input. So they contribute a constant per channel,
+    which joins the bias:
+
+        offset = bias - zero_point rowsum(w)   (int8)
+        offset = bias + 128 rowsum(w)          (int16)
+
+    The accumulator equals the kernel's modulo 2^32 or 2^64.
 
     Args:
       tight: the sum is not proved to fit `rules.accumulator_bits`.
 
     Raises:
-      UserError: the profile cannot represent the op.
+      UserError: XNNPACK fails at these scales.
+
+    Reference: LiteRT kernels/fully_connected.cc, `Prepare`.
     """
     row_sum = w.codes.sum(1, dtype=np.int64)
     offset = w.bias.astype(np.int64) + (-x.zero_point if x.narrow else 128) * row_sum
@@ -89,10 +100,9 @@ def prepare_fully_connected(
 def _linear_scale(
     x: QuantizedType, w: Weights, out: QuantizedType, rules: Rules, limit: Limit
 ) -> tuple[Scale, Limit]:
-    """The rescaling of a FULLY_CONNECTED by x_scale * weight_scale / scale, and the limit of its
-    accumulator.
+    """Rescaling of a FULLY_CONNECTED by sx sw / s, and the limit of its accumulator.
 
-    The product of the two scales is of float64, or by `rules.one_scale`.
+    The product sx sw is float64, or float32 where `rules.one_scale` says so.
     """
     weight_scales = np.broadcast_to(np.asarray(w.scale, np.float32), w.bias.shape)
     scales = (x.scale, weight_scales, out.scale)
@@ -109,6 +119,11 @@ def _linear_scale(
 
 
 def _limit(rules: Rules, tight: bool, x_zero_point: int, start: np.ndarray) -> Limit:
+    """Limit of an accumulator; None where its sum is proved to fit.
+
+    Args:
+      start: the accumulator before the first product.
+    """
     if not tight:
         return None
     assert rules.accumulator_bits is not None
@@ -120,13 +135,16 @@ def _limit(rules: Rules, tight: bool, x_zero_point: int, start: np.ndarray) -> L
 def prepare_batch_matmul(
     x: QuantizedType, y: QuantizedType, out: QuantizedType, rules: Rules, *, tight: bool = False
 ) -> BatchMatmulConstants:
-    """Constants of `kernels.batch_matmul`: factor double(f32(sx sy)) / double(s) in every profile
-    but XNNPACK's.
+    """Makes the constants of `kernels.batch_matmul`: factor f64(f32(sx sy) / s), XNNPACK's
+    f32(f32(sx sy) / s).
 
     Args:
-      x, y: an int16 operand that was widened from int8 has the scale and zero point of its bytes,
-        and 16 bits.
+      x, y: an int16 operand that was widened from int8 is given with 16 bits, but with the scale
+        and zero point of its int8 codes, which the kernel multiplies.
       tight: the sum is not proved to fit `rules.accumulator_bits`.
+
+    Raises:
+      UserError: XNNPACK fails at these scales, here and in the functions below.
 
     Reference: LiteRT kernels/kernel_util.cc, `GetQuantizedConvolutionMultipler`.
     """
@@ -145,8 +163,10 @@ def prepare_batch_matmul(
 def prepare_add(
     x: QuantizedType, y: QuantizedType, out: QuantizedType, rules: Rules
 ) -> elementwise.Add:
-    """Constants of `elementwise.add`: with t = 2 max(sx, sy), factors sx / t, sy / t and
-    t / (2^L s).
+    """Makes the constants of `elementwise.add`.
+
+    With t = 2 max(sx, sy), the factors of the inputs are sx / t and sy / t, and the sum's is
+    t / (2^L s); L is 20 for int8 and 15 for int16.
 
     Reference: LiteRT kernels/add.cc, `Prepare`.
     """
@@ -167,7 +187,7 @@ def prepare_add(
 def prepare_mul(
     x: QuantizedType, y: QuantizedType, out: QuantizedType, rules: Rules
 ) -> elementwise.Mul:
-    """Constants of `elementwise.mul`: factor f32(f32(sx sy) / s).
+    """Makes the constants of `elementwise.mul`: factor f32(f32(sx sy) / s).
 
     Reference: LiteRT kernels/mul.cc, `Prepare`.
     """
@@ -183,7 +203,10 @@ def prepare_mul(
 
 
 def prepare_quantize(x: QuantizedType, out: QuantizedType, rules: Rules) -> elementwise.Quantize:
-    """Constants of `elementwise.quantize`: factor double(sx) / double(s).
+    """Makes the constants of `elementwise.quantize`: factor f64(sx / s).
+
+    Args:
+      out: may have another width than x.
 
     Reference: LiteRT kernels/quantize.cc, `Prepare`.
     """
@@ -200,11 +223,16 @@ def prepare_quantize(x: QuantizedType, out: QuantizedType, rules: Rules) -> elem
 def prepare_softmax_int8(
     x_scale: np.float32, rules: Rules
 ) -> SoftmaxInt8Constants | SoftmaxFloatConstants:
-    """Constants of `kernels.softmax_int8`: the exponential of every difference to the row's
-    maximum.
+    """Makes the constants of `kernels.softmax_int8`: exp(-sx d) for d = row maximum - code.
+
+    In fixed point, -sx d is made as Q5.26 by SRDHM with the multiplier of sx 2^26. A difference
+    above the input radius, where Q5.26 would overflow, gives 0.
+
+    Args:
+      x_scale: of the logits.
 
     Reference: LiteRT internal/quantization_util.cc, `PreprocessSoftmaxScaling`,
-      `CalculateInputRadius`.
+      `CalculateInputRadius`; internal/reference/softmax.h, `Softmax` (int8).
     """
     if rules.softmax8 == "float32":
         return SoftmaxFloatConstants(tables.softmax_exp(x_scale))
@@ -224,8 +252,13 @@ def prepare_softmax_int8(
 
 
 def prepare_softmax_int16(x_scale: np.float32, rules: Rules) -> SoftmaxInt16Constants:
-    """Constants of `kernels.softmax_int16`: [-10, 0] is stretched over 65,536 steps, and clipped
-    there.
+    """Makes the constants of `kernels.softmax_int16`: exp(-sx d) for d = row maximum - code.
+
+    The interval [-10, 0] is stretched over the int16 range: index = 32767 - d sx 65535 / 10,
+    clipped at -32768. The table of exp is interpolated there.
+
+    Args:
+      x_scale: of the logits.
 
     Reference: LiteRT kernels/activations.cc, `SoftmaxPrepare`; reference/softmax.h,
       `SoftMaxCalculateExp`.
@@ -239,12 +272,17 @@ def prepare_softmax_int16(x_scale: np.float32, rules: Rules) -> SoftmaxInt16Cons
 
 
 Unary = Literal["logistic", "sqrt", "rsqrt"]
+"""An op of one input that is a look-up."""
 
 
 def prepare_unary(op: Unary, x: QuantizedType, out: QuantizedType, rules: Rules) -> TableConstants:
-    """Constants of `kernels.unary`: the op's value at every code of `x`.
+    """Makes the constants of `kernels.unary`: the table of the op's output for every code of x.
 
-    LOGISTIC's output is fixed at (1/256, -128) or (1/32768, 0) and does not depend on `out`.
+    Args:
+      out: of x's width. LOGISTIC's output has a fixed scale and zero point, (1/256, -128) or
+        (1/32768, 0), and does not depend on it.
+
+    Reference: see the functions of `qnpu_sim.tables`.
     """
     qparams = (x.scale, x.zero_point)
     dtype = np.int8 if x.narrow else np.int16
@@ -270,8 +308,10 @@ def prepare_unary(op: Unary, x: QuantizedType, out: QuantizedType, rules: Rules)
 def _sampled(
     op: Literal["logistic", "rsqrt"], x: QuantizedType, out: QuantizedType, entries: int
 ) -> np.ndarray:
-    """LOGISTIC or RSQRT in so many samples; codes at or below the zero point of RSQRT give its
-    largest."""
+    """Table of LOGISTIC or RSQRT from `entries` samples.
+
+    RSQRT of codes at or below the zero point gives the largest output code.
+    """
     x_scale, scale, zero_point = float(x.scale), float(out.scale), out.zero_point
     if op == "logistic":
         scale, zero_point = (2.0**-8, -128) if x.narrow else (2.0**-15, 0)

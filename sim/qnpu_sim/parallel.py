@@ -1,7 +1,6 @@
-"""Data parallelism: the sequences of a batch are shared out over devices, each of which has all
-weights.
+"""Data parallelism: every device has all weights and runs a share of a batch's sequences.
 
-Sequences do not meet, so nothing is exchanged, and the bits are those of one device.
+Sequences do not depend on each other, so devices exchange nothing, and the bits are those of one.
 """
 
 from __future__ import annotations
@@ -15,23 +14,27 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _BATCH = "batch"
-"""The one axis of a mesh."""
+"""Name of the mesh's only axis."""
 _ALL, _SHARE = PartitionSpec(), PartitionSpec(_BATCH)
 
 
 def mesh_of(devices: Sequence[Any]) -> Mesh:
-    """The devices in a row."""
+    """Puts devices into a mesh of one axis."""
     return Mesh(np.asarray(devices), (_BATCH,))
 
 
 def replicate(mesh: Mesh, arrays: Any) -> Any:
-    """All arrays of a tree on every device."""
+    """Copies every array of a pytree to every device."""
     return jax.device_put(arrays, NamedSharding(mesh, _ALL))
 
 
 def spread(mesh: Mesh, ids: jax.Array) -> jax.Array:
-    """(T,) ids on every device, (B, T) ids shared out: with sequences of token 0 after them up to a
-    multiple of the devices, which change nothing in the others."""
+    """Shares token ids out over the devices.
+
+    Args:
+      ids: (B, T), padded with sequences of token 0 to a multiple of the devices; or (T,), copied to
+        every device.
+    """
     if ids.ndim == 1:
         return replicate(mesh, ids)
     padded = jnp.pad(ids, ((0, -ids.shape[0] % mesh.size), (0, 0)))
@@ -39,8 +42,12 @@ def spread(mesh: Mesh, ids: jax.Array) -> jax.Array:
 
 
 def shards(mesh: Mesh, function: Callable[..., Any], *, batched: bool) -> Callable[..., Any]:
-    """function(constants..., values) on every device, with all constants and its own share of the
-    values; with all of them where they are not `batched`."""
+    """Wraps function(*constants, values) to run on every device of the mesh.
+
+    Args:
+      batched: each device gets its share of the values, along their first axis; otherwise it gets
+        all of them. Constants are the same everywhere.
+    """
     share = _SHARE if batched else _ALL
 
     def call(*args: Any) -> Any:
@@ -49,7 +56,7 @@ def shards(mesh: Mesh, function: Callable[..., Any], *, batched: bool) -> Callab
             mesh=mesh,
             in_specs=(*(_ALL for _ in args[1:]), share),
             out_specs=share,
-            check_vma=False,  # JAX cannot see that what is not batched is computed alike everywhere
+            check_vma=False,  # JAX cannot prove that unbatched results are the same on every device
         )(*args)
 
     return call

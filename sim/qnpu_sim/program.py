@@ -1,9 +1,8 @@
-"""The simulator: an `IntegerModel` executed on integers, every tensor by name.
+"""The simulator's front door: `compile_model` prepares an `IntegerModel`, `run` executes it.
 
-One compiled layer serves all layers: what differs between them (weights, multipliers, tables) is an
-argument. Bits are part of the compiled program, so a model of mixed precision compiles one layer
-per pattern of bits. A GPU computes all layers in one program (`qnpu_sim.all_layers`), where only logits are
-asked for.
+Layers share one compiled program: weights, multipliers and tables are its arguments. Bits are part
+of the program, so a model of mixed precision compiles one per pattern of bits. Where only logits
+are asked for, a GPU computes all layers in one program (`qnpu_sim.all_layers`).
 """
 
 from __future__ import annotations
@@ -30,18 +29,20 @@ from qnpu_sim.rounding import Profile, rules_of
 from qnpu_sim.run_graph import Codes, run_graph, same_bits, sequence_input
 
 NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
+"""The default of `run`'s inputs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A model made ready for one profile and one length.
+    """A model prepared for one rounding profile and one sequence length.
 
     Attributes:
       decoder: the staged graphs (`IntegerModel.decoder`).
+      profile: whose arithmetic it has.
       codes: per graph and layer, codes of parameters and shared inputs by local name.
-      constants: per graph and layer, the kernels' constants by output name.
-      mesh: the devices that share a batch's sequences; None for one.
-      at_once: whether all layers run in one program where nothing but the logits is kept.
+      constants: per graph and layer, the kernels' constants by the op's output name.
+      mesh: the devices that share a batch's sequences; None for JAX's default device.
+      at_once: all layers run in one program where only the logits are kept.
     """
 
     decoder: Any
@@ -53,7 +54,7 @@ class Program:
 
     @cached_property
     def stacks(self) -> list[list[Stack]]:
-        """Per graph its layers' codes and constants, stacked."""
+        """Codes and constants of each graph's layers, stacked (`all_layers`) when first read."""
         graphs = zip(self.decoder.graphs, self.codes, self.constants, strict=True)
         with jax.enable_x64():
             made = [stacks(graph, list(zip(*own, strict=True))) for graph, *own in graphs]
@@ -72,18 +73,21 @@ def compile_model(
     devices: Sequence[Any] | None = None,
     at_once: bool | None = None,
 ) -> Program:
-    """Makes the constants of every op and puts them and the weights on the device.
+    """Prepares a model: makes the constants of every op, and puts them and the weights on the
+    device.
+
+    The bits that `run` gives depend on the profile only, not on `devices` or `at_once`.
 
     Args:
-      dec: `model.decoder(tokens, ...)`.
+      dec: the graphs for the length to run, `model.decoder(tokens, ...)`.
       profile: a name of `qnpu_sim.rounding.PROFILES`, or an `Npu`.
-      devices: of JAX; each gets all weights, and its share of the sequences of a batch;
-        None for JAX's default device. The bits do not depend on them.
-      at_once: all layers in one program where `run` keeps nothing; None: on a GPU. The bits do not
-        depend on it.
+      devices: JAX devices; each gets all weights and a share of a batch's sequences. None: JAX's
+        default device.
+      at_once: run all layers in one program where only the logits are kept. None: on a GPU.
 
     Raises:
-      UserError: the profile cannot represent an op, or its accumulators may overflow.
+      UserError: no profile has this name, the profile cannot represent an op, or its accumulators
+        may overflow.
     """
     rules = rules_of(profile)
     tight = tight_sums(model, dec, rules)
@@ -109,22 +113,24 @@ def run(
     keep: Callable[[str], bool] | str = nothing,
     inputs: Mapping[str, Any] = NO_INPUTS,
 ) -> Codes:
-    """Codes of the logits, and of every tensor whose global name `keep` accepts.
+    """Runs a program on token ids; returns the codes of the logits and of the tensors to keep.
 
     Args:
-      ids: (T,) or (B, T) token ids. Of a program on several devices each takes B / devices
-        sequences, rounded up; one sequence (T,) alone is run by all of them alike.
-      keep: chooses computed tensors by global name: a predicate, or a shell-style pattern
-        (`layers.3.attn.*`), upper and lower case told apart.
-      inputs: of the layers; cached keys and values `layers.3.attn.cache_k` (N, C, K) where the
-        program has a cache, and in place of the program's own what all layers share (`mask`,
-        `rope.cos`, `rope.sin`). Takes one sequence, ids (T,).
+      ids: (T,) or (B, T) token ids in [0, vocabulary). Several devices take B / devices sequences
+        each, rounded up; one sequence (T,) is run by all of them alike.
+      keep: the computed tensors to return besides the logits, by global name (`layers.3.attn.q`): a
+        predicate, or a shell-style pattern such as `layers.3.attn.*`, case-sensitive.
+      inputs: integer codes of the layers' inputs, for one sequence, ids (T,). By global name the
+        cached keys and values of a program with a cache, `layers.3.attn.cache_k` (N, C, K). By
+        local name, in place of the program's own, the inputs that all layers share: `mask`,
+        `rope.cos`, `rope.sin`.
 
     Returns:
-      By global name: `head.logits` (.., T, V) and what was kept, with the batch axis of `ids`.
+      int8 or int16 codes by global name: `head.logits` (.., T, V) and the tensors kept, with the
+      batch axis of `ids`.
 
     Raises:
-      UserError: a pattern that matches no computed tensor.
+      UserError: the pattern matches no computed tensor.
     """
     if not callable(keep):
         keep = _matching(program.decoder, keep)
@@ -167,7 +173,7 @@ def _matching(dec: Any, pattern: str) -> Callable[[str], bool]:
 
 
 def _logits(program: Program, ids: jax.Array) -> jax.Array:
-    """By all layers in one program, for a part of the batch at a time."""
+    """Computes logits with all layers in one program, for part of the batch at a time."""
     mesh, size = program.mesh, len(ids)
     if ids.ndim == 2:
         size = sequences_at_once(*ids.shape) * (1 if mesh is None else mesh.size)
@@ -186,7 +192,15 @@ def steps(
     keep: Callable[[str], bool],
     inputs: Mapping[str, Any] = NO_INPUTS,
 ) -> Iterator[tuple[Graph, int, Codes]]:
-    """Graph by graph and layer by layer: its output and the kept tensors, by local name."""
+    """Runs a program layer by layer; yields the codes of one layer at a time.
+
+    Args:
+      ids, inputs: as for `run`.
+      keep: predicate over global names.
+
+    Yields:
+      The graph, the layer, and by local name its output and the tensors to keep.
+    """
     mesh, ids = program.mesh, jnp.asarray(ids, jnp.int32)
     values: Codes = {"ids": ids if mesh is None else parallel.spread(mesh, ids)}
     run_layer = _compiled_layer(mesh)
@@ -204,7 +218,7 @@ def steps(
             own = {t.name: graph.global_name(layer, t.name) for t in graph.named("input")}
             given = {n: inputs.get(g, inputs.get(n)) for n, g in own.items()}
             values |= {n: jnp.asarray(x) for n, x in given.items() if x is not None}
-            with jax.enable_x64():  # not while the caller has what is yielded
+            with jax.enable_x64():  # closed before the yield: the caller's code runs there
                 env = run_layer(step, codes[layer], constants[layer], values)
             filled = mesh is not None and ids.ndim == 2 and ids.shape[0] % mesh.size
             yield graph, layer, {n: x[: len(ids)] for n, x in env.items()} if filled else env
@@ -215,14 +229,14 @@ _CPU_OPTIONS = {
     "xla_disable_hlo_passes": "cse_barrier_expander,tree_reduction_rewriter",
     "xla_cpu_prefer_vector_width": 512,
 }
-"""Two passes of XLA's CPU compiler cost half of the speed, and bits depend on none of this. One
-removes the barriers of `run_graph` before fusion, which then computes a tensor anew for each of its
-readers; the other cuts integer reductions into windows that it does not vectorize."""
+"""Options of XLA's CPU compiler that double the speed and change no bit. The first disabled pass
+removes the barriers of `run_graph` before fusion, which then computes a tensor once for each of its
+readers. The second cuts integer reductions into windows that XLA does not vectorize."""
 
 
 def sequences_at_once(batch: int, tokens: int) -> int:
-    """So many sequences of a batch are computed at a time: on a CPU enough for the dots and few
-    enough for caches, on a GPU enough to fill it."""
+    """Chooses how many sequences of a batch are computed at a time: 512 tokens on a CPU, which are
+    enough for efficient dots and fit its caches, and 8,192 on a GPU, which fill it."""
     fit = (512 if jax.default_backend() == "cpu" else 8192) // tokens
     return max(1, min(batch, fit))
 
@@ -253,7 +267,12 @@ def _run_all_on(
 
 
 class _Step(NamedTuple):
-    """One compiled program: a layer of a graph, and the tensors that it returns, by local name."""
+    """Static part of a compiled layer.
+
+    Attributes:
+      layer: the first one of these bits (`run_graph.same_bits`).
+      kept: local names of the tensors to return.
+    """
 
     graph: Graph
     layer: int

@@ -1,4 +1,4 @@
-"""One graph on integers: what each of its ops computes, and what is left to the compiler."""
+"""Interpreter of one graph on integer codes, traced by JAX."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ from qnpu_jax.graph import (
     Transpose,
     is_identity,
 )
-from qnpu_sim import elementwise, gpu_attention, kernels
+from qnpu_sim import elementwise, gpu_attention, kernels, movement
 from qnpu_sim.channel_blocks import by_channels
 from qnpu_sim.graph_constants import dtype_of, matmul_operand
 
 Codes: TypeAlias = dict[str, jax.Array]
+"""Integer codes by tensor name."""
 
 
 def run_graph(
@@ -44,11 +45,17 @@ def run_graph(
     constants: Mapping[str, Any],
     wanted: Collection[str] | None = None,
 ) -> Codes:
-    """Tensors of one sequence by local name, from codes of inputs and parameters.
+    """Runs one layer of a graph on one sequence.
 
     Args:
-      wanted: those that the caller reads, None for all. Others may be missing: a GPU computes
-        them within a kernel (`qnpu_sim.gpu_attention`).
+      layer: decides the bits of every tensor.
+      values: codes of inputs and parameters by local name.
+      constants: of the ops by output name (`graph_constants.constants_of`).
+      wanted: local names of the tensors that the caller reads; None for all. Others may be missing
+        from the result: a GPU computes them inside a fused kernel (`qnpu_sim.gpu_attention`).
+
+    Returns:
+      Codes of every tensor by local name, `values` included.
     """
     env = dict(values)
     chains = {}
@@ -73,25 +80,26 @@ def run_graph(
 
 
 def sequence_input(graph: Graph) -> tuple[str, tuple[int, ...]]:
-    """Name and shape, for one sequence, of what a graph takes from the one before it: the residual
-    stream, or the token ids that the first one takes."""
+    """Name of a graph's sequence input, and its shape for one sequence: the token ids of the embed
+    graph, the residual stream of the others."""
     if graph.ids is not None:
         return graph.ids.name, graph.ids.shape
     return "input.residual", graph["input.residual"].shape
 
 
 def same_bits(graph: Graph, layer: int) -> int:
-    """The first layer with the same bits everywhere, which has the same compiled program."""
+    """First layer whose tensors all have the bits that they have in this one: both run the same
+    compiled program."""
     bits = [t.quant.bits for t in graph.tensors]
     return next(i for i in range(layer + 1) if all(b[i] == b[layer] for b in bits))
 
 
 def _settled(graph: Graph, node: Node, y: jax.Array) -> jax.Array:
-    """An op's codes, and what keeps XLA from doing worse with them.
+    """Adds a fusion barrier after an op (CPU), or asks for row-major layout (GPU); the bits stay.
 
-    On a CPU a barrier after every op: it would compute the op again in each op that reads it. On a
-    GPU, where fusions are as they should be, rows after products and graphs: it would keep columns,
-    and transpose them for the next product.
+    On a CPU, XLA would otherwise fuse an op into each of its readers, and compute it once for each.
+    On a GPU it fuses well, but it keeps products and outputs of graphs column-major and transposes
+    them before the next product.
     """
     if jax.default_backend() == "cpu":
         return jax.lax.optimization_barrier(y)
@@ -101,10 +109,15 @@ def _settled(graph: Graph, node: Node, y: jax.Array) -> jax.Array:
 
 
 def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: Any) -> jax.Array:
-    """The op's meaning on integer codes."""
+    """Runs one op on integer codes.
+
+    Args:
+      x: codes of its inputs.
+      constants: of its kernel; None for ops that move codes.
+    """
     match node.op:
         case Embedding():
-            return kernels.gather(x[0], x[1])
+            return movement.gather(x[0], x[1])
         case FullyConnected():
             return by_channels(kernels.fully_connected, x[0], x[1], constants)
         case BatchMatmul(adj_y=adj_y):
@@ -127,12 +140,12 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
         case Logistic() | Sqrt() | Rsqrt():
             return kernels.unary(x[0], constants)
         case Reshape(shape=shape):
-            return kernels.reshape(x[0], shape=shape)
+            return movement.reshape(x[0], shape=shape)
         case Transpose(perm=perm):
-            return kernels.transpose(x[0], perm=perm)
+            return movement.transpose(x[0], perm=perm)
         case Slice(begin=begin, size=size):
-            return kernels.slice_(x[0], begin=begin, size=size)
+            return movement.slice_(x[0], begin=begin, size=size)
         case Concat(axis=axis):
-            return kernels.concatenation(*x, axis=axis)
+            return movement.concatenation(*x, axis=axis)
         case _:
             assert_never(node.op)
