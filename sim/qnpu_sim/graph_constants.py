@@ -147,7 +147,7 @@ class _Layer:
         return QuantizedType(self.scale(name), zero_point, bits)
 
     def weights(self, name: str, bias: str) -> Weights:
-        """The constant operands of a FULLY_CONNECTED."""
+        """Constant operands of a FULLY_CONNECTED."""
         bits = self.graph[name].quant.bits[self.index]
         return Weights(self.codes[name], self.codes[bias], self.scale(name), bits)
 

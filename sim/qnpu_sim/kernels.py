@@ -1,4 +1,4 @@
-"""The kernels: one pure function per op, on arrays of integer codes.
+"""Kernels: one pure function per op, on arrays of integer codes.
 
 A kernel takes codes and a NamedTuple of constants, which `qnpu_sim.op_constants` makes from scales
 and zero points. Constants are arrays, so one jitted kernel serves every layer of equal shapes.

@@ -29,7 +29,7 @@ from qnpu_sim.rounding import Rules, Scale
 
 
 class QuantizedType(NamedTuple):
-    """How an activation or input is quantized: real = scale (code - zero_point).
+    """Quantization of an activation or input: real = scale (code - zero_point).
 
     >>> QuantizedType(np.float32(0.5), -3).narrow
     True

@@ -1,4 +1,4 @@
-"""The simulator's front door: `compile_model` prepares an `IntegerModel`, `run` executes it.
+"""Front door of the simulator: `compile_model` prepares an `IntegerModel`, `run` executes it.
 
 Layers share one compiled program: weights, multipliers and tables are its arguments. Bits are part
 of the program, so a model of mixed precision compiles one per pattern of bits. Where only logits
@@ -149,7 +149,7 @@ def run(
 
 
 def _matching(dec: Any, pattern: str) -> Callable[[str], bool]:
-    """The predicate of a shell-style pattern over the global names of computed tensors.
+    """Makes the predicate of a shell-style pattern over the global names of computed tensors.
 
     Raises:
       UserError: it matches none.

@@ -126,7 +126,7 @@ def fixed(kind: Callable[[np.ndarray, np.ndarray], Scale]) -> Rule:
 
 @dataclass(frozen=True)
 class Rules:
-    """The choices of a profile. Ops that are not named here have the same bits in all profiles.
+    """Choices of a profile. Ops that are not named here have the same bits in all profiles.
 
     Attributes:
       linear8: rule of FULLY_CONNECTED on int8.
