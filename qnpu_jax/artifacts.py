@@ -1,5 +1,7 @@
-"""Output folders: written beside their place and moved in whole, so that a killed run leaves
-nothing that loads.
+"""Output folders and files, written whole or not at all.
+
+A folder is written under a hidden name beside its place and renamed when it is complete, so a run
+that is killed leaves nothing that loads. `qnpu_jax.output` reads the folders back.
 """
 
 from __future__ import annotations
@@ -28,20 +30,21 @@ DIAGNOSIS = "diagnosis"
 ACCUMULATORS, ACCUMULATORS_FIGURE = "accumulators.json", "accumulators.svg"
 
 FORMAT = 1
-"""Version of the folder; a reader refuses any other."""
+"""Version of report.json and of the names in the folder; a reader refuses any other."""
 
 WIDTH = 100
-"""Of lines in our JSON files."""
+"""Characters of a line in our JSON files."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Folders that a command makes.
+    """A kind of folder: what a command writes, and may therefore overwrite.
 
     Attributes:
-      files: what they may hold.
-      mark: the one that they always hold.
-      made: names of files that other commands put there.
+      command: the command, for messages.
+      files: names that such a folder may hold.
+      mark: name that it always holds.
+      made: pattern of further names, of files that other commands add.
     """
 
     command: str
@@ -50,7 +53,7 @@ class Kind:
     made: re.Pattern[str] | None = None
 
     def holds(self, name: str) -> bool:
-        """Whether a file or folder of this name may lie in one."""
+        """Tells whether a folder of this kind may hold a file or folder of this name."""
         return name in self.files or bool(self.made and self.made.fullmatch(name))
 
 
@@ -66,23 +69,33 @@ MODELS = Kind(
 
 
 def deployment(use: str, model: str, prefill: int, context: int, signature: str = "") -> str:
-    """Name of a file that is made of a folder's model and kept beside it. It tells which model, so
-    that a folder written again does not meet the file of the old one.
+    """Names a file that is made of a folder's model and kept in the folder.
+
+    The name tells which model, so that a folder written again does not take the file of its earlier
+    model for its own.
+
+    >>> deployment("generate", "0123456789abcdef", 128, 512)
+    'generate-0123456789ab-128-512.tflite'
 
     Args:
-      use: profile or target.
-      model: its hash, of which 12 digits are in the name.
-      signature: the one that it holds, where it is only one.
+      use: export profile, or the chip that it was compiled for.
+      model: SHA-256 of the model, hexadecimal; 12 digits go into the name.
+      prefill: tokens of the prefill signature.
+      context: positions of the KV cache.
+      signature: the signature in the file, where it holds only one.
     """
     parts = (use, model[:12], str(prefill), str(context), signature)
     return "-".join(filter(None, parts)) + ".tflite"
 
 
 def check_writable(out: Path, overwrite: bool, kind: Kind = MODELS) -> None:
-    """Raises UserError where `out` cannot be made: call it before the work, not after.
+    """Checks that a folder can be written; call it before the work, not after.
 
-    Only a folder that holds files of its kind and no others is ever replaced: `--overwrite --out ~`
-    harms nobody.
+    Only a folder that holds files of its kind and no others is ever replaced, so `--overwrite
+    --out ~` harms nobody.
+
+    Raises:
+      UserError: the folder is not empty, holds something else, or cannot be created.
     """
     with system_errors(out):
         if out.exists() and not out.is_dir():
@@ -96,13 +109,17 @@ def check_writable(out: Path, overwrite: bool, kind: Kind = MODELS) -> None:
 
 
 def check_can_create(folder: Path) -> None:
-    """Raises UserError where nothing can be created in an existing folder."""
+    """Checks that files can be created in an existing folder.
+
+    Raises:
+      UserError: they cannot.
+    """
     with system_errors(folder):
         _try_to_create(folder)
 
 
 def _try_to_create(folder: Path) -> None:
-    """To try is the only sure test: root, quotas, read-only disks."""
+    """Tries to create something: the only sure test, given root, quotas and read-only disks."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".qnpu"):
         pass
 
@@ -121,8 +138,11 @@ def _check_ours(out: Path, held: set[str], overwrite: bool, kind: Kind) -> None:
 
 @contextmanager
 def writing(out: Path, overwrite: bool, kind: Kind = MODELS) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends well and vanishes
-    otherwise."""
+    """Gives a folder to write into; it becomes `out` when the block ends well, else vanishes.
+
+    Raises:
+      UserError: as `check_writable`; the disk is full.
+    """
     check_writable(out, overwrite, kind)
     out = out.resolve()
     made = [p for p in out.parents if not p.exists()]
@@ -142,10 +162,13 @@ def writing(out: Path, overwrite: bool, kind: Kind = MODELS) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends well and vanishes otherwise.
+    """Gives a path to write to; the file becomes `path` when the block ends well, else vanishes.
 
     Args:
-      replace: an older file of that name goes at the end; without it, it is an error.
+      replace: replace an older file of that name, at the end; without it, one is an error.
+
+    Raises:
+      UserError: the file exists, its folder does not, or it cannot be written.
     """
     with system_errors(path):
         if path.exists() and not replace:
@@ -164,7 +187,7 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """Turns what the system says while `path` is written into a UserError."""
+    """Turns an error of the system while `path` is written into a UserError."""
     try:
         yield
     except OSError as error:
@@ -175,7 +198,7 @@ def system_errors(path: Path) -> Iterator[None]:
 
 
 def _partial(path: Path) -> Path:
-    """Where to write what becomes `path`: a hidden name beside it, which tells our process.
+    """Gives the hidden name beside `path` under which this process writes it.
 
     Removes what processes that no longer live left there.
     """
@@ -188,7 +211,7 @@ def _partial(path: Path) -> Path:
 
 def _another_lives(pid: int) -> bool:
     if pid == os.getpid():
-        return False  # of an earlier process, as happens in containers
+        return False  # numbers of processes come again in containers: an earlier run's
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -199,8 +222,11 @@ def _another_lives(pid: int) -> bool:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Moves `partial` to `out`. A run killed between the two moves leaves the old folder as
-    .<out>.<pid>.old, which goes when the next one succeeds."""
+    """Moves `partial` to `out`.
+
+    A run killed between the two moves leaves the old folder as .<out>.<pid>.old, which the next
+    run that succeeds removes.
+    """
     if out.exists():
         out.rename(out.with_name(f".{out.name}.{os.getpid()}.old"))
     partial.rename(out)
@@ -209,27 +235,37 @@ def _replace(partial: Path, out: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Hashes a file: SHA-256, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder and below, by relative path."""
+    """Hashes every file in a folder and below: SHA-256 by relative path."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     return {p.relative_to(folder).as_posix(): digest(p) for p in files}
 
 
 def write_json(path: Path, data: Any) -> None:
-    """`layout` in a file."""
+    """Writes a value as JSON, laid out by `layout`."""
     path.write_text(layout(data) + "\n")
 
 
 def layout(value: Any, newline: str = "\n") -> str:
-    """JSON to be read by people: what fits in a line is one, and so is any list of numbers.
+    """Lays a value out as JSON for people: one line where it fits, or where it is a list of numbers.
+
+    >>> print(layout({"name": "w8a8", "bits": [8] * 25, "texts": ["a" * 50, "b" * 50]}))
+    {
+     "name": "w8a8",
+     "bits": [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8],
+     "texts": [
+      "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+      "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+     ]
+    }
 
     Args:
-      newline: what begins a line, with the indentation of the value.
+      newline: what begins a line: the newline and the indentation of the value.
     """
     line = json.dumps(value)
     numbers = isinstance(value, list | tuple) and all(isinstance(x, int | float) for x in value)
@@ -245,10 +281,21 @@ def layout(value: Any, newline: str = "\n") -> str:
 
 
 def columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rows with a "tensor" each as columns by tensor: one value per layer, or one where all agree;
-    with "layers" where only some have a row.
+    """Turns rows, one per tensor and layer, into columns by tensor.
 
-    A report with a row for every layer would be thousands of lines.
+    A column has a value for each layer, or a single value where all layers agree. Where only some
+    layers have a row, "layers" lists them. A report with a row for every layer would have thousands
+    of lines.
+
+    >>> rows = [{"tensor": f"layers.{i}.mlp.up", "bits": 8, "scale": 0.5 + i} for i in range(2)]
+    >>> columns(rows)
+    {'layers.mlp.up': {'bits': 8, 'scale': [0.5, 1.5]}}
+
+    Args:
+      rows: dicts with a "tensor", its name.
+
+    Returns:
+      Columns by the tensor's name without its layer; floats have five digits.
     """
     table: dict[str, dict[str, list[Any]]] = {}
     layers: dict[str, list[int]] = {}
@@ -270,10 +317,15 @@ def columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def check_files(folder: Path, hashes: Mapping[str, Any], by: str, way_out: str) -> None:
-    """Raises UserError for a file that is missing or not as it was: `digests` undone.
+    """Compares files with their hashes.
 
     Args:
-      by: who expects it.
+      hashes: SHA-256 by path below `folder`, as `digests` gives them.
+      by: who expects the files, for messages.
+      way_out: end of the messages.
+
+    Raises:
+      UserError: a file is missing, or is not as it was.
     """
     for name, expected in hashes.items():
         path = folder / name
@@ -287,7 +339,7 @@ def check_files(folder: Path, hashes: Mapping[str, Any], by: str, way_out: str) 
 
 
 def version(package: str) -> str | None:
-    """Of an installed package, None where it is not installed."""
+    """Gives the version of an installed package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Packages that the optional extras bring: whether they are here, in a version that fits."""
+"""Optional packages, which extras of qnpu install: are they here, and in a version that fits?"""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from qnpu_jax.errors import UserError
 
 
 def remedy(extra: str) -> str:
-    """How to install an extra, for the end of an error."""
+    """Says how to install an extra, for the end of an error."""
     return f'install qnpu\'s extra "{extra}": pip install "qnpu[{extra}]"'
 
 
 def version(package: str, extra: str) -> str:
-    """Of a package of an extra.
+    """Gives the version of a package of an extra.
 
     Raises:
       UserError: it is not installed.
@@ -25,7 +25,11 @@ def version(package: str, extra: str) -> str:
 
 
 def check(package: str, wanted: str, extra: str) -> None:
-    """Raises UserError where a package is missing, or its version does not begin with `wanted`."""
+    """Checks that a package of an extra is installed in a version that begins with `wanted`.
+
+    Raises:
+      UserError: it is missing, or has another version.
+    """
     got = version(package, extra)
     if not got.startswith(wanted):
         raise UserError(f"{package}: version {got}, expected {wanted}*; {remedy(extra)}")

@@ -1,4 +1,4 @@
-"""What a long stage reports while it runs: progress, seconds per stage, messages."""
+"""Reports of a long run while it runs: progress, seconds per stage, messages."""
 
 from __future__ import annotations
 
@@ -9,39 +9,48 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
-"""Wraps an iteration of known length for a progress bar: (items, length, what)."""
+"""Shows progress: wraps an iteration of known length, (items, length, what is iterated)."""
 
 
 def untracked(items: Iterable[Any], _: int, __: str) -> Iterable[Any]:
-    """No progress bar."""
+    """Shows no progress."""
     return items
 
 
 @dataclass
 class Clock:
-    """Seconds per stage, in order."""
+    """Clock of a run: seconds of each stage, in the order in which they began."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the block to a stage."""
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class Observer(Clock):
-    """Who watches a run; this one only keeps the time."""
+    """Watches a run; this one keeps the time and shows nothing."""
 
     def track(self, items: Iterable[Any], length: int, what: str) -> Iterable[Any]:
-        """Wraps an iteration of known length."""
+        """Shows the progress of an iteration of known length."""
         return items
 
     def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
-        """After every step of learning: the loss, and the best held-out KL so far."""
+        """Hears of every step of learning.
+
+        Args:
+          stage: number of the stage, the first is 0.
+          step: steps taken, the first is 1.
+          steps: steps of the stage.
+          loss: loss of the step.
+          held_out: lowest KL on held-out text so far, in nats.
+        """
 
     def say(self, message: str) -> None:
-        """What the user should know at once."""
+        """Hears what the user should know at once."""
 
 
 class Told(Observer):

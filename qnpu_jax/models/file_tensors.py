@@ -1,7 +1,8 @@
-"""Tensors that lie in a file, and the one way they become `params`.
+"""Tensors in checkpoint files, and how they become the parameters of a model.
 
-Checked first, then read block by block straight into the final stacked arrays, so loading needs
-little more memory than the parameters. Memory-mapping would: mapped pages count as the process's.
+Names and shapes of all tensors are checked first. Then each tensor is read block by block straight
+into the final stacked arrays, so loading needs little more memory than the parameters. Mapping the
+files into memory would need twice as much: mapped pages count as the process's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qnpu_jax.models.llama import ExpectedTensor, expected_tensors
 
 FloatArray = Float32[np.ndarray, "..."]
 FloatParams = dict[str, FloatArray]
+"""Parameters of a checkpoint by name: real values, in host memory."""
 
 BLOCK = 1 << 20
 """Elements converted at a time (4 MiB of float32)."""
@@ -33,8 +35,8 @@ class StoredTensor:
 
     Attributes:
       file: name of the file, for messages.
-      shape: its shape there, outermost axis first.
-      read: fills a C-contiguous float32 array of that shape.
+      shape: shape in the file, outermost axis first.
+      read: function that fills a C-contiguous float32 array of that shape.
     """
 
     file: str
@@ -48,8 +50,13 @@ def fill_params(
     """Reads every tensor of a model into float32 arrays, those of the layers stacked on axis 0.
 
     Args:
-      stored: the tensors the files hold, by their names there.
+      stored: tensors that the files hold, by their names there.
+      naming: convention of these names.
       where: the model's name, for messages.
+
+    Returns:
+      Arrays by the names of `llama.expected_tensors`.
+
     Raises:
       UserError: a tensor is missing, superfluous, of another shape, or holds NaN or Inf.
     """
@@ -68,7 +75,7 @@ def fill_params(
 def _slots(
     cfg: ModelConfig, tensor: ExpectedTensor, naming: Literal["hf", "gguf"], out: FloatArray
 ) -> Iterator[tuple[str, FloatArray]]:
-    """The file names of one expected tensor, each with the part of `out` that it fills."""
+    """Yields the file names of one expected tensor, each with the part of `out` that it fills."""
     name = getattr(tensor, naming)
     if not tensor.per_layer:
         yield name, out
@@ -84,7 +91,8 @@ def _check_names(
     naming: Literal["hf", "gguf"],
     where: str,
 ) -> None:
-    # One layer beyond the tensors there are is missing; a damaged count must not list 2^32 more.
+    # A damaged count of layers may be 2^32: names of one more layer than there are tensors are
+    # enough to find one that is missing.
     layers = range(min(cfg.num_layers, len(stored) + 1))
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor in expected:
@@ -113,7 +121,7 @@ def _check_names(
 
 
 def _check_finite(file: str, name: str, x: FloatArray) -> None:
-    # min and max pass NaN on and, unlike isfinite(x), need no second array.
+    # min and max are NaN where any value is and, unlike isfinite(x), need no second array.
     if not (math.isfinite(x.min()) and math.isfinite(x.max())):
         count = int(np.count_nonzero(~np.isfinite(x)))
         raise UserError(
@@ -132,9 +140,10 @@ def check_room(file: str, tensor: str, start: int, size: int, available: int) ->
 
 
 def sha256(paths: Sequence[Path]) -> str:
-    """Hash of a model's files: of one `sha256sum FILE`, of many `sha256sum FILES | sha256sum`.
+    """Hashes the files of a model, in hexadecimal.
 
-    Several files are listed by bare name in sorted order, as from inside their folder.
+    One file gives what `sha256sum FILE` prints. Several give `sha256sum FILES | sha256sum`, called
+    in their folder with the names in sorted order.
     """
     digests = {}
     for path in sorted(paths):

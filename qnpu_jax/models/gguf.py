@@ -1,6 +1,8 @@
 """GGUF files (llama.cpp) of architecture `llama`: configuration and dequantized float32 tensors.
 
-Reference: llama.cpp convert_hf_to_gguf.py, `LlamaModel` (what is undone here).
+Conversion to GGUF permutes the rows of q and k and renames tensors; both are undone here.
+
+Reference: llama.cpp convert_hf_to_gguf.py, `LlamaModel`.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from qnpu_jax.models.llama import HEAD
 from qnpu_jax.models.rope_factors import llama3_from_factors
 
 ROPE_FREQS = "rope_freqs.weight"
+"""Tensor of divisors of the RoPE frequencies, in place of llama3 scaling's own parameters."""
 
 
 def load_gguf(file: GgufFile) -> tuple[ModelConfig, FloatParams]:
-    """Configuration and float32 parameters of an opened GGUF file.
+    """Loads configuration and float32 parameters of an opened GGUF file.
 
     Raises:
       UserError: see `read_config`, `fill_params`; a tensor type that `gguf` cannot dequantize.
@@ -46,7 +49,9 @@ def load_gguf(file: GgufFile) -> tuple[ModelConfig, FloatParams]:
 
 
 def read_config(file: GgufFile) -> ModelConfig:
-    """The model's shape: metadata, and for biases and tying, not stated there, which tensors are.
+    """Reads the model's shape from the metadata.
+
+    Biases and tied embeddings are not stated there: the file has them where it has their tensors.
 
     Raises:
       UserError: another architecture, experts, a missing or impossible value, unsupported RoPE
@@ -121,7 +126,7 @@ def _real(file: GgufFile, key: str, default: float) -> float:
     got = file.metadata.get(f"llama.{key}", default)
     if not isinstance(got, int | float) or not (0 < got <= np.finfo(np.float32).max):
         raise _bad_value(file, key, "a positive number", got)
-    # GGUF stores float32: 1e-5 comes back as 9.999999747e-06. The shortest decimal is meant.
+    # GGUF stores float32: 1e-5 comes back as 9.999999747e-06. The shortest decimal was meant.
     return float(str(np.float32(got)))
 
 
@@ -144,7 +149,7 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | 
 
 
 def _reader(file: GgufFile, name: str, cfg: ModelConfig | None) -> Callable[[FloatArray], None]:
-    """A function that dequantizes one tensor into a float32 array, a block of rows at a time."""
+    """Makes a function that dequantizes one tensor into a float32 array, some rows at a time."""
     tensor, where = file.tensors[name], file.path.name
     try:
         kind = GGMLQuantizationType(tensor.type_code)
@@ -181,13 +186,13 @@ def _reader(file: GgufFile, name: str, cfg: ModelConfig | None) -> Callable[[Flo
 
 
 def _dequantize_row(raw: np.ndarray, kind: GGMLQuantizationType) -> FloatArray:
-    # A damaged scale may overflow here; `fill_params` reports the Inf by the tensor's name.
+    # A damaged scale may overflow here. `fill_params` reports the Inf by the tensor's name.
     with np.errstate(all="ignore"):
         return dequantize(raw, kind)
 
 
 def _rotary_heads(name: str, cfg: ModelConfig | None) -> int:
-    """Number of heads whose rows llama.cpp permuted in this tensor, 0 for none."""
+    """Counts the heads whose rows llama.cpp permuted in this tensor; 0 for none."""
     if cfg is None:
         return 0
     heads = {".attn_q.": cfg.num_heads, ".attn_k.": cfg.num_kv_heads}
@@ -195,9 +200,16 @@ def _rotary_heads(name: str, cfg: ModelConfig | None) -> int:
 
 
 def unpermute(x: FloatArray, heads: int) -> FloatArray:
-    """Undoes llama.cpp's reordering of q/k rows: (pair, half) back to (half, pair) in each head.
+    """Undoes llama.cpp's reordering of the rows of q and k, head by head.
 
-    Its RoPE rotates neighbours (2i, 2i+1); Hugging Face's, and ours, rotates (i, i + K/2).
+    llama.cpp's RoPE rotates neighbours (2i, 2i + 1); Hugging Face's and ours rotates (i, i + K/2).
+    So row 2i + h of a head of K rows goes back to row i + h K/2, h = 0 or 1.
+
+    >>> unpermute(np.array([0, 2, 1, 3], np.float32), heads=1).tolist()
+    [0.0, 1.0, 2.0, 3.0]
+
+    Args:
+      x: weight (heads K, D) or bias (heads K,).
 
     Reference: llama.cpp convert_hf_to_gguf.py, `LlamaModel.permute`.
     """

@@ -1,8 +1,8 @@
-"""The GGUF container: header, metadata and where each tensor lies.
+"""Headers of GGUF files: metadata, and the place of each tensor.
 
-The `gguf` package has a reader too, but it keeps several array objects per string (2 s for a
-49k-token vocabulary, 0.2 s here) and reports a damaged file as an IndexError; only its
-dequantization is used (see `gguf.py`).
+The `gguf` package has a reader too. It keeps several array objects for each string, which takes 2 s
+for a vocabulary of 49k tokens (0.2 s here), and a damaged file ends in an IndexError. Only its
+dequantization is used, in `models/gguf.py`.
 
 Reference: ggml/docs/gguf.md.
 """
@@ -36,11 +36,11 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies.
+    """Place of a tensor in a GGUF file.
 
     Attributes:
-      shape: outermost axis first.
-      type_code: ggml type.
+      shape: numbers of elements, outermost axis first.
+      type_code: ggml type of its elements (`gguf.constants.GGMLQuantizationType`).
       offset: bytes from the start of the file.
     """
 
@@ -51,7 +51,13 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file whose header has been read: its metadata, and its tensors by name."""
+    """A GGUF file whose header has been read.
+
+    Attributes:
+      size: bytes of the file.
+      metadata: values by key, as Python's numbers, strings and lists.
+      tensors: places of the tensors by name.
+    """
 
     path: Path
     size: int
@@ -60,7 +66,7 @@ class GgufFile:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Reads a GGUF header (version 2 or 3, little endian).
+    """Reads the header of a GGUF file, version 2 or 3, little endian.
 
     Raises:
       UserError: not a GGUF file, another version, truncated or damaged.
@@ -78,7 +84,7 @@ def open_gguf(path: Path) -> GgufFile:
 
 @dataclass
 class _Cursor:
-    """A position in a file that refuses to read past the end."""
+    """Reads numbers, strings and values one after another; refuses to read past the end."""
 
     file: BinaryIO
     name: str
@@ -129,7 +135,7 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]
     tensors = {}
     for _ in range(tensor_count):
         name = cursor.string()
-        # ggml lists the fastest axis first.
+        # ggml lists the innermost axis first.
         shape = tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1]
         tensors[name] = GgufTensor(shape, cursor.number("I"), cursor.number("Q"))
     alignment = metadata.get("general.alignment", 32)

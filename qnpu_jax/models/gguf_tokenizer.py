@@ -1,7 +1,7 @@
-"""The tokenizer of a GGUF file, rebuilt from its metadata as a `tokenizers` byte-level BPE.
+"""Tokenizers of GGUF files, rebuilt from the metadata as byte-level BPE of library `tokenizers`.
 
-GGUF keeps vocabulary, merges and token types, but of the pre-tokenizer (how text is cut before
-merging) only a name; the patterns behind the names are those of the models' own tokenizer.json.
+GGUF keeps vocabulary, merges and token types. Of the pre-tokenizer, which cuts text before merging,
+it keeps only a name; the patterns here are those of the models' own tokenizer.json.
 
 Reference: llama.cpp src/llama-vocab.cpp, `llm_tokenizer_bpe` and `llama_vocab::impl::load`.
 """
@@ -23,7 +23,7 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:
-    """The tokenizer in a GGUF file's metadata.
+    """Builds the tokenizer from the metadata of a GGUF file.
 
     Raises:
       UserError: not byte-level BPE, an unknown pre-tokenizer, merges outside the vocabulary.
@@ -42,7 +42,7 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
         raise UserError(
             f"{name}: vocabulary and merges do not fit ({error}); download it again"
         ) from None
-    # Of a chat model eos may end the document, eot the turn, eom a message to a tool.
+    # In a chat model eos may end the document, eot the turn, eom a message to a tool.
     eos = [meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")]
     template = meta.get("tokenizer.chat_template")
     return Tokenizer.build(
@@ -102,7 +102,7 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
 
 
 def _cl100k(digits: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
-    """The pattern of Llama 3 (digits in threes) and Qwen 2 (single)."""
+    """Makes the pre-tokenizer of Llama 3 (digits in threes) or of Qwen 2 (single digits)."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"|"
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -34,7 +34,7 @@ _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def load_huggingface(folder: Path) -> tuple[ModelConfig, FloatParams]:
-    """Configuration and float32 parameters of a folder.
+    """Loads configuration and float32 parameters of a folder.
 
     Raises:
       UserError: see `read_config`, `weight_files`, `fill_params`; a damaged safetensors file.
@@ -50,14 +50,14 @@ def load_huggingface(folder: Path) -> tuple[ModelConfig, FloatParams]:
             )
         stored.update(tensors)
     for name in [n for n in stored if n.endswith("rotary_emb.inv_freq")]:
-        del stored[name]  # a buffer that old transformers saved; follows from the configuration
+        del stored[name]  # saved by old versions of transformers; the configuration gives it
     if cfg.tie_embeddings:
         stored.pop(HEAD[0], None)  # transformers, too, replaces it by the embedding when tied
     return cfg, fill_params(cfg, stored, "hf", folder.name)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, else model.safetensors, else all.
+    """Lists a folder's safetensors files: those its index names, else model.safetensors, else all.
 
     Raises:
       UserError: there are none, or one that the index names is missing.
@@ -66,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
     if isinstance(index, dict):
         files = [folder / str(name) for name in sorted(set(map(str, index.values())))]
     elif (folder / SINGLE).is_file():
-        files = [folder / SINGLE]  # beside it may lie the same weights in another format
+        files = [folder / SINGLE]  # the same weights may lie beside it under other names
     else:
         files = sorted(folder.glob("*.safetensors"))
     if any(file.parent != folder for file in files):
@@ -90,7 +90,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model's shape from config.json, with transformers' defaults for keys that it leaves out.
+    """Reads the model's shape from config.json, with transformers' defaults for absent keys.
 
     Raises:
       UserError: no config.json, another architecture, quantized weights, a sliding window,
@@ -134,7 +134,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def _defaults(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What transformers assumes for absent keys; also where the architecture is checked."""
+    """Checks the architecture, and gives the values that transformers assumes for absent keys."""
     kind, names = str(data.get("model_type")), data.get("architectures") or []
     if kind not in ARCHITECTURES or names not in ([], [ARCHITECTURES[kind]]):
         got = names[0] if isinstance(names, list) and names else names or kind
@@ -146,7 +146,7 @@ def _defaults(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kind == "llama":
         return {**common, POSITIONS: 2048}
     mistral = {"num_key_value_heads": 8, POSITIONS: 131072}
-    # null in the file means no window, no key at all means 4096.
+    # null in the file means no window; no such key at all means 4096.
     return {**common, **mistral, **({} if "sliding_window" in data else {"sliding_window": 4096})}
 
 
@@ -168,7 +168,7 @@ def _check_supported(data: Mapping[str, Any], where: str) -> None:
 
 
 def _rope(data: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling: `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` (4)."""
+    """Reads theta and scaling, as transformers 5 (`rope_parameters`) or 4 (`rope_scaling`) has them."""
     scaling = data.get("rope_parameters", data.get("rope_scaling")) or {}
     if not isinstance(scaling, dict):
         raise UserError(f"{where}: RoPE scaling must be an object; got {scaling!r}; correct it")
@@ -210,9 +210,9 @@ def _real(data: Mapping[str, Any], key: str, where: str) -> float:
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file: 8 bytes of header length, a JSON header, the data.
+    """Reads the header of a safetensors file: 8 bytes with its length, JSON; then come the data.
 
-    Read by hand because the library maps the file into memory, which would double the peak.
+    The library of that name would map the file into memory, which doubles the peak.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -230,7 +230,7 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> StoredTensor:
-    """One line of the header, whose data begin at byte `data` of a file of `size` bytes."""
+    """Checks an entry of the header; data begin at byte `data` of a file of `size` bytes."""
     dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
     begin, end = map(int, entry["data_offsets"])
     if dtype not in _BYTES:

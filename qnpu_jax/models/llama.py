@@ -1,6 +1,6 @@
-"""Every tensor of a Llama checkpoint: its names (here, Hugging Face, GGUF) and its shape.
+"""Table of all tensors of a Llama checkpoint: names (ours, Hugging Face's, GGUF's) and shapes.
 
-The only place where tensor names meet shapes; both loaders and their checks read this table.
+Both loaders and their checks read this table; names and shapes stand nowhere else.
 
 Reference: transformers/models/llama/modeling_llama.py; llama.cpp gguf-py/gguf/tensor_mapping.py.
 """
@@ -14,11 +14,11 @@ from qnpu_jax.config import ModelConfig
 
 @dataclass(frozen=True)
 class ExpectedTensor:
-    """One tensor a checkpoint must hold, or one per layer where the file names contain `{i}`.
+    """A tensor that a checkpoint must hold, or one per layer where its names contain `{i}`.
 
     Attributes:
-      param: name in `params`; tensors of the layers are stacked there on a leading axis.
-      shape: shape in the file, for one layer (torch layout: out x in).
+      param: name in `Checkpoint.params`, where tensors of the layers are stacked on axis 0.
+      shape: shape in the file, for one layer; weights are (out, in).
       hf, gguf: names in safetensors and GGUF files.
     """
 
@@ -33,7 +33,7 @@ class ExpectedTensor:
 
 
 def expected_tensors(cfg: ModelConfig) -> tuple[ExpectedTensor, ...]:
-    """All tensors of a model of this configuration."""
+    """Lists all tensors of a model of this configuration."""
     v, d, f = cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size
     q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     attn, mlp = cfg.attention_bias, cfg.mlp_bias
@@ -54,6 +54,7 @@ def expected_tensors(cfg: ModelConfig) -> tuple[ExpectedTensor, ...]:
 
 
 HEAD = ("lm_head.weight", "output.weight")
+"""Names of the head's weight, which tied embeddings leave out: Hugging Face's, GGUF's."""
 
 
 def _norm(block: str, size: int, hf: str, gguf: str) -> ExpectedTensor:

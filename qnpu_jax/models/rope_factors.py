@@ -1,4 +1,4 @@
-"""llama3 RoPE scaling from the factors per frequency that GGUF keeps in place of its parameters."""
+"""Recovers llama3 RoPE scaling from the divisor of each frequency, which is all that GGUF keeps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from qnpu_jax.errors import UserError
 def llama3_factors(
     scaling: RopeScaling, head_dim: int, theta: float
 ) -> Float64[np.ndarray, "half_dim"]:
-    """What llama3 scaling divides each RoPE frequency f_i = theta^(-2i/K) by.
+    """Computes the divisor of each RoPE frequency f_i = theta^(-2i/K) in llama3 scaling.
 
-    1 for fast ones, `factor` for slow ones, in between 1 / ((1 - s) / factor + s) with
-    s = (original f_i / 2 pi - low) / (high - low).
+    With s = (original f_i / 2 pi - low) / (high - low), kept between 0 and 1, the divisor is
+    1 / ((1 - s) / factor + s): 1 for fast frequencies, `factor` for slow ones.
+
+    Args:
+      scaling: of kind llama3.
+      head_dim: K.
+      theta: base of the frequencies.
+
+    Returns:
+      K/2 divisors, 1 or more.
 
     Reference: llama.cpp convert_hf_to_gguf.py, `LlamaModel.generate_extra_tensors`.
     """
@@ -30,10 +38,18 @@ def llama3_factors(
 def llama3_from_factors(
     factors: Float32[np.ndarray, "..."], head_dim: int, theta: float, context: int, where: str
 ) -> RopeScaling | None:
-    """The llama3 scaling that gives these factors; None if all are 1.
+    """Finds the llama3 scaling that gives these divisors.
 
-    s is a straight line in f_i, so two factors strictly between 1 and the largest give low and
-    high. Only their ratio to the original context matters, so that is taken as `context`.
+    s of `llama3_factors` is a straight line in f_i, so two divisors strictly between 1 and the
+    largest give low and high. Only the ratio of these two to the original context matters, so that
+    context is taken as `context`.
+
+    Args:
+      factors: K/2 divisors.
+      where: the file, for messages.
+
+    Returns:
+      The scaling; None if all divisors are 1.
 
     Raises:
       UserError: no llama3 scaling gives these factors within 1e-4 (float32 rounding is 1e-6).
@@ -56,7 +72,7 @@ def _candidates(
     factors: Float64[np.ndarray, "half_dim"], head_dim: int, theta: float, context: int
 ) -> list[RopeScaling]:
     factor = float(np.round(factors.max(), 4))
-    # Meta's own parameters, for heads too small to have two factors in between.
+    # Meta's own parameters, for heads too small to have two divisors in between.
     candidates = [RopeScaling("llama3", factor, 1.0, 4.0, context)]
     between = (factors > 1.0 + 1e-4) & (factors < factor * (1.0 - 1e-4))
     if between.sum() >= 2:

@@ -1,8 +1,8 @@
-"""Text to token ids and back, and chats through the model's own template.
+"""Tokenizers: text to token ids and back, and chats through the model's own template.
 
-One backend, the `tokenizers` library, whatever the source: a Hugging Face folder gives
-tokenizer.json, a GGUF file the pieces to rebuild it (`gguf_tokenizer.py`). `save` writes a folder
-that Hugging Face reads as well.
+Library `tokenizers` does the work, whatever the source: a Hugging Face folder gives tokenizer.json,
+a GGUF file the pieces to rebuild it (`gguf_tokenizer.py`). `save` writes a folder that transformers
+reads as well.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Tokenizer:
     """A model's tokenizer.
 
     Attributes:
-      backend: matches special tokens in text, as rendered chats need.
-      plain: the same, but special tokens in text are text.
-      bos_id: the token a text begins with, if the model has one.
-      eos_ids: tokens that end a text or a turn; the first is the one templates call eos_token.
-      chat_template: Jinja source, None for base models.
+      backend: encodes rendered chats: "<|im_end|>" in a text is the special token.
+      plain: encodes texts: "<|im_end|>" in a text is text.
+      bos_id: token that a text begins with; None where the model has none.
+      eos_ids: tokens that end a text or a turn; templates call the first eos_token.
+      chat_template: Jinja source; None for base models.
       vocab_size: one more than the largest id; a model's embedding may be padded beyond it.
-      source: name for messages.
+      source: name of the model, for messages.
     """
 
     backend: tokenizers.Tokenizer
@@ -54,16 +54,18 @@ class Tokenizer:
         chat_template: str | None,
         source: str,
     ) -> Tokenizer:
-        """A tokenizer from its parts, as files give them.
+        """Builds a tokenizer from its parts, as files give them.
 
         Args:
-          bos_ids: what the files say BOS is, most trusted first; None where they say nothing.
-          eos_ids: likewise; all of them count.
+          bos_ids: BOS by each of the files, the most trusted first, which counts; None where a file
+            does not say.
+          eos_ids: EOS likewise; all of them count.
+          source: name of the model, for messages.
 
         Raises:
           UserError: a special id is no integer or lies outside the vocabulary.
         """
-        # Files saved after training may carry both; a text must come back whole.
+        # Files saved after training may truncate and pad; a text must come back whole.
         backend.no_truncation()
         backend.no_padding()
         plain = tokenizers.Tokenizer.from_str(backend.to_str())
@@ -78,7 +80,7 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
-        """From a folder of Hugging Face tokenizer files, or one that `save` wrote.
+        """Reads a folder of Hugging Face tokenizer files, or one that `save` wrote.
 
         Raises:
           UserError: tokenizer.json is missing or a file in the folder is damaged.
@@ -92,7 +94,7 @@ class Tokenizer:
             )
         backend = _parse(folder / TOKENIZER)
         config = read_json(folder / CONFIG)
-        # generation_config.json overrides what config.json says of the same keys.
+        # generation_config.json overrides the same keys of config.json.
         model = {**read_json(folder / "config.json"), **read_json(folder / GENERATION)}
         bos = _special(config, "bos_token", backend, folder.name)
         eos = _special(config, "eos_token", backend, folder.name)
@@ -114,21 +116,24 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TOKENIZER).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_tokens()}
-        # Without this key transformers may remove spaces before punctuation on decode.
+        # Without this key transformers may drop spaces before punctuation when it decodes.
         _write_json(folder / CONFIG, {**config, "clean_up_tokenization_spaces": False})
         ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids)}
         _write_json(folder / GENERATION, ids)
         if self.chat_template is None:
-            (folder / TEMPLATE).unlink(missing_ok=True)  # one that an earlier save left
+            (folder / TEMPLATE).unlink(missing_ok=True)  # left by an earlier save
         else:
             (folder / TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text: no BOS or EOS added, and "<|im_end|>" in it is only text."""
+        """Encodes plain text; no BOS or EOS is added, and "<|im_end|>" in it is only text."""
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """Text of token ids; bytes that are no UTF-8 give U+FFFD.
+        """Decodes token ids; bytes that are no UTF-8 give U+FFFD.
+
+        Args:
+          skip_special: leave special tokens out.
 
         Raises:
           UserError: an id outside the vocabulary.
@@ -139,11 +144,12 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, bos: bool = True) -> list[int]:
-        """Token ids of a chat, up to where the assistant's answer begins.
+        """Encodes a chat up to where the assistant's next answer begins.
 
         Args:
           messages: {"role": "system" | "user" | "assistant", "content": text}, in order.
-          bos: put BOS where the template says `bos_token`; not behind a prefix that begins with it.
+          bos: put BOS where the template says `bos_token`. False is for a model with a prefix,
+            which begins with BOS already.
 
         Raises:
           UserError: the model has no chat template, or its template refuses the messages.
@@ -185,7 +191,7 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
 def _special(
     config: Mapping[str, Any], key: str, backend: tokenizers.Tokenizer, source: str
 ) -> int | None:
-    """The id of a token that tokenizer_config.json names: a string or {"content": string}."""
+    """Looks up a token that tokenizer_config.json names: a string or {"content": string}."""
     token = config.get(key)
     text = token.get("content") if isinstance(token, dict) else token
     if text is None:
@@ -199,7 +205,7 @@ def _special(
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: a file, or in the configuration, alone or in a list of named ones."""
+    """Finds the chat template: in a file, or in the configuration, alone or by name in a list."""
     if (folder / TEMPLATE).is_file():
         return _read_text(folder / TEMPLATE)
     template = config.get("chat_template")
@@ -210,7 +216,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one when there is no such file.
+    """Reads a JSON object; gives an empty one where there is no such file.
 
     Raises:
       UserError: no valid JSON, or no object.

@@ -1,8 +1,9 @@
-"""The texts of a run, in windows of token ids: calibrated with, learned from, judged by, scored on.
+"""Excerpts: the windows of token ids that a run uses, each with the text that it was cut from.
 
-A file gives calibration and learning text from its start; without one, the model writes both at
-once. Python's documentation gives the rest: its head is scored, its tail decides which step of
-learning is kept, so the two never meet.
+A run takes up to four excerpts. Calibration and learning take theirs from the start of the given
+text; without one, the model writes the text for both. The other two come from Python's own
+documentation: perplexity is measured on its beginning, and its end decides which step of learning
+is kept. The two must not overlap, or the step would be chosen by what is measured.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ from qnpu_jax.text.windows import Windows, cut
 
 DOCUMENTATION = "pydoc_data.topics"
 OWN_TOKENS = 65_536
-"""The model writes at most so many tokens to learn from: on a CPU that is minutes of work."""
+"""Most tokens that the model writes to learn from: on a CPU that takes minutes."""
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Windows (N, T) of token ids, and where they are from: a name and a hash of the source."""
+    """Windows of token ids, and the text that they were cut from.
+
+    Attributes:
+      source: name of the text, for reports.
+      sha256: hash of the whole text, not only of the windows.
+      windows: token ids (N, T).
+    """
 
     source: str
     sha256: str
@@ -47,13 +54,13 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Texts:
-    """All text of a run.
+    """All excerpts of a run.
 
     Attributes:
-      scored: what perplexity is measured on.
-      calibration: what ranges are set by.
-      learning: what is learned from, None where nothing is learned.
-      held_out: whose KL decides which step of learning is kept.
+      scored: perplexity is measured on it.
+      calibration: sets ranges and rounds weights.
+      learning: is learned from; None where nothing is learned.
+      held_out: its KL decides which step of learning is kept; None where nothing is learned.
     """
 
     scored: Excerpt
@@ -62,9 +69,11 @@ class Texts:
     held_out: Excerpt | None = None
 
     def windows(self) -> Windows:
+        """The windows that `pipeline.quantize` takes."""
         return windows_of(self.calibration, self.learning, self.held_out)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
+        """Entries of report.json and recipe.json, by use."""
         named = {
             "calibration": self.calibration,
             "learning": self.learning,
@@ -74,7 +83,7 @@ class Texts:
         return {name: excerpt.to_json() for name, excerpt in named.items() if excerpt}
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the windows of everything that decides what is learned."""
+        """SHA-256 of the windows of each excerpt that decides what is learned, by use."""
         assert self.learning is not None and self.held_out is not None
         return {
             "calibration": self.calibration.digest(),
@@ -84,7 +93,7 @@ class Texts:
 
 
 def windows_of(calibration: Excerpt, learning: Excerpt | None, held_out: Excerpt | None) -> Windows:
-    """The windows of a run that learns, or calibrates only where there is nothing to learn from."""
+    """Joins the windows of a run; those of a run that does not learn only calibrate."""
     if learning is None or held_out is None:
         return Windows.of(calibration.windows)
     return Windows(calibration.windows, learning.windows, held_out.windows)
@@ -95,7 +104,10 @@ class Tokens:
     """A whole text as token ids.
 
     Attributes:
-      where: its path or name, for messages.
+      where: path or name of the text, for messages.
+      source: name of the text, for reports.
+      sha256: hash of the text.
+      ids: token ids, without BOS.
     """
 
     where: str
@@ -104,19 +116,27 @@ class Tokens:
     ids: list[int]
 
     def first(self, length: int, tokens: int) -> Excerpt:
-        """Windows from the start, one at least.
+        """Cuts windows from the start of the text.
+
+        Args:
+          length: tokens of a window.
+          tokens: tokens in all, rounded down to whole windows, but one window at least.
 
         Raises:
-          UserError: the text is too short for one.
+          UserError: the text is too short for one window.
         """
         count = max(1, tokens // length)
         return self._excerpt(cut(self.ids, length, count, self.where))
 
     def last(self, length: int, count: int) -> Excerpt:
-        """Windows that end where the text ends.
+        """Cuts windows that end where the text ends.
+
+        Args:
+          length: tokens of a window.
+          count: at most this many windows.
 
         Raises:
-          UserError: the text is too short for one.
+          UserError: the text is too short for one window.
         """
         count = max(1, min(count, len(self.ids) // length))
         return self._excerpt(cut(self.ids[-length * count :], length, count, self.where))
@@ -128,7 +148,11 @@ class Tokens:
 def tokenized(
     given: str | Path | Sequence[str] | None, tokenizer: Tokenizer, vocab_size: int
 ) -> Tokens:
-    """A file or documents, by default Python's documentation.
+    """Tokenizes a text.
+
+    Args:
+      given: path of a file, or documents; None takes Python's documentation.
+      vocab_size: the model's.
 
     Raises:
       UserError: as `files.read_text` and `files.tokenize`.
@@ -150,14 +174,19 @@ def scored_and_judged(
     tokens: int,
     effort: Effort | None,
 ) -> tuple[Excerpt, Excerpt | None]:
-    """What perplexity is measured on, and what decides which step of learning is kept.
+    """Cuts the excerpt that is scored, and the one that decides which step of learning is kept.
 
     Args:
-      length, tokens: of a scored window, and of all.
+      eval_text: file to score on; None takes Python's documentation.
+      length: tokens of a scored window.
+      tokens: tokens to score in all.
       effort: None where nothing is learned.
 
+    Returns:
+      The scored excerpt and the judging one, None where nothing is learned.
+
     Raises:
-      UserError: a text is too short, or the two overlap.
+      UserError: a text is too short, or the two excerpts overlap.
     """
     read = [checkpoint.tokenizer, checkpoint.config.vocab_size]
     scored_text = tokenized(eval_text, *read)
@@ -177,7 +206,11 @@ def scored_and_judged(
 
 
 def judged(checkpoint: Checkpoint, effort: Effort) -> Excerpt:
-    """What decides which step of learning is kept: the end of Python's documentation."""
+    """Cuts the excerpt that decides which step of learning is kept from Python's documentation.
+
+    Raises:
+      UserError: the documentation is too short for one window.
+    """
     text = tokenized(None, checkpoint.tokenizer, checkpoint.config.vocab_size)
     return text.last(effort.length, effort.held_out)
 
@@ -188,12 +221,15 @@ def given(
     recipe: Recipe,
     effort: Effort | None,
 ) -> tuple[Excerpt, Excerpt | None]:
-    """Calibration and learning text from the start of what the caller gives.
+    """Cuts calibration and learning text from the start of what the caller gives.
 
     Args:
-      source: a file; documents; or windows of token ids, which are calibrated with as they are,
-        up to the recipe's number of tokens, and learned from as one text.
+      source: path of a file; documents; or windows (N, T) of token ids. Calibration takes windows
+        of ids as they are, up to the recipe's number of tokens; learning cuts them anew.
       effort: None where nothing is learned.
+
+    Returns:
+      The excerpt to calibrate with and the one to learn from, None where nothing is learned.
 
     Raises:
       UserError: too short for a window, or not text.
@@ -216,11 +252,18 @@ def written(
     effort: Effort | None,
     progress: self_written.Progress,
 ) -> tuple[Excerpt, Excerpt | None]:
-    """Calibration and learning text by the model itself, the same tokens in windows of each length.
+    """Lets the model write a text, and cuts it into windows to calibrate with and to learn from.
 
     Args:
-      params: folded parameters.
+      params: folded parameters (`fold_norms`).
       effort: None where nothing is learned.
+      progress: as in `self_written.sample`.
+
+    Returns:
+      The excerpt to calibrate with and the one to learn from, None where nothing is learned.
+
+    Raises:
+      UserError: as `self_written.calibration_windows`.
     """
     length = recipe.calibration_length
     count = max(1, recipe.calibration_tokens // length)
@@ -232,7 +275,8 @@ def written(
         writer, checkpoint.tokenizer, tokens, rows, recipe.seed, progress
     )
     sha256 = hashlib.sha256(windows.tobytes()).hexdigest()
-    # Cut anew: like those of a file, windows may then begin within a document.
+    # The text was written in windows to learn from. Calibration cuts it anew, and its windows may
+    # begin within a document, as those of a file do.
     anew = windows.reshape(-1)[: count * length].reshape(count, length)
     calibration = Excerpt("written by the model", sha256, anew)
     if effort is None:

@@ -1,6 +1,6 @@
-"""Text from files, and its way to windows of token ids, for calibration and for evaluation.
+"""Text files read and tokenized, to calibrate with and to measure on.
 
-What is wrong with a file is said before any model runs.
+Every fault of a file is reported when it is read, before any model runs.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 """Suffixes of files with one JSON value per line; every other file is plain text."""
 
 SEPARATOR = "\n\n"
-"""What stands between documents, as where perplexity of WikiText-2 is reported."""
+"""Joins documents: a blank line, as published perplexities of WikiText-2 have it."""
 
 
 def read_text(path: str | Path) -> list[str]:
-    """The documents of a UTF-8 file: a plain text is one; JSON lines are one each.
+    """Reads the documents of a UTF-8 file.
 
-    A JSON line is an object with the document in "text", or the document itself as a string. Blank
-    lines and a byte order mark are ignored.
+    A plain text is one document. A file of JSON lines (see `JSON_LINES`) holds one document a line:
+    an object with the document in "text", or the document itself as a string. Blank lines and a
+    byte order mark are ignored.
 
     Raises:
       UserError: no such file, a folder, not readable, not UTF-8, no text in it, or a line that is
-        not as above.
+        neither of the two.
     """
     path = Path(path)
     try:
@@ -47,19 +48,22 @@ def read_text(path: str | Path) -> list[str]:
 
 
 def default_text() -> str:
-    """Half a megabyte of English with some Python: the help topics that every Python ships.
+    """Joins the help topics that every Python ships: half a megabyte of English with some Python.
 
-    The same at every call; another version of Python has slightly other topics.
+    The text is the same at every call. Another version of Python has slightly other topics.
     """
     return SEPARATOR.join(topics[name] for name in sorted(topics))
 
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, source: str) -> list[int]:
-    """Token ids of the documents, joined by a blank line; no BOS or EOS is added.
+    """Encodes documents, joined by `SEPARATOR`, as one text; no BOS or EOS is added.
 
     Args:
       vocab_size: the model's.
       source: the file or the name of the text, for messages.
+
+    Returns:
+      Token ids, 0 to `vocab_size` - 1.
 
     Raises:
       UserError: the tokenizer gives a token that the model does not have.
@@ -76,7 +80,7 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, source
 
 
 def digest(path: str | Path) -> str:
-    """SHA-256 of an input file in hexadecimal, as `sha256sum` prints it.
+    """Hashes an input file: SHA-256 in hexadecimal, as `sha256sum` prints it.
 
     Raises:
       UserError: no such file, a folder, or not readable.
@@ -88,7 +92,7 @@ def digest(path: str | Path) -> str:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what the system says of a file into a UserError."""
+    """Turns an error of the system while `path` is read into a UserError."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder; expected a file of text; name a file in it")
@@ -105,7 +109,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _documents(path: Path, text: str) -> list[str]:
-    # Not splitlines: U+2028 and its like may stand in a JSON string.
+    # Not splitlines, which also splits at U+2028: that may stand in a JSON string.
     lines = enumerate(text.split("\n"), start=1)
     return [_document(f"{path}: line {i}", line) for i, line in lines if line.strip()]
 
@@ -127,7 +131,7 @@ def _document(where: str, line: str) -> str:
         raise UserError(f"{where}: {expected}; got {got}; correct or remove the line")
     try:
         document.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+    except UnicodeEncodeError as error:  # "\ud800" is valid JSON
         raise UserError(
             f"{where}: character {error.start} of its text is half a surrogate pair"
             f" ({document[error.start]!a}); expected Unicode text; correct or remove the line"
