@@ -1,7 +1,8 @@
-"""One interpreter for float, fake-quantized and calibration passes: they differ only in the edge.
+"""The interpreter of graphs in real numbers: float, fake-quantized and calibration passes.
 
-An edge sees every tensor as it is produced (inputs and parameters included) and may replace it.
-`evaluate` returns every tensor by name; XLA drops those that nobody reads.
+They differ only in the edge: a function that sees every tensor as it is produced, inputs and
+parameters included, and may replace it. `evaluate` returns every tensor by name; XLA drops those
+that nobody reads.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ Edge = Callable[[TensorSpec, jax.Array], jax.Array]
 
 
 def identity(_: TensorSpec, x: jax.Array) -> jax.Array:
-    """The edge of the float reference."""
+    """Leaves every tensor as it is: the edge of the float reference."""
     return x
 
 
 def evaluate(graph: Graph, values: Tensors, edge: Edge = identity) -> Tensors:
-    """Every tensor of the graph by local name, from its inputs and parameters."""
+    """Evaluates a graph: every tensor by local name.
+
+    Args:
+      values: inputs and parameters of one layer by local name; token ids int32, all others real.
+      edge: applied to every tensor but the token ids.
+    """
     ids = graph.ids.name if graph.ids else None
     env = {name: x if name == ids else edge(graph[name], x) for name, x in values.items()}
     for node in graph.nodes:
@@ -44,10 +50,10 @@ def evaluate(graph: Graph, values: Tensors, edge: Edge = identity) -> Tensors:
 def fake_quant_edge(
     scales: Mapping[str, QParams], ranges: Mapping[str, Bounds], masked: bool = True
 ) -> Edge:
-    """Fake-quantizes every tensor that has an entry in `scales` (local names, one layer); leaves
-    the others.
+    """Makes the edge that fake-quantizes every tensor with an entry in `scales`.
 
     Args:
+      scales, ranges: QParams and code ranges of one layer by local name.
       masked: no gradient to clipped values, as in `fake_quant.fake_quant`.
     """
 
@@ -63,19 +69,22 @@ def fake_quant_edge(
 
 
 PRODUCED = "produced"
-"""Name, for autodiff, of tensors before an edge replaces them."""
+"""Name that rematerialisation policies know raw op outputs by."""
 
 
 def produced(edge: Edge) -> Edge:
-    """`edge`, whose inputs are named PRODUCED."""
+    """Tags raw op outputs with `checkpoint_name`, so that rematerialisation keeps them."""
     return lambda spec, x: edge(spec, checkpoint_name(x, PRODUCED))
 
 
 def measured(edge: Edge, errors: list[jax.Array]) -> Edge:
-    """`edge`, which also appends each tensor's relative squared error, sum (xhat - x)^2 / sum x^2.
+    """Makes an edge that also records each tensor's relative error, sum (xhat - x)^2 / sum x^2.
 
-    Relative, because the sums of squares of two tensors differ by up to 10^6. Its gradient reaches
-    scales, not what made x.
+    The error is relative, because sums of squares of two tensors differ by up to 10^6. Its gradient
+    reaches the scales, not the ops before x.
+
+    Args:
+      errors: list that scalars are appended to, in the order of the tensors.
     """
 
     def record(spec: TensorSpec, x: jax.Array) -> jax.Array:

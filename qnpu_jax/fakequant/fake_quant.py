@@ -1,8 +1,7 @@
-"""Quantizers: pure functions from real values to codes and back.
+"""Fake quantization: real values on the integer grid, with straight-through gradients.
 
-xhat = (clip(round(x / s) + z, qmin, qmax) - z) s, s the scale, z the zero point (arXiv 2605.20295,
-eq. of the static quantizer). Tensors of the layer graph carry a leading layer axis: scales are (L,)
-or (L, channels). `fake_quant` carries the published gradients, by which scales are learned.
+xhat = (clip(round(x / s) + z, qmin, qmax) - z) s, with scale s and zero point z: the static
+quantizer of Quant.npu (arXiv 2605.20295).
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ _fake_quant.defvjp(_fake_quant_forward, _fake_quant_backward)
 
 
 def _sum_to(g: jax.Array, like: Array) -> jax.Array:
-    """The cotangent of `like`, from that of its broadcast: summed over the axes it lacks or has at
-    size 1."""
+    """Sums a cotangent over the axes along which `like` was broadcast."""
     shape = jnp.shape(like)
     padded = (1,) * (g.ndim - len(shape)) + shape
     axes = tuple(i for i, n in enumerate(padded) if n == 1 and g.shape[i] != 1)
@@ -89,7 +87,7 @@ def _sum_to(g: jax.Array, like: Array) -> jax.Array:
 
 
 def scale_gradient(x: jax.Array, factor: Array | float) -> jax.Array:
-    """x, whose gradient is multiplied by `factor`: d/dx = factor.
+    """Returns x, and multiplies its gradient by `factor`: y = x, dy/dx = factor.
 
     Args:
       x: any real array.
@@ -109,7 +107,7 @@ _scale_gradient.defjvps(lambda tangent, _, x, factor: tangent * factor, None)
 
 
 def lsq_factor(numel: int, qmax: Array | float) -> Array | float:
-    """1 / sqrt(numel qmax): LSQ's factor on the gradient of a scale, for `scale_gradient`.
+    """LSQ's factor on the gradient of a scale, 1 / sqrt(numel qmax), for `scale_gradient`.
 
     It makes the relative update of a scale about as large as that of the values it quantizes.
 
@@ -126,7 +124,7 @@ def lsq_factor(numel: int, qmax: Array | float) -> Array | float:
 
 @jax.custom_jvp
 def round_ste(x: jax.Array) -> jax.Array:
-    """round(x), half to even, straight through: d/dx = 1.
+    """Rounds half to even with a straight-through gradient: y = round(x), dy/dx = 1.
 
     Reference: Bengio et al. (arXiv 1308.3432).
     """

@@ -34,31 +34,31 @@ from qnpu_jax.graph import (
 
 
 def shared_inputs(dec: Decoder, filled: int = 0) -> Tensors:
-    """`layer_inputs` as device arrays."""
+    """Real values of the inputs that all layers share (`graph.layer_inputs`), as device arrays."""
     return {k: jnp.asarray(v) for k, v in layer_inputs(dec, filled).items()}
 
 
 Prepare = Callable[[Graph, Tensors], Tensors]
-"""From what `params` holds of a graph (local names, one layer) to the graph's parameters."""
+"""Maps stored values of one layer (local names) to the graph's parameters."""
 
 
 def stored(_: Graph, values: Tensors) -> Tensors:
-    """Parameters as they are stored."""
+    """Takes parameters as they are stored."""
     return values
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a forward pass reads a model. Holds tracers under jit, so it is made inside.
+    """Parameters and scales of a forward pass. Under jit it holds tracers, so it is made inside.
 
     Attributes:
-      params: by global name; entries of `layers.*` have a leading layer axis.
-      scales: QParams by global name; tensors without an entry stay in float.
-      ranges: code ranges of the tensors in `scales` by global name; None takes the decoder's, as
-        constants of the compiled program.
-      prepare: what makes parameters of them (learning merges rotations here).
-      masked: as in `fake_quant.fake_quant`.
-      measure: sum up the local errors too (`measured`).
+      params: real values by stacked global name.
+      scales: QParams by stacked global name; tensors without an entry stay in float.
+      ranges: code ranges of the tensors in `scales`; None takes the decoder's, as constants of the
+        compiled program.
+      prepare: makes the graph's parameters of them (learning merges rotations here).
+      masked: stop the gradient of clipped values, as `fake_quant.fake_quant` says.
+      measure: also sum up the local errors (`evaluate.measured`).
     """
 
     params: Mapping[str, Any]
@@ -74,7 +74,7 @@ class Reading:
         return self.prepare(graph, local(self.params, graph.prefix)), edge
 
     def quant(self, graph: Graph) -> tuple[dict[str, QParams], dict[str, Bounds]]:
-        """Scales and code ranges by local name."""
+        """Scales and code ranges of a graph by local name."""
         q = local(self.scales, graph.prefix)
         if self.ranges is None:
             return q, ranges_of(graph, q)
@@ -83,9 +83,13 @@ class Reading:
 
 
 class Hidden(NamedTuple):
-    """What the layers make of a sequence: the residual stream after each, (L, T, D), and after the
-    last, (T, D), by itself, so that who reads only that does not keep the others; the sum of local
-    errors, () (0 unless measured)."""
+    """Residual stream of a sequence.
+
+    Attributes:
+      residuals: after each layer, (L, T, D).
+      last: after the last layer, (T, D); by itself, so that XLA need not keep the others for it.
+      error: sum of local errors, (); 0 unless measured.
+    """
 
     residuals: Float[Array, "l t d"]
     last: Float[Array, "t d"]
@@ -93,8 +97,14 @@ class Hidden(NamedTuple):
 
 
 def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
-    """Embedding and layers: the layer graph runs under `lax.scan` over stacked parameters and
-    scales, rematerialised under autodiff."""
+    """Runs the embedding and all layers.
+
+    The layer graph runs under `lax.scan` over stacked parameters and scales, rematerialised under
+    autodiff.
+
+    Args:
+      ids: (T,) token ids.
+    """
     tables = shared_inputs(dec)
 
     # Between layers autodiff keeps the residual stream; within the layer that is computed again,
@@ -121,7 +131,12 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
 
 
 def head(dec: Decoder, values: Tensors, edge: Edge, x: Float[Array, "t d"]) -> Float[Array, "r v"]:
-    """Logits of the last layer's residual stream, with what `Reading.whole(dec.head)` gives."""
+    """Runs the head: logits of the last layer's residual stream.
+
+    Args:
+      values, edge: from `Reading.whole(dec.head)`.
+      x: (T, D).
+    """
     eps = shared_inputs(dec)["norm.eps"]
     return evaluate(dec.head, {"input.residual": x, "norm.eps": eps, **values}, edge)["logits"]
 
@@ -129,8 +144,7 @@ def head(dec: Decoder, values: Tensors, edge: Edge, x: Float[Array, "t d"]) -> F
 def forward(
     dec: Decoder, params: Params, ids: Int[Array, " t"], scales: Scales | None = None
 ) -> Float[Array, "rows v"]:
-    """Logits (T, V), of a `last` decoder (1, V): float without `scales`, fake-quantized with
-    (`resolve`d ones).
+    """Runs the whole decoder: float without `scales`, fake-quantized with `resolve`d ones.
 
     Args:
       dec: staged for T tokens, no cache.
@@ -144,6 +158,13 @@ def forward(
 
 
 def token_nll(logits: Float[Array, "t v"], ids: Int[Array, " t"]) -> Float[Array, " t-1"]:
-    """-log softmax(logits[t])[ids[t+1]]: (T, V) and (T,) to (T-1,)."""
+    """Negative log-likelihood of each next token: -log softmax(logits[t])[ids[t+1]].
+
+    Args:
+      logits: (T, V), real.
+      ids: (T,).
+
+    Returns: (T-1,), in nats.
+    """
     log_p = jax.nn.log_softmax(logits[:-1], axis=-1)
     return -jnp.take_along_axis(log_p, ids[1:, None], axis=-1)[:, 0]

@@ -1,4 +1,4 @@
-"""The graphs one after the other on the host, a layer at a time, for whoever reads their tensors."""
+"""Host loop over the graphs, one layer at a time, for callers that read intermediate tensors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from qnpu_jax.graph import (
 )
 
 Keep = Callable[[Graph], tuple[str, ...]]
-"""Chooses tensors of a graph by local name."""
+"""Chooses tensors of a graph: local names."""
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def graph_tensors(
     graph: Graph, keep: tuple[str, ...], values: Tensors, params: Tensors, quant: Any = ({}, {})
 ) -> Tensors:
-    """The kept tensors of one graph for a batch.
+    """Evaluates one graph for a batch, and returns the kept tensors by local name.
 
     Args:
       values: inputs with a leading batch axis.
@@ -51,9 +51,11 @@ def passes(
     scales: Scales | None = None,
     tables: Tensors | None = None,
 ) -> Iterator[tuple[Graph, int, Tensors]]:
-    """The kept tensors of a batch (B, T) of sequences, graph by graph and layer by layer.
+    """Yields the kept tensors of a batch, graph by graph and layer by layer.
 
     Args:
+      ids: (B, T) token ids.
+      keep: tensors to return.
       scales: as in `forward`: float without, and for every tensor that has none.
       tables: in place of `shared_inputs(dec)`.
     """

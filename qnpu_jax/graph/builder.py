@@ -31,7 +31,7 @@ from qnpu_jax.graph.ops import (
 )
 
 _UNIFORM = (FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax, Logistic, Sqrt, Rsqrt)
-"""Ops whose kernels take activations of one type and give one of that type (LiteRT tflite/kernels)."""
+"""Ops whose kernels take activations of one type and give that type (LiteRT tflite/kernels)."""
 
 
 @dataclass
@@ -144,8 +144,8 @@ class Builder:
         for i, (bits, wide) in enumerate(zip(x.quant.bits, bias.quant.bits, strict=True)):
             if bits <= 8 and wide > 32:
                 raise UserError(
-                    f"{global_name(self.prefix, i, bias.name)}: the plan gives it {wide} bits; expected 32 beside an"
-                    f" input of {bits}; correct the rule that matches it"
+                    f"{global_name(self.prefix, i, bias.name)}: the plan gives it {wide} bits;"
+                    f" expected 32 beside an input of {bits}; correct the rule that matches it"
                 )
 
     def _widen(self, x: TensorSpec, bits: tuple[int, ...], consumer: str) -> TensorSpec:

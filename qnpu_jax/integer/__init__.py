@@ -4,12 +4,17 @@ from qnpu_jax.integer.accumulators import (
     Bound,
     ChannelBounds,
     channel_bounds,
-    check,
+    check_accumulators,
     needed_bits,
     proved_bounds,
 )
 from qnpu_jax.integer.freeze import check_bits, freeze
-from qnpu_jax.integer.intermediates import NO_SUM, Intermediate, proved_intermediates
+from qnpu_jax.integer.intermediates import (
+    NO_SUM,
+    Intermediate,
+    check_intermediates,
+    proved_intermediates,
+)
 from qnpu_jax.integer.model import IntegerModel, QTensor, activation_scales, dequantize
 from qnpu_jax.integer.simulator import Simulate, Simulator
 
@@ -24,8 +29,9 @@ __all__ = [
     "Simulator",
     "activation_scales",
     "channel_bounds",
-    "check",
+    "check_accumulators",
     "check_bits",
+    "check_intermediates",
     "dequantize",
     "freeze",
     "needed_bits",

@@ -44,10 +44,10 @@ class Bound:
     """The proved interval of one op's accumulator.
 
     Attributes:
-      tensor: the op's output, by global name with the layer's number.
-      low, high: in codes; an input reaches each.
+      tensor: output of the op, by global name with the layer's number.
+      low, high: smallest and largest sum, in codes; an input reaches each.
       available: bits of the accumulator.
-      input_bits: of the op's first input, widened where the plan has it so.
+      input_bits: bits of the op's first input, after widening.
     """
 
     tensor: str
@@ -88,12 +88,16 @@ class ChannelBounds:
 
     @cached_property
     def needed(self) -> tuple[int, ...]:
-        """Bits of each channel."""
+        """Bits of the smallest two's-complement integer that holds each channel's interval."""
         return tuple(map(needed_bits, self.low, self.high))
 
 
 def needed_bits(low: int, high: int) -> int:
-    """Bits of the smallest two's-complement integer that holds [low, high]."""
+    """Bits of the smallest two's-complement integer that holds [low, high].
+
+    >>> needed_bits(-128, 127), needed_bits(0, 128)
+    (8, 9)
+    """
     return max(high.bit_length() if high > 0 else 0, (-low - 1).bit_length() if low < 0 else 0) + 1
 
 
@@ -103,10 +107,11 @@ def proved_bounds(
     *,
     linears: bool = True,
 ) -> list[Bound]:
-    """One bound per FULLY_CONNECTED and BATCH_MATMUL and layer, by global name.
+    """Proves the interval of every accumulator: one per FULLY_CONNECTED and BATCH_MATMUL and layer.
 
     Args:
-      tensors: as in `IntegerModel`.
+      dec: graphs of the length in question.
+      tensors: `IntegerModel.tensors`.
       linears: False leaves FULLY_CONNECTED out: its weights take a second to read, and its bounds
         do not depend on the length.
     """
@@ -120,7 +125,7 @@ def channel_bounds(
     *,
     linears: bool = True,
 ) -> list[ChannelBounds]:
-    """`proved_bounds`, channel by channel."""
+    """Proves the interval of every channel's accumulator, as `proved_bounds` does for whole ops."""
     return [
         bounds
         for graph in dec.graphs
@@ -159,8 +164,10 @@ def _graph_bounds(
 def intervals(
     graph: Graph, layer: int, tensors: Mapping[str, QTensor]
 ) -> Callable[[str], Interval]:
-    """What gives the reachable values of code - zero point of a tensor by local name; of a widened
-    tensor, those of its source made wider."""
+    """Returns a function: local name -> [min, max] of code - zero_point in this layer.
+
+    A widened tensor has WIDENING times the interval of its source.
+    """
     producer = {n.output: n for n in graph.nodes}
 
     def interval(name: str) -> Interval:
@@ -178,8 +185,14 @@ def intervals(
 
 
 def product(x: Interval, y: Interval, *, square: bool = False) -> Interval:
-    """Smallest and largest product of a value of x and one of y; `square`: of one value by
-    itself, where [lo, hi] holds 0."""
+    """Smallest and largest product of a value of x and one of y.
+
+    Args:
+      square: both factors are the same value, of an interval that holds 0.
+
+    >>> product((-2, 3), (-2, 3)), product((-2, 3), (-2, 3), square=True)
+    ((-6, 9), (0, 9))
+    """
     ends = [a * b for a in x for b in y]
     return (0 if square else min(ends)), max(ends)
 
@@ -189,7 +202,9 @@ def linear_interval(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Smallest and largest accumulator of each row of w, where x - z lies in [low, high].
 
-    Python's integers: beside a 64-bit bias near its limit, NumPy's would wrap.
+    With P and N the sums of a row's positive and negative weights: P low + N high + b and
+    P high + N low + b. Sums are Python integers, since NumPy's would wrap beside a 64-bit bias near
+    its limit.
     """
     positive = np.where(w > 0, w, 0).sum(axis=1, dtype=np.int64).tolist()
     total = w.sum(axis=1, dtype=np.int64).tolist()
@@ -204,7 +219,7 @@ def _bits(spec: TensorSpec, layer: int) -> int:
     return spec.quant.bits[layer]
 
 
-def check(bounds: list[Bound]) -> None:
+def check_accumulators(bounds: list[Bound]) -> None:
     """Raises UserError for the first op whose accumulator can overflow."""
     for bound in bounds:
         if bound.needed > bound.available:
@@ -221,15 +236,21 @@ def check(bounds: list[Bound]) -> None:
 
 
 def overflowing(bounds: Iterable[Bound], bits: int) -> list[Bound]:
-    """The ops whose interval does not fit a two's-complement accumulator of `bits` bits, in the
-    order given: on [-2^(bits-1), 2^(bits-1) - 1] all others neither wrap nor saturate, whatever the
-    input. What these have available (`Bound.available`) plays no part."""
+    """Selects the ops whose interval does not fit a two's-complement accumulator of `bits` bits.
+
+    On [-2^(bits-1), 2^(bits-1) - 1] all others neither wrap nor saturate, whatever the input.
+    `Bound.available` plays no part.
+    """
     return [bound for bound in bounds if bound.needed > bits]
 
 
 def narrow_biases(bounds: list[Bound]) -> dict[str, int]:
-    """Bits of the 64-bit biases whose linears provably need no more than 32, by name; by a pattern
-    where that holds for all layers."""
+    """Finds the 64-bit biases whose linears provably need no more than 32 bits.
+
+    Returns:
+      32 by global name, or by a pattern such as `layers.*.mlp.down.bias` where that holds for all
+      layers: rules for `BitPlan.replaced`.
+    """
     fits: dict[str, dict[str, bool]] = {}
     for b in (b for b in bounds if b.op == "FULLY_CONNECTED" and b.available == 64):
         name = _bias(b.tensor)

@@ -1,8 +1,7 @@
-"""Rounding, once: float parameters and scales become an `IntegerModel`, which the simulator and the
-writer read.
+"""Freezing: float parameters and scales are rounded once, to an `IntegerModel`.
 
-Everything a device needs is in it: codes of weights, biases and prefix, and scale and zero point of
-every tensor. Nothing in it depends on a sequence length.
+The simulator and the writer read only that object. It holds the codes of weights, biases and
+prefix, and scale and zero point of every tensor. Nothing in it depends on a sequence length.
 """
 
 from __future__ import annotations
@@ -32,15 +31,20 @@ from qnpu_jax.graph import (
     quantize,
     resolve,
 )
-from qnpu_jax.integer.accumulators import check, narrow_biases, proved_bounds, wider_linear
+from qnpu_jax.integer.accumulators import (
+    check_accumulators,
+    narrow_biases,
+    proved_bounds,
+    wider_linear,
+)
 from qnpu_jax.integer.model import IntegerModel, QTensor
 
 
 def check_bits(dec: Decoder) -> None:
     """Raises UserError for a tensor whose bits no kernel has.
 
-    Kernels take 4 or 8-bit weights, 32 or 64-bit biases and 8 or 16-bit activations; what enters an
-    activation as a constant (embedding, prefix) is stored in 8 bits.
+    Kernels take 4 or 8-bit weights, 32 or 64-bit biases and 8 or 16-bit activations. Constants that
+    become activations (embedding table, prefix K/V) have 8 bits.
     """
     for graph in dec.graphs:
         for spec in graph.tensors:
@@ -73,10 +77,10 @@ def freeze(dec: Decoder, params: Params, free: Scales, prefix: tuple[int, ...]) 
     code = clip(round(w / s)), half to even; bias code = round(b / (s_x s_w)), s_x s_w in float32.
 
     Args:
-      dec: staged for any length, with the prefix's.
-      params: folded float parameters by global name.
+      dec: graphs of any length, staged with the prefix.
+      params: folded float parameters by stacked global name.
       free: QParams of every free tensor (`scales.is_free`).
-      prefix: the token ids behind `layers.attn.prefix_*`.
+      prefix: token ids whose keys and values are `layers.attn.prefix_k` and `prefix_v`.
 
     Raises:
       UserError: bits that no kernel has (`check_bits`), a non-finite parameter or scale, a bias
@@ -97,7 +101,7 @@ def freeze(dec: Decoder, params: Params, free: Scales, prefix: tuple[int, ...]) 
 
 
 def _integer(name: str, q: QParams) -> QTensor:
-    """Scale in float32 and zero point in int32.
+    """Casts a scale to float32 and a zero point to int32.
 
     Raises:
       UserError: a scale is not finite and positive.
@@ -111,8 +115,11 @@ def _integer(name: str, q: QParams) -> QTensor:
 
 
 def check_mask(dec: Decoder, tensors: Mapping[str, QTensor]) -> None:
-    """Raises UserError where the highest score, masked, would not be the lowest code: where it lies
-    above -2^(b-1) times the scale of masked scores."""
+    """Raises UserError where the mask does not hide the highest score.
+
+    Hidden means that score + MASK saturates at the lowest code, -2^(b-1) times the scale of masked
+    scores.
+    """
     bits = dec.layer["mask"].quant.bits[0]
     top = 2 ** (bits - 1)
     for node in dec.layer.nodes:
@@ -135,14 +142,18 @@ def check_mask(dec: Decoder, tensors: Mapping[str, QTensor]) -> None:
 def _narrow_biases(
     dec: Decoder, tensors: Mapping[str, QTensor]
 ) -> tuple[BitPlan, dict[str, QTensor]]:
-    """The plan and the biases with 32 bits for a 64-bit bias wherever its linear provably needs no more:
+    """Narrows 64-bit biases to 32 bits wherever the linear provably needs no more.
+
     CPU kernels then accumulate in 32 bits, several times as fast.
+
+    Returns:
+      The plan with their bits, and the biases by stacked global name.
 
     Raises:
       UserError: an accumulator can overflow.
     """
     bounds = proved_bounds(dec, tensors)
-    check(bounds)
+    check_accumulators(bounds)
     biases = {
         g.prefix + t.name: [g.global_name(i, t.name) for i in range(g.layers)]
         for g in dec.graphs
@@ -167,7 +178,7 @@ def _finite(name: str, x: np.ndarray) -> np.ndarray:
 def _freeze_weights(
     graph: Graph, params: Params, tensors: Mapping[str, QTensor]
 ) -> dict[str, QTensor]:
-    """Weights and prefix K/V with their codes, by global name."""
+    """Rounds weights and prefix K/V: tensors with codes, by stacked global name."""
     frozen = {}
     for spec in graph.named("param"):
         name = graph.prefix + spec.name
@@ -187,7 +198,7 @@ def _freeze_weights(
 def _freeze_biases(
     graph: Graph, params: Params, tensors: Mapping[str, QTensor]
 ) -> dict[str, QTensor]:
-    """Biases with their codes, by global name: round(b / (s_x s_w)), the product in float32."""
+    """Rounds biases, round(b / (s_x s_w)) with the product in float32: by stacked global name."""
     frozen = {}
     for node in graph.nodes:
         if not isinstance(node.op, FullyConnected):
@@ -206,7 +217,7 @@ def _freeze_biases(
 
 
 def _check_bias_codes(graph: Graph, node: Node, values: np.ndarray) -> None:
-    """Raises UserError for codes (L, out), or (out,), that their bits do not hold."""
+    """Raises UserError for bias codes, (L, out) or (out,), that their bits do not hold."""
     x, _, b = (graph[n].quant for n in node.inputs)
     for i in range(graph.layers):
         if (worst := np.abs(graph.at(values, i)).max()) >= 2.0 ** (b.bits[i] - 1):

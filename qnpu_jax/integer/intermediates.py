@@ -1,7 +1,7 @@
-"""What the ops that sum no products hold before they round: no weight bounds it, so the interval
-follows from codes, zero points and shapes alone.
+"""Proved intervals of what ADD, MUL, QUANTIZE and SOFTMAX hold before they round.
 
-It fits 32 bits in every kernel but for one: the sum of int8 SOFTMAX over 4,096 keys or more.
+No weight takes part, so an interval follows from codes, zero points and shapes alone. It fits
+32 bits in every kernel but for one: the sum of int8 SOFTMAX over 4,096 keys or more.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from qnpu_jax.integer.accumulators import Interval, intervals, needed_bits, prod
 from qnpu_jax.integer.model import QTensor
 
 ADD_SHIFT = {8: 20, 16: 15}
-"""Bits that ADD shifts its operands to the left, by their own. LiteRT kernels/add.cc, `Prepare`."""
+"""Left shift of ADD's operands, by their bits. Reference: LiteRT kernels/add.cc, `Prepare`."""
 EXP_ONE = {8: 2**19, 16: 32762}
-"""exp(0) as SOFTMAX sums it: Q12.19 of int8 scores; Q0.15 of int16 ones, whose table ends below 1.
+"""exp(0) as SOFTMAX sums it, by the scores' bits: Q12.19, or Q0.15, whose table ends below 1.
 
 Reference: LiteRT reference/softmax.h."""
 AVAILABLE = 32
@@ -64,9 +64,9 @@ class Intermediate:
     """The proved interval of what an op holds before it rounds.
 
     Attributes:
-      tensor: the op's output, by global name with the layer's number.
-      what: the widest value that it holds.
-      low, high: in codes.
+      tensor: output of the op, by global name with the layer's number.
+      what: name of the widest value that the op holds.
+      low, high: its smallest and largest value, in codes.
     """
 
     tensor: str
@@ -82,16 +82,16 @@ class Intermediate:
 
 
 def proved_intermediates(dec: Decoder, tensors: Mapping[str, QTensor]) -> list[Intermediate]:
-    """One per ADD, MUL, QUANTIZE and SOFTMAX and layer, by global name.
+    """Proves the interval of every intermediate: one per ADD, MUL, QUANTIZE, SOFTMAX and layer.
 
     Args:
-      tensors: as in `IntegerModel`.
+      tensors: `IntegerModel.tensors`.
     """
     return list(_found(dec, tensors))
 
 
-def check(found: Iterable[Intermediate]) -> None:
-    """Raises UserError for the first that does not fit `AVAILABLE` bits."""
+def check_intermediates(found: Iterable[Intermediate]) -> None:
+    """Raises UserError for the first intermediate that does not fit `AVAILABLE` bits."""
     for i in found:
         if i.needed > AVAILABLE:
             raise UserError(

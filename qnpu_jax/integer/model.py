@@ -68,12 +68,15 @@ class IntegerModel:
         return {n: t.codes for n, t in self.tensors.items() if t.codes is not None}
 
     def decoder(self, tokens: int, cache: int = 0, logits: Any = "all") -> Decoder:
-        """The graphs for `tokens` new positions after the prefix and `cache` slots."""
+        """Stages the graphs for `tokens` new positions after the prefix and `cache` slots."""
         return decoder(self.config, self.plan, tokens, len(self.prefix), cache, logits)
 
     def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
-        """Codes of a graph's parameters in one layer, by local name: int8, biases as wide as the
-        plan has them in this layer (the stack of all layers is as wide as the widest)."""
+        """Codes of a graph's parameters in one layer, by local name.
+
+        Weights and prefix are int8. A bias is as wide as the plan has it in this layer; the
+        stack of all layers is as wide as its widest.
+        """
         codes = {}
         for spec in graph.named("param"):
             own = graph.at(self.tensors[graph.prefix + spec.name].codes, layer)
@@ -81,7 +84,11 @@ class IntegerModel:
         return codes
 
     def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
-        """Codes of the inputs that all layers share, by local name: int16, an 8-bit mask int8."""
+        """Codes of the inputs that all layers share, by local name: int8 or int16 by their bits.
+
+        Args:
+          filled: slots of the cache that hold keys.
+        """
         real = layer_inputs(dec, filled)
         codes = {}
         for name, x in real.items():
@@ -110,8 +117,10 @@ def dequantize(model: IntegerModel) -> dict[str, np.ndarray]:
 
 
 def activation_scales(model: IntegerModel) -> Scales:
-    """QParams of every activation and input, without those of parameters; zero points float32, as
-    fake-quantization takes them."""
+    """QParams of every activation and input by stacked global name, without those of parameters.
+
+    Zero points are float32, as fake-quantization takes them.
+    """
     names = [g.prefix + t.name for g in model.decoder(1).graphs for t in g.tensors]
     found = {n: model.tensors[n] for n in names if n in model.tensors}
     return {

@@ -1,4 +1,4 @@
-"""The simulator as other modules see it: something that runs an integer model."""
+"""Interface of a simulator: runs an integer model at one length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qnpu_jax.integer.model import IntegerModel
 
 @runtime_checkable
 class Simulator(Protocol):
-    """A simulated model of one length."""
+    """An integer model, simulated at one length."""
 
     def logits(self, ids: np.ndarray) -> Any:
         """Codes of the logits, (T or 1, V) for ids (T,)."""
@@ -29,4 +29,4 @@ class Simulator(Protocol):
 
 
 Simulate = Callable[[IntegerModel, int, Positions], Simulator]
-"""Makes the simulator of a model for a length."""
+"""Makes the simulator of a model, for a number of tokens and positions of logits."""

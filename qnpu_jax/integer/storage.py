@@ -15,12 +15,12 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.integer.model import IntegerModel, QTensor
 
 FORMAT = 3
-"""Version of the stored form; a reader refuses any other."""
+"""Version of the files; `load` refuses any other."""
 
 
 def save(model: IntegerModel, folder: Path) -> None:
-    """Writes `integer_model.safetensors` (codes, scales, zero points) and `integer_model.json` (the
-    rest)."""
+    """Writes `integer_model.safetensors` (codes, scales, zero points) and `integer_model.json`
+    (model shape, bit plan, prefix ids)."""
     arrays = {
         **{f"codes/{n}": x for n, x in model.codes.items()},
         **{f"scale/{n}": t.scale for n, t in model.tensors.items()},
@@ -77,8 +77,8 @@ def load(folder: Path) -> IntegerModel:
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, QTensor]:
-    """Whole tensors from the arrays `codes/<name>`, `scale/<name>` and `zero_point/<name>`; one that
-    lacks its scale or zero point is left out."""
+    """Joins the arrays `codes/<name>`, `scale/<name>`, `zero_point/<name>` to tensors by name; one
+    that lacks its scale or zero point is left out."""
     names = [n.removeprefix("scale/") for n in arrays if n.startswith("scale/")]
     return {
         n: QTensor(

@@ -13,7 +13,7 @@ import numpy as np
 
 from qnpu_jax import artifacts
 from qnpu_jax.graph import Positions
-from qnpu_jax.integer import Bound, IntegerModel, Simulator, check, proved_bounds
+from qnpu_jax.integer import Bound, IntegerModel, Simulator, check_accumulators, proved_bounds
 from qnpu_jax.progress import Clock
 from qnpu_jax.proof.comparison import compare, op_names
 from qnpu_jax.tflite import LiteRT
@@ -27,7 +27,7 @@ def bound(model: IntegerModel, tokens: int, logits: Positions) -> list[Bound]:
     """
     dec = model.decoder(tokens, logits=logits)
     bounds = proved_bounds(dec, model.tensors)
-    check(bounds)
+    check_accumulators(bounds)
     return bounds
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from qnpu_sim import compile_model, observed_accumulators, observed_ranges, run
 
 from qnpu_jax.graph import Positions
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.runtime import PROFILES
 from qnpu_jax.tflite import KernelSet
+from qnpu_sim import compile_model, observed_accumulators, observed_ranges, run
 
 
 class Simulated:

@@ -25,11 +25,11 @@ from qnpu_jax.integer import (
     IntegerModel,
     Intermediate,
     channel_bounds,
-    check,
+    check_accumulators,
+    check_intermediates,
     needed_bits,
     proved_intermediates,
 )
-from qnpu_jax.integer import intermediates as integer_intermediates
 from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Clock
 from qnpu_jax.text import excerpts
@@ -252,9 +252,9 @@ def measure(
     with clock.stage("prove"):
         dec = model.decoder(prefill)
         bounds = channel_bounds(dec, model.tensors)
-        check([b.bound for b in bounds])
+        check_accumulators([b.bound for b in bounds])
         between = proved_intermediates(dec, model.tensors)
-        integer_intermediates.check(between)
+        check_intermediates(between)
     with clock.stage("observe"):
         rows = join(bounds, observe(model, read.windows))
     sha256 = folder.report["sha256"].get("integer_model.safetensors", "")

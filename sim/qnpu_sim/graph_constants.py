@@ -65,14 +65,14 @@ def tight_sums(model: IntegerModel, dec: Any, rules: Rules) -> frozenset[str]:
       UserError: there are such sums, and the profile's `overflow` is `error`; or a sum does not fit
         the accumulator that the file and the profile's kernels have for it.
     """
-    intermediates.check(intermediates.proved_intermediates(dec, model.tensors))
+    intermediates.check_intermediates(intermediates.proved_intermediates(dec, model.tensors))
     bits = rules.accumulator_bits
     int4 = _int4_linears(dec) if rules.xnnpack else frozenset()
     # `freeze` has proved that the sums of linears fit the accumulators that the file has for them.
     proved = bits is None and rules.rescaled_bits == 64 and not int4
     bounds = accumulators.proved_bounds(dec, model.tensors, linears=not proved)
     if bits is None:
-        accumulators.check(bounds)
+        accumulators.check_accumulators(bounds)
         if passing := accumulators.overflowing(bounds, rules.rescaled_bits):
             takes = f"this profile's requantization takes {rules.rescaled_bits}"
             raise _too_wide(passing, takes, "choose a shorter length, or narrower codes")

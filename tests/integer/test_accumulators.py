@@ -16,8 +16,9 @@ from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.graph.ops import BatchMatmul, FullyConnected
 from qnpu_jax.graph.qparams import QParams
 from qnpu_jax.graph.scales import is_free
-from qnpu_jax.integer.accumulators import Bound, check, overflowing, proved_bounds
+from qnpu_jax.integer.accumulators import Bound, check_accumulators, overflowing, proved_bounds
 from qnpu_jax.integer.freeze import freeze
+from qnpu_jax.integer.model import QTensor
 from qnpu_sim.observe import observed_accumulators
 from qnpu_sim.program import compile_model, run
 
@@ -41,10 +42,10 @@ def test_needed_bits_are_the_fewest_that_hold_the_interval(low, high):
 def test_check_stops_at_one_beyond_32_bits(low, high, fits):
     bound = Bound("layers.3.mlp.down", "FULLY_CONNECTED", low, high, 32, 16)
     if fits:
-        check([bound])
+        check_accumulators([bound])
     else:
         with pytest.raises(UserError, match=r"^layers\.3\.mlp\.down: .* 2147483648, .* 33 bits"):
-            check([bound])
+            check_accumulators([bound])
 
 
 @given(st.lists(st.tuples(st.integers(-(2**40), 0), st.integers(0, 2**40))), st.integers(2, 64))
@@ -77,7 +78,7 @@ def test_what_overflows_a_width_is_what_passes_its_ends(ends, bits):
 )
 def test_the_way_out_is_one_that_the_kernels_have(tensor, op, input_bits, way_out):
     with pytest.raises(UserError) as error:
-        check([Bound(tensor, op, 0, 2**31, 32, input_bits)])
+        check_accumulators([Bound(tensor, op, 0, 2**31, 32, input_bits)])
     assert str(error.value).endswith(f"; {way_out} in the bit plan")
 
 
@@ -226,21 +227,22 @@ def test_the_last_width_that_fits_is_accepted():
     assert 516 * 127 * 32768 < 2**31 <= 517 * 127 * 32768
     for k in (516, 517):
         d = decoder(dataclasses.replace(WIDE, intermediate_size=k), with_bias(32), 4)
-        codes = {}
+        tensors = {
+            g.prefix + t.name: QTensor(
+                scale=np.float32(1), zero_point=np.zeros(2 if g.layered else (), np.int32)
+            )
+            for g in d.graphs
+            for t in g.tensors
+        }
         for graph in d.graphs:
             for t in graph.named("param"):
                 shape = ((2,) if graph.layered else ()) + t.shape
                 bias = t.name.endswith("bias")
-                codes[graph.prefix + t.name] = (
-                    np.zeros(shape, np.int32) if bias else np.full(shape, 127, np.int8)
-                )
-        zero = {
-            g.prefix + t.name: np.zeros(2 if g is d.layer else (), np.int32)
-            for g in d.graphs
-            for t in g.tensors
-        }
+                codes = np.zeros(shape, np.int32) if bias else np.full(shape, 127, np.int8)
+                name = graph.prefix + t.name
+                tensors[name] = dataclasses.replace(tensors[name], codes=codes)
         if k == 516:
-            check(proved_bounds(d, codes, zero))
+            check_accumulators(proved_bounds(d, tensors))
         else:
             with pytest.raises(UserError, match=r"mlp\.down: its accumulator can reach 2151"):
-                check(proved_bounds(d, codes, zero))
+                check_accumulators(proved_bounds(d, tensors))

@@ -65,7 +65,9 @@ def test_biases_are_rounded_to_the_accumulators_grid(plan):
         for node in graph.nodes:
             if isinstance(node.op, FullyConnected):
                 x, w, b = (graph.prefix + n for n in node.inputs)
-                scale = model.tensors[x].scale[..., None].astype(np.float64) * model.tensors[w].scale
+                scale = (
+                    model.tensors[x].scale[..., None].astype(np.float64) * model.tensors[w].scale
+                )
                 np.testing.assert_array_equal(model.tensors[b].scale, scale.astype(np.float32))
                 exact = np.asarray(params[b], np.float64) / model.tensors[b].scale
                 np.testing.assert_array_equal(model.codes[b], np.rint(exact))

@@ -237,11 +237,11 @@ def test_sums_of_softmax_follow_its_tables():
 def test_a_sum_of_too_many_exponentials_is_refused():
     model = tiny.quantized("gqa_llama3", "w8a8i8")
     sums = proved_intermediates(model.decoder(126), model.tensors)  # 128 keys
-    intermediates.check(sums)
+    intermediates.check_intermediates(sums)
     # As of 4,096 keys, which are more than this model has.
     longer = [dataclasses.replace(i, high=32 * i.high) for i in sums if i.op == "SOFTMAX"]
     with pytest.raises(UserError, match=r"softmax.*33 bits.*at most 32; choose a shorter length"):
-        intermediates.check(longer)
+        intermediates.check_intermediates(longer)
 
 
 @pytest.mark.parametrize(
