@@ -1,6 +1,6 @@
-"""The main job: a model in, a proved integer .tflite out, with every number that the user is told.
+"""The main job of `qnpu quantize`: a model in; a proved integer .tflite and a report out.
 
-The simulator comes in as an argument (`simulator.Simulate`).
+The simulator comes in as an argument (`integer.Simulate`), so that tests can hand in a wrong one.
 """
 
 from __future__ import annotations
@@ -34,22 +34,26 @@ PACKAGES = (
     "qnpu", "jax", "jaxlib", "numpy", "optax", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers"
 )  # fmt: skip
 POINTS = 200
-"""Losses of a stage in the report: of longer stages, means over equal numbers of steps."""
+"""Largest number of losses that the report gives of a stage; of longer stages it gives means over
+equal numbers of steps."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What `qnpu quantize` was asked for.
+    """A request to `qnpu quantize`.
 
     Attributes:
-      model: a name or path that `checkpoint.load` takes.
+      model: name or path that `models.load` takes.
+      out: output folder, new or empty.
       effort: how much is learned.
-      calibration: text or JSONL, also learned from; None lets the model write its own.
-      eval_text: text that is scored; None takes `pydoc_data.topics`.
-      prefill: static length of the signature.
-      logits: of all positions, or of the last only.
+      calibration: file of text or JSONL to calibrate with and learn from; None lets the model write
+        its own.
+      eval_text: file of text that is scored; None takes `pydoc_data.topics`.
+      prefill: static length of the signature, tokens.
+      logits: positions that the signature gives logits of.
       eval_tokens: tokens scored, at least one window.
-      checkpoints: where learning is kept until the job is done; None takes <out>.checkpoints.
+      overwrite: replace an earlier output folder.
+      checkpoints: folder that keeps learning until the job is done; None takes <out>.checkpoints.
     """
 
     model: str
@@ -65,7 +69,7 @@ class Job:
     checkpoints: Path | None = None
 
     def learning(self) -> Effort | None:
-        """The effort, None where the recipe learns nothing at it."""
+        """Effort of the run, None where the recipe learns nothing at it."""
         return self.effort if learns(self.recipe, self.effort) else None
 
     def checkpoint_folder(self) -> Path:
@@ -118,8 +122,10 @@ def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
 
 @contextmanager
 def _kept(job: Job, checkpoint: Checkpoint, text: Texts, watch: Observer) -> Iterator[Store | None]:
-    """Where learning is kept while the block runs; gone when it ends well, or before a first
-    checkpoint."""
+    """Opens the store of checkpoints while the block runs.
+
+    The folder is removed when the block ends well, or fails before a first checkpoint.
+    """
     if job.learning() is None:
         yield None
         return
@@ -151,12 +157,12 @@ def resumes(job: Job) -> tuple[int, int] | None:
 
 
 def _asked(job: Job) -> dict[str, Any]:
-    """What decides what is learned, as far as the caller said it."""
+    """Settings of the caller that decide what is learned."""
     return {"recipe": job.recipe.to_json(), "effort": dataclasses.asdict(job.effort)}
 
 
 def _found(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The same, of the model."""
+    """Facts about the model that decide what is learned."""
     return {"model": checkpoint.sha256, "config": dataclasses.asdict(checkpoint.config)}
 
 
@@ -211,7 +217,7 @@ def _short(x: float) -> float:
 
 
 def _check_request(job: Job) -> None:
-    """What can be wrong before the model is read, which takes a while."""
+    """Refuses what can be known to be wrong before the model is read, which takes a while."""
     check_prefill(job.prefill)
     if job.eval_tokens < job.prefill:
         raise UserError(
@@ -226,7 +232,7 @@ def _check_request(job: Job) -> None:
 
 
 def _check_checkpoints(job: Job, inputs: dict[str, Any]) -> None:
-    """As far as one can say before everything is read."""
+    """Refuses a folder of checkpoints that belongs to another run, as far as `inputs` tell."""
     if job.learning() is None:
         return
     from qnpu_jax.learn import check  # orbax takes a second to import
@@ -241,7 +247,7 @@ def _check_checkpoints(job: Job, inputs: dict[str, Any]) -> None:
 
 
 def _check_model(config: ModelConfig, job: Job) -> None:
-    """What a recipe and a length ask of a model."""
+    """Refuses lengths that the model has not enough positions for."""
     asked = {"prefill": job.prefill, "calibration_length": job.recipe.calibration_length}
     if effort := job.learning():
         asked[f"effort {effort.name}"] = effort.length
