@@ -1,4 +1,4 @@
-"""How LiteRT's kernels on ARM differ from the simulator's x86 profiles: single ops in qemu-user.
+"""Compares LiteRT's kernels on ARM with the simulator's x86 profiles: single ops in qemu-user.
 
 `make FOLDER` draws the kernel tests' cases (tests/kernel_cases.py) and writes each as a .tflite
 with its inputs and what the profiles litert_ref, litert_opt and litert_xnn make of them. `check
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make(folder: Path, cases: int) -> None:
-    """Models, inputs and the profiles' outputs."""
+    """Writes every case into `folder`: model, inputs, and the output of each profile."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import jax
     from kernel_cases import VARIANTS  # pyright: ignore[reportMissingImports]
@@ -82,7 +82,8 @@ def make(folder: Path, cases: int) -> None:
 
 
 def differences(path: Path, profile: str) -> tuple[int, int, int]:
-    """Elements that differ, of how many, by at most how much; in one model and kernel set."""
+    """Counts elements that differ, all elements, and the largest difference, of one model and
+    kernel set."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     arrays = dict(np.load(path.with_suffix(".npz")))
@@ -105,7 +106,9 @@ def in_a_child(path: Path, profile: str) -> tuple[int, int, int] | None:
     with os.fdopen(reading) as pipe:
         answer = pipe.read()
     os.waitpid(child, 0)
-    return tuple(int(n) for n in answer.strip("()").split(",")) if answer else None  # pyright: ignore
+    if not answer:
+        return None
+    return tuple(int(n) for n in answer.strip("()").split(","))  # pyright: ignore
 
 
 def check(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""What each part of a recipe is worth: the recipe with one part changed, everything else equal.
+"""Ablation of a recipe: one part changed at a time, everything else equal.
 
 `python benchmarks/ablation.py --rows no-prefix ce ...`; without --rows, all. Fewer steps than
 `accuracy.py` by default: rows are compared with each other, in one run. The full recipe is always
@@ -39,7 +39,7 @@ from qnpu_jax.recipes import Recipe, Stage, load_recipe
 
 FULL = "full recipe"
 STEPS = 150
-"""In place of the effort's, where it learns and --steps says nothing."""
+"""Steps of learning where the effort learns and --steps says nothing."""
 BETTER = 1.0
 """Percent of perplexity by which no row may beat the full recipe."""
 
@@ -207,7 +207,7 @@ def divergences(rows: list[Row]) -> dict[str, float]:
 
 
 def verdict(rows: list[Row]) -> list[str]:
-    """What falls short of the goal."""
+    """Returns a line for each row that beats the full recipe, which is short of the goal."""
     short = [
         f"{row['name']} diverged: nothing to compare with"
         for row in rows

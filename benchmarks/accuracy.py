@@ -70,7 +70,7 @@ def jobs(args: argparse.Namespace, bench: Bench) -> list[Job]:
 
 
 def verdict(rows: list[Row], sha256: str) -> list[str]:
-    """What falls short of the goals."""
+    """Returns a line for each goal that is missed."""
     short = []
     original = perplexity(next(r for r in rows if r["name"] == "float"))
     if sha256 in FLOAT:

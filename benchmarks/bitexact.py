@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import outcome
-from qnpu_sim.program import compile_model, run
-from qnpu_sim.rounding import ProfileName
 from sim_speed import MODEL, quantize
 
 from qnpu_jax.integer import storage
@@ -29,6 +27,8 @@ from qnpu_jax.proof import comparison
 from qnpu_jax.text import files
 from qnpu_jax.tflite import writer
 from qnpu_jax.tflite.interpreter import KernelSet, LiteRT
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import ProfileName
 
 KERNELS: dict[ProfileName, KernelSet] = {
     "litert_ref": "ref",
@@ -63,7 +63,7 @@ def integers(names: list[str], quick: bool) -> Iterator[tuple[str, IntegerModel]
 
 
 def real_text(path: Path | None, tokens: int) -> np.ndarray:
-    """The first token ids of a text, (tokens,) int32."""
+    """The first token ids of a text: (tokens,) int32."""
     checkpoint = load(MODEL)
     texts = files.read_text(path) if path else [files.default_text()]
     ids = files.tokenize(texts, checkpoint.tokenizer, checkpoint.config.vocab_size, str(path))
@@ -116,7 +116,7 @@ def compare(name: str, model: IntegerModel, ids: np.ndarray, threads: list[int])
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Prints the table as it comes."""
+    """Prints the table row by row; returns the exit status."""
     ids = real_text(args.text, args.tokens)
     print(
         f"{'model':16}{'profile':12}{'threads':>8}{'tensors':>9}{'elements':>13}{'differing':>10}"

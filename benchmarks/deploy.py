@@ -38,9 +38,9 @@ from qnpu_jax.tflite.forms import Integers, Reals, Stored, UnpackedPrefill
 GOALS = ("w8a8i8", "w4a8i8")
 RECIPES = [*GOALS, "w8a8s8", "w4a8s8", "w8a8", "w4a8", "w4a16"]
 TIMES = 3.0
-"""As fast as float32, of each of GOALS."""
+"""How many times as fast as float32 each of GOALS should be."""
 UNPACKED = " unpacked"
-"""After the name of a recipe, one of its files."""
+"""Suffix of a recipe's name for its file with unpacked 4-bit weights."""
 
 
 def arguments() -> argparse.Namespace:
@@ -86,7 +86,7 @@ def peak_memory(path: Path, threads: int) -> float:
 def report(
     rows: Sequence[Row], files: Mapping[str, tuple[float, float]], args: argparse.Namespace
 ) -> int:
-    """Prints the table, what falls short, and last the headline; the exit status."""
+    """Prints the table, missed goals, and last the headline; returns the exit status."""
     floats = {r.signature: r.median for r in rows if r.reader == FLOAT}
     print(f"{'':16} {'signature':12} {'ms':>8} {'tokens/s':>9} {'/float32':>9}")
     for r in rows:
@@ -110,7 +110,7 @@ def report(
 
 
 def best_file(rows: Sequence[Row], recipe: str) -> tuple[str, dict[str, float]]:
-    """Of a recipe's files, the one whose slower signature is the fastest: its name, and how many
+    """Finds the file of a recipe whose slower signature is the fastest: its name, and how many
     times as fast as float32 it is, by signature."""
     files = dict.fromkeys(r.reader for r in rows if r.reader in (recipe, recipe + UNPACKED))
     times = {name: cpu.speedups(rows, reader=name) for name in files}
@@ -119,7 +119,7 @@ def best_file(rows: Sequence[Row], recipe: str) -> tuple[str, dict[str, float]]:
 
 
 def measured(args: argparse.Namespace) -> int:
-    """The exit status."""
+    """Measures and prints everything; returns the exit status."""
     integers, _ = quantize(args.recipes, quick=True)
     with tempfile.TemporaryDirectory() as folder:
         paths = written(integers, Path(folder), args)

@@ -1,11 +1,11 @@
-"""Hexagon without a phone: what Qualcomm's compiler makes of quantized models, and how far its
-emulator lies from the simulator. Needs the extra `qnn`, Linux on x86-64.
+"""Measures Hexagon without a phone: Qualcomm's compiler on quantized models, and the distance of
+its emulator from the simulator. Needs the extra `qnn`, Linux on x86-64.
 
 Protocol: every folder of `qnpu quantize`, SoC and export profile is compiled as `qnpu compile` does
 (prefill and decode over a KV cache): ops and partitions on the NPU, DDR bytes by the compiler's
-count, its time and memory, and the roofline ESTIMATE of `qnpu_jax.latency.roofline`. Then the emulator
-of the first SoC runs the first layer's ops on the simulator's inputs, whole layers beside float,
-and the whole model on held-out text beside the simulator.
+count, its time and memory, and the roofline ESTIMATE of `qnpu_jax.latency.roofline`. Then the
+emulator of the first SoC runs the first layer's ops on the simulator's inputs, whole layers beside
+float, and the whole model on held-out text beside the simulator.
 
 Goals: one partition per signature with all ops on the NPU; w4a8's estimated prefill at least 15.1%
 below w4a16's, where both are there; emulated perplexity of w8a8 and w4a8 within 2% of the
@@ -168,7 +168,8 @@ def compiled(case: Case, soc: str, profile: ProfileName, args: argparse.Namespac
 
 
 def run_emulated(case: Case, profile: ProfileName, args: argparse.Namespace) -> Emulated:
-    """Ops of one layer and for the first profile alone: they are the same in all profiles."""
+    """Runs a case in the emulator. Ops are compared in one layer and for the first profile only, as
+    they are the same in all profiles."""
     run = Emulation(case.model, args.socs[0], case.windows, Simulated, profile)
     ops = [x for i in args.layers[:1] if profile == args.profiles[0] for x in run.ops(i)]
     layers = [run.layer(i) for i in args.layers]
@@ -230,7 +231,7 @@ def gains(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
 
 
 def verdict(rows: Sequence[Row], emulated: Sequence[Emulated]) -> list[str]:
-    """What falls short of the goals."""
+    """Returns a line for each goal that is missed."""
     short = [
         f"{r.recipe} {r.profile} {r.made.soc} {s.name}: {s.on_npu} of {s.ops} ops on the NPU in"
         f" {s.partitions} partitions"
@@ -262,7 +263,7 @@ def headline(rows: Sequence[Row], emulated: Sequence[Emulated]) -> str:
 
 
 def measured(args: argparse.Namespace) -> int:
-    """Prints rows as they come, what falls short, and last the headline; the exit status."""
+    """Prints rows as they come, missed goals, and last the headline; returns the exit status."""
     hexagon.check_installed()
     if args.quick:
         cases = [tiny_case("w4a8", args)]

@@ -1,5 +1,5 @@
-"""llama.cpp as a peer, in a process of its own: it may end with SIGILL, and must not take the
-benchmark with it.
+"""Times llama.cpp beside us, in a process of its own: it may end with SIGILL, and must not take
+the benchmark with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DECODE = "decode"
 
 @dataclass(frozen=True)
 class Peer:
-    """What it runs, and how."""
+    """GGUF that llama.cpp runs, with lengths and threads."""
 
     path: Path
     prefill: int
@@ -70,7 +70,8 @@ def _calls(pipe: Connection, peer: Peer) -> list[Call]:
 
 
 def _answer(pipe: Connection, asked: str | None = None) -> str | None:
-    """Empty: done; else what went wrong. None: the process is gone."""
+    """Waits for the process: empty where it did what was asked, else its error; None where it is
+    gone."""
     try:
         if asked is not None:
             pipe.send(asked)
@@ -96,7 +97,7 @@ def _serve(pipe: Connection, peer: Peer) -> None:
 
 
 def _loaded(peer: Peer) -> Callable[[str], None]:
-    """What runs a signature, by its name."""
+    """Functions that run one signature each, by name."""
     from llama_cpp import Llama
 
     made = Llama(

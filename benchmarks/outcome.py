@@ -1,4 +1,4 @@
-"""How a benchmark ends: 0 its goals hold, 1 they fall short, 2 it could not run."""
+"""Exit status of a benchmark: 0 its goals hold, 1 they fall short, 2 it could not run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COULD_NOT_RUN = 2
 
 
 def status(measure: Callable[[], int]) -> int:
-    """What `measure` returns, or COULD_NOT_RUN where it raises, with the reason on stderr."""
+    """Returns what `measure` does, or COULD_NOT_RUN where it raises, with the reason on stderr."""
     try:
         return measure()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What the prefix does: the largest token over the median one, layer by layer, before and after.
+"""Draws the largest token over the median one, layer by layer, without and with the prefix.
 
 python benchmarks/prefix_figure.py out/ benchmarks/figures/prefix.svg
 """

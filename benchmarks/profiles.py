@@ -1,4 +1,4 @@
-"""How far the rounding profiles lie apart: which choice of a kernel set, or of an NPU, matters.
+"""Measures how far rounding profiles lie apart: which choice of a kernel set, or NPU, matters.
 
 Three distances to `litert_ref`: op by op on equal inputs (codes that differ, by op), the final
 logits (where every early code that differs has spread), and the perplexity of the whole model. The
@@ -93,7 +93,7 @@ class Row:
 
 
 def op_by_op(program: Program, tensors: dict[str, np.ndarray]) -> dict[str, tuple[float, int]]:
-    """What the program's ops make of given inputs, against the given outputs, by kind of op."""
+    """Compares the program's ops on given inputs with the given outputs, by kind of op."""
     count: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3, np.int64))
     kernel = jax.jit(run_op, static_argnums=(0, 1, 2))
     residual: dict[str, Any] = {}
@@ -154,7 +154,7 @@ def measure(
 
 
 def short_of(rows: list[Row], quick: bool) -> list[str]:
-    """What the profiles of LiteRT and of a plain NPU miss: one code op by op, and `LIMIT`.
+    """Returns where profiles of LiteRT or of a plain NPU pass one code op by op, or `LIMIT`.
 
     A quick run's model has outliers and its text 128 tokens: its perplexity is chance.
     """

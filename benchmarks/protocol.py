@@ -1,4 +1,4 @@
-"""What the accuracy benchmarks share: the texts, the readings of a model, one measured row.
+"""Protocol of the accuracy benchmarks: texts, readings of a model, measured rows in a file.
 
 Perplexity: the text tokenized without special tokens, its first 65,536 tokens as 128 windows of
 512, mean negative log-likelihood of the 511 next tokens of each, exponentiated. Calibration and
@@ -84,7 +84,7 @@ class Bench:
     calibration: Path
 
     def windows(self, path: Path | None, length: int, tokens: int) -> np.ndarray:
-        """Of a file, by default of Python's documentation."""
+        """Cuts windows from a file, by default from Python's documentation."""
         texts = [files.default_text()] if path is None else files.read_text(path)
         tokenizer, size = self.checkpoint.tokenizer, self.checkpoint.config.vocab_size
         ids = files.tokenize(texts, tokenizer, size, str(path))
@@ -168,7 +168,7 @@ def _scores(
 
 
 def float_perplexity(bench: Bench, recipe: Recipe, batch: int) -> float:
-    """Of the float model, without a prefix."""
+    """Perplexity of the float model, without a prefix."""
     params = pipeline.prepare(bench.checkpoint.config, bench.checkpoint.params, recipe)
     logits = float_logits(bench.checkpoint.config, recipe.bits, params)
     with jax.default_matmul_precision("highest"):
@@ -204,7 +204,7 @@ def settings_of(args: argparse.Namespace, bench: Bench) -> Row:
 def recipe_job(
     args: argparse.Namespace, bench: Bench, name: str, recipe: Recipe, **labels: str
 ) -> Job:
-    """Of a recipe at the effort of the command line; labels are settings of the caller."""
+    """Job of a recipe at the effort of the command line; labels are settings of the caller."""
     effort, simulate = effort_of(args), not args.no_simulator
     # Recipes and efforts change from one version to the next under the same names.
     all_settings = json.dumps([recipe.to_json(), dataclasses.asdict(effort)], sort_keys=True)
@@ -283,7 +283,7 @@ def _check_settings(path: Path | None, rows: list[Row], jobs: Sequence[Job]) -> 
 
 
 def _finite(value: Any) -> Any:
-    """With null for numbers that JSON does not have."""
+    """Replaces numbers that JSON does not have by null."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -292,14 +292,14 @@ def _finite(value: Any) -> Any:
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    """All or nothing: a command killed while it writes must not cost the rows of earlier ones."""
+    """Writes all rows or nothing: a killed command must not cost the rows of earlier ones."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(rows, allow_nan=False) + "\n")
     os.replace(part, path)
 
 
 def perplexity(row: Row, reading: str = "fake_quant") -> float:
-    """Infinite where the recipe diverged."""
+    """Perplexity of a row, infinite where the recipe diverged."""
     score = row.get(reading)
     return math.inf if score is None else score
 

@@ -1,4 +1,4 @@
-"""How the simulator's speed changes with length and depth, beside the float model.
+"""Measures how the simulator's speed changes with length and depth, beside the float model.
 
 Protocol: as `sim_speed.py`: readers in turn in one process, medians. Lengths with all layers, and
 depths (the first layers of the same model) at one length. Prints a table and draws a figure.
@@ -129,7 +129,7 @@ def draw(found: list[Point], deepest: int, depth_tokens: int, path: Path) -> Non
 
 
 def report(found: list[Point], depth_tokens: int) -> None:
-    """The table, and last what a layer and the rest cost."""
+    """Prints the table, and last the time of a layer and of the rest."""
     names = list(dict.fromkeys(p.reader for p in found))
     print(f"{'T':>5} {'layers':>6} " + " ".join(f"{n + ' tokens/s':>20}" for n in names))
     for tokens, layers in dict.fromkeys((p.tokens, p.layers) for p in found):

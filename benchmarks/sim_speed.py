@@ -1,12 +1,12 @@
-"""Speed and memory of the integer simulator beside the float model and LiteRT's interpreter.
+"""Measures speed and memory of the simulator beside the float model and LiteRT's interpreter.
 
-Protocol: SmolLM2-135M is quantized once per recipe (or read: --folder, or made up:
---random), then everything runs in
-turn in one process, prefill with the logits of all positions, and the medians are compared: the
-float model under jit, the simulator in every profile, and on a CPU LiteRT's reference kernels
-(BUILTIN_REF) on the .tflite of the same integers. Float is float32 on a CPU; on a GPU bfloat16, at
-8 x 512 tokens, because that is what a GPU is for. Peak memory is that of a process of its own that
-loads a model and runs it once at the longest length: of the GPU where there is one.
+Protocol: SmolLM2-135M is quantized once per recipe (or read: --folder, or made up: --random), then
+everything runs in turn in one process, prefill with the logits of all positions, and the medians
+are compared: the float model under jit, the simulator in every profile, and on a CPU LiteRT's
+reference kernels (BUILTIN_REF) on the .tflite of the same integers. Float is float32 on a CPU; on a
+GPU bfloat16, at 8 x 512 tokens, because that is what a GPU is for. Peak memory is that of a process
+of its own that loads a model and runs it once at the longest length: of the GPU where there is
+one.
 
 How speed changes with length and depth is `sim_scaling.py`.
 
@@ -140,7 +140,8 @@ def quantize(recipes: list[str], quick: bool) -> tuple[dict[str, IntegerModel], 
 
 @partial(jax.jit, static_argnums=0)
 def float_logits(dec: Any, params: Params, ids: jax.Array) -> jax.Array:
-    """In the type of the parameters; as many sequences at once as in the simulator."""
+    """Logits of the float model in its parameters' type, as many sequences at once as in the
+    simulator."""
     half = params["head.weight"].dtype == jnp.bfloat16
     one = partial(half_forward if half else forward, dec, params)
     if ids.ndim == 1:

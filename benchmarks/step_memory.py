@@ -1,4 +1,4 @@
-"""Memory of one step of learning, as XLA plans it, and how it grows with the model and the text.
+"""Reads the memory of a step of learning from XLA's plan, as model and text grow.
 
 Nothing runs and no weights are needed: the step is compiled for shapes. Goal: at most three times
 the float32 weights (model, teacher, and what is learned of them) plus the activations of one layer

@@ -1,9 +1,9 @@
 """Zero-shot accuracy of a model: float, and fake-quantized and simulated from an output folder.
 
-Protocol: `qnpu_jax.measure.tasks` on every *.jsonl of a folder, all items, 0 examples in the prompt, no
-system prompt or chat template. Headline: the mean over tasks of acc_norm (of a last word: exact
-match), and its ratio to the float model's, which runs without prefix and, as such figures are
-published, without BOS.
+Protocol: `qnpu_jax.measure.tasks` on every *.jsonl of a folder, all items, 0 examples in the
+prompt, no system prompt or chat template. Headline: the mean over tasks of acc_norm (of a last
+word: exact match), and its ratio to the float model's, which runs without prefix and, as such
+figures are published, without BOS.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _row(reading: str, result: tasks.TaskResult, seconds: float) -> dict[str, Any]:
-    """Prints a line of the table, and gives it as data."""
+    """Prints a line of the table, and returns it as data."""
     norm = "" if result.acc_norm is None else f"{100 * result.acc_norm:.2f}"
     perplexity = "" if result.perplexity is None else f"{result.perplexity:.2f}"
     print(
@@ -200,7 +200,7 @@ def main() -> int:
 
 
 def conclude(report: dict[str, Any], quick: bool) -> int:
-    """Prints the headline figure last; the exit status."""
+    """Prints the headline figure last; returns the exit status."""
     print()
     for name, mean in report["means"].items():
         ratio = ""

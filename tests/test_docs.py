@@ -7,6 +7,7 @@ import shlex
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -122,7 +123,7 @@ def parse(line: str) -> None:
     Raises:
       TyperException: no such command or option, or not such a value.
     """
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     name, *words = shlex.split(line)[1:]
     context = group.make_context("qnpu", ["--help"], resilient_parsing=True)
     command = group.get_command(context, name)
@@ -136,7 +137,7 @@ def parse(line: str) -> None:
         except TyperException as error:
             if type(error).__name__ != "MissingParameter":  # a class that typer keeps to itself
                 raise
-            required = error.param
+            required = vars(error)["param"]
             words += ["x"] if required.param_type_name == "argument" else [required.opts[0], "x"]
         else:
             return
