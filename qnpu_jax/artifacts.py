@@ -252,7 +252,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def layout(value: Any, newline: str = "\n") -> str:
-    """Lays a value out as JSON for people: one line where it fits, or where it is a list of numbers.
+    """Lays out a value as JSON for people: on one line where it fits, or is a list of numbers.
 
     >>> print(layout({"name": "w8a8", "bits": [8] * 25, "texts": ["a" * 50, "b" * 50]}))
     {
