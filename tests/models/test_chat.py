@@ -2,6 +2,7 @@
 
 import datetime
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers.utils import chat_template_utils as reference
@@ -10,7 +11,7 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.models import chat
 from qnpu_jax.models.chat import render_chat
 
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+SPECIAL: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": '  Où est "l\'été"?\n<b>&</b> 你好 😀  '}
 ANSWER = {"role": "assistant", "content": "Là-bas."}
