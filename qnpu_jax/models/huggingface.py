@@ -168,7 +168,7 @@ def _check_supported(data: Mapping[str, Any], where: str) -> None:
 
 
 def _rope(data: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Reads theta and scaling: `rope_parameters` (transformers 5), or the keys of transformers 4."""
+    """Reads theta and scaling: `rope_parameters` (transformers 5), or keys of transformers 4."""
     scaling = data.get("rope_parameters", data.get("rope_scaling")) or {}
     if not isinstance(scaling, dict):
         raise UserError(f"{where}: RoPE scaling must be an object; got {scaling!r}; correct it")
