@@ -98,7 +98,7 @@ def read(path: str | Path, limit: int | None = None) -> Task:
         raise UserError(
             f"{path}: cannot be read ({error}); expected JSON lines in UTF-8; check the file"
         ) from None
-    # Not splitlines: U+2028 and its like may stand in a JSON string.
+    # Not splitlines, which also splits at U+2028: that may stand in a JSON string.
     lines = [(f"{path}: line {i}", s) for i, s in enumerate(text.split("\n"), 1) if s.strip()]
     parsed = [(where, *_parse(where, line)) for where, line in lines]
     if not parsed:
@@ -150,7 +150,7 @@ def _text(where: str, key: str, value: Any) -> str:
         )
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+    except UnicodeEncodeError:  # "\ud800" is valid JSON
         raise UserError(
             f'{where}: "{key}": expected Unicode text; got half a surrogate pair in {value!a};'
             " correct the line"
