@@ -100,8 +100,8 @@ def test_modules_and_what_they_hold_are_there(name):
 
 
 def test_a_wrong_name_is_noticed():
-    assert exists("qnpu_jax.tflite.writer.write") and exists("qnpu_sim.Npu")
-    assert not exists("qnpu_jax.tflite.writer.wrote") and not exists("qnpu_jax.freeze")
+    assert exists("qnpu_jax.graph.ops.Op") and exists("qnpu_sim.Npu")
+    assert not exists("qnpu_jax.graph.ops.Ops") and not exists("qnpu_jax.freeze")
 
 
 def command_lines(page: Path) -> list[str]:
