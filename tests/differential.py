@@ -137,7 +137,7 @@ def batch_matmul(draw: Draw, dtype: str) -> Example:
     assume(product > 0 and shifted(product / np.float64(z.scale), 30 if dtype == "int8" else 7))
 
     def constants(rules: Rules) -> tuple:
-        return (op_constants.prepare_batch_matmul(*types(x, y, z), rules),)
+        return (op_constants.prepare_batch_matmul(*types(x, y, z), rules=rules),)
 
     o, kernel = options("BatchMatMul", adjY=adj), partial(kernels.batch_matmul, adj_y=adj)
     return Example(Code.BATCH_MATMUL, o, [x, y], z, kernel, (x.data, y.data), constants)
@@ -176,7 +176,7 @@ def add(draw: Draw, dtype: str) -> Example:
     assume(denominator > 0 and twice / denominator < 1)
 
     def constants(rules: Rules) -> tuple:
-        return (op_constants.prepare_add(*types(x, y, z), rules),)
+        return (op_constants.prepare_add(*types(x, y, z), rules=rules),)
 
     o = options("Add", potScaleInt16=False)
     return Example(Code.ADD, o, [x, y], z, elementwise.add, (x.data, y.data), constants)
@@ -193,7 +193,7 @@ def mul(draw: Draw, dtype: str) -> Example:
     assume(0 < real < np.inf and shifted(real, 30))
 
     def constants(rules: Rules) -> tuple:
-        return (op_constants.prepare_mul(*types(x, y, z), rules),)
+        return (op_constants.prepare_mul(*types(x, y, z), rules=rules),)
 
     o = options("Mul")
     return Example(Code.MUL, o, [x, y], z, elementwise.mul, (x.data, y.data), constants)
@@ -207,7 +207,7 @@ def quantize(draw: Draw, dtype: str, to: str) -> Example:
     assume(shifted(np.float64(x.scale) / np.float64(y.scale), 30))
 
     def constants(rules: Rules) -> tuple:
-        return (op_constants.prepare_quantize(*types(x, y), rules),)
+        return (op_constants.prepare_quantize(*types(x, y), rules=rules),)
 
     kernel = partial(elementwise.quantize, dtype=np.dtype(to))
     return Example(Code.QUANTIZE, options("Quantize"), [x], y, kernel, (x.data,), constants)
@@ -254,7 +254,7 @@ def unary(draw: Draw, dtype: str, op: Any) -> Example:
         assume(2.0**-12 <= ratio < 2**20 and 1e-30 < scale < 1e30)
 
     def constants(rules: Rules) -> tuple:
-        return (op_constants.prepare_unary(op, *types(x, y), rules),)
+        return (op_constants.prepare_unary(op, *types(x, y), rules=rules),)
 
     return Example(getattr(Code, op.upper()), None, [x], y, kernels.unary, (x.data,), constants)
 

@@ -135,7 +135,7 @@ def batch_matmul(
             replace(t, scale=np.float32(128 * t.scale)) if is_byte else t
             for t, is_byte in zip((x, y), bytes_, strict=True)
         ]
-        return (op_constants.prepare_batch_matmul(*types(*narrow, z), rules_of(profile)),)
+        return (op_constants.prepare_batch_matmul(*types(*narrow, z), rules=rules_of(profile)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -158,7 +158,7 @@ def add(rng: Generator, dtype: str, shapes: tuple) -> Case:
     z = Tensor(dtype, None, max(z.scale, low), z.zero_point, shape=z.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (op_constants.prepare_add(*types(x, y, z), rules_of(profile)),)
+        return (op_constants.prepare_add(*types(x, y, z), rules=rules_of(profile)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -173,7 +173,7 @@ def add_mask(rng: Generator, dtype: str) -> Case:
     z = Tensor(dtype, None, scale, shape=scores.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (op_constants.prepare_add(*types(scores, m, z), rules_of(profile)),)
+        return (op_constants.prepare_add(*types(scores, m, z), rules=rules_of(profile)),)
 
     return Case([scores, m], z, (scores.data, mask), constants)
 
@@ -186,7 +186,7 @@ def keep(rng: Generator, dtype: str) -> Case:
     z = Tensor(dtype, None, p.scale, shape=p.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (op_constants.prepare_mul(*types(p, k, z), rules_of(profile)),)
+        return (op_constants.prepare_mul(*types(p, k, z), rules=rules_of(profile)),)
 
     return Case([p, k], z, (p.data, seen), constants)
 
@@ -196,7 +196,7 @@ def mul(rng: Generator, dtype: str, shapes: tuple) -> Case:
     z = draw_output(rng, dtype, real_range(x) * real_range(y), np.broadcast_shapes(*shapes))
 
     def constants(profile: Profile) -> tuple:
-        return (op_constants.prepare_mul(*types(x, y, z), rules_of(profile)),)
+        return (op_constants.prepare_mul(*types(x, y, z), rules=rules_of(profile)),)
 
     return Case([x, y], z, (x.data, y.data), constants)
 
@@ -206,7 +206,7 @@ def quantize(rng: Generator, dtype: str, output_dtype: str) -> Case:
     y = draw_output(rng, output_dtype, real_range(x), x.data.shape)
 
     def constants(profile: Profile) -> tuple:
-        return (op_constants.prepare_quantize(*types(x, y), rules_of(profile)),)
+        return (op_constants.prepare_quantize(*types(x, y), rules=rules_of(profile)),)
 
     return Case([x], y, (x.data,), constants)
 
@@ -250,7 +250,7 @@ def unary(rng: Generator, dtype: str, op: Any) -> Case:
     x = Tensor(dtype, codes, scale, zero_point)
 
     def constants(profile: Profile) -> tuple:
-        return (op_constants.prepare_unary(op, *types(x, output), rules_of(profile)),)
+        return (op_constants.prepare_unary(op, *types(x, output), rules=rules_of(profile)),)
 
     return Case([x], output, (codes,), constants)
 

@@ -124,7 +124,7 @@ def test_vmaps_over_codes_and_constants(variant):
 def test_without_64_bits_the_kernels_raise():
     x = np.ones((2, 3), np.int8)
     types = (QuantizedType(np.float32(scale)) for scale in (1, 2))
-    constants = op_constants.prepare_quantize(*types, rules_of("npu"))
+    constants = op_constants.prepare_quantize(*types, rules=rules_of("npu"))
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"

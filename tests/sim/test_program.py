@@ -1,5 +1,6 @@
 """What `run` keeps: by a predicate or by a pattern, never by a silent nothing."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def test_a_pattern_keeps_what_its_predicate_keeps(program, pattern):
     assert all(regex.fullmatch(name) or name == "head.logits" for name in got)
     for name, codes in expected.items():
         np.testing.assert_array_equal(got[name], codes, err_msg=name)
+
+
+def test_the_pattern_of_the_logits_keeps_nothing_else(program, monkeypatch):
+    """So all layers still run in one program, where that is faster."""
+    expected = run(program, IDS)["head.logits"]
+    monkeypatch.setattr("qnpu_sim.program.steps", None)
+    got = run(dataclasses.replace(program, at_once=True), IDS, "head.logits")
+    assert got.keys() == {"head.logits"}
+    np.testing.assert_array_equal(got["head.logits"], expected)
 
 
 @pytest.mark.parametrize(
