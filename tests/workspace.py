@@ -87,11 +87,12 @@ def start(*args: str, cwd: Path, stderr: int = subprocess.PIPE) -> subprocess.Po
     )
 
 
-def write_tiny_model(folder: Path, vocab_size: int = VOCAB) -> Path:
+def write_tiny_model(folder: Path, vocab_size: int = VOCAB, layers: int = 2) -> Path:
     """Random weights, and byte-level BPE trained on Python's documentation."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    write_model(folder, CONFIG, random_tensors(read_config(folder)))
+    config = CONFIG | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_model(folder, config, random_tensors(read_config(folder)))
     _write_tokenizer(folder, vocab_size)
     return folder
 

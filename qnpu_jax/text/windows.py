@@ -64,8 +64,9 @@ def token_ids(
     if ids.size == 0:
         raise UserError(f"{source}: no token; {expected}; give some")
     if ids.dtype.kind not in "iu":
+        kind = ids.dtype.type.__name__
         raise UserError(
-            f"{source}: {ids.dtype} values; {expected}; encode text with the model's tokenizer"
+            f"{source}: {kind} values; {expected}; encode text with the model's tokenizer"
         )
     if ids.ndim not in ranks:
         raise UserError(f"{source}: shape {ids.shape}; {expected}; reshape them")
