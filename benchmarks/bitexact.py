@@ -99,7 +99,7 @@ def compare(name: str, model: IntegerModel, ids: np.ndarray, threads: list[int])
     ops = comparison.op_names(dec)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.tflite"
-        writer.write(model, path, len(ids))
+        writer.write_prefill(model, path, len(ids))
         for profile, kernels in KERNELS.items():
             program = compile_model(model, dec, profile)
             got = {n: np.asarray(x) for n, x in run(program, ids, keep=lambda _: True).items()}
@@ -107,7 +107,7 @@ def compare(name: str, model: IntegerModel, ids: np.ndarray, threads: list[int])
                 start = time.perf_counter()
                 runner = LiteRT(path, kernels, keep_tensors=True, threads=count)
                 runner.run(ids)
-                tensors = comparison.compare(runner.tensors(), got, ops)
+                tensors = comparison.compare_tensors(runner.tensors(), got, ops)
                 del runner
                 plain = LiteRT(path, kernels, threads=count).run(ids)
                 differing = int(np.count_nonzero(plain != got["head.logits"]))

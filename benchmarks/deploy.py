@@ -30,10 +30,10 @@ from sim_speed import MODEL, quantize
 
 from qnpu_jax.integer.model import IntegerModel
 from qnpu_jax.latency import cpu
-from qnpu_jax.latency.cpu import FLOAT, Row
+from qnpu_jax.latency.cpu import FLOAT, CpuTiming
 from qnpu_jax.models.checkpoint import resolve
 from qnpu_jax.tflite import cached
-from qnpu_jax.tflite.forms import Integers, Reals, Stored, UnpackedPrefill
+from qnpu_jax.tflite.forms import FileForm, Integers, Reals, UnpackedPrefill
 
 GOALS = ("w8a8i8", "w4a8i8")
 RECIPES = [*GOALS, "w8a8s8", "w4a8s8", "w8a8", "w4a8", "w4a16"]
@@ -62,15 +62,15 @@ def written(
 ) -> dict[str, Path]:
     """A file or two per recipe, and one of the first recipe's graph in float32."""
     first = next(iter(integers.values()))
-    forms: dict[str, tuple[IntegerModel, Stored]] = {FLOAT: (first, Reals.of(first))}
+    forms: dict[str, tuple[IntegerModel, FileForm]] = {FLOAT: (first, Reals.of(first))}
     for name, model in integers.items():
         forms[name] = (model, Integers(model))
         if UnpackedPrefill.differs(model):
             forms[name + UNPACKED] = (model, UnpackedPrefill(model))
     paths = {}
-    for name, (model, stored) in forms.items():
+    for name, (model, form) in forms.items():
         paths[name] = folder / f"{name}.tflite"
-        cached.build_cached(model, args.prefill, args.context, stored=stored).write(paths[name])
+        cached.build_cached(model, args.prefill, args.context, form=form).write(paths[name])
     return paths
 
 
@@ -84,7 +84,7 @@ def peak_memory(path: Path, threads: int) -> float:
 
 
 def report(
-    rows: Sequence[Row], files: Mapping[str, tuple[float, float]], args: argparse.Namespace
+    rows: Sequence[CpuTiming], files: Mapping[str, tuple[float, float]], args: argparse.Namespace
 ) -> int:
     """Prints the table, missed goals, and last the headline; returns the exit status."""
     floats = {r.signature: r.median for r in rows if r.reader == FLOAT}
@@ -109,7 +109,7 @@ def report(
     return 1 if short else 0
 
 
-def best_file(rows: Sequence[Row], recipe: str) -> tuple[str, dict[str, float]]:
+def best_file(rows: Sequence[CpuTiming], recipe: str) -> tuple[str, dict[str, float]]:
     """Finds the file of a recipe whose slower signature is the fastest: its name, and how many
     times as fast as float32 it is, by signature."""
     files = dict.fromkeys(r.reader for r in rows if r.reader in (recipe, recipe + UNPACKED))
@@ -126,7 +126,7 @@ def measured(args: argparse.Namespace) -> int:
         work = [call for n, path in paths.items() for call in cpu.named(n, path, args.threads)]
         peer = llama.Peer(resolve(MODEL), args.prefill, args.context, args.threads)
         with llama.started(peer) as calls:
-            rows = cpu.measure(work + calls, args.rounds)
+            rows = cpu.time_calls(work + calls, args.rounds)
         peak = partial(peak_memory, threads=args.threads)
         files = {}
         for name, path in paths.items():

@@ -27,6 +27,7 @@ import numpy as np
 import outcome
 
 from qnpu_jax import pipeline
+from qnpu_jax.choices import FormName
 from qnpu_jax.compilers import hexagon
 from qnpu_jax.compilers.emulation import Emulation
 from qnpu_jax.compilers.emulator_differences import LayerDifference, OpDifference, TextDifference
@@ -40,7 +41,7 @@ from qnpu_jax.recipes import load_recipe
 from qnpu_jax.text import excerpts
 from qnpu_jax.text.windows import Windows
 from qnpu_jax.tflite import cached
-from qnpu_jax.tflite.export_profiles import DEFAULT, PROFILES, ProfileName
+from qnpu_jax.tflite.named_forms import FORMS, HEXAGON_FORM
 
 FASTER = 0.151
 """How far w4a8's prefill should lie below w4a16's: what Quant.npu reports of SM8650."""
@@ -80,7 +81,7 @@ class Row:
 
     recipe: str
     profile: str
-    made: hexagon.Compiled
+    made: hexagon.CompiledForHexagon
     estimates: dict[str, float] | None
 
     @property
@@ -104,7 +105,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, help="of `qnpu quantize`")
     parser.add_argument("--socs", nargs="+", default=["SM8650", "SM8750"])
-    parser.add_argument("--profiles", nargs="+", choices=get_args(ProfileName), default=[DEFAULT])
+    parser.add_argument("--profiles", nargs="+", choices=get_args(FormName), default=[HEXAGON_FORM])
     parser.add_argument("--prefill", type=int, default=128)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--layers", nargs="*", type=int, default=[0, 15, 29])
@@ -116,7 +117,7 @@ def arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     if args.quick:
-        args.socs, args.profiles, args.layers, args.windows = ["SM8650"], [*PROFILES], [1], 0
+        args.socs, args.profiles, args.layers, args.windows = ["SM8650"], [*FORMS], [1], 0
         args.prefill, args.context, args.tokens = 8, 32, 16
     elif not args.folders:
         parser.error("expected folders of `qnpu quantize`, or --quick")
@@ -147,11 +148,11 @@ def tiny_case(recipe: str, args: argparse.Namespace) -> Case:
     return Case(recipe, made.model, windows[:1])
 
 
-def compiled(case: Case, soc: str, profile: ProfileName, args: argparse.Namespace) -> Row:
-    stored = PROFILES[profile](case.model)
+def compiled(case: Case, soc: str, profile: FormName, args: argparse.Namespace) -> Row:
+    form = FORMS[profile](case.model)
     with tempfile.TemporaryDirectory() as folder:
         source, target = (Path(folder) / name for name in ("source.tflite", "compiled.tflite"))
-        cached.build_cached(case.model, args.prefill, args.context, stored=stored).write(source)
+        cached.build_cached(case.model, args.prefill, args.context, form=form).write(source)
         made = hexagon.compile_file(source, soc, target)
     estimates = None
     if soc in roofline.SOCS:
@@ -167,7 +168,7 @@ def compiled(case: Case, soc: str, profile: ProfileName, args: argparse.Namespac
     return Row(case.recipe, profile, made, estimates)
 
 
-def run_emulated(case: Case, profile: ProfileName, args: argparse.Namespace) -> Emulated:
+def run_emulated(case: Case, profile: FormName, args: argparse.Namespace) -> Emulated:
     """Runs a case in the emulator. Ops are compared in one layer and for the first profile only, as
     they are the same in all profiles."""
     run = Emulation(case.model, args.socs[0], case.windows, Simulated, profile)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from qnpu_jax.latency.cpu import Call
+from qnpu_jax.latency.cpu import TimedCall
 
 NAME = "llama.cpp"
 DECODE = "decode"
@@ -29,7 +29,7 @@ class Peer:
 
 
 @contextmanager
-def started(peer: Peer) -> Iterator[list[Call]]:
+def started(peer: Peer) -> Iterator[list[TimedCall]]:
     """Calls of prefill and decode on a GGUF, while its process lives. Where llama-cpp-python is not
     installed or does not run here, it prints why and yields none."""
     context = multiprocessing.get_context("spawn")
@@ -57,15 +57,15 @@ def _ended(status: int) -> str:
     return f"its process ended with status {status}"
 
 
-def _calls(pipe: Connection, peer: Peer) -> list[Call]:
+def _calls(pipe: Connection, peer: Peer) -> list[TimedCall]:
     def call(what: str) -> None:
         if (answer := _answer(pipe, what)) != "":
             raise RuntimeError(f"{NAME}: {what} failed: {answer or 'its process ended'}")
 
     key = f"prefill_{peer.prefill}"
     return [
-        Call(NAME, key, peer.prefill, lambda: call(key)),
-        Call(NAME, DECODE, 1, lambda: call(DECODE)),
+        TimedCall(NAME, key, peer.prefill, lambda: call(key)),
+        TimedCall(NAME, DECODE, 1, lambda: call(DECODE)),
     ]
 
 

@@ -183,7 +183,7 @@ def rows_of(
     for name, model in integers.items():
         if folder is not None:
             path = folder / f"{name}_{tokens}.tflite"
-            writer.write(model, path, tokens)
+            writer.write_prefill(model, path, tokens)
             interpreters[name] = LiteRT(path)
         for profile in PROFILES:
             programs[name, profile] = compile_model(model, model.decoder(tokens), profile)

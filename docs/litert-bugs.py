@@ -17,6 +17,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from qnpu_jax.tflite.flatbuffer import ModelWriter
 from qnpu_jax.tflite.interpreter import RESOLVERS, KernelSet
+from qnpu_jax.tflite.packing import TensorType
 
 Code = schema.BuiltinOperator
 Quantization = tuple[float, int]
@@ -36,13 +37,17 @@ def run(
     indices, feeds = [], {}
     for i, (codes, (scale, zero_point)) in enumerate(x):
         indices.append(
-            graph.add_tensor(f"x{i}", codes.shape, str(codes.dtype), np.float32(scale), zero_point)
+            graph.add_tensor(
+                f"x{i}",
+                codes.shape,
+                TensorType(str(codes.dtype), np.float32(scale), zero_point),
+            )
         )
         feeds[f"x{i}"] = indices[-1]
     for i, (kind, codes, scale) in enumerate(constants):
-        indices.append(graph.add_tensor(f"c{i}", codes.shape, kind, scale, 0, data=codes))
+        indices.append(graph.add_tensor(f"c{i}", codes.shape, TensorType(kind, scale), codes))
     kind, shape, (scale, zero_point) = y
-    out = graph.add_tensor("y", shape, kind, np.float32(scale), zero_point)
+    out = graph.add_tensor("y", shape, TensorType(kind, np.float32(scale), zero_point))
     graph.add_op(code, options, indices, [out])
     graph.add_signature("op", feeds, {"y": out})
     interpreter = Interpreter(

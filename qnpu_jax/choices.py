@@ -15,7 +15,7 @@ KernelSet = Literal["ref", "opt", "xnn"]
 """LiteRT's kernels: the reference ones; the optimized ones; XNNPACK's, where it takes an op, which
 is what an application gets."""
 
-ProfileName = Literal["plain", "unpacked", "hexagon"]
+FormName = Literal["plain", "unpacked", "hexagon"]
 """How a file holds a model: 4-bit weights two to a byte; one to a byte for prefill, which is faster
 on CPUs with AMX; norms as Hexagon's own op."""
 

@@ -1,28 +1,90 @@
-"""What is made of an output folder of `qnpu quantize`: files for other lengths, with a KV cache, or
-compiled for an NPU, and how an NPU's arithmetic compares.
+"""Files made of an output folder of `qnpu quantize`: for other lengths, with a KV cache, compiled
+for an NPU. Also their proof, and the emulated NPU beside the simulator.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qnpu_jax import artifacts
-from qnpu_jax.compilers import Emulation, ethos, ethos_form, hexagon
+from qnpu_jax.choices import FormName, KernelSet, Positions
+from qnpu_jax.compilers import (
+    ACCELERATORS,
+    SOCS,
+    CompiledForArm,
+    CompiledForHexagon,
+    Emulation,
+    LayerDifference,
+    OpDifference,
+    TextDifference,
+    ethos,
+    ethos_form,
+    hexagon,
+)
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Positions
 from qnpu_jax.integer import IntegerModel, Simulate
 from qnpu_jax.output import OutputFolder
-from qnpu_jax.progress import Clock, Track, untracked
-from qnpu_jax.proof import CachedSimulator, bound, prove_cached
+from qnpu_jax.progress import Clock, Observer
+from qnpu_jax.proof import CachedProof, CachedSimulator, bound_accumulators, prove_cached
 from qnpu_jax.runtime import litertlm_package
 from qnpu_jax.text import excerpts
-from qnpu_jax.tflite import DEFAULT, PROFILES, KernelSet, ProfileName, cached, check_prefill, writer
+from qnpu_jax.tflite import FORMS, HEXAGON_FORM, build_cached, build_prefill, check_prefill
+
+
+@dataclass(frozen=True)
+class CachedFile:
+    """A file with a KV cache that is asked for: signatures `prefill_<N>` and `decode`.
+
+    Attributes:
+      prefill: tokens of the long signature.
+      context: positions after the prefix, at most.
+      form: how the file holds the model.
+    """
+
+    prefill: int
+    context: int
+    form: FormName = "plain"
+
+
+@dataclass(frozen=True)
+class EmulationRequest:
+    """What is compared with the emulated NPU.
+
+    Attributes:
+      soc: one of `hexagon.SOCS`.
+      layers: layers that are compared as a whole, and op by op.
+      windows: windows of text that perplexity is measured on; 0 for none.
+      tokens: tokens of a window.
+      text: held-out text; None takes `pydoc_data.topics`.
+      form: of the files of whole layers and of the model; single ops are written as `plain`.
+    """
+
+    soc: str
+    layers: tuple[int, ...] = (0,)
+    windows: int = 3
+    tokens: int = 128
+    text: Path | None = None
+    form: FormName = HEXAGON_FORM
+
+
+@dataclass(frozen=True)
+class EmulatorDifferences:
+    """The emulated NPU beside the simulator.
+
+    Attributes:
+      ops: every op that computes, of the layers that were asked for.
+      layers: these layers as a whole.
+      text: perplexity of the whole model; None where no windows were asked for.
+    """
+
+    ops: tuple[OpDifference, ...]
+    layers: tuple[LayerDifference, ...]
+    text: TextDifference | None
 
 
 def export(
@@ -31,14 +93,14 @@ def export(
     prefill: int,
     logits: Positions,
     context: int | None = None,
-    profile: ProfileName = "plain",
+    form: FormName = "plain",
 ) -> None:
     """Writes the model of a folder of `qnpu quantize` to `file`, for another length.
 
     Args:
       context: write `prefill_<N>` and `decode` over a KV cache (`cached.write_cached`)
         of so many positions; None writes one prefill without a cache.
-      profile: one of npu.profile.PROFILES: how the file holds the model.
+      form: how the file holds the model.
 
     Raises:
       UserError: not such a folder, `file` exists, the model has fewer positions, or an accumulator
@@ -47,99 +109,95 @@ def export(
     check_prefill(prefill)
     with artifacts.new_file(file) as partial:
         model = folder.model
-        stored = PROFILES[profile](model)
+        held = FORMS[form](model)
         if context is None:
-            bound(model, prefill, logits)
-            writer.build(model, prefill, logits, stored).write(partial)
+            bound_accumulators(model, prefill, logits)
+            build_prefill(model, prefill, logits, held).write(partial)
         else:
-            bound(model, context, logits)  # as many keys as every signature has
-            cached.build_cached(model, prefill, context, logits, stored).write(partial)
+            bound_accumulators(model, context, logits)  # as many keys as every signature has
+            build_cached(model, prefill, context, logits, held).write(partial)
 
 
-def package(
-    folder: OutputFolder, file: Path, prefill: int, context: int, profile: ProfileName = "plain"
-) -> None:
-    """Writes the model of a folder of `qnpu quantize` to `file`, as a package for LiteRT-LM.
+def package(folder: OutputFolder, path: Path, asked: CachedFile) -> None:
+    """Writes the model of a folder of `qnpu quantize` to `path`, as a package for LiteRT-LM.
 
     Raises:
-      UserError: as `export` and `litertlm_package.write`.
+      UserError: as `export` and `litertlm_package.write_package`.
     """
-    check_prefill(prefill)
+    check_prefill(asked.prefill)
     litertlm_package.load_builder()  # before the model is read
-    with artifacts.new_file(file) as partial:
-        bound(folder.model, context, "last")
-        stored = PROFILES[profile](folder.model)
-        litertlm_package.write(stored, folder.tokenizer_folder, partial, prefill, context)
+    with artifacts.new_file(path) as partial:
+        bound_accumulators(folder.model, asked.context, "last")
+        held = FORMS[asked.form](folder.model)
+        litertlm_package.write_package(
+            held, folder.tokenizer_folder, partial, asked.prefill, asked.context
+        )
 
 
-def deployed(
-    folder: OutputFolder, prefill: int, context: int, profile: ProfileName = "plain"
-) -> Path:
-    """The file of a folder that generates text, written if it is not there yet; that of `hexagon`
-    is for its compiler.
+def cached_file(folder: OutputFolder, asked: CachedFile) -> Path:
+    """Returns the path of a folder's file with a KV cache, which it writes if it is not there yet.
+
+    In form `plain` it is the file that generates text; in form `hexagon` the one that Qualcomm's
+    compiler takes.
 
     Raises:
       UserError: as `export`.
     """
-    file = folder.deployment("generate" if profile == "plain" else profile, prefill, context)
+    use = "generate" if asked.form == "plain" else asked.form
+    file = folder.deployment(use, asked.prefill, asked.context)
     if not file.exists():
-        export(folder, file, prefill, "last", context, profile)
+        export(folder, file, asked.prefill, "last", asked.context, asked.form)
     return file
 
 
-def verified(
+def verify_cached(
     folder: OutputFolder,
-    prefill: int,
-    context: int,
+    asked: CachedFile,
     text: Path | None,
     simulate: Callable[[IntegerModel, int, int], CachedSimulator],
     clock: Clock,
     kernels: KernelSet = "ref",
-) -> dict[str, Any]:
-    """The file of `deployed` against the simulator, every tensor of both signatures while text
-    fills the cache: two chunks, with single steps between and after, as far as there is room.
+) -> CachedProof:
+    """Compares the file of `cached_file` with the simulator: every tensor of both signatures while
+    text fills the cache.
 
-    Returns:
-      As the entry `verify` of `prefill.prove_prefill`, and `steps`, the tokens of each.
+    Two chunks are fed, with single steps between and after, as far as there is room.
+
+    Args:
+      text: held-out text; None takes `pydoc_data.topics`.
+      simulate: makes the simulator of a model for a prefill and a context, in the bits of
+        `kernels`.
+      kernels: LiteRT's.
 
     Raises:
-      UserError: as `deployed`; the text is too short.
+      UserError: as `cached_file`; the text is too short.
     """
-    file = deployed(folder, prefill, context)
+    file = cached_file(folder, asked)
     with clock.stage("load"):
         model = folder.model
         ids = excerpts.tokenized(text, folder.tokenizer, model.config.vocab_size)
-        length = min(2 * prefill + 4, context)
+        length = min(2 * asked.prefill + 4, asked.context)
         read = ids.first(length, length).windows[0]
-        simulator = simulate(model, prefill, context)
+        simulator = simulate(model, asked.prefill, asked.context)
     with clock.stage("verify"):
-        found, taken = prove_cached(file, model, simulator, read, kernels)
-    return {
-        "tensors": found.tensors,
-        "elements": found.elements,
-        "differing": found.differing,
-        "differences": [str(d) for d in found.differences],
-        "steps": taken,
-    }
+        return prove_cached(file, model, simulator, read, kernels)
 
 
-def compiled(
-    folder: OutputFolder,
-    soc: str,
-    prefill: int,
-    context: int,
-    profile: ProfileName = DEFAULT,
-    *,
-    share: bool = False,
-) -> hexagon.Compiled:
-    """Compiles what `deployed` gives for an SoC, beside it; a file compiled before is replaced.
+def compile_for_hexagon(
+    folder: OutputFolder, soc: str, asked: CachedFile, *, share: bool = False
+) -> CompiledForHexagon:
+    """Compiles the file of `cached_file` for an SoC, beside it; replaces a file compiled before.
+
+    Args:
+      soc: one of `hexagon.SOCS`.
+      share: one copy of the weights for both signatures (`hexagon.compile_file`).
 
     Raises:
-      UserError: as `deployed` and `hexagon.compile_file`.
+      UserError: as `cached_file` and `hexagon.compile_file`.
     """
     hexagon.check_soc(soc)  # before anything is written
     hexagon.check_installed()
-    source = deployed(folder, prefill, context, profile)
+    source = cached_file(folder, asked)
     target = source.with_name(f"{soc}-{source.name}")
     target.unlink(missing_ok=True)
     return hexagon.compile_file(source, soc, target, share=share)
@@ -147,38 +205,42 @@ def compiled(
 
 def check_target(soc: str) -> None:
     """Raises UserError for a name that neither compiler knows."""
-    if soc not in (*hexagon.SOCS, *ethos.ACCELERATORS):
+    if soc not in (*SOCS, *ACCELERATORS):
         raise UserError(
             f"--soc {soc}: the compiler does not know it; expected a Snapdragon, one of"
-            f" {[*hexagon.SOCS]}, or an Ethos-U, one of {[*ethos.ACCELERATORS]}"
+            f" {[*SOCS]}, or an Ethos-U, one of {[*ACCELERATORS]}"
         )
 
 
-def compiled_for_arm(
+def compile_for_arm(
     folder: OutputFolder, accelerator: str, prefill: int, context: int
-) -> dict[str, ethos.Compiled]:
-    """Compiles the signatures of `export` for an Ethos-U into one file each, in the folder.
+) -> dict[str, CompiledForArm]:
+    """Compiles `prefill_<N>` and `decode` for an Ethos-U, a file each, in the folder.
 
-    Files compiled before are replaced. All of them appear, or none.
+    Replaces files compiled before. All of the files appear, or none.
+
+    Args:
+      accelerator: one of `ethos.ACCELERATORS`.
+      prefill, context: as `CachedFile`.
 
     Returns:
-      By the name of the signature.
+      What was compiled, by the name of the signature.
 
     Raises:
-      UserError: as `deployed` and `ethos.compile_file`.
+      UserError: as `export` and `ethos.compile_file`.
     """
     ethos.check_accelerator(accelerator)  # before anything is written
     ethos.check_installed()
     check_prefill(prefill)
     model = folder.model
-    bound(model, context, "last")
-    # Ethos-U65 has neither the products nor the gathers of the other spelling.
-    stored = ethos_form.arm_form(model, respell=accelerator.startswith("ethos-u85"))
+    bound_accumulators(model, context, "last")
+    # Ethos-U65 has neither the products nor the gathers that other spellings need.
+    form = ethos_form.arm_form(model, respell=accelerator.startswith("ethos-u85"))
     made, paths = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
             source = Path(scratch) / f"{key}.tflite"
-            ethos_form.build(model, stored, tokens, context, key).write(source)
+            ethos_form.build_signature(model, form, tokens, context, key).write(source)
             paths[key] = folder.deployment(accelerator, prefill, context, key)
             target = Path(scratch) / paths[key].name
             made[key] = ethos.compile_file(source, accelerator, target)
@@ -190,49 +252,32 @@ def compiled_for_arm(
     return {key: replace(found, path=paths[key]) for key, found in made.items()}
 
 
-def emulated(
-    folder: OutputFolder,
-    soc: str,
-    layers: Sequence[int],
-    windows: int,
-    tokens: int,
-    text: Path | None,
-    simulate: Simulate,
-    clock: Clock,
-    profile: ProfileName = DEFAULT,
-    track: Track = untracked,
-) -> dict[str, Any]:
-    """The emulated NPU beside the simulator, on held-out text.
-
-    Args:
-      layers: whose ops are compared one by one, and that are compared with float.
-      windows: of `tokens` each that perplexity is measured on; 0 for none.
-      profile: of whole layers and of the model; single ops are spelled as in `plain`.
-      track: wraps the iteration over windows, for a progress bar: (items, length, what).
-
-    Returns:
-      `ops` (compare.OpDifference), `layers` (compare.LayerDifference), and `text`
-      (compare.TextDifference), if windows were asked for.
+def emulate(
+    folder: OutputFolder, asked: EmulationRequest, simulate: Simulate, watch: Observer
+) -> EmulatorDifferences:
+    """Runs the emulated NPU beside the simulator, on held-out text.
 
     Raises:
-      UserError: as `hexagon.compile_file`; a layer that there is not; a text too short.
+      UserError: as `hexagon.compile_file`; a layer that the model does not have; a text too short.
     """
-    hexagon.check_soc(soc)
+    hexagon.check_soc(asked.soc)
     hexagon.check_installed()
-    with clock.stage("load"):
+    with watch.stage("load"):
         model = folder.model
         count = model.config.num_layers
-        if wrong := [i for i in layers if not 0 <= i < count]:
+        if wrong := [i for i in asked.layers if not 0 <= i < count]:
             raise UserError(f"--layers {wrong[0]}: expected 0 to {count - 1}; choose others")
-        ids = excerpts.tokenized(text, folder.tokenizer, model.config.vocab_size)
-        read = ids.first(tokens, max(1, windows) * tokens).windows
-        emulation = Emulation(model, soc, read, simulate, profile)
-    found: dict[str, Any] = {"ops": [], "layers": []}
-    for layer in layers:
-        with clock.stage(f"layer {layer}"):
-            found["ops"] += emulation.ops(layer)
-            found["layers"].append(emulation.layer(layer))
-    if windows:
-        with clock.stage("perplexity"):
-            found["text"] = emulation.text(track)
-    return found
+        ids = excerpts.tokenized(asked.text, folder.tokenizer, model.config.vocab_size)
+        read = ids.first(asked.tokens, max(1, asked.windows) * asked.tokens).windows
+        emulation = Emulation(model, asked.soc, read, simulate, asked.form)
+    ops: list[OpDifference] = []
+    layers: list[LayerDifference] = []
+    for layer in asked.layers:
+        with watch.stage(f"layer {layer}"):
+            ops += emulation.ops(layer)
+            layers.append(emulation.layer(layer))
+    text = None
+    if asked.windows:
+        with watch.stage("perplexity"):
+            text = emulation.text(watch.track)
+    return EmulatorDifferences(tuple(ops), tuple(layers), text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 
 from qnpu_jax import artifacts, models, pipeline
+from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Positions
 from qnpu_jax.integer import IntegerModel, Simulate, storage
 from qnpu_jax.learn import History, Store, learns, schedule
 from qnpu_jax.measure import perplexity
 from qnpu_jax.models import Checkpoint
 from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Clock, Observer
-from qnpu_jax.proof import prove_prefill
+from qnpu_jax.proof import PrefillProof, prove_prefill
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import Texts, excerpts, files
-from qnpu_jax.tflite import KernelSet, LiteRT, check_prefill, writer
+from qnpu_jax.tflite import LiteRT, check_prefill, write_prefill
 
 PACKAGES = (
     "qnpu", "jax", "jaxlib", "numpy", "optax", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers"
@@ -184,7 +184,7 @@ def _report(
         "logits": job.logits,
         "bytes": (folder / artifacts.MODEL).stat().st_size,
         **text.to_json(),
-        **_measure(job, made, folder, text.scored.windows, simulate, watch),
+        **_measure(job, made, folder, text.scored.windows, simulate, watch).to_json(),
         "seconds": {k: round(v, 2) for k, v in watch.seconds.items()},
         "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
         "learned": _learned(job, made.histories),
@@ -267,7 +267,7 @@ def _write(
 ) -> None:
     storage.save(model, folder)
     checkpoint.tokenizer.save(folder / artifacts.TOKENIZER)
-    writer.write(model, folder / artifacts.MODEL, job.prefill, job.logits)
+    write_prefill(model, folder / artifacts.MODEL, job.prefill, job.logits)
     settings = {
         **_asked(job),
         "prefill": job.prefill,
@@ -284,6 +284,23 @@ def _write(
     artifacts.write_json(folder / artifacts.RECIPE, settings)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Quality of a written model, and the proof of its file.
+
+    Attributes:
+      perplexity: of each reading: float, fake-quant, simulator, LiteRT.
+      proof: of the file that was written.
+    """
+
+    perplexity: Mapping[str, float]
+    proof: PrefillProof
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries `perplexity`, `verify` and `accumulators` of report.json."""
+        return {"perplexity": dict(self.perplexity), **self.proof.to_json()}
+
+
 def _measure(
     job: Job,
     made: pipeline.Quantized,
@@ -291,8 +308,8 @@ def _measure(
     windows: np.ndarray,
     simulate: Simulate,
     watch: Observer,
-) -> dict[str, Any]:
-    """Report entries of the proof, and `perplexity` of the four readings of the model."""
+) -> Measured:
+    """Proves the file, and scores the four readings of the model."""
     model, file = made.model, folder / artifacts.MODEL
     with watch.stage("verify"):
         runner = LiteRT(file, "ref", keep_tensors=True)
@@ -301,7 +318,7 @@ def _measure(
     if job.logits == "last":  # scoring needs every position, which this file does not give
         with watch.stage("write"):
             file = folder / "all-positions.tflite"
-            writer.write(model, file, job.prefill)
+            write_prefill(model, file, job.prefill)
             runner = LiteRT(file, "ref")
             file.unlink()
         simulator = simulate(model, job.prefill, "all")
@@ -316,16 +333,16 @@ def _measure(
         with watch.stage(f"score {name}"):
             progress = _steps(watch, f"score {name}")
             scores[name] = perplexity.perplexity(logits, windows, track=progress)
-    return {"perplexity": scores, **proof}
+    return Measured(scores, proof)
 
 
-def check(
+def verify_folder(
     folder: OutputFolder,
     text: Path | None,
     simulate: Simulate,
     clock: Clock,
     kernels: KernelSet = "ref",
-) -> dict[str, Any]:
+) -> PrefillProof:
     """Runs `prove_prefill` on a folder that `run` wrote, on any text.
 
     Args:

@@ -8,6 +8,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from qnpu_jax.tflite.flatbuffer import ModelWriter
 from qnpu_jax.tflite.interpreter import RESOLVERS, KernelSet
+from qnpu_jax.tflite.packing import TensorType
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Tensor:
     constant: bool = False
     shape: tuple[int, ...] = ()
 
+    @property
+    def kind(self) -> TensorType:
+        return TensorType(self.dtype, self.scale, self.zero_point)
+
 
 def single_op(code: int, options: Any, inputs: list[Tensor], output: Tensor) -> ModelWriter:
     """A model of one operator with the signature `op`: inputs x0, x1..., output y."""
@@ -32,12 +37,10 @@ def single_op(code: int, options: Any, inputs: list[Tensor], output: Tensor) -> 
     indices, feeds = [], {}
     for i, t in enumerate(inputs):
         data = t.data if t.constant else None
-        indices.append(
-            graph.add_tensor(f"x{i}", t.data.shape, t.dtype, t.scale, t.zero_point, data=data)
-        )
+        indices.append(graph.add_tensor(f"x{i}", t.data.shape, t.kind, data))
         if not t.constant:
             feeds[f"x{i}"] = indices[-1]
-    y = graph.add_tensor("y", output.shape, output.dtype, output.scale, output.zero_point)
+    y = graph.add_tensor("y", output.shape, output.kind)
     graph.add_op(code, options, indices, [y])
     graph.add_signature("op", feeds, {"y": y})
     return writer

@@ -146,7 +146,7 @@ def test_logits_of_the_last_position(folder, tmp_path):
         p.name for p in (folder / "out").iterdir()
     }
     made = OutputFolder.open(tmp_path / "out")
-    assert job.check(made, None, Simulated, progress.Observer())["verify"]["differing"] == 0
+    assert job.verify_folder(made, None, Simulated, progress.Observer()).comparison.differing == 0
 
 
 def test_without_rotation_and_prefix_on_text_of_its_own(folder, tmp_path):
@@ -330,8 +330,8 @@ def test_a_learning_rate_that_diverges(learned, tmp_path):
 
 def test_check_on_other_text(folder, out):
     made = OutputFolder.open(out)
-    found = job.check(made, folder / "text.txt", Simulated, progress.Observer())["verify"]
-    assert found == read(out / "report.json")["verify"]
+    found = job.verify_folder(made, folder / "text.txt", Simulated, progress.Observer())
+    assert found.comparison.to_json() == read(out / "report.json")["verify"]
 
 
 @pytest.mark.parametrize(("prefill", "logits"), [(40, "all"), (7, "last")])

@@ -83,7 +83,7 @@ def assert_same_as_litert(
     Kept tensors cut what XNNPACK takes into single ops; the logits of a run without are compared
     as well.
     """
-    writer.write(model, path, len(ids), logits)
+    writer.write_prefill(model, path, len(ids), logits)
     interpreter = LiteRT(path, kernels, keep_tensors=True)
     output = interpreter.run(ids)
     np.testing.assert_array_equal(output, LiteRT(path, kernels, threads=2).run(ids))
@@ -313,7 +313,7 @@ COMMON = {
 def test_the_file_holds_no_float_and_only_the_ops_it_should(tmp_path, plan):
     model = tiny.quantized("mqa_linear_bias", plan)
     path = tmp_path / "m.tflite"
-    writer.write(model, path, tiny.TOKENS)
+    writer.write_prefill(model, path, tiny.TOKENS)
     interpreter = Interpreter(model_path=str(path))
     used = {np.dtype(d["dtype"]).name for d in interpreter.get_tensor_details()}
     # No model this small needs a bias of 64 bits, and an i8 one has nothing wider than bytes but

@@ -26,10 +26,10 @@ from qnpu_jax.integer import IntegerModel
 from qnpu_jax.learn import learns
 from qnpu_jax.models import Checkpoint
 from qnpu_jax.progress import Observer
-from qnpu_jax.proof import bound
+from qnpu_jax.proof import bound_accumulators
 from qnpu_jax.recipes import Effort, Recipe
 from qnpu_jax.text import excerpts
-from qnpu_jax.tflite import build, cached
+from qnpu_jax.tflite import build_cached, build_prefill
 
 
 def quantize(
@@ -127,11 +127,11 @@ def write_tflite(
     check_integer("tokens", tokens, 2, room(model) if context is None else room(model) - 1)
     if context is not None:
         check_integer("context", context, tokens + 1, room(model))
-    bound(model, context or tokens, logits)
+    bound_accumulators(model, context or tokens, logits)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file; name one in it")
     with artifacts.new_file(path, replace=True) as partial:
         if context is None:
-            build(model, tokens, logits).write(partial)
+            build_prefill(model, tokens, logits).write(partial)
         else:
-            cached.build_cached(model, tokens, context, logits).write(partial)
+            build_cached(model, tokens, context, logits).write(partial)

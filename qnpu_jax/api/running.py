@@ -23,14 +23,15 @@ from qnpu_jax.api.making import write_tflite
 from qnpu_jax.choices import KernelSet
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.models import Tokenizer
-from qnpu_jax.proof import Comparison, verified
+from qnpu_jax.proof import Comparison, verify_file
 from qnpu_jax.runtime import (
     LiteRTBackend,
     Sampling,
     Session,
     SimulatedBackend,
     check_room,
-    generation,
+    generate_ids,
+    text_pieces,
 )
 from qnpu_sim import Profile, compile_model, run
 
@@ -103,7 +104,7 @@ def verify(
     check_choice("kernels", kernels, ("ref", "opt", "xnn"))
     path = Path(path)
     ids = ids_of(ids, model.config, "ids", None, ranks=(1,))
-    return verified(path / artifacts.MODEL if path.is_dir() else path, model, ids, kernels)
+    return verify_file(path / artifacts.MODEL if path.is_dir() else path, model, ids, kernels)
 
 
 def generate(
@@ -161,6 +162,5 @@ def generate(
             file = Path(folder) / "model.tflite"
             write_tflite(model, file, prefill, "last", context)
             runner = LiteRTBackend(file)
-        scale = runner.logit_scale
-        made = generation.tokens(Session(runner), ids, scale, sampling, max_tokens, stops)
-        return "".join(generation.pieces(made, tokenizer))
+        made = generate_ids(Session(runner), ids, sampling, max_tokens, stops)
+        return "".join(text_pieces(made, tokenizer))

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qnpu_jax.cli.tables import show, table
 from qnpu_jax.integer import NO_SUM, Intermediate
-from qnpu_jax.proof import WIDTHS, Row, Widths, widths
+from qnpu_jax.proof import WIDTHS, AccumulatorRow, Widths, widths
 
 LEFT = ("", "widest value", "in")
 """Columns that are not numbers."""
@@ -26,7 +26,7 @@ def print_widths(found: Widths, count: int) -> None:
         typer.echo(line)
 
 
-def _kinds(rows: Sequence[Row]) -> Table:
+def _kinds(rows: Sequence[AccumulatorRow]) -> Table:
     narrow = [bits for bits in WIDTHS if bits < 32]
     made = table(
         "bits of accumulators, and channels that provably fit fewer",
@@ -45,7 +45,7 @@ def _kinds(rows: Sequence[Row]) -> Table:
     return made
 
 
-def _histogram(linears: Sequence[Row]) -> Table:
+def _histogram(linears: Sequence[AccumulatorRow]) -> Table:
     made = table("channels of the linears by their bits", ("bits", "proved", "text"))
     proved = widths.histogram(n for row in linears for n in row.proved.needed)
     used = widths.histogram(n for row in linears for n in row.used)
@@ -68,7 +68,7 @@ def _other_ops(between: Sequence[Intermediate]) -> Table:
     return made
 
 
-def _widest(rows: Sequence[Row]) -> Table:
+def _widest(rows: Sequence[AccumulatorRow]) -> Table:
     columns = ("", "bits", "|acc| at most", "text", "|acc| at most")
     made = table("widest linears", columns, LEFT)
     for row in rows:

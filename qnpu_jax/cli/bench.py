@@ -61,12 +61,13 @@ def bench(
         check_unused("profile", profile, "plain", f"--model {model}, which has its own")
     with importing():
         from qnpu_jax import deploy
-        from qnpu_jax.latency import phone
+        from qnpu_jax.latency import PhoneRequest
         from qnpu_jax.output import OutputFolder
-    file = model or deploy.deployed(OutputFolder.open(folder), prefill, context, profile)
-    delegates: Any = tuple(delegate or ["cpu"])  # `phone.check` refuses others
+    asked = deploy.CachedFile(prefill, context, profile)
+    file = model or deploy.cached_file(OutputFolder.open(folder), asked)
+    delegates: Any = tuple(delegate or ["cpu"])  # `phone.check_request` refuses others
     options = (delegates, tuple(library or ()), serial, threads, rounds)
-    _on_phone(phone.Request(file, binary, *options), dry_run)
+    _on_phone(PhoneRequest(file, binary, *options), dry_run)
 
 
 def _on_cpu(
@@ -75,13 +76,13 @@ def _on_cpu(
     with importing():
         from qnpu_jax.cli.display import Display
         from qnpu_jax.cli.latency_tables import print_cpu, print_estimates
-        from qnpu_jax.latency import cpu
+        from qnpu_jax.latency import time_against_float
         from qnpu_jax.output import OutputFolder
-        from qnpu_jax.tflite import PROFILES
+        from qnpu_jax.tflite import FORMS
     with Display() as watch, watch.stage("measure"):
-        stored = PROFILES[profile](OutputFolder.open(folder).model)
-        rows = cpu.compare(
-            stored,
+        form = FORMS[profile](OutputFolder.open(folder).model)
+        rows = time_against_float(
+            form,
             prefill,
             context,
             threads,
@@ -89,22 +90,22 @@ def _on_cpu(
             lambda steps, length: watch.track(steps, length, "measure"),
         )
     print_cpu(rows, threads)
-    print_estimates(stored.model, prefill, context)
+    print_estimates(form.model, prefill, context)
 
 
 def _on_phone(request: Any, dry_run: bool) -> None:
-    """Runs a `phone.Request`, or prints what would be run."""
+    """Runs a `PhoneRequest`, or prints what would be run."""
     from qnpu_jax.cli.latency_tables import print_phone
-    from qnpu_jax.latency import Timing, adb, phone
+    from qnpu_jax.latency import PhoneTiming, adb, phone, time_on_phone
 
-    phone.check(request)
+    phone.check_request(request)
     if dry_run:
         for command in phone.commands(request, phone.signatures(request.model)):
             typer.echo(adb.quoted(command))
         return
-    timings: list[Timing] = []
+    timings: list[PhoneTiming] = []
     try:
-        timings.extend(phone.run(request))
+        timings.extend(time_on_phone(request))
     finally:  # what was measured before an error
         if timings:
             print_phone(timings)

@@ -123,7 +123,7 @@ def quantize(
         report = job.run(request, Simulated, display)
     report_table.show(report)
     typer.echo(f"wrote {out}")
-    report_table.fail_on_difference(report["verify"])
+    report_table.fail_on_difference(report["verify"]["differences"])
 
 
 @app.command()
@@ -157,13 +157,14 @@ def verify(
         opened = OutputFolder.open(folder)
         if context is None:
             simulate = partial(Simulated, kernels=kernels)
-            found = job.check(opened, eval_text, simulate, clock, kernels)["verify"]
+            proof = job.verify_folder(opened, eval_text, simulate, clock, kernels)
         else:
             cached = partial(SimulatedBackend, kernels=kernels)
-            found = deploy.verified(opened, prefill, context, eval_text, cached, clock, kernels)
-            typer.echo(f"fed in steps of {', '.join(map(str, found['steps']))} tokens")
-    typer.echo(report_table.verdict(found, kernels))
-    report_table.fail_on_difference(found)
+            asked = deploy.CachedFile(prefill, context)
+            proof = deploy.verify_cached(opened, asked, eval_text, cached, clock, kernels)
+            typer.echo(f"fed in steps of {', '.join(map(str, proof.steps))} tokens")
+    typer.echo(report_table.verdict(proof.comparison, kernels))
+    report_table.fail_on_difference([*map(str, proof.comparison.differences)])
 
 
 @app.command()
@@ -198,7 +199,7 @@ def export(
         opened = OutputFolder.open(folder)
         if litertlm:
             slots = PACKAGED_CONTEXT if context is None else context
-            deploy.package(opened, file, prefill, slots, profile)
+            deploy.package(opened, file, deploy.CachedFile(prefill, slots, profile))
         else:
             deploy.export(opened, file, prefill, logits, context, profile)
     typer.echo(f"wrote {file}, {megabytes(file.stat().st_size)}")
@@ -244,7 +245,7 @@ def generate(
             check_unused("profile", profile, "plain", "--backend sim, which reads no file")
             runner = runtime.SimulatedBackend(opened.model, prefill, context)
         else:
-            file = deploy.deployed(opened, prefill, context, profile)
+            file = deploy.cached_file(opened, deploy.CachedFile(prefill, context, profile))
             runner = runtime.LiteRTBackend(file, kernels, threads=threads)
     stream(runner, opened.tokenizer, ids, sampling, max_tokens)
 

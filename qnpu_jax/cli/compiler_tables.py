@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import typer
 from rich.table import Table
 
 from qnpu_jax.cli.tables import megabytes, show, table
-from qnpu_jax.compilers import Compiled, LayerDifference, OpDifference, ethos
+from qnpu_jax.compilers import CompiledForArm, CompiledForHexagon, LayerDifference, OpDifference
 
 
-def print_for_arm(soc: str, made: dict[str, ethos.Compiled], prefill: int) -> None:
+def print_for_arm(soc: str, made: dict[str, CompiledForArm], prefill: int) -> None:
     """Prints Arm's estimate of each signature, ops that the CPU runs, and what it supposes."""
     chip = soc.replace("ethos-u", "Ethos-U")
     shown = table(f"Arm's estimate for {chip}, not a phone", ("", *made), left=[""])
@@ -31,7 +32,7 @@ def print_for_arm(soc: str, made: dict[str, ethos.Compiled], prefill: int) -> No
     )
 
 
-def _arm_column(c: ethos.Compiled, tokens: int) -> dict[str, str]:
+def _arm_column(c: CompiledForArm, tokens: int) -> dict[str, str]:
     """The cells of one signature, by label."""
     p, e = c.placement, c.estimate
     return {
@@ -51,7 +52,7 @@ def _arm_column(c: ethos.Compiled, tokens: int) -> dict[str, str]:
     }
 
 
-def print_for_hexagon(made: Compiled) -> None:
+def print_for_hexagon(made: CompiledForHexagon) -> None:
     """Prints what Qualcomm's compiler put on the NPU, and the DDR bytes that it counts."""
     columns = ("signature", "ops on the NPU", "partitions", "DDR read", "written", "spilled")
     shown = table(f"{made.soc}, Qualcomm's compiler", columns, left=["signature"])
@@ -65,12 +66,14 @@ def print_for_hexagon(made: Compiled) -> None:
     )
 
 
-def print_differences(ops: list[OpDifference], layers: list[LayerDifference], soc: str) -> None:
+def print_differences(
+    ops: Sequence[OpDifference], layers: Sequence[LayerDifference], soc: str
+) -> None:
     """Prints how Hexagon's emulator differs from the simulator, by kind of op and by layer."""
     show(_ops(ops, soc), _layers(layers))
 
 
-def _ops(rows: list[OpDifference], soc: str) -> Table:
+def _ops(rows: Sequence[OpDifference], soc: str) -> Table:
     kinds: dict[str, list[OpDifference]] = defaultdict(list)
     for row in rows:
         kinds[row.op].append(row)
@@ -90,7 +93,7 @@ def _ops(rows: list[OpDifference], soc: str) -> Table:
     return made
 
 
-def _layers(rows: list[LayerDifference]) -> Table:
+def _layers(rows: Sequence[LayerDifference]) -> Table:
     columns = ("layer", "simulator to float", "emulator to float", "between the two")
     made = table("relative error of what a layer adds", columns)
     for r in rows:

@@ -7,12 +7,12 @@ from typing import Annotated, get_args
 
 import typer
 
-from qnpu_jax.choices import EthosU, ProfileName, Snapdragon
+from qnpu_jax.choices import EthosU, FormName, Snapdragon
 from qnpu_jax.cli import importing
 from qnpu_jax.cli.options import Context, EvalText, Folder, Prefill, Profile, check_unused
 from qnpu_jax.errors import UserError
 
-DEFAULT: ProfileName = "hexagon"
+DEFAULT: FormName = "hexagon"
 """Of what is compiled for Hexagon."""
 
 app = typer.Typer()
@@ -55,7 +55,8 @@ def compile(
         return
     with Display() as clock, clock.stage("compile"):
         opened = OutputFolder.open(folder)
-        made = deploy.compiled(opened, soc, prefill, context, profile, share=share_weights)
+        asked = deploy.CachedFile(prefill, context, profile)
+        made = deploy.compile_for_hexagon(opened, soc, asked, share=share_weights)
     compiler_tables.print_for_hexagon(made)
     typer.echo(f"wrote {made.path}")
     _exit(whole=all(s.whole for s in made.signatures))
@@ -73,7 +74,7 @@ def _compile_for_arm(folder: Path, soc: str, prefill: int, context: int, share: 
             " Snapdragon; leave it out"
         )
     with Display() as clock, clock.stage("compile"):
-        made = deploy.compiled_for_arm(OutputFolder.open(folder), soc, prefill, context)
+        made = deploy.compile_for_arm(OutputFolder.open(folder), soc, prefill, context)
     compiler_tables.print_for_arm(soc, made, prefill)
     for found in made.values():
         typer.echo(f"wrote {found.path}")
@@ -113,12 +114,10 @@ def compare(
         from qnpu_jax.output import OutputFolder
         from qnpu_jax.proof import Simulated
     chosen = [0] if layers is None else layers
-    with Display() as clock:
-        found = deploy.emulated(
-            OutputFolder.open(folder), soc, chosen, windows, tokens, eval_text, Simulated, clock,
-            profile, clock.track,
-        )  # fmt: skip
+    asked = deploy.EmulationRequest(soc, tuple(chosen), windows, tokens, eval_text, profile)
+    with Display() as watch:
+        found = deploy.emulate(OutputFolder.open(folder), asked, Simulated, watch)
     if chosen:
-        compiler_tables.print_differences(found["ops"], found["layers"], soc)
+        compiler_tables.print_differences(found.ops, found.layers, soc)
     if windows:
-        typer.echo(f"perplexity of {windows} x {tokens} tokens, {soc}: {found['text']}")
+        typer.echo(f"perplexity of {windows} x {tokens} tokens, {soc}: {found.text}")

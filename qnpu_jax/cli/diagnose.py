@@ -49,14 +49,14 @@ def diagnose(
     with importing():
         from qnpu_jax.cli.diagnosis_tables import print_diagnosis
         from qnpu_jax.cli.display import Display
-        from qnpu_jax.diagnose import heat_map, run
+        from qnpu_jax.diagnose import DiagnosisRequest, heat_map, run, write_diagnosis
         from qnpu_jax.proof import Simulated
-    asked = run.Request(folder, text, tokens, windows, model, tuple(replace or ()), exact, out)
+    asked = DiagnosisRequest(folder, text, tokens, windows, model, tuple(replace or ()), exact, out)
     with Display() as watch:
-        found = run.run(asked, Simulated, watch)
+        found = run.diagnose(asked, Simulated, watch)
         draw = heat_map.draw if heat_map.drawable() else None
         if draw is None:
             watch.say(f"no heat map, as matplotlib is missing: {heat_map.EXTRA}")
-        run.write(found, asked.target(), draw)
+        write_diagnosis(found, asked.target(), draw)
     print_diagnosis(found, top)
     typer.echo(f"wrote {asked.target()}")

@@ -8,14 +8,14 @@ from rich.table import Table
 
 from qnpu_jax.cli.tables import show, table
 from qnpu_jax.integer import IntegerModel
-from qnpu_jax.latency import Timing, cpu, roofline
+from qnpu_jax.latency import CpuTiming, PhoneTiming, cpu, roofline
 from qnpu_jax.tflite import cached_decoder
 
 LEFT = ("model", "signature", "delegate", "SoC", "phase")
 """Columns that are not numbers."""
 
 
-def print_cpu(rows: Sequence[cpu.Row], threads: int) -> None:
+def print_cpu(rows: Sequence[CpuTiming], threads: int) -> None:
     """Prints medians measured on this CPU, and how many times float32's speed they are."""
     title = f"this CPU, {threads} thread{'s' * (threads > 1)}, LiteRT's default kernels, medians"
     made = table(title, ("model", "signature", "ms", "tokens/s", "times float32"), LEFT)
@@ -27,7 +27,7 @@ def print_cpu(rows: Sequence[cpu.Row], threads: int) -> None:
     show(made)
 
 
-def print_phone(timings: Sequence[Timing]) -> None:
+def print_phone(timings: Sequence[PhoneTiming]) -> None:
     """Prints what LiteRT's benchmark_model measured on a phone."""
     made = table("on the phone", ("delegate", "signature", "ms", "tokens/s", "delegated"), LEFT)
     for t in timings:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qnpu_jax.choices import KernelSet, Positions, ProfileName
+from qnpu_jax.choices import FormName, KernelSet, Positions
 from qnpu_jax.errors import UserError
 
 Model = Annotated[
@@ -31,7 +31,7 @@ Kernels = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Of LiteRT.")]
 Profile = Annotated[
-    ProfileName,
+    FormName,
     typer.Option(
         help="plain: 4-bit weights two to a byte; unpacked: one to a byte in prefill, which is"
         " faster on CPUs with AMX; hexagon: norms as the NPU's own op."

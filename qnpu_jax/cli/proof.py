@@ -36,12 +36,12 @@ def proof(
         from qnpu_jax.cli.accumulator_tables import print_widths
         from qnpu_jax.cli.display import Display
         from qnpu_jax.output import OutputFolder
-        from qnpu_jax.proof import figure, observed, widths
+        from qnpu_jax.proof import figure, observe_accumulators, widths
     with Display() as clock:
         opened = OutputFolder.open(folder)
-        found = widths.measure(opened, text, tokens, prefill, observed, clock)
+        found = widths.measure_widths(opened, text, tokens, prefill, observe_accumulators, clock)
     print_widths(found, widest)
-    typer.echo(f"wrote {widths.write(found, folder)}")
+    typer.echo(f"wrote {widths.write_widths(found, folder)}")
     if figure.installed():
         typer.echo(f"wrote {figure.draw(found.linears, folder / artifacts.ACCUMULATORS_FIGURE)}")
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -12,6 +12,7 @@ from rich.table import Table
 from qnpu_jax import artifacts
 from qnpu_jax.choices import KernelSet
 from qnpu_jax.cli.tables import megabytes
+from qnpu_jax.proof import Comparison
 
 SHOWN = 20
 """Differing tensors that are named: the first says most."""
@@ -84,21 +85,16 @@ def _stage_row(stage: dict[str, Any]) -> tuple[str, str, str]:
     return "", f"stage {stage['stage']}", f"{taken}, held-out KL {kls[0]:.4g} -> {min(kls):.4g}"
 
 
-def verdict(found: dict[str, Any], kernels: KernelSet = "ref") -> str:
+def verdict(found: Comparison, kernels: KernelSet = "ref") -> str:
     """How many elements and tensors differ, as one line."""
-    return (
-        f"{found['differing']:,} of {found['elements']:,} elements differ, in"
-        f" {len(found['differences']):,} of {found['tensors']:,} tensors"
-        f" (simulator against LiteRT's {KERNELS[kernels]})"
-    )
+    return f"{found} (simulator against LiteRT's {KERNELS[kernels]})"
 
 
-def fail_on_difference(found: dict[str, Any]) -> None:
+def fail_on_difference(differences: Sequence[str]) -> None:
     """Ends the command with status 1 where an element differs, after the first tensors that do."""
-    lines = found["differences"]
-    for line in lines[:SHOWN]:
+    for line in differences[:SHOWN]:
         typer.echo(line, err=True)
-    if len(lines) > SHOWN:
-        typer.echo(f"... and {len(lines) - SHOWN:,} more", err=True)
-    if found["differing"]:
+    if len(differences) > SHOWN:
+        typer.echo(f"... and {len(differences) - SHOWN:,} more", err=True)
+    if differences:
         raise typer.Exit(1)

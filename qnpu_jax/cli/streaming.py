@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from qnpu_jax.models import Tokenizer
-from qnpu_jax.runtime import Backend, Sampling, Session, generation
+from qnpu_jax.runtime import Backend, Sampling, Session, Speed, generate_ids, text_pieces
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, *, raw: bool) -> list[int]:
@@ -22,11 +22,9 @@ def stream(
     runner: Backend, tokenizer: Tokenizer, ids: Sequence[int], sampling: Sampling, limit: int
 ) -> None:
     """Prints up to `limit` new tokens on stdout as they come, then on stderr how fast they came."""
-    speed = generation.Speed()
-    made = generation.tokens(
-        Session(runner), ids, runner.logit_scale, sampling, limit, tokenizer.eos_ids, speed
-    )
-    for piece in generation.pieces(made, tokenizer):
+    speed = Speed()
+    made = generate_ids(Session(runner), ids, sampling, limit, tokenizer.eos_ids, speed)
+    for piece in text_pieces(made, tokenizer):
         typer.echo(piece, nl=False)
     typer.echo()
     typer.echo(str(speed), err=True)

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
+from qnpu_jax.choices import FormName
 from qnpu_jax.compilers import emulator_differences, hexagon
 from qnpu_jax.compilers.emulator_differences import (
-    Codes,
     LayerDifference,
     OpDifference,
+    TensorCodes,
     TextDifference,
 )
-from qnpu_jax.compilers.hexagon_emulator import Emulated
+from qnpu_jax.compilers.hexagon_emulator import EmulatedSignature
 from qnpu_jax.integer import IntegerModel, Simulate
 from qnpu_jax.measure import perplexity
 from qnpu_jax.progress import Track, untracked
-from qnpu_jax.tflite import DEFAULT, PROFILES, ModelWriter, ProfileName, build
+from qnpu_jax.tflite import FORMS, HEXAGON_FORM, ModelWriter, build_prefill
 
 
 class Emulation:
@@ -29,7 +30,7 @@ class Emulation:
       soc: one of hexagon.SOCS.
       windows: (N, T) token ids; ops and layers see the first.
       simulate: makes the simulator.
-      profile: of whole layers and of the model; single ops are spelled as in `plain`.
+      form: of whole layers and of the model; single ops are spelled as in `plain`.
 
     The methods raise UserError as `hexagon.compile_file`.
     """
@@ -40,16 +41,16 @@ class Emulation:
         soc: str,
         windows: np.ndarray,
         simulate: Simulate,
-        profile: ProfileName = DEFAULT,
+        form: FormName = HEXAGON_FORM,
     ) -> None:
         self._model, self._soc, self._windows = model, soc, windows
-        self._stored = PROFILES[profile](model)
+        self._form = FORMS[form](model)
         self._tokens = windows.shape[1]
         self._decoder = model.decoder(self._tokens)
         self._simulator = simulate(model, self._tokens, "all")
 
     @cached_property
-    def _tensors(self) -> Codes:
+    def _tensors(self) -> TensorCodes:
         return self._simulator.tensors(self._windows[0])
 
     def ops(self, layer: int) -> list[OpDifference]:
@@ -64,7 +65,7 @@ class Emulation:
         """A whole layer, beside float too."""
         with tempfile.TemporaryDirectory() as folder:
             file = self._compiled(
-                emulator_differences.build_layer(self._stored, self._decoder, layer), folder
+                emulator_differences.build_layer(self._form, self._decoder, layer), folder
             )
             arguments = (self._model, self._decoder, layer, self._tensors)
             return emulator_differences.layer_difference(file, *arguments)
@@ -76,8 +77,8 @@ class Emulation:
           track: wraps the iteration over windows, for a progress bar: (items, length, what).
         """
         with tempfile.TemporaryDirectory() as folder:
-            writer = build(self._model, self._tokens, "all", self._stored)
-            emulated = Emulated(self._compiled(writer, folder), f"prefill_{self._tokens}")
+            writer = build_prefill(self._model, self._tokens, "all", self._form)
+            emulated = EmulatedSignature(self._compiled(writer, folder), f"prefill_{self._tokens}")
         simulator, emulator, differing = [], [], []
         for ids in track(self._windows, len(self._windows), "emulate"):
             expected = np.asarray(self._simulator.logits(ids))

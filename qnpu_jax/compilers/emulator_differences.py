@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qnpu_jax.compilers.hexagon_emulator import Emulated
+from qnpu_jax.compilers.hexagon_emulator import EmulatedSignature
 from qnpu_jax.fakequant import evaluate
 from qnpu_jax.graph import (
     Concat,
@@ -29,11 +29,11 @@ from qnpu_jax.graph import (
     local,
 )
 from qnpu_jax.integer import IntegerModel, dequantize
-from qnpu_jax.tflite import Composite, Emitter, Integers, ModelWriter, Stored
+from qnpu_jax.tflite import Composite, Emitter, FileForm, Integers, ModelWriter
 
 LAYER = "layer"
 """The signature of `build_layer`."""
-Codes = Mapping[str, np.ndarray]
+TensorCodes = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -108,21 +108,21 @@ class TextDifference:
 def build_ops(model: IntegerModel, dec: Decoder, layer: int) -> ModelWriter:
     """Every op of a layer that computes, each a signature (`op_<i>`, i its place among the layer's)
     of its own; activations are inputs."""
-    stored, writer, graph = Integers(model), ModelWriter(), dec.layer
-    constants = stored.constants(graph, layer)
+    form, writer, graph = Integers(model), ModelWriter(), dec.layer
+    constants = form.constants(graph, layer)
     for i, node in computing(graph, layer):
-        emitter = Emitter(stored, writer.add_subgraph(f"op_{i}"), graph, layer)
+        emitter = Emitter(form, writer.add_subgraph(f"op_{i}"), graph, layer)
         env = {n: emitter.tensor(n, constants.get(n)) for n in dict.fromkeys(node.inputs)}
         fed = {_port(n): env[n] for n in env if n not in constants}
         emitter.subgraph.add_signature(f"op_{i}", fed, {"y": emitter.add(node, env)})
     return writer
 
 
-def build_layer(stored: Stored, dec: Decoder, layer: int) -> ModelWriter:
+def build_layer(form: FileForm, dec: Decoder, layer: int) -> ModelWriter:
     """A whole layer as the signature LAYER; of the graph's inputs, those that its ops read."""
     writer, graph = ModelWriter(), dec.layer
-    emitter = Emitter(stored, writer.add_subgraph(LAYER), graph, layer)
-    inside = {n for p in stored.parts(graph) if isinstance(p, Composite) for n in p.constants}
+    emitter = Emitter(form, writer.add_subgraph(LAYER), graph, layer)
+    inside = {n for p in form.parts(graph) if isinstance(p, Composite) for n in p.constants}
     names = [t.name for t in graph.named("input") if t.name not in inside]
     env = {name: emitter.tensor(name) for name in names}
     made = emitter.emit(env)
@@ -140,7 +140,7 @@ def computing(graph: Graph, layer: int) -> Iterator[tuple[int, Node]]:
 
 
 def op_differences(
-    compiled: Path, model: IntegerModel, dec: Decoder, layer: int, tensors: Codes
+    compiled: Path, model: IntegerModel, dec: Decoder, layer: int, tensors: TensorCodes
 ) -> Iterator[OpDifference]:
     """Runs the ops of a layer, one by one.
 
@@ -151,8 +151,8 @@ def op_differences(
     graph = dec.layer
     values = layer_values(model, dec, layer, tensors)
     for i, node in computing(graph, layer):
-        emulated = Emulated(compiled, f"op_{i}")
-        fed = {p.name: values[_local(graph, p.name)] for p in emulated.signature.inputs}
+        emulated = EmulatedSignature(compiled, f"op_{i}")
+        fed = {p.name: values[_local_name(graph, p.name)] for p in emulated.signature.inputs}
         expected = values[node.output].astype(np.int64)
         off = emulated.run(fed)["y"].astype(np.int64) - expected
         yield OpDifference(
@@ -166,14 +166,14 @@ def op_differences(
 
 
 def layer_difference(
-    compiled: Path, model: IntegerModel, dec: Decoder, layer: int, tensors: Codes
+    compiled: Path, model: IntegerModel, dec: Decoder, layer: int, tensors: TensorCodes
 ) -> LayerDifference:
     """Runs a whole layer, from `build_layer`, and in float: the frozen weights, and no rounding of
     activations."""
     graph = dec.layer
     values = layer_values(model, dec, layer, tensors)
-    emulated = Emulated(compiled, LAYER)
-    fed = {p.name: values[_local(graph, p.name)] for p in emulated.signature.inputs}
+    emulated = EmulatedSignature(compiled, LAYER)
+    fed = {p.name: values[_local_name(graph, p.name)] for p in emulated.signature.inputs}
     out = graph.outputs[0]
     codes = {
         "simulator": values[out],
@@ -193,7 +193,9 @@ def layer_difference(
     )
 
 
-def layer_values(model: IntegerModel, dec: Decoder, layer: int, tensors: Codes) -> dict[str, Any]:
+def layer_values(
+    model: IntegerModel, dec: Decoder, layer: int, tensors: TensorCodes
+) -> dict[str, Any]:
     """Codes of a layer's inputs and activations by local name."""
     graph, head = dec.layer, f"layers.{layer}."
     values = {n.removeprefix(head): x for n, x in tensors.items() if n.startswith(head)}
@@ -202,7 +204,9 @@ def layer_values(model: IntegerModel, dec: Decoder, layer: int, tensors: Codes) 
     return {**model.inputs(dec), **values, "input.residual": tensors[source]}
 
 
-def _real(model: IntegerModel, graph: Graph, name: str, layer: int, values: Codes) -> np.ndarray:
+def _real(
+    model: IntegerModel, graph: Graph, name: str, layer: int, values: TensorCodes
+) -> np.ndarray:
     """Real values of a layer's tensor."""
     tensor = graph.at(model.tensors[graph.prefix + name], layer)
     centred = values[name].astype(np.int64) - tensor.zero_point
@@ -213,7 +217,7 @@ def _port(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _local(graph: Graph, port: str) -> str:
+def _local_name(graph: Graph, port: str) -> str:
     return next(t.name for t in graph.tensors if _port(t.name) == port)
 
 

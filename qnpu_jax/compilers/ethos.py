@@ -49,7 +49,7 @@ _BUILTINS = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance
 
 
 @dataclass(frozen=True)
-class Estimate:
+class VelaEstimate:
     """Arm's estimate of one inference, as vela's summary has it: a model of an Ethos-U, no
     measurement, and nothing about a phone. What the CPU runs is not in it.
 
@@ -108,7 +108,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledForArm:
     """A signature compiled for an Ethos-U.
 
     Attributes:
@@ -120,13 +120,13 @@ class Compiled:
 
     path: Path
     placement: Placement
-    estimate: Estimate
+    estimate: VelaEstimate
     reasons: Mapping[str, str]
     size: int
     compile_seconds: float
 
 
-def compile_file(source: Path, accelerator: str, target: Path) -> Compiled:
+def compile_file(source: Path, accelerator: str, target: Path) -> CompiledForArm:
     """Compiles a .tflite of one signature.
 
     Args:
@@ -154,7 +154,7 @@ def compile_file(source: Path, accelerator: str, target: Path) -> Compiled:
         placement, estimate = placed(source, made), read_summary(summary.read_text())
         shutil.copyfile(made, partial)
         size = partial.stat().st_size
-        return Compiled(target, placement, estimate, read_reasons(log), size, seconds)
+        return CompiledForArm(target, placement, estimate, read_reasons(log), size, seconds)
 
 
 def check_accelerator(name: str) -> None:
@@ -218,7 +218,7 @@ def read_reasons(log: str) -> dict[str, str]:
     return {op: reason.strip() for op, reason in reversed(_REASON.findall(log))}
 
 
-def read_summary(text: str) -> Estimate:
+def read_summary(text: str) -> VelaEstimate:
     """The summary that vela writes as CSV: a line of labels, a line of values.
 
     Raises:
@@ -228,7 +228,7 @@ def read_summary(text: str) -> Estimate:
     try:
         (row,) = rows
         gib = 2**30  # stats_writer.py divides rates by 1024^3
-        return Estimate(
+        return VelaEstimate(
             system=row["system_config"],
             memory_mode=row["memory_mode"],
             clock=float(row["core_clock"]),

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -25,6 +24,7 @@ from qnpu_jax.tflite import (
     Emitter,
     Integers,
     ModelWriter,
+    TensorType,
     Unpacked,
     add_cached,
     add_op,
@@ -34,12 +34,12 @@ from qnpu_jax.tflite import (
 )
 
 
-def codes_of(form: Mapping[str, Any]) -> np.ndarray:
+def codes_of(kind: TensorType) -> np.ndarray:
     """What a SQRT can take, in the order of its table: int16 codes of zero point 0 that are not
     negative; all int8 codes, with those of negative numbers, which cannot come, as that of 0."""
-    if form["dtype"] == "int16":
+    if kind.dtype == "int16":
         return np.arange(2**15, dtype=np.int16)
-    return np.maximum(np.arange(-128, 128), form["zero_point"]).astype(np.int8)
+    return np.maximum(np.arange(-128, 128), kind.zero_point).astype(np.int8)
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,22 @@ class ArmForm(Unpacked):
 
 
 class ArmEmitter(Emitter):
-    """Emits what Arm's compiler takes; `stored` is an `ArmForm`."""
+    """Emits what Arm's compiler takes; `form` is an `ArmForm`."""
 
     def add(self, node: Node, env: Mapping[str, int]) -> int:
-        assert isinstance(self.stored, ArmForm)
-        table = self.stored.roots.get(self._global(node.output))
+        assert isinstance(self.form, ArmForm)
+        table = self.form.roots.get(self.global_name(node.output))
         if table is not None:
             return self._gathered(node, env[node.inputs[0]], table)
         return super().add(node, env)
 
     def _gathered(self, node: Node, x: int, table: np.ndarray) -> int:
         """table[x], with x as int32; an int8 x plus 128."""
-        name, shape = self._global(node.output), self.graph[node.output].shape
+        name, shape = self.global_name(node.output), self.graph[node.output].shape
         codes, add = schema.BuiltinOperator, self.subgraph.add_tensor
-        narrow = self.stored.form(self.graph, self.layer, node.inputs[0])["dtype"] == "int8"
-        index = add(f"{name}/index", shape, "int32", self._scale(node.inputs[0]))
+        source = self.type_of(node.inputs[0])
+        narrow = source.dtype == "int8"
+        index = add(f"{name}/index", shape, TensorType("int32", source.scale))
         options = schema.CastOptionsT()
         options.inDataType = schema.TensorType.INT8 if narrow else schema.TensorType.INT16
         options.outDataType = schema.TensorType.INT32
@@ -79,23 +80,21 @@ class ArmEmitter(Emitter):
             place = add(f"{name}/place", shape, "int32")
             self.subgraph.add_op(codes.ADD, schema.AddOptionsT(), [index, half], [place])
             index = place
-        form = self.stored.form(self.graph, self.layer, node.output)
-        held = self.subgraph.add_tensor(f"{name}/table", table.shape, data=table, **form)
+        held = add(f"{name}/table", table.shape, self.type_of(node.output), table)
         output = self.tensor(node.output)
         add_op(self.subgraph, Embedding(), [index, held], output)
         return output
 
     def block(self, node: Node) -> int:
         """All rows at once, or each alone where ops keep their spelling."""
-        assert isinstance(self.stored, ArmForm)
-        respelled = self.stored.roots and are_squares(self.graph, node)
+        assert isinstance(self.form, ArmForm)
+        respelled = self.form.roots and are_squares(self.graph, node)
         return self.graph[node.output].shape[0] if respelled else 1
 
-    def _scale(self, name: str) -> np.floating:
-        return self.stored.form(self.graph, self.layer, name)["scale"]
 
-
-def build(model: IntegerModel, stored: ArmForm, tokens: int, context: int, key: str) -> ModelWriter:
+def build_signature(
+    model: IntegerModel, form: ArmForm, tokens: int, context: int, key: str
+) -> ModelWriter:
     """One signature of `cached.write_cached`, alone in its file.
 
     Raises:
@@ -103,7 +102,7 @@ def build(model: IntegerModel, stored: ArmForm, tokens: int, context: int, key: 
     """
     dec, writer = cached_decoder(model, tokens, context), ModelWriter()
     whole = model.decoder(context)
-    add_cached(stored, writer.add_subgraph(key), key, dec, whole, ArmEmitter)
+    add_cached(form, writer.add_subgraph(key), key, dec, whole, ArmEmitter)
     return writer
 
 
@@ -115,16 +114,16 @@ def arm_form(model: IntegerModel, *, respell: bool = True) -> ArmForm:
 def square_roots(model: IntegerModel) -> dict[str, np.ndarray]:
     """What LiteRT's reference kernel gives for every code of every SQRT, by the name of its tensor:
     it is asked, so that a table holds its bits whatever its arithmetic."""
-    stored, writer = Integers(model), ModelWriter()
+    form, writer = Integers(model), ModelWriter()
     subgraph = writer.add_subgraph("roots")
     x, y, asked = {}, {}, {}
     for graph, layer, node in _roots(model):
-        emitter = Emitter(stored, subgraph, graph, layer)
-        name = emitter._global(node.output)
-        forms = [stored.form(graph, layer, n) for n in (node.inputs[0], node.output)]
-        asked[name] = codes_of(forms[0])
+        emitter = Emitter(form, subgraph, graph, layer)
+        name = emitter.global_name(node.output)
+        kinds = [emitter.type_of(n) for n in (node.inputs[0], node.output)]
+        asked[name] = codes_of(kinds[0])
         shape = asked[name].shape
-        x[name], y[name] = (subgraph.add_tensor(name, shape, **form) for form in forms)
+        x[name], y[name] = (subgraph.add_tensor(name, shape, kind) for kind in kinds)
         add_op(subgraph, node.op, [x[name]], y[name])
     subgraph.add_signature("roots", x, y)
     with tempfile.TemporaryDirectory() as folder:

@@ -48,7 +48,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Signature:
+class HexagonSignature:
     """What became of a signature.
 
     Attributes:
@@ -70,7 +70,7 @@ class Signature:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledForHexagon:
     """A .tflite compiled for an SoC.
 
     Attributes:
@@ -81,13 +81,15 @@ class Compiled:
 
     path: Path
     soc: str
-    signatures: tuple[Signature, ...]
+    signatures: tuple[HexagonSignature, ...]
     size: int
     seconds: float
     peak_bytes: int
 
 
-def compile_file(source: Path, soc: str, target: Path, *, share: bool = False) -> Compiled:
+def compile_file(
+    source: Path, soc: str, target: Path, *, share: bool = False
+) -> CompiledForHexagon:
     """Compiles every signature of a .tflite.
 
     Args:
@@ -121,7 +123,7 @@ def compile_file(source: Path, soc: str, target: Path, *, share: bool = False) -
                 f" {_complaint(text)}; check the file, or write it again with `qnpu export`"
             )
         signatures = read_log(text, hexagon_file.signatures(source))
-        return Compiled(target, soc, signatures, partial.stat().st_size, seconds, peak)
+        return CompiledForHexagon(target, soc, signatures, partial.stat().st_size, seconds, peak)
 
 
 def check_soc(soc: str) -> None:
@@ -195,7 +197,7 @@ _SUMMARY = re.compile(r"DDR bandwidth summary(.*?)read_total_bytes=\d+", re.DOTA
 _BYTES = re.compile(r"(spill|fill|write_total|read_total)_bytes=(\d+)")
 
 
-def read_log(log: str, names: tuple[str, ...]) -> tuple[Signature, ...]:
+def read_log(log: str, names: tuple[str, ...]) -> tuple[HexagonSignature, ...]:
     """Partitions and traffic of every signature.
 
     The compiler says of each subgraph how many partitions it has, and then of each partition, in
@@ -216,7 +218,7 @@ def read_log(log: str, names: tuple[str, ...]) -> tuple[Signature, ...]:
     for name, (_, on_npu, ops, count) in zip(names, parts, strict=True):
         own, at = moved[at : at + count], at + count
         traffic = Traffic(*(sum(int(m[k]) for m in own) for k in _KEYS))
-        signatures.append(Signature(name, ops, on_npu, count, traffic))
+        signatures.append(HexagonSignature(name, ops, on_npu, count, traffic))
     return tuple(signatures)
 
 

@@ -24,7 +24,7 @@ from qnpu_jax.extras import remedy
 PROVIDER = "QNNExecutionProvider"
 
 
-class Emulated:
+class EmulatedSignature:
     """A signature of a compiled .tflite on the emulator.
 
     Args:

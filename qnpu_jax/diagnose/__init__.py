@@ -1,5 +1,5 @@
 """Where a quantized model loses precision, tensor by tensor."""
 
-from qnpu_jax.diagnose.run import Diagnosis
+from qnpu_jax.diagnose.run import Diagnosis, DiagnosisRequest, write_diagnosis
 
-__all__ = ["Diagnosis"]
+__all__ = ["Diagnosis", "DiagnosisRequest", "write_diagnosis"]

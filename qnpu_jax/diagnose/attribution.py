@@ -49,7 +49,7 @@ def charges(
 
     Args:
       reference: logits that KL is measured from.
-      errors: of `tensor_errors.measure`.
+      errors: of `tensor_errors.measure_window`.
     """
     total = {n: np.zeros(_layers(n, e)) for n, e in errors.items()}
     for x, weight in zip(*np.polynomial.legendre.leggauss(POINTS), strict=True):

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qnpu_jax.diagnose.run import Diagnosis
-from qnpu_jax.diagnose.summary import Row
+from qnpu_jax.diagnose.summary import TensorRow
 from qnpu_jax.graph import LAYERS, split_name
 
 EXTRA = 'install qnpu\'s extra "figures": pip install "qnpu[figures]"'
@@ -30,7 +30,7 @@ def drawable() -> bool:
 
 
 def table(
-    rows: Sequence[Row], of: Callable[[Row], float | None]
+    rows: Sequence[TensorRow], of: Callable[[TensorRow], float | None]
 ) -> tuple[list[str], Float[np.ndarray, "tensors layers"]]:
     """Names and values of the layers' tensors that round, a column per layer; NaN without one."""
     cells: dict[str, dict[int, float]] = {}

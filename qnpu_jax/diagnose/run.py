@@ -19,8 +19,8 @@ import numpy as np
 from qnpu_jax import artifacts
 from qnpu_jax.diagnose import model_explorer
 from qnpu_jax.diagnose.attribution import kl, replaced, without
-from qnpu_jax.diagnose.summary import Row, Tally, mean
-from qnpu_jax.diagnose.tensor_errors import Constants, measure, rounding_tensors
+from qnpu_jax.diagnose.summary import Tally, TensorRow, mean
+from qnpu_jax.diagnose.tensor_errors import Constants, measure_window, rounding_tensors
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import LAYERS, Tensors, split_name
 from qnpu_jax.integer import IntegerModel, Simulate
@@ -45,7 +45,7 @@ KIND = artifacts.Kind(
 
 
 @dataclass(frozen=True)
-class Request:
+class DiagnosisRequest:
     """What `qnpu diagnose` was asked for.
 
     Attributes:
@@ -73,7 +73,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Replaced:
+class ReplacedTensor:
     """A tensor made exact: nats by which the KL falls.
 
     Attributes:
@@ -107,15 +107,15 @@ class Diagnosis:
     text: Excerpt
     reference: str
     kl: dict[str, float]
-    rows: tuple[Row, ...]
-    replaced: tuple[Replaced, ...]
+    rows: tuple[TensorRow, ...]
+    replaced: tuple[ReplacedTensor, ...]
 
     @property
-    def worst(self) -> list[Row]:
+    def worst(self) -> list[TensorRow]:
         """Rows by falling share of the KL, of tensors that round."""
         return sorted((r for r in self.rows if r.rounds), key=lambda r: -(r.kl or 0.0))
 
-    def share(self, row: Row) -> float:
+    def share(self, row: TensorRow) -> float:
         """Of the KL, what a tensor is charged of it: a fraction."""
         total = self.kl["simulator"]
         return (row.kl or 0.0) / total if total else 0.0
@@ -146,7 +146,7 @@ Draw = Callable[[Diagnosis, Path], None]
 
 
 @jax.default_matmul_precision("highest")  # TF32, what a GPU would take, errs more than 16 bits do
-def run(request: Request, simulate: Simulate, watch: Observer) -> Diagnosis:
+def diagnose(request: DiagnosisRequest, simulate: Simulate, watch: Observer) -> Diagnosis:
     """Reads windows of text in the simulator and in float, and compares.
 
     Raises:
@@ -175,7 +175,7 @@ def run(request: Request, simulate: Simulate, watch: Observer) -> Diagnosis:
     with watch.stage("replace"):
         kls = []
         for i in watch.track(range(len(ids)), len(ids), "replace"):
-            errors = measure(constants, ids[i], simulator.tensors(ids[i])).errors
+            errors = measure_window(constants, ids[i], simulator.tensors(ids[i])).errors
             kls.append(_exact_kls(constants, ids[i], references[i], errors, names))
     by_tensor = np.stack(kls)  # windows, none and each of the names, the two ways
     made = [
@@ -207,7 +207,7 @@ def matching(constants: Constants, patterns: Iterable[str]) -> list[str]:
 
 
 def _originals(
-    request: Request, folder: OutputFolder, ids: list, watch: Observer
+    request: DiagnosisRequest, folder: OutputFolder, ids: list, watch: Observer
 ) -> tuple[str, list[Any]]:
     """The reference's name, and its logits of each window: None where the original is not at
     hand."""
@@ -264,12 +264,12 @@ def _exact_kls(
     ])  # fmt: skip
 
 
-def _replacement(name: str, falls: np.ndarray, charged: float) -> Replaced:
+def _replacement(name: str, falls: np.ndarray, charged: float) -> ReplacedTensor:
     """Of the falls (windows, 2) of `_exact_kls`."""
-    return Replaced(name, *mean(falls[:, 0]), *mean(falls[:, 1]), charged)
+    return ReplacedTensor(name, *mean(falls[:, 0]), *mean(falls[:, 1]), charged)
 
 
-def write(found: Diagnosis, out: Path, draw: Draw | None = None) -> None:
+def write_diagnosis(found: Diagnosis, out: Path, draw: Draw | None = None) -> None:
     """Writes a folder of `KIND`, whole or not at all; an earlier one there is replaced.
 
     Args:

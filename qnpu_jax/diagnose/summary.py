@@ -14,14 +14,14 @@ from qnpu_jax.diagnose.tensor_errors import (
     Sums,
     by_design,
     decibels,
-    measure,
+    measure_window,
     rounding_tensors,
 )
 from qnpu_jax.graph import Graph, Node
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One activation tensor.
 
     Attributes:
@@ -71,7 +71,7 @@ class Tally:
           tensors: simulated codes by global name.
           reference: these logits, None for those of the float pass.
         """
-        found = measure(self._constants, ids, tensors)
+        found = measure_window(self._constants, ids, tensors)
         origin = found.float_logits if reference is None else reference
         for name, sums in found.sums.items():
             known = self._sums.get(name)
@@ -85,7 +85,7 @@ class Tally:
         simulator, constants = np.mean(self._kls, axis=0)
         return {"simulator": float(simulator), "constants": float(constants)}
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TensorRow]:
         """One per activation tensor, in the order of the graph."""
         dec = self._constants.decoder
         charged = self.charged()
@@ -114,10 +114,10 @@ def mean(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
 
 def _row(
     graph: Graph, node: Node, layer: int, s: Sums, charged: tuple[float, float | None] | None
-) -> Row:
+) -> TensorRow:
     quant = graph[node.output].quant
     nats, error = charged or (None, None)
-    return Row(
+    return TensorRow(
         tensor=graph.global_name(layer, node.output),
         op=type(node.op).__name__,
         bits=quant.bits[layer],

@@ -190,7 +190,7 @@ class Measured(NamedTuple):
     logits: jax.Array
 
 
-def measure(
+def measure_window(
     constants: Constants, ids: Int[np.ndarray, " t"], tensors: Mapping[str, Any]
 ) -> Measured:
     """Compares one window's simulated tensors with float.

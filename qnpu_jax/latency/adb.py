@@ -10,7 +10,7 @@ from qnpu_jax.errors import UserError
 
 TIMEOUT = 1800
 """Seconds for one command: benchmark_model ends its runs after 150, pushes can take longer."""
-Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
+RunCommand = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 """Runs a command; all that it says, errors included, is in `stdout`."""
 
 
@@ -30,7 +30,7 @@ def quoted(command: Sequence[str]) -> str:
 
 
 def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """The `Run` that really runs.
+    """The `RunCommand` that really runs.
 
     Raises:
       UserError: there is no such program, or it takes longer than TIMEOUT.

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from qnpu_jax.errors import UserError
-from qnpu_jax.tflite import Integers, Reals, cached, open_interpreter
+from qnpu_jax.tflite import Integers, Reals, build_cached, open_interpreter
 
 INTEGERS, FLOAT = "integers", "float32"
 
 
 @dataclass(frozen=True)
-class Call:
+class TimedCall:
     """Something to time.
 
     Attributes:
@@ -39,7 +39,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Row:
+class CpuTiming:
     """Seconds of a call, one per round."""
 
     reader: str
@@ -106,12 +106,12 @@ def _inputs(path: Path, key: str, details: Mapping[str, Any]) -> dict[str, np.nd
     return inputs
 
 
-def measure(
-    work: Sequence[Call],
+def time_calls(
+    work: Sequence[TimedCall],
     rounds: int,
     track: Callable[[Iterable[int], int], Iterable[int]] = lambda steps, _: steps,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[Row]:
+) -> list[CpuTiming]:
     """Runs all calls in turn, `rounds` times after one that warms up; one row each.
 
     Args:
@@ -130,23 +130,24 @@ def measure(
             if i > 0:  # the first packs weights and touches pages
                 taken.append(clock() - start)
     return [
-        Row(w.reader, w.signature, w.tokens, tuple(s)) for w, s in zip(work, seconds, strict=True)
+        CpuTiming(w.reader, w.signature, w.tokens, tuple(s))
+        for w, s in zip(work, seconds, strict=True)
     ]
 
 
-def named(reader: str, path: Path, threads: int) -> list[Call]:
+def named(reader: str, path: Path, threads: int) -> list[TimedCall]:
     """`calls` of a file, each under the name of its reader."""
-    return [Call(reader, key, n, call) for key, (n, call) in calls(path, threads).items()]
+    return [TimedCall(reader, key, n, call) for key, (n, call) in calls(path, threads).items()]
 
 
-def compare(
+def time_against_float(
     integers: Integers,
     prefill: int,
     context: int,
     threads: int,
     rounds: int,
     track: Callable[[Iterable[int], int], Iterable[int]] = lambda steps, _: steps,
-) -> list[Row]:
+) -> list[CpuTiming]:
     """Times `prefill_<N>` and `decode` of a model as integers and in float32, side by side.
 
     Both files are written to a folder that is gone afterwards. In memory at the peak are both
@@ -168,14 +169,16 @@ def compare(
     check_count("rounds", rounds)
     with tempfile.TemporaryDirectory() as folder:
         work = []
-        for name, stored in ((INTEGERS, integers), (FLOAT, Reals.of(integers.model))):
+        for name, form in ((INTEGERS, integers), (FLOAT, Reals.of(integers.model))):
             path = Path(folder) / f"{name}.tflite"
-            cached.build_cached(integers.model, prefill, context, stored=stored).write(path)
+            build_cached(integers.model, prefill, context, form=form).write(path)
             work += named(name, path, threads)
-        return measure(work, rounds, track)
+        return time_calls(work, rounds, track)
 
 
-def speedups(rows: Sequence[Row], reader: str = INTEGERS, base: str = FLOAT) -> dict[str, float]:
+def speedups(
+    rows: Sequence[CpuTiming], reader: str = INTEGERS, base: str = FLOAT
+) -> dict[str, float]:
     """How many times as fast a reader is as `base`, by signature: ratios of medians."""
     medians = {(r.reader, r.signature): r.median for r in rows}
     return {key: medians[base, key] / s for (who, key), s in medians.items() if who == reader}

@@ -23,8 +23,8 @@ from ai_edge_litert import schema_py_generated as schema
 from qnpu_jax.choices import Delegate
 from qnpu_jax.errors import UserError
 from qnpu_jax.latency import phone_log
-from qnpu_jax.latency.adb import Run, adb, call, pick, quoted, shell
-from qnpu_jax.latency.phone_log import Timing
+from qnpu_jax.latency.adb import RunCommand, adb, call, pick, quoted, shell
+from qnpu_jax.latency.phone_log import PhoneTiming
 
 DELEGATES: tuple[Delegate, ...] = get_args(Delegate)
 """XNNPACK; Android's NNAPI; Qualcomm's TFLite delegate; a file that `qnpu compile` wrote."""
@@ -41,7 +41,7 @@ the tables of ids and of positions need as many rows."""
 
 
 @dataclass(frozen=True)
-class Signature:
+class PhoneSignature:
     """A signature of a file: its key, the index of its subgraph, and the tokens it takes."""
 
     key: str
@@ -50,7 +50,7 @@ class Signature:
 
 
 @dataclass(frozen=True)
-class Request:
+class PhoneRequest:
     """What to run on a phone.
 
     Attributes:
@@ -73,7 +73,7 @@ class Request:
     runs: int = 50
 
 
-def setup(request: Request) -> list[list[str]]:
+def setup(request: PhoneRequest) -> list[list[str]]:
     """Empties the folder on the phone and fills it."""
     s = request.serial
     pushed = [(request.model, MODEL), (request.binary, BINARY)]
@@ -86,12 +86,12 @@ def setup(request: Request) -> list[list[str]]:
     ]
 
 
-def cleanup(request: Request) -> list[str]:
+def cleanup(request: PhoneRequest) -> list[str]:
     """Removes the folder from the phone."""
     return shell(request.serial, "rm", "-rf", FOLDER)
 
 
-def benchmark(request: Request, delegate: Delegate, key: str) -> list[str]:
+def benchmark(request: PhoneRequest, delegate: Delegate, key: str) -> list[str]:
     """Times one signature with one delegate."""
     flags: dict[Delegate, list[str]] = {
         "cpu": ["--use_xnnpack=true"],
@@ -116,13 +116,13 @@ def benchmark(request: Request, delegate: Delegate, key: str) -> list[str]:
     )
 
 
-def commands(request: Request, signatures: Sequence[Signature]) -> list[list[str]]:
-    """Every command of `run` but the first, `adb devices`, in order: what --dry-run shows."""
+def commands(request: PhoneRequest, signatures: Sequence[PhoneSignature]) -> list[list[str]]:
+    """Returns the commands of `time_on_phone` after the first (`adb devices`): what --dry-run shows."""
     work = [benchmark(request, d, s.key) for d in request.delegates for s in signatures]
     return [*setup(request), *work, cleanup(request)]
 
 
-def run(request: Request, run_command: Run = call) -> Generator[Timing]:
+def time_on_phone(request: PhoneRequest, run_command: RunCommand = call) -> Generator[PhoneTiming]:
     """Times every signature with every delegate; one row after the other, as they are measured.
 
     What was measured before an error has been given by then. The folder on the phone is removed
@@ -133,7 +133,7 @@ def run(request: Request, run_command: Run = call) -> Generator[Timing]:
         command fails; benchmark_model fails, says nothing that can be read, or a delegate left the
         graph to the CPU.
     """
-    check(request)
+    check_request(request)
     found = signatures(request.model)
     pick(run_command(adb(None, "devices")).stdout, request.serial)
     try:
@@ -148,7 +148,7 @@ def run(request: Request, run_command: Run = call) -> Generator[Timing]:
             run_command(cleanup(request))
 
 
-def _checked(command: list[str], run_command: Run) -> str:
+def _checked(command: list[str], run_command: RunCommand) -> str:
     """What a command said.
 
     Raises:
@@ -163,7 +163,7 @@ def _checked(command: list[str], run_command: Run) -> str:
     return done.stdout
 
 
-def check(request: Request) -> None:
+def check_request(request: PhoneRequest) -> None:
     """Raises UserError for a file that is missing here, or a delegate's library that is not among
     those given."""
     if not request.binary.is_file():
@@ -183,7 +183,7 @@ def check(request: Request) -> None:
             )
 
 
-def signatures(path: Path) -> list[Signature]:
+def signatures(path: Path) -> list[PhoneSignature]:
     """The signatures of a .tflite, compiled or not, in the order of their subgraphs.
 
     Raises:
@@ -202,7 +202,7 @@ def signatures(path: Path) -> list[Signature]:
             f"{path}: no .tflite whose signatures take ids; expected one; write it with"
             " `qnpu export`"
         )
-    found = [Signature(key, index, x["ids"][0]) for (index, key), x in sorted(shapes.items())]
+    found = [PhoneSignature(key, index, x["ids"][0]) for (index, key), x in sorted(shapes.items())]
     for s in found:
         cache = shapes[s.subgraph, s.key].get("kv_cache_k_0")
         if cache and (context := cache[1] + s.tokens) < RANDOM:

@@ -45,7 +45,7 @@ class Delegation:
 
 
 @dataclass(frozen=True)
-class Timing:
+class PhoneTiming:
     """One signature with one delegate, in seconds.
 
     Attributes:
@@ -102,7 +102,7 @@ _GONE = re.compile(
 """Said after `Replacing`, when the delegate failed all the same."""
 
 
-def timing(log: str, delegate: str, signature: str, tokens: int, subgraph: int) -> Timing:
+def timing(log: str, delegate: str, signature: str, tokens: int, subgraph: int) -> PhoneTiming:
     """Reads a run of one signature.
 
     Args:
@@ -123,7 +123,9 @@ def timing(log: str, delegate: str, signature: str, tokens: int, subgraph: int) 
             f"benchmark_model, {delegate} {signature}: no times, it said {complaint(log)!r};"
             " expected 'Inference (avg)'; run the command that --dry-run shows to see all it says"
         )
-    return Timing(delegate, signature, tokens, delegation=taken(log, delegate, subgraph), **times)
+    return PhoneTiming(
+        delegate, signature, tokens, delegation=taken(log, delegate, subgraph), **times
+    )
 
 
 def taken(log: str, delegate: str, subgraph: int) -> Delegation:

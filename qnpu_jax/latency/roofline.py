@@ -107,7 +107,7 @@ class Soc:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RooflineEstimate:
     """An estimate, never a measurement.
 
     Attributes:
@@ -170,7 +170,7 @@ def soc(name: str) -> Soc:
     return SOCS[name]
 
 
-def estimate(soc: Soc, ddr_bytes: float | int, macs: Mapping[int, int]) -> Estimate:
+def estimate(soc: Soc, ddr_bytes: float | int, macs: Mapping[int, int]) -> RooflineEstimate:
     """The module's equation, for one call of a signature.
 
     Args:
@@ -188,8 +188,8 @@ def estimate(soc: Soc, ddr_bytes: float | int, macs: Mapping[int, int]) -> Estim
     memory = ddr_bytes / soc.bandwidth.mean
     compute = sum(n * WIDTH_TIME[bits] for bits, n in macs.items()) / soc.rate.mean
     if memory >= compute:
-        return Estimate(memory, "memory", soc.bandwidth.worst)
-    return Estimate(compute, "compute", soc.rate.worst)
+        return RooflineEstimate(memory, "memory", soc.bandwidth.worst)
+    return RooflineEstimate(compute, "compute", soc.rate.worst)
 
 
 def validation() -> list[Validation]:

@@ -1,25 +1,24 @@
 """Proof that file and simulator agree, and that no accumulator can overflow."""
 
-from qnpu_jax.proof.cached import CachedSimulator, prove_cached
-from qnpu_jax.proof.comparison import Comparison, Difference, compare, op_names
-from qnpu_jax.proof.prefill import bound, prove_prefill
-from qnpu_jax.proof.simulated import Simulated, observed
-from qnpu_jax.proof.verified import verified
-from qnpu_jax.proof.widths import WIDTHS, Row, Widths
+from qnpu_jax.proof.cached import CachedProof, CachedSimulator, prove_cached
+from qnpu_jax.proof.comparison import Comparison
+from qnpu_jax.proof.prefill import PrefillProof, bound_accumulators, prove_prefill
+from qnpu_jax.proof.simulated import Simulated, observe_accumulators
+from qnpu_jax.proof.verified import verify_file
+from qnpu_jax.proof.widths import WIDTHS, AccumulatorRow, Widths
 
 __all__ = [
     "WIDTHS",
+    "AccumulatorRow",
+    "CachedProof",
     "CachedSimulator",
     "Comparison",
-    "Difference",
-    "Row",
+    "PrefillProof",
     "Simulated",
     "Widths",
-    "bound",
-    "compare",
-    "observed",
-    "op_names",
+    "bound_accumulators",
+    "observe_accumulators",
     "prove_cached",
     "prove_prefill",
-    "verified",
+    "verify_file",
 ]

@@ -5,6 +5,7 @@ equals the simulator's, while chunks and single steps fill a cache.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +14,7 @@ from jaxtyping import Int8, Integer
 
 from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.integer import IntegerModel
-from qnpu_jax.proof.comparison import Comparison, compare, op_names
+from qnpu_jax.proof.comparison import Comparison, compare_tensors, op_names
 from qnpu_jax.runtime import LiteRTBackend, Session, Shape
 from qnpu_jax.tflite import cached_decoder
 
@@ -36,6 +37,19 @@ class CachedSimulator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class CachedProof:
+    """A file with a KV cache compared with the simulator.
+
+    Attributes:
+      comparison: of every tensor of every step, added up.
+      steps: tokens that each step was fed, in order.
+    """
+
+    comparison: Comparison
+    steps: tuple[int, ...]
+
+
 def steps(prefill: int, length: int) -> Iterator[int]:
     """How `length` tokens are fed: a chunk, two single steps, and so on; the rest one by one."""
     left = length
@@ -53,7 +67,7 @@ def prove_cached(
     ids: Integer[np.ndarray, " t"],
     kernels: KernelSet = "ref",
     logits: Positions = "last",
-) -> tuple[Comparison, tuple[int, ...]]:
+) -> CachedProof:
     """Feeds real text through both, side by side, and compares every tensor of every step.
 
     Args:
@@ -61,8 +75,6 @@ def prove_cached(
       simulator: of the same lengths, and of these kernels and logits.
       ids: at most as many as the context has.
 
-    Returns:
-      What was compared, all steps together, and the tokens of each step.
     """
     backend = LiteRTBackend(path, kernels, keep_tensors=True)
     session, shape = Session(backend), simulator.shape
@@ -75,12 +87,5 @@ def prove_cached(
         expected = simulator.tensors(now, at, *past)
         session.step(now, count)
         ops = op_names(cached_decoder(model, count, shape.context, logits))
-        found.append(compare(backend.tensors(count), expected, ops))
-    return (
-        Comparison(
-            sum(c.tensors for c in found),
-            sum(c.elements for c in found),
-            tuple(d for c in found for d in c.differences),
-        ),
-        taken,
-    )
+        found.append(compare_tensors(backend.tensors(count), expected, ops))
+    return CachedProof(Comparison.of_all(found), taken)

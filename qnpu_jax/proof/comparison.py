@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,15 @@ class Comparison:
     elements: int
     differences: tuple[Difference, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """The entry `verify` of report.json: counts, and each difference as one line."""
+        return {
+            "tensors": self.tensors,
+            "elements": self.elements,
+            "differing": self.differing,
+            "differences": [str(d) for d in self.differences],
+        }
+
     def __str__(self) -> str:
         return (
             f"{self.differing:,} of {self.elements:,} elements differ, in"
@@ -63,8 +73,18 @@ class Comparison:
         """Elements that differ, over all tensors."""
         return sum(d.count for d in self.differences)
 
+    @staticmethod
+    def of_all(parts: Iterable[Comparison]) -> Comparison:
+        """Adds several comparisons up."""
+        found = list(parts)
+        return Comparison(
+            sum(c.tensors for c in found),
+            sum(c.elements for c in found),
+            tuple(d for c in found for d in c.differences),
+        )
 
-def compare(
+
+def compare_tensors(
     expected: Iterable[tuple[str, np.ndarray]],
     got: Mapping[str, np.ndarray],
     ops: Mapping[str, str],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qnpu_jax import artifacts
-from qnpu_jax.proof.widths import WIDTHS, Row
+from qnpu_jax.proof.widths import WIDTHS, AccumulatorRow
 
 MISSING = "matplotlib is not installed; expected the extra figures: pip install 'qnpu[figures]'"
 
@@ -19,13 +19,13 @@ def installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(linears: Sequence[Row], path: Path) -> Path:
+def draw(linears: Sequence[AccumulatorRow], path: Path) -> Path:
     """log2 |acc| + 1 of every linear over the layers, a panel each: proved (widest and median
     channel) and reached on a text. Replaces an older file; equal numbers give equal bytes."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[AccumulatorRow]] = {}
     for row in linears:
         groups.setdefault(row.kind, []).append(row)
     with mpl.rc_context({"svg.hashsalt": "qnpu", "svg.fonttype": "none"}):
@@ -48,7 +48,7 @@ def draw(linears: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def _panel(axis: Any, kind: str, rows: Sequence[Row]) -> None:
+def _panel(axis: Any, kind: str, rows: Sequence[AccumulatorRow]) -> None:
     layers = range(len(rows))
     for bits in WIDTHS:
         axis.axhline(bits, color="gray", lw=0.6, ls="--")

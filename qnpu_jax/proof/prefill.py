@@ -7,6 +7,7 @@ The simulator comes in as an argument (`Simulate`): this package never imports i
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,54 @@ from qnpu_jax import artifacts
 from qnpu_jax.graph import Positions
 from qnpu_jax.integer import Bound, IntegerModel, Simulator, check_accumulators, proved_bounds
 from qnpu_jax.progress import Clock
-from qnpu_jax.proof.comparison import compare, op_names
+from qnpu_jax.proof.comparison import Comparison, compare_tensors, op_names
 from qnpu_jax.tflite import LiteRT
 
 
-def bound(model: IntegerModel, tokens: int, logits: Positions) -> list[Bound]:
+@dataclass(frozen=True)
+class ProvedAccumulator:
+    """An op's accumulator: what is proved of it, and what one run used.
+
+    Attributes:
+      bound: largest and smallest sum that the weights allow.
+      seen: bits that the run used.
+    """
+
+    bound: Bound
+    seen: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of the bound, `needed` and `seen`, in bits."""
+        return dataclasses.asdict(self.bound) | {"needed": self.bound.needed, "seen": self.seen}
+
+
+@dataclass(frozen=True)
+class PrefillProof:
+    """A file of one prefill compared with the simulator, and its accumulators.
+
+    Attributes:
+      comparison: of every tensor that LiteRT computes.
+      accumulators: of every op that sums products, in the order of the graph.
+    """
+
+    comparison: Comparison
+    accumulators: tuple[ProvedAccumulator, ...]
+
+    @property
+    def closest(self) -> ProvedAccumulator:
+        """The accumulator with the fewest bits to spare."""
+        return min(self.accumulators, key=lambda a: a.bound.available - a.bound.needed)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries `verify` and `accumulators` of report.json."""
+        rows = artifacts.columns(a.to_json() for a in self.accumulators)
+        return {
+            "verify": self.comparison.to_json(),
+            "accumulators": {"closest": self.closest.to_json(), "all": rows},
+        }
+
+
+def bound_accumulators(model: IntegerModel, tokens: int, logits: Positions) -> list[Bound]:
     """What the accumulators of a signature can reach, from the actual weights.
 
     Raises:
@@ -33,17 +77,13 @@ def bound(model: IntegerModel, tokens: int, logits: Positions) -> list[Bound]:
 
 def prove_prefill(
     model: IntegerModel, runner: LiteRT, simulator: Simulator, ids: np.ndarray, clock: Clock
-) -> dict[str, Any]:
+) -> PrefillProof:
     """Compares every tensor of a file, in LiteRT's reference kernels, with the simulator's.
 
     Args:
       runner: of the file, with its tensors kept.
       simulator: of the same length and positions.
       ids: (T,) real text.
-
-    Returns:
-      Report entries `verify` (tensors, elements, differing, differences) and `accumulators`: proved
-      bounds (codes, bits) and the largest that this run saw.
 
     Raises:
       UserError: an accumulator can overflow at this length.
@@ -52,18 +92,9 @@ def prove_prefill(
         runner.run(ids)
         tensors = simulator.tensors(ids)
         ops = op_names(model.decoder(len(ids), logits=runner.logits))
-        comparison = compare(runner.tensors(), tensors, ops)
+        comparison = compare_tensors(runner.tensors(), tensors, ops)
     with clock.stage("accumulators"):
-        bounds = bound(model, len(ids), runner.logits)
+        bounds = bound_accumulators(model, len(ids), runner.logits)
         seen = simulator.accumulators(tensors)
-    rows = [dataclasses.asdict(b) | {"needed": b.needed, "seen": seen[b.tensor]} for b in bounds]
-    closest = min(rows, key=lambda row: row["available"] - row["needed"])
-    return {
-        "verify": {
-            "tensors": comparison.tensors,
-            "elements": comparison.elements,
-            "differing": comparison.differing,
-            "differences": [str(d) for d in comparison.differences],
-        },
-        "accumulators": {"closest": closest, "all": artifacts.columns(rows)},
-    }
+    accumulators = tuple(ProvedAccumulator(b, seen[b.tensor]) for b in bounds)
+    return PrefillProof(comparison, accumulators)

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from qnpu_jax.graph import Positions
+from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.integer import IntegerModel
-from qnpu_jax.runtime import PROFILES
-from qnpu_jax.tflite import KernelSet
+from qnpu_jax.runtime import ROUNDING
 from qnpu_sim import compile_model, observed_accumulators, observed_ranges, run
 
 
@@ -26,7 +25,7 @@ class Simulated:
     ) -> None:
         self._model = model
         dec = model.decoder(tokens, logits=logits)
-        self._program = compile_model(model, dec, PROFILES[kernels])
+        self._program = compile_model(model, dec, ROUNDING[kernels])
 
     def logits(self, ids: np.ndarray) -> Any:
         return run(self._program, ids)["head.logits"]
@@ -39,7 +38,9 @@ class Simulated:
         return observed_accumulators(self._model, self._program.decoder, tensors)
 
 
-def observed(model: IntegerModel, ids: np.ndarray) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+def observe_accumulators(
+    model: IntegerModel, ids: np.ndarray
+) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
     """`widths.Observe` by the simulator."""
     program = compile_model(model, model.decoder(ids.shape[1]), "litert_ref")
     return observed_ranges(model, program, ids)

@@ -11,13 +11,13 @@ from qnpu_jax.choices import KernelSet
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.proof.cached import prove_cached
-from qnpu_jax.proof.comparison import Comparison, compare, op_names
+from qnpu_jax.proof.comparison import Comparison, compare_tensors, op_names
 from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.runtime import LiteRTBackend, SimulatedBackend
 from qnpu_jax.tflite import LiteRT, open_interpreter
 
 
-def verified(
+def verify_file(
     path: Path, model: IntegerModel, ids: Int32[np.ndarray, " t"], kernels: KernelSet
 ) -> Comparison:
     """Compares every tensor that LiteRT computes with the simulator's.
@@ -37,14 +37,14 @@ def verified(
         _check_length(ids, shape.prefill + 1, path)
         simulator = SimulatedBackend(model, shape.prefill, shape.context, logits, kernels)
         length = min(len(ids), 2 * shape.prefill + 4, shape.context)
-        return prove_cached(path, model, simulator, ids[:length], kernels, logits)[0]
+        return prove_cached(path, model, simulator, ids[:length], kernels, logits).comparison
     runner = LiteRT(path, kernels, keep_tensors=True)
     _check_length(ids, runner.tokens, path)
     ids = ids[: runner.tokens]
     runner.run(ids)
     simulator = Simulated(model, runner.tokens, runner.logits, kernels)
     ops = op_names(model.decoder(runner.tokens, logits=runner.logits))
-    return compare(runner.tensors(), simulator.tensors(ids), ops)
+    return compare_tensors(runner.tensors(), simulator.tensors(ids), ops)
 
 
 def _check_length(ids: np.ndarray, least: int, path: Path) -> None:

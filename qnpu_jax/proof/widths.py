@@ -44,7 +44,7 @@ Observe = Callable[[IntegerModel, np.ndarray], Mapping[str, tuple[np.ndarray, np
 
 
 @dataclass(frozen=True)
-class Row:
+class AccumulatorRow:
     """One op of one layer.
 
     Attributes:
@@ -119,7 +119,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Kind:
+class OpKind:
     """The rows of one op in all layers.
 
     Attributes:
@@ -140,7 +140,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Widths:
-    """What `measure` found.
+    """What `measure_widths` found.
 
     Attributes:
       rows: every FULLY_CONNECTED and BATCH_MATMUL of every layer.
@@ -150,14 +150,14 @@ class Widths:
       sha256: of the model's integers.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[AccumulatorRow, ...]
     intermediates: tuple[Intermediate, ...]
     text: excerpts.Excerpt
     prefill: int
     sha256: str
 
     @property
-    def linears(self) -> tuple[Row, ...]:
+    def linears(self) -> tuple[AccumulatorRow, ...]:
         return tuple(r for r in self.rows if r.proved.op == "FULLY_CONNECTED")
 
     def to_json(self) -> dict[str, Any]:
@@ -175,16 +175,16 @@ class Widths:
         }
 
 
-def kinds(rows: Iterable[Row]) -> list[Kind]:
+def kinds(rows: Iterable[AccumulatorRow]) -> list[OpKind]:
     """Rows by kind of op, FULLY_CONNECTED first, in the order of the graph."""
-    groups: dict[tuple[bool, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[bool, str], list[AccumulatorRow]] = defaultdict(list)
     for row in rows:
         groups[row.proved.op != "FULLY_CONNECTED", row.kind].append(row)
     found = []
     for (_, name), group in sorted(groups.items(), key=lambda item: item[0][0]):
         bits = [n for row in group for n in row.proved.needed]
         found.append(
-            Kind(
+            OpKind(
                 name,
                 group[0].proved.op,
                 len(bits),
@@ -197,7 +197,7 @@ def kinds(rows: Iterable[Row]) -> list[Kind]:
     return found
 
 
-def widest(rows: Iterable[Row], count: int) -> list[Row]:
+def widest(rows: Iterable[AccumulatorRow], count: int) -> list[AccumulatorRow]:
     """The rows whose accumulators reach farthest, by proof."""
     return sorted(rows, key=lambda row: -row.reach)[:count]
 
@@ -209,9 +209,11 @@ def histogram(bits: Iterable[int]) -> dict[int, int]:
 
 def join(
     bounds: Sequence[ChannelBounds], observed: Mapping[str, tuple[np.ndarray, np.ndarray]]
-) -> tuple[Row, ...]:
+) -> tuple[AccumulatorRow, ...]:
     """Rows of proved bounds and observed ranges, by name."""
-    return tuple(Row(b, *(tuple(end.tolist()) for end in observed[b.tensor])) for b in bounds)
+    return tuple(
+        AccumulatorRow(b, *(tuple(end.tolist()) for end in observed[b.tensor])) for b in bounds
+    )
 
 
 def check_lengths(tokens: int, prefill: int) -> None:
@@ -225,7 +227,7 @@ def check_lengths(tokens: int, prefill: int) -> None:
         )
 
 
-def measure(
+def measure_widths(
     folder: OutputFolder,
     text: Path | None,
     tokens: int,
@@ -261,7 +263,7 @@ def measure(
     return Widths(rows, tuple(between), read, prefill, sha256)
 
 
-def write(found: Widths, out: Path) -> Path:
+def write_widths(found: Widths, out: Path) -> Path:
     """Writes `accumulators.json` into the folder, in place of an older one."""
     path = out / artifacts.ACCUMULATORS
     with artifacts.new_file(path, replace=True) as partial:

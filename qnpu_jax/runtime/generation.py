@@ -35,20 +35,19 @@ class Speed:
         return text
 
 
-def tokens(
+def generate_ids(
     session: Session,
     ids: Sequence[int],
-    scale: float,
     sampling: Sampling,
-    most: int,
+    limit: int,
     stops: Collection[int],
     speed: Speed | None = None,
 ) -> Iterator[int]:
-    """Token ids that follow `ids`, until one of `stops` (not given), `most` of them, or a full
-    context.
+    """Yields the token ids that follow a prompt.
+
+    Ends before one of `stops`, after `limit` ids, or where the context is full.
 
     Args:
-      scale: of the session's logits.
       speed: is told how long it takes.
 
     Raises:
@@ -58,8 +57,8 @@ def tokens(
     rng = np.random.default_rng(sampling.seed)
     began = time.perf_counter()
     codes = session.feed(ids)
-    for count in range(most):
-        token = sample(codes, scale, sampling, rng)
+    for count in range(limit):
+        token = sample(codes, session.logit_scale, sampling, rng)
         now = time.perf_counter()
         if count:
             speed.steps.append(now - began)
@@ -69,12 +68,12 @@ def tokens(
         if token in stops:
             return
         yield token
-        if count + 1 == most or not session.room:
+        if count + 1 == limit or not session.room:
             return
         codes = session.feed([token])
 
 
-def pieces(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+def text_pieces(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of token ids as it grows: a piece is held back while its last character is cut."""
     seen: list[int] = []
     shown = ""

@@ -36,29 +36,31 @@ PLAIN_CONTENT = (
 Hugging Face's templates expect text and would print the list."""
 
 
-def write(stored: Integers, tokenizer_folder: Path, path: Path, prefill: int, context: int) -> None:
-    """Writes a `.litertlm` with the signatures of `litertlm_signatures.write`.
+def write_package(
+    form: Integers, tokenizer_folder: Path, path: Path, prefill: int, context: int
+) -> None:
+    """Writes a `.litertlm` with the signatures of `litertlm_signatures.write_signatures`.
 
     The metadata names no start token: BOS is in the prefix, whose keys and values are constants of
     the graph.
 
     Args:
-      stored: the model, and how the file holds it.
+      form: the model, and how the file holds it.
       tokenizer_folder: as `Tokenizer.save` writes it.
       path: the file; the bytes differ from call to call, as the builder puts an id and the time
         in.
-      prefill, context: as `litertlm_signatures.write`.
+      prefill, context: as `litertlm_signatures.write_signatures`.
 
     Raises:
       UserError: the extra is missing or too old, a tokenizer that knows no end of a text, or as
-        `litertlm_signatures.write`.
+        `litertlm_signatures.write_signatures`.
     """
     builder_module = load_builder()
     tokenizer = Tokenizer.load(tokenizer_folder)
     facts = _metadata(tokenizer, context)
     with tempfile.TemporaryDirectory() as folder:
         tflite, facts_file = Path(folder) / "model.tflite", Path(folder) / "metadata.pb"
-        litertlm_signatures.write(stored, tflite, prefill, context)
+        litertlm_signatures.write_signatures(form, tflite, prefill, context)
         facts_file.write_bytes(facts.SerializeToString())
         builder = builder_module.LitertLmFileBuilder()
         kind = builder_module.TfLiteModelType.PREFILL_DECODE

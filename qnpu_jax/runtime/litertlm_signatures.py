@@ -18,6 +18,7 @@ Reference: google-ai-edge/LiteRT-LM, runtime/executor/llm_litert_compiled_model_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,25 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from qnpu_jax.tflite import (
+    DType,
+    Emitter,
     Integers,
     ModelWriter,
     SubgraphWriter,
+    TensorType,
     at_positions,
     cached_decoder,
     emit,
 )
 
 Code = schema.BuiltinOperator
-INT32 = {"dtype": "int32"}
+INT32: DType = "int32"
 SHORT = 16
 """Tokens of the short prefill. LiteRT-LM refuses a prompt of which a chunk, filled up, does not fit
 what is left of the context; and a short prompt need not wait for a long chunk."""
 
 
-def write(stored: Integers, path: Path, prefill: int, context: int) -> None:
+def write_signatures(form: Integers, path: Path, prefill: int, context: int) -> None:
     """Writes the signatures `prefill_<prefill>`, `prefill_16` if that is shorter, and `decode` (one
     token), which share all weights that are stored alike.
 
@@ -61,24 +65,24 @@ def write(stored: Integers, path: Path, prefill: int, context: int) -> None:
     Raises:
       UserError: more positions than the model has, or a context without room for a cache.
     """
-    build(stored, prefill, context).write(path)
+    build_signatures(form, prefill, context).write(path)
 
 
-def build(stored: Integers, prefill: int, context: int) -> ModelWriter:
-    """The model of `write`, in memory."""
+def build_signatures(form: Integers, prefill: int, context: int) -> ModelWriter:
+    """The model of `write_signatures`, in memory."""
     writer = ModelWriter()
     prefills = (prefill, SHORT) if prefill > SHORT else (prefill,)
     for key, tokens in (*((f"prefill_{n}", n) for n in prefills), ("decode", 1)):
-        _Signature(stored, writer.add_subgraph(key), tokens, context).emit(key)
+        _Signature(form, writer.add_subgraph(key), tokens, context).emit(key)
     return writer
 
 
 class _Signature:
     """One signature, while it is written."""
 
-    def __init__(self, stored: Integers, graph: SubgraphWriter, tokens: int, context: int) -> None:
-        self.stored, self.graph, self.context = stored, graph, context
-        self.model, self.dec = stored.model, cached_decoder(stored.model, tokens, context)
+    def __init__(self, form: Integers, graph: SubgraphWriter, tokens: int, context: int) -> None:
+        self.form, self.graph, self.context = form, graph, context
+        self.model, self.dec = form.model, cached_decoder(form.model, tokens, context)
 
     def emit(self, key: str) -> None:
         """All of it; the updates come last, when every layer has read its cache."""
@@ -89,7 +93,7 @@ class _Signature:
         }
         start = self._slice("start", inputs["input_pos"], (1,), INT32)
         whole = self.model.decoder(self.context)
-        shared = at_positions(self.stored, graph, dec, whole, inputs["input_pos"])
+        shared = at_positions(self.form, graph, dec, whole, inputs["input_pos"])
         names = {t.name for t in dec.layer.named("input")}
         shared |= {n: self._mask(n, start) for n in ("mask", "keep") if n in names}
         past: list[dict[str, int]] = []
@@ -97,57 +101,57 @@ class _Signature:
             past.append({})
             for letter in "kv":
                 name = f"kv_cache_{letter}_{layer}"
-                form = self._cache_form(layer, letter)
+                kind = self._cache_type(layer, letter)
                 shape = self._cache_shape(letter, self.context)
-                inputs[name] = graph.add_tensor(name, shape, **form)
-                past[-1][f"attn.cache_{letter}"] = self._past(letter, name, inputs[name], form)
+                inputs[name] = graph.add_tensor(name, shape, kind)
+                past[-1][f"attn.cache_{letter}"] = self._past(letter, name, inputs[name], kind)
         is_decode = dec.tokens == 1
         graphs = dec.graphs if is_decode else dec.graphs[:-1]  # nobody reads a prefill's logits
         ids = self._reshape("ids", inputs["tokens"], (dec.tokens,), INT32)
-        out, rows = emit(self.stored, graph, graphs, ids, shared, past)
+        out, rows = emit(partial(Emitter, self.form, graph), graphs, ids, shared, past)
         outputs = self._updates(inputs, rows, start)
         if is_decode:
             outputs["logits"] = self._floats(out)
         graph.add_signature(key, inputs, outputs)
 
-    def _mask(self, kind: str, start: int) -> int:
-        """Codes (1, T G, S) of `mask` or `keep` of `shared_inputs.masks`, with as many filled slots as
-        `start` says: those of the cache hang on it, the prefix is seen by all, new tokens by
-        themselves and later ones."""
+    def _mask(self, mask: str, start: int) -> int:
+        """Codes (1, T G, S) of `mask` or `keep` of `shared_inputs.masks`, with the cache's
+        slots before `start` visible. The prefix is seen by all, new tokens by themselves and later
+        ones."""
         dec = self.dec
-        codes = self.model.inputs(dec)[kind]
-        form = self.stored.form(dec.layer, 0, kind)
+        codes = self.model.inputs(dec)[mask]
+        kind = self.form.tensor_type(dec.layer, 0, mask)
         cache, new = dec.prefix, dec.prefix + dec.cache
         slots = np.arange(dec.cache, dtype=np.int32).reshape(1, 1, -1)
-        is_filled = self.graph.add_tensor(f"{kind}.is_filled", slots.shape, "bool")
-        slots = self._constant(f"{kind}.slots", slots)
+        is_filled = self.graph.add_tensor(f"{mask}.is_filled", slots.shape, "bool")
+        slots = self._constant(f"{mask}.slots", slots)
         self._add(Code.LESS, schema.LessOptionsT(), [slots, start], is_filled)
         hidden = codes[:, :, cache : cache + 1]  # no slot is filled in `codes`
         seen = np.full_like(hidden, codes[0, 0, new])  # a token sees itself
         choices = [
-            self._constant(f"{kind}.{name}", x, form)
+            self._constant(f"{mask}.{name}", x, kind)
             for name, x in (("visible", seen), ("hidden", hidden))
         ]
-        past = self.graph.add_tensor(f"{kind}.cache", codes[:, :, cache:new].shape, **form)
+        past = self.graph.add_tensor(f"{mask}.cache", codes[:, :, cache:new].shape, kind)
         self._add(Code.SELECT_V2, schema.SelectV2OptionsT(), [is_filled, *choices], past)
-        parts = [past, self._constant(f"{kind}.new", codes[:, :, new:], form)]
+        parts = [past, self._constant(f"{mask}.new", codes[:, :, new:], kind)]
         if dec.prefix:
-            parts.insert(0, self._constant(f"{kind}.prefix", codes[:, :, :cache], form))
-        return self._concat(kind, parts, codes.shape, 2, form)
+            parts.insert(0, self._constant(f"{mask}.prefix", codes[:, :, :cache], kind))
+        return self._concat(mask, parts, codes.shape, 2, kind)
 
     def _cache_shape(self, letter: str, slots: int) -> tuple[int, ...]:
         heads, width = self.model.config.num_kv_heads, self.model.config.head_dim
         return (1, heads, slots, width) if letter == "k" else (1, heads, width, slots)
 
-    def _cache_form(self, layer: int, letter: str) -> dict[str, Any]:
-        return self.stored.form(self.dec.layer, layer, f"attn.cache_{letter}")
+    def _cache_type(self, layer: int, letter: str) -> TensorType:
+        return self.form.tensor_type(self.dec.layer, layer, f"attn.cache_{letter}")
 
-    def _past(self, letter: str, name: str, cache: int, form: dict[str, Any]) -> int:
+    def _past(self, letter: str, name: str, cache: int, kind: TensorType | DType) -> int:
         """The slots before the new tokens, C - T: as many as the decoder was staged for, so that
         every signature has the same S (see `cached.write_cached`)."""
         shape = self._cache_shape(letter, self.dec.cache)
-        past = self._slice(f"{name}.past", cache, shape, form)
-        return self._reshape(f"{name}.heads", past, shape[1:], form)
+        past = self._slice(f"{name}.past", cache, shape, kind)
+        return self._reshape(f"{name}.heads", past, shape[1:], kind)
 
     def _updates(
         self, inputs: dict[str, int], rows: Sequence[Sequence[int]], start: int
@@ -161,12 +165,12 @@ class _Signature:
         updated = {}
         for layer, new in enumerate(rows):
             for letter, row in zip("kv", new, strict=True):
-                name, form = f"kv_cache_{letter}_{layer}", self._cache_form(layer, letter)
+                name, kind = f"kv_cache_{letter}_{layer}", self._cache_type(layer, letter)
                 new_shape, shape = (
                     self._cache_shape(letter, n) for n in (self.dec.tokens, self.context)
                 )
-                row = self._reshape(f"{name}.new", row, new_shape, form)
-                out = self.graph.add_tensor(f"{name}.out", shape, **form)
+                row = self._reshape(f"{name}.new", row, new_shape, kind)
+                out = self.graph.add_tensor(f"{name}.out", shape, kind)
                 self._add(Code.DYNAMIC_UPDATE_SLICE, None, [inputs[name], row, at[letter]], out)
                 updated[name] = out
         return updated
@@ -176,35 +180,40 @@ class _Signature:
         vocabulary = self.model.config.vocab_size
         real = self.graph.add_tensor("logits.real", (1, vocabulary), "float32")
         self._add(Code.DEQUANTIZE, schema.DequantizeOptionsT(), [logits], real)
-        return self._reshape("logits", real, (1, 1, vocabulary), {"dtype": "float32"})
+        return self._reshape("logits", real, (1, 1, vocabulary), "float32")
 
     def _add(self, code: int, options: Any, inputs: Sequence[int], output: int) -> int:
         self.graph.add_op(code, options, inputs, [output])
         return output
 
-    def _constant(self, name: str, data: np.ndarray, form: dict[str, Any] = INT32) -> int:
-        return self.graph.add_tensor(name, data.shape, data=data, **form)
+    def _constant(self, name: str, data: np.ndarray, kind: TensorType | DType = INT32) -> int:
+        return self.graph.add_tensor(name, data.shape, kind, data)
 
-    def _slice(self, name: str, x: int, size: Sequence[int], form: dict[str, Any]) -> int:
+    def _slice(self, name: str, x: int, size: Sequence[int], kind: TensorType | DType) -> int:
         """The first elements of every axis."""
         operands = [
             self._constant(f"{name}/{i}", np.asarray(values, np.int32))
             for i, values in enumerate(([0] * len(size), size))
         ]
-        out = self.graph.add_tensor(name, size, **form)
+        out = self.graph.add_tensor(name, size, kind)
         return self._add(Code.SLICE, schema.SliceOptionsT(), [x, *operands], out)
 
-    def _reshape(self, name: str, x: int, shape: Sequence[int], form: dict[str, Any]) -> int:
+    def _reshape(self, name: str, x: int, shape: Sequence[int], kind: TensorType | DType) -> int:
         options = schema.ReshapeOptionsT()
         options.newShape = list(shape)
         operand = self._constant(f"{name}/0", np.asarray(shape, np.int32))
-        out = self.graph.add_tensor(name, shape, **form)
+        out = self.graph.add_tensor(name, shape, kind)
         return self._add(Code.RESHAPE, options, [x, operand], out)
 
     def _concat(
-        self, name: str, parts: Sequence[int], shape: Sequence[int], axis: int, form: dict[str, Any]
+        self,
+        name: str,
+        parts: Sequence[int],
+        shape: Sequence[int],
+        axis: int,
+        kind: TensorType | DType,
     ) -> int:
         options = schema.ConcatenationOptionsT()
         options.axis = axis
-        out = self.graph.add_tensor(name, shape, **form)
+        out = self.graph.add_tensor(name, shape, kind)
         return self._add(Code.CONCATENATION, options, parts, out)

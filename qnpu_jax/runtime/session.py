@@ -90,6 +90,11 @@ class Session:
         self.filled = 0
 
     @property
+    def logit_scale(self) -> float:
+        """Real value of one code of the logits."""
+        return self._backend.logit_scale
+
+    @property
     def room(self) -> int:
         """Tokens that still fit."""
         return self._backend.shape.context - self.filled

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from qnpu_jax.graph import Positions
+from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.runtime.session import Shape, Step
-from qnpu_jax.tflite import KernelSet, cached_decoder
+from qnpu_jax.tflite import cached_decoder
 from qnpu_sim import ProfileName, compile_model, run
 
-PROFILES: dict[KernelSet, ProfileName] = {
+ROUNDING: dict[KernelSet, ProfileName] = {
     "ref": "litert_ref",
     "opt": "litert_opt",
     "xnn": "litert_xnn",
@@ -38,7 +38,7 @@ class SimulatedBackend:
     ) -> None:
         self._model = model
         decoders = {t: cached_decoder(model, t, context, logits) for t in (prefill, 1)}
-        profile = PROFILES[kernels]
+        profile = ROUNDING[kernels]
         self._programs = {t: compile_model(model, d, profile) for t, d in decoders.items()}
         cfg = model.config
         self.shape = Shape(prefill, context, cfg.num_layers, cfg.num_kv_heads, cfg.head_dim)

@@ -1,36 +1,40 @@
 """The .tflite file: written, and run by LiteRT."""
 
-from qnpu_jax.tflite.cached import add_cached, at_positions, cached_decoder
+from qnpu_jax.tflite.cached import add_cached, at_positions, build_cached, cached_decoder
 from qnpu_jax.tflite.emitter import Emitter, emit
-from qnpu_jax.tflite.export_profiles import DEFAULT, PROFILES, ProfileName
 from qnpu_jax.tflite.flatbuffer import ModelWriter, SubgraphWriter
-from qnpu_jax.tflite.forms import Composite, Integers, Reals, Stored, Unpacked
-from qnpu_jax.tflite.interpreter import KernelSet, LiteRT, open_interpreter
+from qnpu_jax.tflite.forms import Composite, FileForm, Integers, Reals, Unpacked
+from qnpu_jax.tflite.interpreter import LiteRT, open_interpreter
+from qnpu_jax.tflite.named_forms import FORMS, HEXAGON_FORM
+from qnpu_jax.tflite.op_versions import DType
 from qnpu_jax.tflite.operators import add_op
+from qnpu_jax.tflite.packing import TensorType
 from qnpu_jax.tflite.square_sums import are_squares
-from qnpu_jax.tflite.writer import build, check_prefill
+from qnpu_jax.tflite.writer import build_prefill, check_prefill, write_prefill
 
 __all__ = [
-    "DEFAULT",
-    "PROFILES",
+    "FORMS",
+    "HEXAGON_FORM",
     "Composite",
+    "DType",
     "Emitter",
+    "FileForm",
     "Integers",
-    "KernelSet",
     "LiteRT",
     "ModelWriter",
-    "ProfileName",
     "Reals",
-    "Stored",
     "SubgraphWriter",
+    "TensorType",
     "Unpacked",
     "add_cached",
     "add_op",
     "are_squares",
     "at_positions",
-    "build",
+    "build_cached",
+    "build_prefill",
     "cached_decoder",
     "check_prefill",
     "emit",
     "open_interpreter",
+    "write_prefill",
 ]

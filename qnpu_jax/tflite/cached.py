@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from qnpu_jax.errors import UserError
@@ -9,7 +10,7 @@ from qnpu_jax.graph import Decoder, Embedding, Positions
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.tflite.emitter import Emitter, emit
 from qnpu_jax.tflite.flatbuffer import ModelWriter, SubgraphWriter
-from qnpu_jax.tflite.forms import Integers, Stored
+from qnpu_jax.tflite.forms import FileForm, Integers
 from qnpu_jax.tflite.operators import add_op
 
 
@@ -49,45 +50,45 @@ def build_cached(
     prefill: int,
     context: int,
     logits: Positions = "last",
-    stored: Stored | None = None,
+    form: FileForm | None = None,
 ) -> ModelWriter:
-    """The model of `write_cached`, in memory; as integers, if `stored` does not say otherwise."""
-    stored = Integers(model) if stored is None else stored
+    """The model of `write_cached`, in memory; as integers, if `form` does not say otherwise."""
+    form = Integers(model) if form is None else form
     writer = ModelWriter()
     for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
         dec = cached_decoder(model, tokens, context, logits)
-        add_cached(stored, writer.add_subgraph(key), key, dec, model.decoder(context))
+        add_cached(form, writer.add_subgraph(key), key, dec, model.decoder(context))
     return writer
 
 
 def add_cached(
-    stored: Stored,
+    form: FileForm,
     subgraph: SubgraphWriter,
     key: str,
     dec: Decoder,
     whole: Decoder,
-    emitter: type[Emitter] | None = None,
+    emitter: type[Emitter] = Emitter,
 ) -> None:
     """One signature of `write_cached`; `whole` takes all positions at once, for its RoPE tables.
     An `emitter` of its own spells ops its own way."""
     ids, positions = (
         subgraph.add_tensor(name, (dec.tokens,), "int32") for name in ("ids", "positions")
     )
-    shared = at_positions(stored, subgraph, dec, whole, positions)
-    common = Emitter(stored, subgraph, dec.layer, 0)
+    shared = at_positions(form, subgraph, dec, whole, positions)
+    common = Emitter(form, subgraph, dec.layer, 0)
     names = {t.name for t in dec.layer.named("input")}
     masks = {n: common.tensor(n, label=n) for n in ("mask", "keep") if n in names}
     shared |= masks
     caches = [
         {
-            f"attn.cache_{letter}": Emitter(stored, subgraph, dec.layer, i).tensor(
+            f"attn.cache_{letter}": Emitter(form, subgraph, dec.layer, i).tensor(
                 f"attn.cache_{letter}", label=f"kv_cache_{letter}_{i}"
             )
             for letter in "kv"
         }
         for i in range(dec.layer.layers)
     ]
-    out, rows = emit(stored, subgraph, dec.graphs, ids, shared, caches, emitter)
+    out, rows = emit(partial(emitter, form, subgraph), dec.graphs, ids, shared, caches)
     inputs = {"ids": ids, "positions": positions, **masks}
     outputs = {"logits": out}
     for i, (cache, new) in enumerate(zip(caches, rows, strict=True)):
@@ -114,12 +115,12 @@ def cached_decoder(
 
 
 def at_positions(
-    stored: Stored, subgraph: SubgraphWriter, dec: Decoder, whole: Decoder, positions: int
+    form: FileForm, subgraph: SubgraphWriter, dec: Decoder, whole: Decoder, positions: int
 ) -> dict[str, int]:
     """What all layers share but the mask: RoPE rows of `positions` (T,), from the tables of
     `whole`, which takes all positions at once."""
-    common, every = (Emitter(stored, subgraph, d.layer, 0) for d in (dec, whole))
-    tables = stored.inputs(whole)
+    common, every = (Emitter(form, subgraph, d.layer, 0) for d in (dec, whole))
+    tables = form.inputs(whole)
     shared = {"norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps")}
     for name in ("rope.cos", "rope.sin"):
         table = every.tensor(name, tables[name], f"{name}.table")

@@ -6,7 +6,7 @@ Tensors keep their names (`layers.3.attn.q`), scales and zero points exactly as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -14,28 +14,37 @@ from flatbuffers import flexbuffers
 
 from qnpu_jax.graph import Graph, Node
 from qnpu_jax.tflite.flatbuffer import SubgraphWriter
-from qnpu_jax.tflite.forms import Composite, Stored
+from qnpu_jax.tflite.forms import Composite, FileForm
 from qnpu_jax.tflite.operators import add_op
+from qnpu_jax.tflite.packing import TensorType
 from qnpu_jax.tflite.square_sums import add_diagonals, are_squares, block_size
 
 
 def emit(
-    stored: Stored,
-    subgraph: SubgraphWriter,
+    emitter: Callable[[Graph, int], Emitter],
     graphs: Sequence[Graph],
     ids: int,
-    shared: dict[str, int],
-    caches: list[dict[str, int]],
-    emitter: type[Emitter] | None = None,
+    shared: Mapping[str, int],
+    caches: Sequence[Mapping[str, int]],
 ) -> tuple[int, list[list[int]]]:
-    """A decoder's graphs, layers unrolled: the logits, or what the last graph gives, and each
-    layer's new rows of keys and values."""
-    emitter = emitter or Emitter
+    """Adds a decoder's graphs to a subgraph, layers unrolled.
+
+    Args:
+      emitter: makes the emitter of a graph and layer.
+      graphs: in the order of `Decoder.graphs`.
+      ids: tensor of the token ids.
+      shared: tensors that all layers read, by local name: RoPE rows, mask, eps.
+      caches: for each layer its tensors of cached keys and values, by local name.
+
+    Returns:
+      The tensor that the last graph makes (the logits), and for each layer its new rows of keys and
+      values.
+    """
     values, out, rows = {"ids": ids}, ids, []
     for graph in graphs:
         for layer in range(graph.layers):
             own = caches[layer] if graph.layered else {}
-            env = emitter(stored, subgraph, graph, layer).emit(values | shared | own)
+            env = emitter(graph, layer).emit({**values, **shared, **own})
             out = env[graph.outputs[0]]
             values = {"input.residual": out}
             if graph.layered:
@@ -46,15 +55,15 @@ def emit(
 class Emitter:
     """Emits one graph, for one layer, into a subgraph."""
 
-    def __init__(self, stored: Stored, subgraph: SubgraphWriter, graph: Graph, layer: int) -> None:
-        self.stored, self.subgraph, self.graph, self.layer = stored, subgraph, graph, layer
+    def __init__(self, form: FileForm, subgraph: SubgraphWriter, graph: Graph, layer: int) -> None:
+        self.form, self.subgraph, self.graph, self.layer = form, subgraph, graph, layer
 
-    def emit(self, env: dict[str, int]) -> dict[str, int]:
+    def emit(self, env: Mapping[str, int]) -> dict[str, int]:
         """Tensor indices by local name; `env` holds those of the inputs."""
         env = dict(env)
-        for name, contents in self.stored.constants(self.graph, self.layer).items():
+        for name, contents in self.form.constants(self.graph, self.layer).items():
             env[name] = self.tensor(name, contents)
-        return self.run(self.stored.parts(self.graph), env)
+        return self.run(self.form.parts(self.graph), env)
 
     def run(self, parts: Iterable[Node | Composite], env: Mapping[str, int]) -> dict[str, int]:
         """Adds ops; `env` with what they make."""
@@ -62,7 +71,7 @@ class Emitter:
         for part in parts:
             if isinstance(part, Composite):
                 env[part.output] = self.wrap(part, env)
-            elif self.stored.drops(self.graph, part, self.layer):
+            elif self.form.drops(self.graph, part, self.layer):
                 env[part.output] = env[part.inputs[0]]
             else:
                 env[part.output] = self.add(part, env)
@@ -70,8 +79,8 @@ class Emitter:
 
     def wrap(self, part: Composite, env: Mapping[str, int]) -> int:
         """Adds a composite and, as a subgraph, its nodes; the tensor that it makes."""
-        label = self._global(part.output)
-        inner = Emitter(self.stored, self.subgraph.sibling(label), self.graph, self.layer)
+        label = self.global_name(part.output)
+        inner = Emitter(self.form, self.subgraph.sibling(label), self.graph, self.layer)
         known = {name: inner.tensor(name) for name in part.inputs}
         fed = [*known.values(), *(x.add_to(inner.subgraph, label) for x in part.operands)]
         constants = {name: inner.tensor(name, x) for name, x in part.constants.items()}
@@ -92,10 +101,8 @@ class Emitter:
         """Adds an op; the tensor that it makes."""
         output = self.tensor(node.output)
         if (block := self.block(node)) > 1:
-            forms = [
-                self.stored.form(self.graph, self.layer, n) for n in (node.inputs[0], node.output)
-            ]
-            add_diagonals(self.subgraph, env[node.inputs[0]], output, block, *forms)
+            type_x, type_y = (self.type_of(n) for n in (node.inputs[0], node.output))
+            add_diagonals(self.subgraph, env[node.inputs[0]], output, block, type_x, type_y)
             return output
         add_op(self.subgraph, node.op, [env[n] for n in node.inputs], output)
         return output
@@ -108,14 +115,21 @@ class Emitter:
         """
         if not are_squares(self.graph, node):
             return 1
-        form = self.stored.form(self.graph, self.layer, node.inputs[0])
-        return 1 if form["dtype"] == "int16" else block_size(self.graph[node.output].shape[0])
+        if self.type_of(node.inputs[0]).dtype == "int16":
+            return 1
+        return block_size(self.graph[node.output].shape[0])
 
     def tensor(self, name: str, data: np.ndarray | None = None, label: str | None = None) -> int:
         """Adds a tensor of the graph, by its global name or a label of its own."""
-        spec = self.graph[name]
-        form = self.stored.form(self.graph, self.layer, name)
-        return self.subgraph.add_tensor(label or self._global(name), spec.shape, data=data, **form)
+        shape = self.graph[name].shape
+        return self.subgraph.add_tensor(
+            label or self.global_name(name), shape, self.type_of(name), data
+        )
 
-    def _global(self, name: str) -> str:
+    def type_of(self, name: str) -> TensorType:
+        """Type and quantization that the file's form gives a tensor, by local name."""
+        return self.form.tensor_type(self.graph, self.layer, name)
+
+    def global_name(self, name: str) -> str:
+        """Global name of a tensor: `attn.q` in layer 3 is `layers.3.attn.q`."""
         return self.graph.global_name(self.layer, name)

@@ -21,7 +21,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from qnpu_jax.tflite.op_versions import DType, TensorInfo, op_version
-from qnpu_jax.tflite.packing import checked_quantization, packed
+from qnpu_jax.tflite.packing import TensorType, checked_quantization, packed
 
 _ALIGNMENT = 16
 """Every buffer starts at a multiple of this (schema.fbs: `data:[ubyte] (force_align: 16)`)."""
@@ -53,10 +53,7 @@ class SubgraphWriter:
         self,
         name: str,
         shape: Sequence[int],
-        dtype: DType,
-        scale: np.floating | np.ndarray | None = None,
-        zero_point: int | np.ndarray = 0,
-        axis: int = 0,
+        kind: TensorType | DType,
         data: np.ndarray | None = None,
     ) -> int:
         """Adds a tensor and returns its index in this subgraph.
@@ -64,11 +61,7 @@ class SubgraphWriter:
         Args:
           name: unique by custom, not checked.
           shape: static dimensions.
-          dtype: `int4` takes codes in an int8 array and packs them, two to a byte.
-          scale: float32, a scalar or one per channel of `axis`; None for a tensor without
-            quantization.
-          zero_point: codes; one for all channels or one per channel.
-          axis: channel axis of a per-channel scale.
+          kind: type and quantization; a bare dtype for a tensor without quantization.
           data: constant contents in C order; None for an activation.
 
         Raises:
@@ -76,11 +69,11 @@ class SubgraphWriter:
             dtype, or int4 codes leave [-8, 7].
         """
         shape = tuple(int(d) for d in shape)
-        quantization = (
-            None if scale is None else checked_quantization(name, shape, scale, zero_point, axis)
-        )
-        buffer = 0 if data is None else self._model.add_buffer(packed(name, shape, dtype, data))
-        self.tensors.append(TensorInfo(name, shape, dtype, buffer, quantization))
+        kind = TensorType(kind) if isinstance(kind, str) else kind
+        quantization = checked_quantization(name, shape, kind)
+        content = None if data is None else packed(name, shape, kind.dtype, data)
+        buffer = 0 if content is None else self._model.add_buffer(content)
+        self.tensors.append(TensorInfo(name, shape, kind.dtype, buffer, quantization))
         return len(self.tensors) - 1
 
     def add_op(
@@ -165,8 +158,8 @@ class ModelWriter:
     Example:
       writer = ModelWriter()
       graph = writer.add_subgraph("decode")
-      x = graph.add_tensor("x", (1, 4), "int8", np.float32(0.5))
-      y = graph.add_tensor("y", (1, 4), "int8", np.float32(1 / 256), -128)
+      x = graph.add_tensor("x", (1, 4), TensorType("int8", np.float32(0.5)))
+      y = graph.add_tensor("y", (1, 4), TensorType("int8", np.float32(1 / 256), -128))
       graph.add_op(schema.BuiltinOperator.LOGISTIC, None, [x], [y])
       graph.add_signature("decode", {"x": x}, {"y": y})
       writer.write(path)

@@ -1,16 +1,17 @@
-"""How a file holds the tensors and ops of a graph: what the writer asks (`qnpu_jax.tflite.emitter`)."""
+"""Forms of a file: how it holds the tensors and ops of a graph, which the emitter asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from qnpu_jax.graph import Decoder, Graph, Node, Requantize, is_identity, layer_inputs
 from qnpu_jax.integer import IntegerModel, dequantize
 from qnpu_jax.tflite.flatbuffer import SubgraphWriter
+from qnpu_jax.tflite.packing import TensorType
 
 DTYPES: dict[int, Literal["int4", "int8", "int16", "int32", "int64"]] = {
     4: "int4",
@@ -32,9 +33,8 @@ class Operand:
     def add_to(self, subgraph: SubgraphWriter, label: str, *, filled: bool = False) -> int:
         """The tensor `<label>/<name>` in a subgraph, with its contents or as a place for them."""
         data = self.codes if filled else None
-        dtype = DTYPES[8 * self.codes.itemsize]
-        name = f"{label}/{self.name}"
-        return subgraph.add_tensor(name, self.codes.shape, dtype, self.scale, data=data)
+        kind = TensorType(DTYPES[8 * self.codes.itemsize], self.scale)
+        return subgraph.add_tensor(f"{label}/{self.name}", self.codes.shape, kind, data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Composite:
 
 
 @runtime_checkable
-class Stored(Protocol):
+class FileForm(Protocol):
     """How a file holds tensors and ops."""
 
     def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
@@ -76,8 +76,8 @@ class Stored(Protocol):
         """Contents of what all layers share, by local name."""
         ...
 
-    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
-        """Type and quantization of a tensor, as `SubgraphWriter.add_tensor` takes them."""
+    def tensor_type(self, graph: Graph, layer: int, name: str) -> TensorType:
+        """Type and quantization of a tensor."""
         ...
 
     def drops(self, graph: Graph, node: Node, layer: int) -> bool:
@@ -101,15 +101,15 @@ class Integers:
     def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
         return self.model.inputs(dec)
 
-    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
+    def tensor_type(self, graph: Graph, layer: int, name: str) -> TensorType:
         quant = graph[name].quant
         tensor = graph.at(self.model.tensors[graph.prefix + name], layer)
-        return {
-            "dtype": DTYPES[quant.bits[layer]],
-            "scale": np.asarray(tensor.scale, np.float32)[()],
-            "zero_point": int(tensor.zero_point),
-            "axis": quant.axis or 0,
-        }
+        return TensorType(
+            DTYPES[quant.bits[layer]],
+            scale=np.asarray(tensor.scale, np.float32)[()],
+            zero_point=int(tensor.zero_point),
+            axis=quant.axis or 0,
+        )
 
     def drops(self, graph: Graph, node: Node, layer: int) -> bool:
         return is_identity(graph, node, layer)
@@ -128,9 +128,9 @@ class Unpacked(Integers):
         graphs = model.decoder(1).graphs
         return any(4 in t.quant.bits for g in graphs for t in g.tensors)
 
-    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
-        form = super().form(graph, layer, name)
-        return form | {"dtype": "int8"} if form["dtype"] == "int4" else form
+    def tensor_type(self, graph: Graph, layer: int, name: str) -> TensorType:
+        kind = super().tensor_type(graph, layer, name)
+        return replace(kind, dtype="int8") if kind.dtype == "int4" else kind
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ class UnpackedPrefill(Unpacked):
     bits may compute faster. A single token waits for memory, so its weights stay packed; a file of
     both signatures holds 4-bit weights twice."""
 
-    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
+    def tensor_type(self, graph: Graph, layer: int, name: str) -> TensorType:
         first = graph.ids or graph[graph.nodes[0].inputs[0]]
         tokens = first.shape[0]
-        return (super() if tokens > 1 else Integers(self.model)).form(graph, layer, name)
+        return (super() if tokens > 1 else Integers(self.model)).tensor_type(graph, layer, name)
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class Reals:
     def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
         return layer_inputs(dec)
 
-    def form(self, graph: Graph, layer: int, name: str) -> dict[str, Any]:
-        return {"dtype": "float32"}
+    def tensor_type(self, graph: Graph, layer: int, name: str) -> TensorType:
+        return TensorType("float32")
 
     def drops(self, graph: Graph, node: Node, layer: int) -> bool:
         return isinstance(node.op, Requantize)

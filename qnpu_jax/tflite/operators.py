@@ -32,6 +32,8 @@ from qnpu_jax.graph import (
 )
 from qnpu_jax.tflite.flatbuffer import SubgraphWriter
 
+Code = schema.BuiltinOperator
+
 
 def add_op(subgraph: SubgraphWriter, op: Op, inputs: Sequence[int], output: int) -> None:
     """Adds an op that makes a tensor.
@@ -41,67 +43,93 @@ def add_op(subgraph: SubgraphWriter, op: Op, inputs: Sequence[int], output: int)
       output: its index; the op's constant operands are named after it.
     """
     bias = subgraph.tensors[inputs[2]].dtype if isinstance(op, FullyConnected) else None
-    code, options, operands = _spell(op, bias)
     name = subgraph.tensors[output].name
     constants = [
-        subgraph.add_tensor(f"{name}/{i}", c.shape, "int32", data=c) for i, c in enumerate(operands)
+        subgraph.add_tensor(f"{name}/{i}", c.shape, "int32", data=c)
+        for i, c in enumerate(_operands(op))
     ]
     # GATHER takes the table first.
     ordered = reversed(inputs) if isinstance(op, Embedding) else inputs
-    subgraph.add_op(code, options, [*ordered, *constants], [output])
+    subgraph.add_op(_CODES[type(op)], _options(op, bias), [*ordered, *constants], [output])
 
 
-def _spell(op: Op, bias: str | None) -> tuple[int, Any, list[np.ndarray]]:
-    """Operator code, options, and int32 constant operands of an op; `bias`: type of a linear's."""
-    code = schema.BuiltinOperator
+_CODES: dict[type, int] = {
+    Embedding: Code.GATHER,
+    FullyConnected: Code.FULLY_CONNECTED,
+    BatchMatmul: Code.BATCH_MATMUL,
+    Add: Code.ADD,
+    AddMask: Code.ADD,
+    Mul: Code.MUL,
+    Keep: Code.MUL,
+    Requantize: Code.QUANTIZE,
+    Softmax: Code.SOFTMAX,
+    Logistic: Code.LOGISTIC,
+    Sqrt: Code.SQRT,
+    Rsqrt: Code.RSQRT,
+    Reshape: Code.RESHAPE,
+    Transpose: Code.TRANSPOSE,
+    Slice: Code.SLICE,
+    Concat: Code.CONCATENATION,
+}
+"""LiteRT's operator of each op of a graph."""
+
+
+def _options(op: Op, bias: str | None) -> Any:
+    """Returns the options object of an op's operator, None where it has none.
+
+    Args:
+      bias: dtype of a linear's bias, None for other ops.
+    """
     match op:
         case Embedding():
-            options = schema.GatherOptionsT()
-            options.axis = 0
-            return code.GATHER, options, []
+            return _filled(schema.GatherOptionsT(), axis=0)
         case FullyConnected():
-            options = schema.FullyConnectedOptionsT()
-            options.keepNumDims = True
             # Read by int16 kernels only; left unset, the reference kernel takes an int32 bias for
             # int64.
-            options.quantizedBiasType = (
-                schema.TensorType.INT64 if bias == "int64" else schema.TensorType.INT32
+            kind = schema.TensorType.INT64 if bias == "int64" else schema.TensorType.INT32
+            return _filled(
+                schema.FullyConnectedOptionsT(), keepNumDims=True, quantizedBiasType=kind
             )
-            return code.FULLY_CONNECTED, options, []
         case BatchMatmul(adj_y=adj_y):
-            options = schema.BatchMatMulOptionsT()
-            options.adjY = adj_y
-            return code.BATCH_MATMUL, options, []
+            return _filled(schema.BatchMatMulOptionsT(), adjY=adj_y)
         case Add() | AddMask():
-            options = schema.AddOptionsT()
-            options.potScaleInt16 = False  # the schema's default would round scales to powers of 2
-            return code.ADD, options, []
+            # The schema's default would round scales to powers of 2.
+            return _filled(schema.AddOptionsT(), potScaleInt16=False)
         case Mul() | Keep():
-            return code.MUL, schema.MulOptionsT(), []
+            return schema.MulOptionsT()
         case Requantize():
-            return code.QUANTIZE, schema.QuantizeOptionsT(), []
+            return schema.QuantizeOptionsT()
         case Softmax():
-            options = schema.SoftmaxOptionsT()
-            options.beta = 1.0
-            return code.SOFTMAX, options, []
-        case Logistic():
-            return code.LOGISTIC, None, []
-        case Sqrt():
-            return code.SQRT, None, []
-        case Rsqrt():
-            return code.RSQRT, None, []
+            return _filled(schema.SoftmaxOptionsT(), beta=1.0)
+        case Logistic() | Sqrt() | Rsqrt():
+            return None
         case Reshape(shape=shape):
-            options = schema.ReshapeOptionsT()
-            options.newShape = list(shape)
-            return code.RESHAPE, options, [np.asarray(shape, np.int32)]
-        case Transpose(perm=perm):
-            return code.TRANSPOSE, schema.TransposeOptionsT(), [np.asarray(perm, np.int32)]
-        case Slice(begin=begin, size=size):
-            operands = [np.asarray(begin, np.int32), np.asarray(size, np.int32)]
-            return code.SLICE, schema.SliceOptionsT(), operands
+            return _filled(schema.ReshapeOptionsT(), newShape=list(shape))
+        case Transpose():
+            return schema.TransposeOptionsT()
+        case Slice():
+            return schema.SliceOptionsT()
         case Concat(axis=axis):
-            options = schema.ConcatenationOptionsT()
-            options.axis = axis
-            return code.CONCATENATION, options, []
+            return _filled(schema.ConcatenationOptionsT(), axis=axis)
         case _:
             assert_never(op)
+
+
+def _filled(options: Any, **fields: Any) -> Any:
+    """Sets fields of an options object and returns it."""
+    for name, value in fields.items():
+        setattr(options, name, value)
+    return options
+
+
+def _operands(op: Op) -> list[np.ndarray]:
+    """Returns the int32 constants that an op's operator takes after its inputs."""
+    match op:
+        case Reshape(shape=shape):
+            return [np.asarray(shape, np.int32)]
+        case Transpose(perm=perm):
+            return [np.asarray(perm, np.int32)]
+        case Slice(begin=begin, size=size):
+            return [np.asarray(begin, np.int32), np.asarray(size, np.int32)]
+        case _:
+            return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from qnpu_jax.errors import UserError
@@ -18,14 +20,34 @@ _NUMPY = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class TensorType:
+    """Type and quantization of a tensor: real = scale (code - zero_point).
+
+    Attributes:
+      dtype: `int4` stands for codes in an int8 array, which the file holds two to a byte.
+      scale: float32, a scalar or one per channel of `axis`; None for a tensor without quantization.
+      zero_point: code of the real value 0; one for all channels or one per channel.
+      axis: channel axis of a per-channel scale.
+    """
+
+    dtype: DType
+    scale: np.floating | np.ndarray | None = None
+    zero_point: int | np.ndarray = 0
+    axis: int = 0
+
+
 def checked_quantization(
-    name: str,
-    shape: tuple[int, ...],
-    scale: np.floating | np.ndarray,
-    zero_point: int | np.ndarray,
-    axis: int,
-) -> Quantization:
-    """Quantization of a tensor; arguments and errors of `SubgraphWriter.add_tensor`."""
+    name: str, shape: tuple[int, ...], tensor_type: TensorType
+) -> Quantization | None:
+    """Returns the quantization as the file has it, None for a tensor without.
+
+    Raises:
+      UserError: as `SubgraphWriter.add_tensor`.
+    """
+    scale, zero_point, axis = tensor_type.scale, tensor_type.zero_point, tensor_type.axis
+    if scale is None:
+        return None
     scales = np.atleast_1d(np.asarray(scale))
     if scales.dtype != np.float32 or scales.ndim != 1:
         raise UserError(

@@ -9,14 +9,12 @@ the same sums, rounded the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from qnpu_jax.graph import BatchMatmul, Embedding, Graph, Node, Reshape
 from qnpu_jax.tflite.flatbuffer import SubgraphWriter
 from qnpu_jax.tflite.operators import add_op
+from qnpu_jax.tflite.packing import TensorType
 
 BLOCK = 64
 """Rows of a block, at most: the columns of the widest tile."""
@@ -46,20 +44,20 @@ def add_diagonals(
     x: int,
     y: int,
     block: int,
-    form_x: Mapping[str, Any],
-    form_y: Mapping[str, Any],
+    type_x: TensorType,
+    type_y: TensorType,
 ) -> None:
     """Adds ops that make `y` (T, 1, 1), the squares of the rows `x` (T, 1, D).
 
     Args:
       block: rows of a product, a divisor of T.
-      form_x, form_y: types and quantizations, as `SubgraphWriter.add_tensor` takes them.
+      type_x, type_y: types and quantizations of `x` and `y`.
     """
     rows, _, width = subgraph.tensors[x].shape
     name, count = subgraph.tensors[y].name, rows // block
-    flat = subgraph.add_tensor(f"{name}/rows", (count, block, width), **form_x)
-    products = subgraph.add_tensor(f"{name}/products", (count, block, block), **form_y)
-    line = subgraph.add_tensor(f"{name}/line", (rows * block,), **form_y)
+    flat = subgraph.add_tensor(f"{name}/rows", (count, block, width), type_x)
+    products = subgraph.add_tensor(f"{name}/products", (count, block, block), type_y)
+    line = subgraph.add_tensor(f"{name}/line", (rows * block,), type_y)
     at = places(rows, block).reshape(rows, 1, 1)
     index = subgraph.add_tensor(f"{name}/index", at.shape, "int32", data=at)
     add_op(subgraph, Reshape((count, block, width)), [x], flat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from qnpu_jax.errors import UserError
@@ -9,10 +10,10 @@ from qnpu_jax.graph import Positions
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.tflite.emitter import Emitter, emit
 from qnpu_jax.tflite.flatbuffer import ModelWriter
-from qnpu_jax.tflite.forms import Integers, Stored
+from qnpu_jax.tflite.forms import FileForm, Integers
 
 
-def write(
+def write_prefill(
     model: IntegerModel,
     path: Path,
     tokens: int,
@@ -27,21 +28,22 @@ def write(
     Raises:
       UserError: more positions than the model has.
     """
-    build(model, tokens, logits).write(path)
+    build_prefill(model, tokens, logits).write(path)
 
 
-def build(
-    model: IntegerModel, tokens: int, logits: Positions = "all", stored: Stored | None = None
+def build_prefill(
+    model: IntegerModel, tokens: int, logits: Positions = "all", form: FileForm | None = None
 ) -> ModelWriter:
-    """The model of `write`, in memory; as integers, if `stored` does not say otherwise."""
-    stored = Integers(model) if stored is None else stored
+    """The model of `write_prefill`, in memory; as integers, if `form` does not say otherwise."""
+    form = Integers(model) if form is None else form
     dec = model.decoder(tokens, logits=logits)
     writer = ModelWriter()
     subgraph = writer.add_subgraph("main")
     ids = subgraph.add_tensor("ids", (tokens,), "int32")
-    common = Emitter(stored, subgraph, dec.layer, 0)
-    shared = {name: common.tensor(name, x, name) for name, x in stored.inputs(dec).items()}
-    out, _ = emit(stored, subgraph, dec.graphs, ids, shared, [{}] * dec.layer.layers)
+    common = Emitter(form, subgraph, dec.layer, 0)
+    shared = {name: common.tensor(name, x, name) for name, x in form.inputs(dec).items()}
+    emitter, caches = partial(Emitter, form, subgraph), [{}] * dec.layer.layers
+    out, _ = emit(emitter, dec.graphs, ids, shared, caches)
     subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": out})
     return writer
 

@@ -9,24 +9,24 @@ from pathlib import Path
 import pytest
 import tiny
 
-from qnpu_jax.latency.cpu import Row
+from qnpu_jax.latency.cpu import CpuTiming
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 deploy = importlib.import_module("deploy")
 llama = importlib.import_module("llama")
 
 
-def rows(**speeds: tuple[float, float]) -> list[Row]:
+def rows(**speeds: tuple[float, float]) -> list[CpuTiming]:
     """Of prefill and decode, times as fast as float32's 12 seconds."""
     named = {"float32": (1.0, 1.0)} | speeds
     return [
-        Row(name.replace("_", " "), key, 1, (12 / t,))
+        CpuTiming(name.replace("_", " "), key, 1, (12 / t,))
         for name, times in named.items()
         for key, t in zip(("prefill_128", "decode"), times, strict=True)
     ]
 
 
-def report(found: list[Row], *recipes: str) -> int:
+def report(found: list[CpuTiming], *recipes: str) -> int:
     return deploy.report(found, {}, Namespace(recipes=recipes, context=512, quick=False))
 
 

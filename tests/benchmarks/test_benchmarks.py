@@ -18,7 +18,7 @@ from qnpu_sim.program import compile_model, run
 from qnpu_sim.rounding import PROFILES
 
 from qnpu_jax.compilers.emulator_differences import TextDifference
-from qnpu_jax.compilers.hexagon import Compiled, Signature, Traffic
+from qnpu_jax.compilers.hexagon import CompiledForHexagon, HexagonSignature, Traffic
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer.model import dequantize
 from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
@@ -291,9 +291,9 @@ def test_an_error_is_no_missed_goal(capsys, error, said):
 def compiled(recipe, prefill: float | None = 1.0, on_npu=9, partitions=1, soc="SM8650"):
     """A row whose signatures take `prefill` and a tenth of it, in seconds."""
     moved = Traffic(10, 2, 0, 0)
-    signatures = (Signature("prefill_8", 9, on_npu, partitions, moved),)
-    signatures += (Signature("decode", 9, 9, 1, moved),)
-    made = Compiled(Path("m.tflite"), soc, signatures, 100, 1.0, 2**20)
+    signatures = (HexagonSignature("prefill_8", 9, on_npu, partitions, moved),)
+    signatures += (HexagonSignature("decode", 9, 9, 1, moved),)
+    made = CompiledForHexagon(Path("m.tflite"), soc, signatures, 100, 1.0, 2**20)
     estimates = {"prefill_8": prefill, "decode": prefill / 10} if prefill else None
     return hexagon.Row(recipe, "hexagon", made, estimates)
 

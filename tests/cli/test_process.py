@@ -67,11 +67,11 @@ def test_killed_while_it_writes(tmp_path):
     (left,) = tmp_path.glob(".out.*.partial")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"report\.json: missing"):
-        job.check(OutputFolder.open(left), None, Simulated, progress.Observer())
+        job.verify_folder(OutputFolder.open(left), None, Simulated, progress.Observer())
     job.run(request(tmp_path), Simulated, progress.Observer())
     assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "recipe.json", "text.txt"}
     made = OutputFolder.open(tmp_path / "out")
-    assert job.check(made, None, Simulated, progress.Observer())["verify"]["differing"] == 0
+    assert job.verify_folder(made, None, Simulated, progress.Observer()).comparison.differing == 0
 
 
 def test_interrupted(tmp_path):

@@ -13,7 +13,7 @@ from qnpu_jax.cli import compilers as compiler_commands
 from qnpu_jax.compilers import ethos, hexagon
 from qnpu_jax.latency import phone
 from qnpu_jax.recipes import EFFORTS
-from qnpu_jax.tflite import DEFAULT, PROFILES
+from qnpu_jax.tflite import FORMS, HEXAGON_FORM
 from qnpu_jax.tflite.interpreter import RESOLVERS
 
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "tokenizers"}
@@ -55,12 +55,12 @@ def test_choices_are_those_of_the_code():
 
     assert same(choices.EffortName, EFFORTS)
     assert same(choices.KernelSet, RESOLVERS)
-    assert same(choices.ProfileName, PROFILES)
+    assert same(choices.FormName, FORMS)
     assert same(choices.Snapdragon, hexagon.SOCS)
     assert same(choices.EthosU, ethos.ACCELERATORS)
     assert same(choices.Delegate, phone.DELEGATES)
     for command in (compiler_commands.compile, compiler_commands.compare):
-        assert inspect.signature(command).parameters["profile"].default == DEFAULT
+        assert inspect.signature(command).parameters["profile"].default == HEXAGON_FORM
 
 
 def test_version(qnpu):

@@ -2,6 +2,7 @@
 tiny model."""
 
 import subprocess
+from dataclasses import asdict
 from importlib import metadata
 
 import numpy as np
@@ -11,7 +12,7 @@ from ai_edge_litert.interpreter import Interpreter
 from extras import needs
 
 from qnpu_jax.compilers import ethos, ethos_form
-from qnpu_jax.compilers.ethos import Estimate, read_reasons, read_summary
+from qnpu_jax.compilers.ethos import VelaEstimate, read_reasons, read_summary
 from qnpu_jax.errors import UserError
 from qnpu_jax.tflite import cached, forms, writer
 from qnpu_jax.tflite.interpreter import open_interpreter
@@ -60,8 +61,8 @@ def dtypes(interpreter: Interpreter) -> set[str]:
 def test_both_forms_give_the_same_bits(tmp_path, key, plan, respell):
     model, paths = tiny.quantized("gqa_llama3", plan), [tmp_path / "a", tmp_path / "b"]
     cached.write_cached(model, paths[0], PREFILL, CONTEXT)
-    stored = ethos_form.arm_form(model, respell=respell)
-    ethos_form.build(model, stored, SIGNATURES[key], CONTEXT, key).write(paths[1])
+    form = ethos_form.arm_form(model, respell=respell)
+    ethos_form.build_signature(model, form, SIGNATURES[key], CONTEXT, key).write(paths[1])
     ours, arms = (open_interpreter(p, "ref") for p in paths)
     values = inputs(ours, key)
     expected, got = (i.get_signature_runner(key)(**values) for i in (ours, arms))
@@ -78,16 +79,17 @@ def test_four_bit_codes_lie_in_int8_tensors():
     model = tiny.quantized("gqa_llama3", "w4a8")
     graph = model.decoder(1).layer
     packed, wide = forms.Integers(model), ethos_form.arm_form(model, respell=False)
-    stored = [s.form(graph, 1, "attn.q.weight") for s in (packed, wide)]
-    assert [f.pop("dtype") for f in stored] == ["int4", "int8"]
-    np.testing.assert_equal(stored[0], stored[1])
-    assert wide.form(graph, 1, "mlp.residual") == packed.form(graph, 1, "mlp.residual")
+    narrow, held = (asdict(f.tensor_type(graph, 1, "attn.q.weight")) for f in (packed, wide))
+    assert [x.pop("dtype") for x in (narrow, held)] == ["int4", "int8"]
+    np.testing.assert_equal(held, narrow)
+    residual, same = (asdict(f.tensor_type(graph, 1, "mlp.residual")) for f in (packed, wide))
+    np.testing.assert_equal(same, residual)
     codes = wide.constants(graph, 1)["attn.q.weight"]
     assert codes.dtype == np.int8 and codes.min() >= -8 and codes.max() <= 7
 
 
 def test_the_summary_is_read():
-    assert read_summary(SUMMARY) == Estimate(
+    assert read_summary(SUMMARY) == VelaEstimate(
         system="Ethos_U85_SYS_DRAM_Mid",
         memory_mode="Dedicated_Sram_512KB",
         clock=1e9,
@@ -151,7 +153,7 @@ def test_what_ends_vela_is_one_line(tmp_path, monkeypatch, script, said):
         ethos.subprocess, "run", lambda a, **named: run([a[0], "-c", script], **named)
     )
     path = tmp_path / "m.tflite"
-    writer.write(tiny.quantized("gqa_llama3", "w8a8"), path, PREFILL)
+    writer.write_prefill(tiny.quantized("gqa_llama3", "w8a8"), path, PREFILL)
     with pytest.raises(UserError, match=said) as error:
         ethos.compile_file(path, "ethos-u85-256", tmp_path / "out.tflite")
     assert "\n" not in str(error.value) and [*tmp_path.iterdir()] == [path]
@@ -161,7 +163,7 @@ def test_what_ends_vela_is_one_line(tmp_path, monkeypatch, script, said):
 def test_a_crash_leaves_nothing(tmp_path):
     """vela divides by zero on an INT4 tensor."""
     path = tmp_path / "m.tflite"
-    writer.write(tiny.quantized("gqa_llama3", "w4a8"), path, PREFILL)
+    writer.write_prefill(tiny.quantized("gqa_llama3", "w4a8"), path, PREFILL)
     with pytest.raises(UserError, match=r"crashed .* \(SIGFPE\); expected .* weights in INT8"):
         ethos.compile_file(path, "ethos-u85-256", tmp_path / "out.tflite")
     assert [*tmp_path.iterdir()] == [path]
@@ -170,7 +172,7 @@ def test_a_crash_leaves_nothing(tmp_path):
 @needs_extra
 def test_a_truncated_file_leaves_nothing(tmp_path):
     path = tmp_path / "m.tflite"
-    writer.write(tiny.quantized("gqa_llama3", "w8a8"), path, PREFILL)
+    writer.write_prefill(tiny.quantized("gqa_llama3", "w8a8"), path, PREFILL)
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(UserError, match="LiteRT cannot load it"):
         ethos.compile_file(path, "ethos-u85-256", tmp_path / "out.tflite")
@@ -182,7 +184,9 @@ def test_a_truncated_file_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("key", SIGNATURES)
 def test_ethos_u85_takes_all_of_it(tmp_path, key, plan):
     model, source = tiny.quantized("gqa_llama3", plan), tmp_path / "m.tflite"
-    ethos_form.build(model, ethos_form.arm_form(model), SIGNATURES[key], CONTEXT, key).write(source)
+    ethos_form.build_signature(
+        model, ethos_form.arm_form(model), SIGNATURES[key], CONTEXT, key
+    ).write(source)
     made = ethos.compile_file(source, "ethos-u85-256", tmp_path / "out.tflite")
     assert made.path.stat().st_size == made.size
     assert made.placement.whole and made.placement.ops > 150 and not made.placement.on_cpu
@@ -194,8 +198,8 @@ def test_ethos_u85_takes_all_of_it(tmp_path, key, plan):
 @needs_extra
 def test_our_spelling_leaves_square_roots_to_the_cpu(tmp_path):
     model, source = tiny.quantized("gqa_llama3", "w8a8"), tmp_path / "m.tflite"
-    stored = ethos_form.arm_form(model, respell=False)
-    ethos_form.build(model, stored, 1, CONTEXT, "decode").write(source)
+    form = ethos_form.arm_form(model, respell=False)
+    ethos_form.build_signature(model, form, 1, CONTEXT, "decode").write(source)
     made = ethos.compile_file(source, "ethos-u85-256", tmp_path / "out.tflite")
     assert made.placement.on_cpu == {"SQRT": 5} and made.placement.parts == 6
     assert made.reasons == {"SQRT": "Unsupported opType"}
@@ -205,8 +209,8 @@ def test_our_spelling_leaves_square_roots_to_the_cpu(tmp_path):
 @needs_extra
 def test_ethos_u65_leaves_16_bit_products_to_the_cpu(tmp_path):
     model, source = tiny.quantized("gqa_llama3", "w8a8"), tmp_path / "m.tflite"
-    stored = ethos_form.arm_form(model, respell=False)
-    ethos_form.build(model, stored, 1, CONTEXT, "decode").write(source)
+    form = ethos_form.arm_form(model, respell=False)
+    ethos_form.build_signature(model, form, 1, CONTEXT, "decode").write(source)
     made = ethos.compile_file(source, "ethos-u65-512", tmp_path / "out.tflite")
     assert made.placement.on_cpu == {"GATHER": 3, "BATCH_MATMUL": 9, "SQRT": 5}
     assert made.reasons["BATCH_MATMUL"] == "Matmul with unsupported IFM type"

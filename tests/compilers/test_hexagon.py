@@ -10,12 +10,12 @@ from extras import needs
 
 from qnpu_jax.compilers import emulator_differences, hexagon, hexagon_file
 from qnpu_jax.compilers.hexagon import Traffic, read_log
-from qnpu_jax.compilers.hexagon_emulator import Emulated
+from qnpu_jax.compilers.hexagon_emulator import EmulatedSignature
 from qnpu_jax.errors import UserError
 from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.tflite import cached, writer
-from qnpu_jax.tflite.export_profiles import PROFILES
 from qnpu_jax.tflite.forms import Integers
+from qnpu_jax.tflite.named_forms import FORMS
 
 TOKENS = 8
 LOG = """
@@ -83,7 +83,7 @@ def test_an_uncompiled_file_is_refused(tmp_path):
 @pytest.mark.parametrize("size", [0, 6, 40, 20_000, -1])
 def test_a_truncated_file_is_refused_where_it_is_read(tmp_path, size):
     path = tmp_path / "m.tflite"
-    writer.write(tiny.quantized("gqa_llama3", "w8a8"), path, TOKENS)
+    writer.write_prefill(tiny.quantized("gqa_llama3", "w8a8"), path, TOKENS)
     path.write_bytes(path.read_bytes()[:size])
     for read in (hexagon_file.read, hexagon_file.signatures):
         with pytest.raises(UserError, match=r"m\.tflite: (cannot be read|not a) .*; (check|exp)"):
@@ -107,12 +107,12 @@ def test_how_sure_a_ratio_of_perplexities_is():
 
 
 @pytest.mark.parametrize("size", [0, 6, 40, 20_000, -1])
-@pytest.mark.parametrize("profile", [*PROFILES])
+@pytest.mark.parametrize("profile", [*FORMS])
 @needs_extra
 def test_a_truncated_file_leaves_nothing(tmp_path, profile, size):
     path, out = tmp_path / "m.tflite", tmp_path / "out.tflite"
     model = tiny.quantized("gqa_llama3", "w8a8")
-    writer.build(model, TOKENS, stored=PROFILES[profile](model)).write(path)
+    writer.build_prefill(model, TOKENS, form=FORMS[profile](model)).write(path)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(
         UserError, match=r"m\.tflite: LiteRT cannot load it .*; write it again"
@@ -125,12 +125,12 @@ def test_a_truncated_file_leaves_nothing(tmp_path, profile, size):
 @needs_extra
 def test_a_compiled_file_cut_off_is_refused(tmp_path):
     path, out = tmp_path / "m.tflite", tmp_path / "out.tflite"
-    writer.write(tiny.quantized("gqa_llama3", "w8a8"), path, TOKENS)
+    writer.write_prefill(tiny.quantized("gqa_llama3", "w8a8"), path, TOKENS)
     hexagon.compile_file(path, "SM8650", out)
     size = out.stat().st_size
     out.write_bytes(out.read_bytes()[:-1])
     with pytest.raises(UserError, match=rf"{size - 1} bytes, expected {size}; it is cut off"):
-        Emulated(out, "prefill_8")
+        EmulatedSignature(out, "prefill_8")
 
 
 @needs_extra
@@ -158,9 +158,9 @@ def test_the_emulator_is_near_the_simulator(tmp_path, plan):
     # 16-bit products round an operand to its upper byte, which a widened byte fills.
     scores = [r for r in rows if r.tensor.endswith(".scores")]
     assert len(scores) == 2 and max(r.largest for r in scores) <= 50
-    for stored in (Integers(model), PROFILES["hexagon"](model)):
+    for form in (Integers(model), FORMS["hexagon"](model)):
         (whole := tmp_path / "whole.tflite").unlink(missing_ok=True)
-        emulator_differences.build_layer(stored, dec, 1).write(source)
+        emulator_differences.build_layer(form, dec, 1).write(source)
         hexagon.compile_file(source, "SM8650", whole)
         layer = emulator_differences.layer_difference(whole, model, dec, 1, values)
         assert layer.emulator < 1.5 * layer.simulator + 0.01
@@ -169,15 +169,15 @@ def test_the_emulator_is_near_the_simulator(tmp_path, plan):
 @needs_extra
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["w8a8s8", "w8a8i8"])
-@pytest.mark.parametrize("name", [*PROFILES])
+@pytest.mark.parametrize("name", [*FORMS])
 def test_a_compiled_model_runs(tmp_path, name, plan):
     """Norms of 16 bits and of 8, which are spelled as diagonals."""
     model, ids = tiny.quantized("gqa_llama3", plan), tiny.random_ids((TOKENS,), 3)
     source = tmp_path / "m.tflite"
-    writer.build(model, TOKENS, stored=PROFILES[name](model)).write(source)
+    writer.build_prefill(model, TOKENS, form=FORMS[name](model)).write(source)
     made = hexagon.compile_file(source, "SM8750", tmp_path / "compiled.tflite")
     assert [s.name for s in made.signatures] == ["prefill_8"] and made.signatures[0].whole
-    got = Emulated(made.path, "prefill_8").run({"ids": ids})["logits"]
+    got = EmulatedSignature(made.path, "prefill_8").run({"ids": ids})["logits"]
     expected = np.asarray(Simulated(model, TOKENS).logits(ids))
     assert got.shape == expected.shape and got.dtype == expected.dtype
     assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.99

@@ -31,7 +31,7 @@ def read(model: IntegerModel):
     """Constants, simulated codes and what `measure` finds in one window."""
     constants = tensor_errors.Constants.of(model, tiny.TOKENS)
     tensors = Simulated(model, tiny.TOKENS).tensors(IDS)
-    return constants, tensors, tensor_errors.measure(constants, IDS, tensors)
+    return constants, tensors, tensor_errors.measure_window(constants, IDS, tensors)
 
 
 @cache
@@ -90,11 +90,14 @@ def test_clipped_codes_are_counted_exactly():
     silu.reshape(-1)[:10] = 127
     tensors |= {"layers.1.mlp.up": up, "layers.1.mlp.silu": silu}
     product = real(model, up, "mlp.up", 1) * real(model, silu, "mlp.silu", 1)
-    scale, zero = model.tensors["layers.mlp.act"].scale[1], model.tensors["layers.mlp.act"].zero_point[1]
+    scale, zero = (
+        model.tensors["layers.mlp.act"].scale[1],
+        model.tensors["layers.mlp.act"].zero_point[1],
+    )
     code = product / scale + zero
     expected = int(np.sum((code > 127.5) | (code < -128.5)))
     assert expected >= 10
-    assert tensor_errors.measure(constants, IDS, tensors).sums[RUINED].clipped == expected
+    assert tensor_errors.measure_window(constants, IDS, tensors).sums[RUINED].clipped == expected
 
 
 def test_sqnr_is_against_the_float_pass():
@@ -235,7 +238,7 @@ def test_a_ruined_scale_comes_out_worst(factor, reason):
     assert min(own, key=lambda n: own[n]) == RUINED
     assert (rows[RUINED].clipped > 0.2) == (reason == "clipped")
     assert (rows[RUINED].used < 0.1) == (reason == "coarse")
-    errors = tensor_errors.measure(constants, IDS, simulator.tensors(IDS)).errors
+    errors = tensor_errors.measure_window(constants, IDS, simulator.tensors(IDS)).errors
     exact = attribution.kl(origin, attribution.without(constants, IDS, errors, [RUINED]))
     anew = attribution.kl(origin, attribution.replaced(constants, IDS, [RUINED]))
     assert max(exact, anew) < 0.5 * total
@@ -262,12 +265,12 @@ DIAGNOSE += ["--windows", "2", "--exact", "2"]
 @pytest.fixture(scope="module")
 def diagnosed(made, tmp_path_factory):
     """A folder that `qnpu diagnose` wrote with the original at hand, and what was found."""
-    request = run.Request(
+    request = run.DiagnosisRequest(
         made / "out", made / "text.txt", 16, 2, str(made / "model"), ("layers.1.mlp.gate",), 2
     )
-    found = run.run(request, Simulated, run.Observer())
+    found = run.diagnose(request, Simulated, run.Observer())
     out = tmp_path_factory.mktemp("diagnosed") / "diagnosis"
-    run.write(found, out, heat_map.draw)
+    run.write_diagnosis(found, out, heat_map.draw)
     return out, found
 
 
@@ -420,6 +423,6 @@ def test_interrupted_it_leaves_nothing(qnpu, here, monkeypatch):
 
 
 def test_one_window_has_no_standard_error():
-    found = run.Replaced("a", *run.mean([2.0]), *run.mean([1.0, 3.0]), 0.0)
+    found = run.ReplacedTensor("a", *run.mean([2.0]), *run.mean([1.0, 3.0]), 0.0)
     assert (found.kl, found.error) == (2.0, None)
     assert (found.fake_quant, found.fake_quant_error) == (2.0, pytest.approx(1.0))

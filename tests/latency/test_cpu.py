@@ -38,13 +38,13 @@ class Clock:
             self.order.append(name)
             self.now += left.pop(0)
 
-        return cpu.Call(name, "decode", 1, call)
+        return cpu.TimedCall(name, "decode", 1, call)
 
 
 def test_calls_run_in_turn_and_the_first_round_does_not_count():
     clock = Clock()
     work = [clock.work("a", [9.0, 1.0, 2.0, 4.0]), clock.work("b", [9.0, 3.0, 3.0, 5.0])]
-    a, b = cpu.measure(work, 3, clock=clock)
+    a, b = cpu.time_calls(work, 3, clock=clock)
     assert clock.order == ["a", "b"] * 4
     assert (a.reader, a.seconds, a.median) == ("a", (1.0, 2.0, 4.0), 2.0)
     assert (b.reader, b.seconds, b.median) == ("b", (3.0, 3.0, 5.0), 3.0)
@@ -58,13 +58,13 @@ def test_rounds_can_be_watched():
         return steps
 
     clock = Clock()
-    (row,) = cpu.measure([clock.work("a", [1.0] * 3)], 2, track, clock)
+    (row,) = cpu.time_calls([clock.work("a", [1.0] * 3)], 2, track, clock)
     assert seen == [3] and row.seconds == (1.0, 1.0)
 
 
 def test_what_rows_say():
-    fast = cpu.Row(cpu.INTEGERS, "prefill_128", 128, (0.5, 0.25, 9.0))
-    slow = cpu.Row(cpu.FLOAT, "prefill_128", 128, (2.0, 2.0, 1.0))
+    fast = cpu.CpuTiming(cpu.INTEGERS, "prefill_128", 128, (0.5, 0.25, 9.0))
+    slow = cpu.CpuTiming(cpu.FLOAT, "prefill_128", 128, (2.0, 2.0, 1.0))
     assert fast.median == 0.5 and fast.tokens_per_second == 256.0
     assert cpu.speedups([slow, fast]) == {"prefill_128": 4.0}
     assert fast.to_json() == {
@@ -108,7 +108,9 @@ def test_a_model_is_timed_beside_its_float32_form(monkeypatch):
         return real(path, threads)
 
     monkeypatch.setattr(cpu, "calls", calls)
-    rows = cpu.compare(Integers(tiny.quantized("gqa_llama3", "w8a8")), CHUNK, CONTEXT, 2, 3)
+    rows = cpu.time_against_float(
+        Integers(tiny.quantized("gqa_llama3", "w8a8")), CHUNK, CONTEXT, 2, 3
+    )
     assert [(r.reader, r.signature, r.tokens) for r in rows] == [
         ("integers", "prefill_4", 4),
         ("integers", "decode", 1),
@@ -123,7 +125,7 @@ def test_a_model_is_timed_beside_its_float32_form(monkeypatch):
 
 def test_a_file_without_a_cache_is_refused(tmp_path):
     path = tmp_path / "m.tflite"
-    writer.write(tiny.quantized("gqa_llama3", "w8a8"), path, CHUNK)
+    writer.write_prefill(tiny.quantized("gqa_llama3", "w8a8"), path, CHUNK)
     message = (
         r"prefill_4 lacks the inputs \['kv_cache_k_0', 'mask', 'positions'\]; expected a model"
     )
@@ -137,8 +139,10 @@ def test_counts_start_at_one(name, count, path):
     model = tiny.quantized("gqa_llama3", "w8a8")
     settings = {"threads": 1, "rounds": 1} | {name: count}
     for call in (
-        partial(cpu.compare, Integers(model), CHUNK, CONTEXT, **settings),
-        partial(cpu.calls, path, count) if name == "threads" else partial(cpu.measure, [], count),
+        partial(cpu.time_against_float, Integers(model), CHUNK, CONTEXT, **settings),
+        partial(cpu.calls, path, count)
+        if name == "threads"
+        else partial(cpu.time_calls, [], count),
     ):
         with pytest.raises(
             UserError, match=f"{name}: {count}; expected at least 1; raise --{name}"

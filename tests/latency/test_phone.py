@@ -11,7 +11,7 @@ from phone_logs import NEW, NNAPI_REFUSED, TIMES, replacing
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.latency import adb, phone
-from qnpu_jax.latency.phone import Request, Signature
+from qnpu_jax.latency.phone import PhoneRequest, PhoneSignature
 from qnpu_jax.tflite import cached, writer
 
 CHUNK, CONTEXT = 4, 100
@@ -60,7 +60,7 @@ def request_(tmp_path):
     cached.write_cached(tiny.quantized("gqa_llama3", "w8a8"), model, CHUNK, CONTEXT)
     binary = tmp_path / "android_aarch64_benchmark_model"
     binary.write_bytes(b"\x7fELF")
-    return Request(model, binary)
+    return PhoneRequest(model, binary)
 
 
 def with_libraries(request, *names):
@@ -72,13 +72,13 @@ def with_libraries(request, *names):
 
 def test_the_signatures_of_a_file(request_):
     found = phone.signatures(request_.model)
-    assert found == [Signature("prefill_4", 0, 4), Signature("decode", 1, 1)]
+    assert found == [PhoneSignature("prefill_4", 0, 4), PhoneSignature("decode", 1, 1)]
 
 
 def test_a_file_without_a_cache_has_one_signature(tmp_path):
     path = tmp_path / "m.tflite"
-    writer.write(tiny.quantized("gqa_llama3", "w8a8"), path, CHUNK)
-    assert phone.signatures(path) == [Signature("prefill_4", 0, 4)]
+    writer.write_prefill(tiny.quantized("gqa_llama3", "w8a8"), path, CHUNK)
+    assert phone.signatures(path) == [PhoneSignature("prefill_4", 0, 4)]
 
 
 def test_a_context_below_the_positions_that_are_made_up_is_refused(tmp_path):
@@ -103,7 +103,7 @@ def test_the_commands_are_these(request_):
     request = dataclasses.replace(
         request, delegates=("cpu", "nnapi", "qnn"), serial="R5", threads=2, runs=9
     )
-    lines = [adb.quoted(c) for c in phone.commands(request, [Signature("decode", 1, 1)])]
+    lines = [adb.quoted(c) for c in phone.commands(request, [PhoneSignature("decode", 1, 1)])]
     folder, common = request.model.parent, "--num_threads=2 --num_runs=9"
     run = (
         "/data/local/tmp/qnpu/benchmark_model --graph=/data/local/tmp/qnpu/model.tflite"
@@ -151,7 +151,11 @@ def test_files_are_checked_before_anything_runs(request_, tmp_path, change, mess
         elif value == ["gone"]:
             change = {key: (tmp_path / "gone",)}
     with pytest.raises(UserError, match=message):
-        next(phone.run(dataclasses.replace(request_, **change), lambda command: pytest.fail("ran")))
+        next(
+            phone.time_on_phone(
+                dataclasses.replace(request_, **change), lambda command: pytest.fail("ran")
+            )
+        )
 
 
 # The whole flow, against an adb that keeps the phone's files in a folder.
@@ -200,7 +204,7 @@ def test_a_phone_is_measured_and_left_as_it_was(request_, desk):
     (desk / "log.xnnpack").write_text(NEW)
     (desk / "log.nnapi=true").write_text(nnapi + TIMES)
     request = dataclasses.replace(request_, delegates=("cpu", "nnapi"))
-    rows = list(phone.run(request))
+    rows = list(phone.time_on_phone(request))
     assert [(r.delegate, r.signature, r.tokens) for r in rows] == [
         ("cpu", "prefill_4", 4),
         ("cpu", "decode", 1),
@@ -220,7 +224,7 @@ def test_a_phone_is_measured_and_left_as_it_was(request_, desk):
 def test_rows_before_a_fallback_are_given(request_, desk):
     (desk / "log.xnnpack").write_text(NEW)
     (desk / "log.nnapi=true").write_text(NNAPI_REFUSED + TIMES)
-    rows = phone.run(dataclasses.replace(request_, delegates=("cpu", "nnapi")))
+    rows = phone.time_on_phone(dataclasses.replace(request_, delegates=("cpu", "nnapi")))
     assert [next(rows).delegate for _ in range(2)] == ["cpu", "cpu"]
     with pytest.raises(UserError, match="nnapi: TfLiteNnapiDelegate took no node"):
         next(rows)
@@ -229,7 +233,7 @@ def test_rows_before_a_fallback_are_given(request_, desk):
 
 def test_a_caller_who_stops_early_leaves_nothing_behind(request_, desk):
     (desk / "log.xnnpack").write_text(NEW)
-    rows = phone.run(request_)
+    rows = phone.time_on_phone(request_)
     next(rows)
     assert (desk / "phone").is_dir()
     rows.close()
@@ -243,28 +247,28 @@ def test_a_run_that_fails_says_what_the_program_said(request_, desk):
         "decode|prefill_4.*exit status 134, it said 'ERROR: Failed to apply XNNPACK delegate.'"
     )
     with pytest.raises(UserError, match=message):
-        list(phone.run(request_))
+        list(phone.time_on_phone(request_))
     assert not (desk / "phone").exists()
 
 
 def test_a_full_phone_is_an_error(request_, desk):
     (desk / "full").touch()
     with pytest.raises(UserError, match=r"push.*exit status 1, it said 'adb: error: failed to"):
-        list(phone.run(request_))
+        list(phone.time_on_phone(request_))
     assert not (desk / "phone").exists()
 
 
 def test_no_phone_no_commands(request_, desk):
     (desk / "devices").write_text("")
     with pytest.raises(UserError, match="adb: no device connected"):
-        list(phone.run(request_))
+        list(phone.time_on_phone(request_))
     assert (desk / "calls").read_text() == "devices\n"
 
 
 def test_the_serial_is_in_every_command(request_, desk):
     (desk / "devices").write_text("R5\tdevice\nR6\tdevice\n")
     (desk / "log.xnnpack").write_text(NEW)
-    assert len(list(phone.run(dataclasses.replace(request_, serial="R6")))) == 2
+    assert len(list(phone.time_on_phone(dataclasses.replace(request_, serial="R6")))) == 2
     first, *others = (desk / "calls").read_text().splitlines()
     assert first == "devices" and all(line.startswith("-s R6 ") for line in others)
 
@@ -272,7 +276,7 @@ def test_the_serial_is_in_every_command(request_, desk):
 def test_a_computer_without_adb(request_, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="adb: not found on PATH; expected Android's adb; install"):
-        list(phone.run(request_))
+        list(phone.time_on_phone(request_))
 
 
 def test_a_command_without_an_end(monkeypatch):

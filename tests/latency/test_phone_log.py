@@ -5,12 +5,12 @@ from phone_logs import LITERT, NEW, NNAPI_APPLIED, NNAPI_REFUSED, OLD, QNN_NONE,
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.latency import phone_log
-from qnpu_jax.latency.phone_log import Delegation, Timing
+from qnpu_jax.latency.phone_log import Delegation, PhoneTiming
 
 
 def test_the_log_of_an_old_program():
     got = phone_log.timing(OLD, "nnapi", "decode", 1, 1)
-    assert got == Timing(
+    assert got == PhoneTiming(
         "nnapi", "decode", 1, 12167.6e-6, Delegation(False), runs=75, init=0.126059,
         first=0.032942, memory_mb=64.8633,
     )  # fmt: skip
@@ -20,7 +20,7 @@ def test_the_log_of_an_old_program():
 
 def test_the_log_of_a_new_program():
     got = phone_log.timing(NEW, "cpu", "prefill_128", 128, 1)
-    assert got == Timing(
+    assert got == PhoneTiming(
         "cpu", "prefill_128", 128, 0.899641, Delegation(False, 60, 80, 7), runs=50, init=0.614333,
         first=0.905463, p5=0.898333, median=0.899281, p95=0.904305, memory_mb=73.4102,
     )  # fmt: skip
@@ -30,7 +30,7 @@ def test_the_log_of_a_new_program():
 
 
 def test_the_log_of_litert_s_program():
-    assert phone_log.timing(LITERT, "dispatch", "decode", 1, 1) == Timing(
+    assert phone_log.timing(LITERT, "dispatch", "decode", 1, 1) == PhoneTiming(
         "dispatch", "decode", 1, 7.4302, Delegation(False, 2, 3, 3), runs=10, init=23.74473,
         first=7.44104, memory_mb=6391.74,
     )  # fmt: skip

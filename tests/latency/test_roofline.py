@@ -10,7 +10,7 @@ from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.latency import roofline
-from qnpu_jax.latency.roofline import Estimate, Fit, Published, Soc
+from qnpu_jax.latency.roofline import Fit, Published, RooflineEstimate, Soc
 
 LLAMA_1B = ModelConfig(
     family="llama",
@@ -48,9 +48,9 @@ def test_a_single_point_promises_nothing():
 
 def test_the_slower_of_memory_and_compute_decides():
     memory = roofline.estimate(ROUND, 9e6, {16: 1_000_000})
-    assert memory == Estimate(1e-3, "memory", 0.25)  # 8 predicted as 10
+    assert memory == RooflineEstimate(1e-3, "memory", 0.25)  # 8 predicted as 10
     compute = roofline.estimate(ROUND, 9e6, {16: 4_000_000_000})
-    assert compute == Estimate(2e-3, "compute", 1.5)  # 1 predicted as 2.5
+    assert compute == RooflineEstimate(2e-3, "compute", 1.5)  # 1 predicted as 2.5
 
 
 def test_macs_of_8_bit_activations_take_the_published_share():

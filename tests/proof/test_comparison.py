@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qnpu_jax.errors import UserError
-from qnpu_jax.proof.comparison import Difference, compare
+from qnpu_jax.proof.comparison import Difference, compare_tensors
 
 A = np.arange(12, dtype=np.int8).reshape(3, 4)
 B = np.arange(4, dtype=np.int16)
@@ -13,7 +13,7 @@ OPS = {"a": "FullyConnected", "b": "Add"}
 
 def test_equal():
     inputs = [("ids", B), ("a", A), ("a.weight", A), ("b", B)]
-    found = compare(inputs, {"a": A.copy(), "b": B.copy(), "more": B}, OPS)
+    found = compare_tensors(inputs, {"a": A.copy(), "b": B.copy(), "more": B}, OPS)
     assert (found.tensors, found.elements, found.differing) == (2, 16, 0)
     assert found.differences == ()
 
@@ -22,7 +22,7 @@ def test_differences_are_counted_and_located():
     a, b = A.copy(), B.copy()
     a[1, 2], a[2, 0] = -128, 9
     b[3] = -32768
-    found = compare([("a", A), ("b", B)], {"a": a, "b": b}, OPS)
+    found = compare_tensors([("a", A), ("b", B)], {"a": a, "b": b}, OPS)
     assert found.differing == 3
     assert found.differences == (
         Difference("a", "FullyConnected", 2, 12, 134, (1, 2), 6, -128),
@@ -46,4 +46,4 @@ def test_differences_are_counted_and_located():
 )  # fmt: skip
 def test_nothing_passes_silently(expected, got, message):
     with pytest.raises(UserError, match=message):
-        compare(expected, got, OPS)
+        compare_tensors(expected, got, OPS)

@@ -20,9 +20,9 @@ from qnpu_jax.runtime.litert_backend import LiteRTBackend
 from qnpu_jax.runtime.sampling import Sampling
 from qnpu_jax.runtime.session import Session
 from qnpu_jax.tflite import cached
-from qnpu_jax.tflite.export_profiles import PROFILES
 from qnpu_jax.tflite.forms import Integers
 from qnpu_jax.tflite.interpreter import RESOLVERS, open_interpreter
+from qnpu_jax.tflite.named_forms import FORMS
 
 CHUNK, CONTEXT = 4, 24
 PARTS = ((0, 4), (4, 1), (5, 3), (8, 1), (9, 1), (10, 4), (14, 2))
@@ -67,14 +67,14 @@ class Host:
 def test_every_profile_says_the_same(tmp_path):
     model, ids = tiny.quantized("gqa_llama3", "w4a8"), IDS[: CHUNK + 1]
     logits, sizes = [], set()
-    for name, stored in PROFILES.items():
+    for name, form in FORMS.items():
         path = tmp_path / f"{name}.tflite"
-        litertlm_signatures.write(stored(model), path, CHUNK, CONTEXT)
+        litertlm_signatures.write_signatures(form(model), path, CHUNK, CONTEXT)
         sizes.add(path.stat().st_size)
         host = Host(path, "opt")
         host.feed(ids[:CHUNK], 0)
         logits.append(host.feed(ids[CHUNK:], CHUNK))
-    assert len(sizes) == len(PROFILES)  # three different files
+    assert len(sizes) == len(FORMS)  # three different files
     for others in logits[1:]:
         np.testing.assert_array_equal(others, logits[0])
 
@@ -85,7 +85,7 @@ def test_every_profile_says_the_same(tmp_path):
 def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels, plan):
     model = tiny.quantized(name, plan)
     paths = tmp_path / "lm.tflite", tmp_path / "cached.tflite"
-    litertlm_signatures.write(Integers(model), paths[0], CHUNK, CONTEXT)
+    litertlm_signatures.write_signatures(Integers(model), paths[0], CHUNK, CONTEXT)
     cached.write_cached(model, paths[1], CHUNK, CONTEXT)
     host, backend = Host(paths[0], kernels), LiteRTBackend(paths[1], kernels)
     session = Session(backend)
@@ -108,7 +108,7 @@ def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels,
 
 def test_the_cache_can_be_filled_to_the_last_slot(tmp_path):
     model, ids = tiny.quantized("gqa_llama3", "w8a8"), tiny.random_ids((CONTEXT,), 4)
-    litertlm_signatures.write(Integers(model), tmp_path / "lm.tflite", CHUNK, CONTEXT)
+    litertlm_signatures.write_signatures(Integers(model), tmp_path / "lm.tflite", CHUNK, CONTEXT)
     host, stepped = (Host(tmp_path / "lm.tflite", "opt") for _ in range(2))
     for start in range(0, CONTEXT - CHUNK, CHUNK):
         host.feed(ids[start : start + CHUNK], start)
@@ -119,8 +119,8 @@ def test_the_cache_can_be_filled_to_the_last_slot(tmp_path):
 
 @pytest.mark.parametrize("prefix", [(), tiny.PREFIX])
 def test_only_the_logits_are_floats(tmp_path, prefix):
-    stored = Integers(tiny.quantized("gqa_llama3", "w8a8", prefix))
-    litertlm_signatures.write(stored, tmp_path / "lm.tflite", CHUNK, CONTEXT)
+    form = Integers(tiny.quantized("gqa_llama3", "w8a8", prefix))
+    litertlm_signatures.write_signatures(form, tmp_path / "lm.tflite", CHUNK, CONTEXT)
     interpreter = open_interpreter(tmp_path / "lm.tflite", "ref")
     floats = [
         [d["name"] for d in interpreter.get_tensor_details(graph) if d["dtype"] == np.float32]
@@ -130,9 +130,9 @@ def test_only_the_logits_are_floats(tmp_path, prefix):
 
 
 def test_a_context_needs_room_for_a_cache(tmp_path):
-    stored = Integers(tiny.quantized("gqa_llama3", "w8a8"))
+    form = Integers(tiny.quantized("gqa_llama3", "w8a8"))
     with pytest.raises(UserError, match="context: 4 positions for 4 new tokens"):
-        litertlm_signatures.write(stored, tmp_path / "lm.tflite", CHUNK, CHUNK)
+        litertlm_signatures.write_signatures(form, tmp_path / "lm.tflite", CHUNK, CHUNK)
     assert not [*tmp_path.iterdir()]
 
 
@@ -190,9 +190,9 @@ def test_a_tokenizer_without_an_end_is_refused(here, builder):
     folder = here / "out" / "tokenizer"
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "generation_config.json").unlink()
-    stored = Integers(tiny.quantized("gqa_llama3", "w8a8"))
+    form = Integers(tiny.quantized("gqa_llama3", "w8a8"))
     with pytest.raises(UserError, match="tokenizer: names no token that ends a text; expected an"):
-        litertlm_package.write(stored, folder, here / "m.litertlm", CHUNK, CONTEXT)
+        litertlm_package.write_package(form, folder, here / "m.litertlm", CHUNK, CONTEXT)
     assert not (here / "m.litertlm").exists()
 
 
@@ -229,8 +229,8 @@ def engine(here, builder, runtime):
     """LiteRT-LM on this CPU, with a chat template."""
     (here / "out" / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
     file = here / "m.litertlm"
-    stored = Integers(storage.load(here / "out"))
-    litertlm_package.write(stored, here / "out/tokenizer", file, PREFILL, SLOTS)
+    form = Integers(storage.load(here / "out"))
+    litertlm_package.write_package(form, here / "out/tokenizer", file, PREFILL, SLOTS)
     runtime.set_min_log_severity(runtime.LogSeverity.ERROR)
     backend = runtime.Backend.CPU(thread_count=1)
     with runtime.Engine(str(file), backend=backend, cache_dir=":nocache") as engine:
@@ -240,14 +240,12 @@ def engine(here, builder, runtime):
 def ours(folder, turns):
     """What `qnpu generate` says to each list of ids, in one session."""
     out = OutputFolder.open(folder / "out")
-    backend = LiteRTBackend(deploy.deployed(out, PREFILL, SLOTS), "xnn", threads=1)
+    file = deploy.cached_file(out, deploy.CachedFile(PREFILL, SLOTS))
+    backend = LiteRTBackend(file, "xnn", threads=1)
     session, tokenizer, pending = Session(backend), out.tokenizer, []
     for ids in turns:
-        made = [
-            *generation.tokens(
-                session, pending + ids, backend.logit_scale, Sampling(), MOST, tokenizer.eos_ids
-            )
-        ]
+        prompt, stops = pending + ids, tokenizer.eos_ids
+        made = [*generation.generate_ids(session, prompt, Sampling(), MOST, stops)]
         pending = made[-1:]  # drawn, and not yet in the cache
         yield tokenizer.decode(made)
 

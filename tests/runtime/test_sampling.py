@@ -7,7 +7,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.tokenizer import Tokenizer
-from qnpu_jax.runtime.generation import Speed, pieces, tokens
+from qnpu_jax.runtime.generation import Speed, generate_ids, text_pieces
 from qnpu_jax.runtime.sampling import Sampling, probabilities, sample
 from qnpu_jax.runtime.session import Session
 
@@ -80,7 +80,7 @@ class Counting(Session):
 
 def generated(session, most=50, stops=(9,)) -> list[int]:
     speed = Speed()
-    made = list(tokens(session, [3, 4], 1.0, Sampling(), most, stops, speed))
+    made = list(generate_ids(session, [3, 4], Sampling(), most, stops, speed))
     assert speed.prompt[0] == 2 and str(speed).startswith("prompt: 2 tokens, ")
     return made
 
@@ -104,6 +104,6 @@ def test_characters_of_several_tokens_come_whole():
     tokenizer = Tokenizer.build(backend, [], [], None, "bytes")
     ids = tokenizer.encode("a é 本.")
     assert len(ids) == 9
-    assert list(pieces(iter(ids), tokenizer)) == ["a", " ", "é", " ", "本", "."]
-    assert list(pieces(iter(ids[:-2]), tokenizer))[-1] == "\ufffd"  # cut inside 本
-    assert list(pieces(iter([]), tokenizer)) == []
+    assert list(text_pieces(iter(ids), tokenizer)) == ["a", " ", "é", " ", "本", "."]
+    assert list(text_pieces(iter(ids[:-2]), tokenizer))[-1] == "\ufffd"  # cut inside 本
+    assert list(text_pieces(iter([]), tokenizer)) == []

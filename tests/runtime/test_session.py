@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairwise
 import pytest
 import tiny
 
@@ -12,7 +13,7 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.forward import forward
 from qnpu_jax.graph.shared_inputs import layer_inputs, visible
 from qnpu_jax.integer.model import dequantize
-from qnpu_jax.proof.comparison import compare, op_names
+from qnpu_jax.proof.comparison import compare_tensors, op_names
 from qnpu_jax.runtime.litert_backend import LiteRTBackend, mask_codes
 from qnpu_jax.runtime.session import Session
 from qnpu_jax.runtime.simulator_backend import SimulatedBackend
@@ -27,7 +28,7 @@ MIXES = {
     "chunks, then steps": (4, 4, 4, 4, 1, 1),
     "steps between chunks": (1, 4, 1, 1, 4, 4, 1, 1, 1),
 }
-plans = pytest.mark.parametrize("plan", ["w8a8", "w4a8", "w4a8s8", "w8a8i8", "w4a16"])
+PLANS = ("w8a8", "w4a8", "w4a8s8", "w8a8i8", "w4a16")
 
 
 def file(folder: Path, plan: str, name: str, prefill: int = CHUNK) -> Path:
@@ -52,7 +53,7 @@ def fed(backend, parts) -> tuple[Session, np.ndarray]:
     return session, np.concatenate(logits)
 
 
-@plans
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kernels", ["ref", "opt", "xnn"])
 @pytest.mark.parametrize("parts", MIXES.values(), ids=list(MIXES))
 def test_any_mix_gives_the_bits_of_one_prefill(folder, plan, kernels, parts):
@@ -66,9 +67,8 @@ def test_any_mix_gives_the_bits_of_one_prefill(folder, plan, kernels, parts):
     assert not session.k[:, :, LENGTH:].any() and not session.v[..., LENGTH:].any()
 
 
-@plans
-@pytest.mark.parametrize("name", tiny.NAMES)
-def test_every_tensor_of_both_signatures_is_simulated(folder, name, plan):
+@pairwise.parametrize(("plan", "name"), PLANS, tiny.NAMES, choose=pairwise.levels)
+def test_every_tensor_of_both_signatures_is_simulated(folder, plan, name):
     model = tiny.quantized(name, plan)
     backend = LiteRTBackend(file(folder, plan, name), "ref", keep_tensors=True)
     simulated = SimulatedBackend(model, CHUNK, CONTEXT, "all")
@@ -79,7 +79,7 @@ def test_every_tensor_of_both_signatures_is_simulated(folder, name, plan):
         got = simulated.tensors(ids, at, k, v)
         session.step(ids, count)
         ops = op_names(cached.cached_decoder(model, count, CONTEXT, "all"))
-        found = compare(backend.tensors(count), got, ops)
+        found = compare_tensors(backend.tensors(count), got, ops)
         assert found.differing == 0 and found.tensors == len(ops) > 100
 
 
@@ -134,7 +134,7 @@ def test_the_mask_is_that_of_the_decoder(filled, plan):
 def test_signatures_share_their_weights():
     model = tiny.quantized("gqa_llama3", "w8a8")
     codes = sum(x.nbytes for x in model.codes.values())
-    alone = len(writer.build(model, CHUNK).to_bytes()) - codes
+    alone = len(writer.build_prefill(model, CHUNK).to_bytes()) - codes
     both = len(cached.build_cached(model, CHUNK, CONTEXT).to_bytes()) - codes
     # What is not weights is there once per signature, with rows of names for the cache.
     assert both < 3 * alone
@@ -142,7 +142,7 @@ def test_signatures_share_their_weights():
 
 def test_files_without_a_cache_are_refused(tmp_path):
     path = tmp_path / "m.tflite"
-    writer.write(tiny.quantized("gqa_llama3", "w8a8"), path, CHUNK)
+    writer.write_prefill(tiny.quantized("gqa_llama3", "w8a8"), path, CHUNK)
     with pytest.raises(UserError, match=r"signatures \['prefill_4'\]; expected prefill_<N> and"):
         LiteRTBackend(path)
 

@@ -12,7 +12,7 @@ from single_op import Tensor, interpret, single_op
 from qnpu_jax.errors import UserError
 from qnpu_jax.tflite.flatbuffer import ModelWriter
 from qnpu_jax.tflite.op_versions import DType
-from qnpu_jax.tflite.packing import pack_int4
+from qnpu_jax.tflite.packing import TensorType, pack_int4
 
 
 def fully_connected(dtype: DType = "int8") -> tuple[ModelWriter, dict[str, np.ndarray]]:
@@ -75,8 +75,8 @@ def test_tensors_read_back_bit_for_bit():
     zero_points = rng.integers(-128, 128, scales.size)
     writer = ModelWriter()
     graph = writer.add_subgraph("main")
-    graph.add_tensor("w", (2, scales.size), "int4", scales, zero_points, axis=1)
-    graph.add_tensor("x", (2, 3), "int16", scales[0])
+    graph.add_tensor("w", (2, scales.size), TensorType("int4", scales, zero_points, axis=1))
+    graph.add_tensor("x", (2, 3), TensorType("int16", scales[0]))
     graph.add_tensor("mask", (2,), "bool", data=np.asarray([True, False]))
     w, x, mask = read(writer.to_bytes()).subgraphs[0].tensors
     np.testing.assert_array_equal(w.quantization.scale.view(np.uint32), scales.view(np.uint32))
@@ -133,8 +133,8 @@ def test_signatures_name_inputs_and_outputs():
     writer = ModelWriter()
     for key in ("prefill_128", "decode"):
         graph = writer.add_subgraph(key)
-        x = graph.add_tensor("x", (4,), "int8", np.float32(0.1))
-        y = graph.add_tensor("y", (4,), "int8", np.float32(1 / 256), -128)
+        x = graph.add_tensor("x", (4,), TensorType("int8", np.float32(0.1)))
+        y = graph.add_tensor("y", (4,), TensorType("int8", np.float32(1 / 256), -128))
         graph.add_op(schema.BuiltinOperator.LOGISTIC, None, [x], [y])
         graph.add_signature(key, {"tokens": x}, {"logits": y})
     model = read(writer.to_bytes())
@@ -145,15 +145,15 @@ def test_signatures_name_inputs_and_outputs():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("scale", "data", "message"),
     [
-        ({"scale": np.float64(0.1)}, "float32"),
-        ({"scale": np.ones(3, np.float32)}, "one per channel of axis 0"),
-        ({"data": np.zeros((2, 2), np.int8)}, "expects data of shape"),
-        ({"data": np.zeros(2, np.int16)}, "expects data of shape"),
+        (np.float64(0.1), None, "float32"),
+        (np.ones(3, np.float32), None, "one per channel of axis 0"),
+        (None, np.zeros((2, 2), np.int8), "expects data of shape"),
+        (None, np.zeros(2, np.int16), "expects data of shape"),
     ],
 )
-def test_mistakes_name_the_tensor(arguments, message):
+def test_mistakes_name_the_tensor(scale, data, message):
     graph = ModelWriter().add_subgraph("main")
     with pytest.raises(UserError, match=f"weights: .*{message}"):
-        graph.add_tensor("weights", (2,), "int8", **arguments)
+        graph.add_tensor("weights", (2,), TensorType("int8", scale), data)

@@ -22,7 +22,7 @@ def test_signature(out, tmp_path):
     assert (runner.tokens, runner.logits) == (PREFILL, "all")
     every = runner.run(IDS)
     assert (every.shape, every.dtype) == ((PREFILL, VOCAB), np.int8)
-    writer.write(storage.load(out), tmp_path / "last.tflite", PREFILL, "last")
+    writer.write_prefill(storage.load(out), tmp_path / "last.tflite", PREFILL, "last")
     runner = LiteRT(tmp_path / "last.tflite")
     assert (runner.tokens, runner.logits) == (PREFILL, "last")
     np.testing.assert_array_equal(runner.run(IDS), every[-1:])

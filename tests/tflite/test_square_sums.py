@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from single_op import interpret
 
 from qnpu_jax.tflite.flatbuffer import ModelWriter
-from qnpu_jax.tflite.forms import Reals, Stored
+from qnpu_jax.tflite.forms import FileForm, Reals
 from qnpu_jax.tflite.interpreter import KernelSet
+from qnpu_jax.tflite.packing import TensorType
 from qnpu_jax.tflite.square_sums import BLOCK, add_diagonals, are_squares, block_size, places
-from qnpu_jax.tflite.writer import build
+from qnpu_jax.tflite.writer import build_prefill
 
 Code = schema.BuiltinOperator
 WIDTH = 80
@@ -46,16 +47,16 @@ def test_the_diagonals_are_the_products_of_single_rows(rows, kernels, zero_point
     x = rng.integers(-127, 128, (rows, 1, WIDTH)) * rng.random((rows, 1, 1))
     x = np.rint(x).astype(np.int8)
     x[0] = 127  # whose square clips, with every kernel
-    form_x = {"dtype": "int8", "scale": np.float32(0.037), "zero_point": zero_point}
-    form_y = {"dtype": "int8", "scale": np.float32(2.1), "zero_point": -128}
+    type_x = TensorType("int8", np.float32(0.037), zero_point)
+    type_y = TensorType("int8", np.float32(2.1), -128)
     found = []
     for block in (1, block_size(rows)):
         writer = ModelWriter()
         graph = writer.add_subgraph("main")
-        a = graph.add_tensor("x", x.shape, **form_x)
-        y = graph.add_tensor("y", (rows, 1, 1), **form_y)
+        a = graph.add_tensor("x", x.shape, type_x)
+        y = graph.add_tensor("y", (rows, 1, 1), type_y)
         if block > 1:
-            add_diagonals(graph, a, y, block, form_x, form_y)
+            add_diagonals(graph, a, y, block, type_x, type_y)
         else:
             options = schema.BatchMatMulOptionsT()
             options.adjY = True
@@ -66,9 +67,9 @@ def test_the_diagonals_are_the_products_of_single_rows(rows, kernels, zero_point
     np.testing.assert_array_equal(found[1], found[0])
 
 
-def operators(model, stored: Stored | None, tokens: int) -> Counter:
+def operators(model, form: FileForm | None, tokens: int) -> Counter:
     """Shapes of the second operands of a file's BATCH_MATMUL of one tensor with itself."""
-    writer = build(model, tokens, stored=stored)
+    writer = build_prefill(model, tokens, form=form)
     root = schema.Model.GetRootAs(writer.to_bytes(), 0)
     file: Any = schema.ModelT.InitFromObj(root)  # the object API says Optional of everything
     (graph,) = file.subgraphs

@@ -14,7 +14,7 @@ from itertools import groupby
 
 import numpy as np
 
-from qnpu_jax.choices import ProfileName
+from qnpu_jax.choices import FormName
 from qnpu_jax.graph import Graph, Node
 from qnpu_jax.tflite.forms import Composite, Integers, Operand, UnpackedPrefill
 
@@ -66,7 +66,7 @@ def _scope(name: str) -> str | None:
     return found and found[0]
 
 
-PROFILES: dict[ProfileName, type[Integers]] = {
+FORMS: dict[FormName, type[Integers]] = {
     "plain": Integers,
     "unpacked": UnpackedPrefill,
     "hexagon": NormsTogether,
@@ -74,5 +74,5 @@ PROFILES: dict[ProfileName, type[Integers]] = {
 """How a file of a profile holds a model. `unpacked` is for CPUs whose int8 kernels prefill faster
 than their int4 ones: with static activations, XNNPACK has AMX kernels for int8 weights alone. In
 `hexagon` norms of 16 bits are the NPU's own op."""
-DEFAULT: ProfileName = "hexagon"
+HEXAGON_FORM: FormName = "hexagon"
 """Of what is compiled for Hexagon."""

@@ -10,12 +10,12 @@ from flatbuffers import flexbuffers
 
 from qnpu_jax.compilers import hexagon_file
 from qnpu_jax.tflite import cached, writer
-from qnpu_jax.tflite.export_profiles import DEFAULT, PROFILES
 from qnpu_jax.tflite.forms import Composite
 from qnpu_jax.tflite.interpreter import LiteRT, open_interpreter
+from qnpu_jax.tflite.named_forms import FORMS, HEXAGON_FORM
 
 TOKENS = 8
-HEXAGON = PROFILES["hexagon"]
+HEXAGON = FORMS["hexagon"]
 NORMS = 2 * 2 + 1  # two a layer, and the head's
 
 
@@ -29,14 +29,14 @@ def composites(model, graph):
 
 
 def test_the_default_is_one_of_them():
-    assert DEFAULT in PROFILES and [*PROFILES] == ["plain", "unpacked", "hexagon"]
+    assert HEXAGON_FORM in FORMS and [*FORMS] == ["plain", "unpacked", "hexagon"]
 
 
 def test_plain_is_what_export_writes(tmp_path):
     model = tiny.quantized("gqa_llama3", "w8a8")
     plain, other = tmp_path / "plain.tflite", tmp_path / "other.tflite"
-    writer.build(model, TOKENS, stored=PROFILES["plain"](model)).write(plain)
-    writer.write(model, other, TOKENS)
+    writer.build_prefill(model, TOKENS, form=FORMS["plain"](model)).write(plain)
+    writer.write_prefill(model, other, TOKENS)
     assert plain.read_bytes() == other.read_bytes()
 
 
@@ -45,9 +45,9 @@ def test_plain_is_what_export_writes(tmp_path):
 def test_no_profile_changes_a_bit_on_a_cpu(tmp_path, plan, kernels):
     model, ids = tiny.quantized("gqa_llama3", plan), tiny.random_ids((TOKENS,), 3)
     logits = []
-    for name, profile in PROFILES.items():
+    for name, profile in FORMS.items():
         path = tmp_path / f"{name}.tflite"
-        writer.build(model, TOKENS, stored=profile(model)).write(path)
+        writer.build_prefill(model, TOKENS, form=profile(model)).write(path)
         logits.append(LiteRT(path, kernels).run(ids))
     assert len(np.unique(logits[0])) > 8  # that the logits say something
     for others in logits[1:]:
@@ -57,7 +57,7 @@ def test_no_profile_changes_a_bit_on_a_cpu(tmp_path, plan, kernels):
 def test_a_file_with_a_cache_runs_too(tmp_path):
     model = tiny.quantized("gqa_llama3", "w8a8")
     found = []
-    for name, profile in PROFILES.items():
+    for name, profile in FORMS.items():
         path = tmp_path / f"{name}.tflite"
         cached.build_cached(model, 4, 24, "all", profile(model)).write(path)
         assert hexagon_file.signatures(path) == ("prefill_4", "decode")
@@ -77,7 +77,7 @@ def test_a_composite_is_what_the_compiler_wants(tmp_path):
     """x and 16-bit gamma in, epsilon as an attribute; the decomposition takes what the op takes."""
     model = tiny.quantized("gqa_llama3", "w8a8")
     path = tmp_path / "m.tflite"
-    writer.build(model, TOKENS, stored=HEXAGON(model)).write(path)
+    writer.build_prefill(model, TOKENS, form=HEXAGON(model)).write(path)
     file = read(path)
     main = file.subgraphs[0]
     found = composites(file, main)
@@ -111,7 +111,7 @@ def test_unpacked_weights_are_those_of_prefill(tmp_path):
     """Of the signatures over a cache, decode keeps its 4-bit weights packed."""
     model = tiny.quantized("gqa_llama3", "w4a8")
     path = tmp_path / "m.tflite"
-    cached.build_cached(model, 4, 24, stored=PROFILES["unpacked"](model)).write(path)
+    cached.build_cached(model, 4, 24, form=FORMS["unpacked"](model)).write(path)
     name = "layers.1.mlp.down.weight"
     kinds = [
         {t.type for t in graph.tensors if t.name == name.encode()} for graph in read(path).subgraphs
