@@ -33,6 +33,7 @@ from qnpu_jax.measure import perplexity as measure_perplexity
 from qnpu_jax.measure.perplexity import divergence, fake_quant_logits, float_logits, integer_logits
 from qnpu_jax.models import checkpoint as models_checkpoint
 from qnpu_jax.models.checkpoint import Checkpoint
+from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import files
 from qnpu_jax.text.windows import Windows, cut
@@ -118,16 +119,18 @@ def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: 
     text = bench.text(recipe, effort)
     marks: list[tuple[int, int, float]] = []
 
-    def report(stage: int, step: int, steps: int, loss: float, kl: float) -> None:
-        marks.append((stage, step, time.perf_counter()))
-        if step == 1 or step % 50 == 0:
-            print(
-                f"  stage {stage} step {step}/{steps} loss {loss:.4f} held-out {kl:.4f}", flush=True
-            )
+    class Watch(Observer):
+        def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
+            marks.append((stage, step, time.perf_counter()))
+            if step == 1 or step % 50 == 0:
+                line = (
+                    f"  stage {stage} step {step}/{steps} loss {loss:.4f} held-out {held_out:.4f}"
+                )
+                print(line, flush=True)
 
     try:  # around this alone: any other mistake of the user ends the run
         made = pipeline.quantize(
-            config, params, recipe, text, tokenizer.bos_id, effort, report=report
+            config, params, recipe, text, tokenizer.bos_id, effort=effort, watch=Watch()
         )
     except UserError as error:
         return {"recipe": recipe.name, "fake_quant": None, "error": str(error)}

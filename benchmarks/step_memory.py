@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ from qnpu_jax.graph.decoder import Decoder, decoder
 from qnpu_jax.graph.graph import Graph
 from qnpu_jax.graph.qparams import QParams
 from qnpu_jax.graph.scales import is_free
-from qnpu_jax.learn.parameters import Base, initial, ranges, units
-from qnpu_jax.learn.train import compiled, start
+from qnpu_jax.learn.losses import Batch
+from qnpu_jax.learn.parameters import Base, code_ranges, initial_theta, theta_units
+from qnpu_jax.learn.train import compile_stage, initial_state
 from qnpu_jax.models import checkpoint
 from qnpu_jax.recipes import EFFORTS, load_recipe
 
@@ -99,22 +101,23 @@ def measure(config: ModelConfig, args: argparse.Namespace, batch: int, length: i
     stage = recipe.stages[args.stage]
     dec = decoder(config, recipe.bits, length, PREFIX)
     params, free = parameters(dec), free_scales(dec)
-    theta = initial(dec, free, [group for group, _ in stage.learn])
-    state = replace(start(stage, theta, 100), best=None, best_kl=None, stale=None, first_loss=None)
+    theta = initial_theta(dec, free, [group for group, _ in stage.learn])
+    state = initial_state(stage, theta, 100)
+    state = replace(state, best=None, best_kl=None, stale=None, first_loss=None)
     base = Base(
         params=params,
         free=free,
-        ranges=ranges(dec),
-        units=units(dec, free),
+        ranges=code_ranges(dec),
+        units=theta_units(dec, free),
         teacher=params,
         basis=np.eye(config.hidden_size, dtype=np.float32),
     )
     effort = replace(EFFORTS["full"], batch=batch, length=length)
-    step = compiled(dec, stage, effort, 100).step
+    step: Any = compile_stage(dec, stage, effort, 100).step
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, base))
-    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    ids: Any = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     warm = jax.ShapeDtypeStruct((), jnp.float32)
-    plan = step.lower(*shapes, ids, warm, None).compile().memory_analysis()
+    plan = step.lower(*shapes, Batch(ids), warm).compile().memory_analysis()
     activations = sum(math.prod(t.shape) for t in dec.layer.tensors if t.kind not in ("param",))
     return Row(
         weights=4 * sum(x.size for x in params.values()),

@@ -20,7 +20,15 @@ from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer import IntegerModel, Simulate, storage
-from qnpu_jax.learn import History, Store, learns, schedule
+from qnpu_jax.learn import (
+    Checkpoints,
+    History,
+    Store,
+    check_checkpoints,
+    last_checkpoint,
+    learns,
+    schedule,
+)
 from qnpu_jax.measure import perplexity
 from qnpu_jax.models import Checkpoint
 from qnpu_jax.output import OutputFolder
@@ -109,9 +117,8 @@ def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
     text = Texts(scored, *found, held_out)
     with _kept(job, checkpoint, text, watch) as store:
         made = pipeline.quantize(
-            config, params, recipe, text.windows(), bos, job.effort, store, watch, watch.track,
-            watch.learned,
-        )  # fmt: skip
+            config, params, recipe, text.windows(), bos, effort=job.effort, store=store, watch=watch
+        )
         with artifacts.writing(job.out, job.overwrite) as folder:
             with watch.stage("write"):
                 _write(folder, made.model, job, checkpoint, text)
@@ -129,8 +136,6 @@ def _kept(job: Job, checkpoint: Checkpoint, text: Texts, watch: Observer) -> Ite
     if job.learning() is None:
         yield None
         return
-    from qnpu_jax.learn import Checkpoints  # orbax takes a second to import
-
     folder = job.checkpoint_folder()
     store = Checkpoints(folder, _asked(job) | _found(checkpoint) | text.digests())
     if kept := resumes(job):
@@ -150,9 +155,7 @@ def resumes(job: Job) -> tuple[int, int] | None:
     """Stage (from 1) and step that the same job would go on from, None where nothing is kept."""
     if job.learning() is None:
         return None
-    from qnpu_jax.learn import last
-
-    found = last(job.checkpoint_folder())
+    found = last_checkpoint(job.checkpoint_folder())
     return (found[0] + 1, found[1]) if found else None
 
 
@@ -235,15 +238,13 @@ def _check_checkpoints(job: Job, inputs: dict[str, Any]) -> None:
     """Refuses a folder of checkpoints that belongs to another run, as far as `inputs` tell."""
     if job.learning() is None:
         return
-    from qnpu_jax.learn import check  # orbax takes a second to import
-
     folder, out = job.checkpoint_folder().resolve(), job.out.resolve()
     if out in (folder, *folder.parents) or folder in out.parents:
         raise UserError(
             f"{job.checkpoints}: overlaps with the output folder {job.out}; expected a folder"
             " beside it; choose another --checkpoints"
         )
-    check(job.checkpoint_folder(), inputs)
+    check_checkpoints(job.checkpoint_folder(), inputs)
 
 
 def _check_model(config: ModelConfig, job: Job) -> None:

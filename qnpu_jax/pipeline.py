@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
-from qnpu_jax.calibrate import collect, initialize, weight_scales
+from qnpu_jax.calibrate import calibrate_activations, collect_statistics, weight_scales
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Params, decoder
 from qnpu_jax.integer import IntegerModel, check_bits, freeze
-from qnpu_jax.learn import History, Report, Store, learn
-from qnpu_jax.progress import Clock, Track, untracked
+from qnpu_jax.learn import Calibrated, History, Store, learn
+from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import Windows
 from qnpu_jax.transform import (
@@ -25,23 +25,23 @@ from qnpu_jax.transform import (
     fold_norms,
     random_rotation,
     rotate,
-    scale,
+    scale_channels,
     smoothquant,
 )
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` made.
+    """A quantized model, and how it was made.
 
     Attributes:
       model: the frozen integers.
       params: float parameters that were frozen: rotated, with the prefix's K/V and all that was
         learned (where weights or biases learned, no longer the float model).
       reference: parameters of the float model, with the prefix's K/V.
-      prefix: how the prefix was chosen, None without one.
+      prefix: how the prefix was chosen; None where none was searched.
       ranges: one row per calibrated tensor and layer.
-      histories: losses of each stage that learned.
+      histories: record of each stage that learned.
     """
 
     model: IntegerModel
@@ -53,7 +53,17 @@ class Quantized:
 
 
 def prepare(config: ModelConfig, params: Params, recipe: Recipe) -> Params:
-    """Folded and rotated parameters on the device: the float model that is quantized."""
+    """Folds norms into weights, and rotates them where the recipe says so.
+
+    Args:
+      params: a checkpoint's, as `fold_norms` takes them.
+
+    Returns:
+      Parameters of the float model that is quantized, float32 on the device.
+
+    Raises:
+      UserError: a parameter is missing or unknown.
+    """
     folded = fold_norms(config, dict(params))
     if recipe.rotation == "hadamard":
         folded = rotate(config, folded, random_rotation(config, recipe.seed))
@@ -64,7 +74,7 @@ def check_model(config: ModelConfig, recipe: Recipe, asked: Mapping[str, int]) -
     """Checks that a recipe can quantize a model at these lengths, before anything is computed.
 
     Args:
-      asked: tokens of each signature and window, by what asks for them.
+      asked: tokens of each signature and window, by the name of the setting that asks for them.
 
     Raises:
       UserError: more positions than the model has, a rule of the bit plan that matches no tensor,
@@ -87,32 +97,31 @@ def quantize(
     recipe: Recipe,
     text: Windows,
     bos: int | None,
+    *,
     effort: Effort = EFFORTS["none"],
     store: Store | None = None,
-    clock: Clock | None = None,
-    track: Track = untracked,
-    report: Report = lambda *_: None,
+    watch: Observer | None = None,
 ) -> Quantized:
     """Calibrates, learns and freezes prepared parameters.
 
     Args:
       params: from `prepare`.
       text: windows of ids, without BOS.
-      bos: the id sequences start with, which starts the prefix.
+      bos: the id that sequences start with, which starts the prefix; None where there is none.
       effort: how much is learned; by default nothing is.
-      store: of checkpoints.
-      report: called after every step of learning.
+      store: of checkpoints; by default none are kept.
+      watch: keeps the seconds of each stage, and hears of progress.
 
     Raises:
       UserError: parameters that are not prepared, an accumulator can overflow, non-finite values,
         learning diverged.
     """
     check_folded(params)
-    clock = clock or Clock()
+    watch = watch or Observer()
     params = dict(params)
     found = None
     if recipe.prefix == "auto":
-        with clock.stage("prefix"):
+        with watch.stage("prefix"):
             found = find_prefix(
                 config, recipe.bits, params, text.calibration, bos, recipe.max_prefix
             )
@@ -120,15 +129,17 @@ def quantize(
                 params = add_prefix(config, recipe.bits, params, found.tokens)
     tokens, tame = (found.tokens, found.ok) if found else ((), False)
     dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
-    with clock.stage("calibrate"):
+    with watch.stage("calibrate"):
         if recipe.smooth:
             peaks = channel_peaks(dec, params, text.calibration)
-            params = scale(config, params, smoothquant(config, params, peaks, recipe.smooth))
-        stats = collect(dec, params, text.calibration, track=track)
-        activations, ranges = initialize(dec, stats, recipe.activation_init, tame)
+            diagonal = smoothquant(config, params, peaks, recipe.smooth)
+            params = scale_channels(config, params, diagonal)
+        stats = collect_statistics(dec, params, text.calibration, track=watch.track)
+        activations, ranges = calibrate_activations(dec, stats, recipe.activation_init, tame)
         free = activations | weight_scales(dec, params, recipe.weight_init)
-    with clock.stage("learn"):
-        made = learn(dec, recipe, effort, params, free, text, tame, store, report)
-    with clock.stage("freeze"):
+    with watch.stage("learn"):
+        calibrated = Calibrated(dec, params, free, tame)
+        made = learn(calibrated, recipe, effort, text, store, watch)
+    with watch.stage("freeze"):
         model = freeze(dec, made.params, made.free, tokens)
     return Quantized(model, made.params, params, found, ranges, made.histories)

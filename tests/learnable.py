@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from qnpu_jax.calibrate.ranges import initialize, weight_scales
-from qnpu_jax.calibrate.statistics import collect
+from qnpu_jax.calibrate.ranges import calibrate_activations, weight_scales
+from qnpu_jax.calibrate.statistics import collect_statistics
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.fakequant.forward import Reading, head, hidden
 from qnpu_jax.graph.decoder import Decoder, decoder
@@ -18,7 +18,7 @@ from qnpu_jax.graph.layered import Params
 from qnpu_jax.graph.qparams import Scales
 from qnpu_jax.learn import train
 from qnpu_jax.learn.orthogonal import cayley
-from qnpu_jax.learn.parameters import Base, Theta, initial, ranges, units
+from qnpu_jax.learn.parameters import Base, Theta, code_ranges, initial_theta, theta_units
 from qnpu_jax.recipes import GROUPS, Effort, Stage
 from qnpu_jax.transform.fold import fold_norms
 from qnpu_jax.transform.rotate import random_rotation, rotate
@@ -88,8 +88,8 @@ def made(plan: str = "w4a8") -> tuple[Decoder, Params, Scales]:
     params |= {"layers.attn.prefix_k": keys, "layers.attn.prefix_v": values.swapaxes(2, 3)}
     dec = decoder(CONFIG, tiny.PLANS[plan], TOKENS, len(PREFIX))
     on_device = {n: jnp.asarray(x) for n, x in params.items()}
-    stats = collect(dec, on_device, random_ids(4))
-    scales, _ = initialize(dec, stats, "mse", tame=True)
+    stats = collect_statistics(dec, on_device, random_ids(4))
+    scales, _ = calibrate_activations(dec, stats, "mse", tame=True)
     return dec, on_device, scales | weight_scales(dec, params, "minmax")
 
 
@@ -98,8 +98,8 @@ def base_of(dec: Decoder, params: Params, free: Scales, **changes: Any) -> Base:
     settings: dict[str, Any] = {
         "params": dict(params),
         "free": free,
-        "ranges": ranges(dec),
-        "units": units(dec, free),
+        "ranges": code_ranges(dec),
+        "units": theta_units(dec, free),
         "teacher": dict(params),
         "basis": EYE,
     }
@@ -109,16 +109,16 @@ def base_of(dec: Decoder, params: Params, free: Scales, **changes: Any) -> Base:
 def random_theta(dec: Decoder, free: Scales, groups: Any = GROUPS, seed: int = 0) -> Theta:
     """Every parameter of the groups far enough from its start to matter."""
     rng = np.random.default_rng(seed)
-    theta = initial(dec, free, groups)
+    theta = initial_theta(dec, free, groups)
     size = {"scale": 0.1, "weight_scale": 0.1, "zero_point": 0.05, "diagonal": 0.5, "rounding": 0.2}
-    for name, x in theta.items():
+    for key, x in theta.items():
         noise = rng.normal(size=x.shape).astype(np.float32)
-        if name.startswith("rotation/"):
-            theta[name] = cayley(jnp.asarray(noise - np.swapaxes(noise, -1, -2)) * jnp.float32(0.1))
+        if key.kind == "rotation":
+            theta[key] = cayley(jnp.asarray(noise - np.swapaxes(noise, -1, -2)) * jnp.float32(0.1))
         else:
-            theta[name] = jnp.asarray(noise * np.float32(size.get(name.split("/")[0], 0.05)))
-        if name.startswith("rounding/"):
-            theta[name] = jnp.clip(theta[name], -0.5, 0.5)
+            theta[key] = jnp.asarray(noise * np.float32(size.get(key.kind, 0.05)))
+        if key.kind == "rounding":
+            theta[key] = jnp.clip(theta[key], -0.5, 0.5)
     return theta
 
 
@@ -130,5 +130,5 @@ def logits_of(dec: Decoder, reading: Reading, ids: Any) -> np.ndarray:
 
 
 WINDOWS, HELD_OUT = random_ids(16, seed=3), random_ids(4, seed=4)
-compiled = functools.cache(train.compiled)
+compile_stage = functools.cache(train.compile_stage)
 """One compilation for all runs of a stage: a new one would give the same program."""

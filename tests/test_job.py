@@ -189,7 +189,7 @@ def learned(folder, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("learned") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compiled", functools.cache(train.compiled))
+        patch.setattr(train, "compile_stage", functools.cache(train.compile_stage))
         job.run(asked(out), Simulated, progress.Observer())
         yield asked, out
 

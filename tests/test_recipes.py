@@ -19,6 +19,7 @@ STAGE = {
     "calibrate": "all",
     "ranges": "sigma",
     "gptq": True,
+    "gptaq": 0.5,
     "loss": "ce",
     "top_k": 1000,
     "hidden_mse": 0.5,
@@ -202,7 +203,7 @@ RATES = "learn must be a list of [group, learning rate above 0]"
         ({"loss": "mse"}, "loss must be one of ['kl', 'ce', 'hidden']; got 'mse'"),
         ({"optimizer": "adamw"}, "optimizer must be one of ['adam', 'sgd']; got 'adamw'"),
         ({"rotation_optimizer": "sgd"}, "rotation_optimizer must be one of ['adam', 'cayley_sgd']"),
-        ({"laerning": 1}, "unknown key 'laerning'; expected one of ['calibrate', 'gptq', "),
+        ({"laerning": 1}, "unknown key 'laerning'; expected one of ['calibrate', 'gptaq', "),
     ],
 )
 def test_bad_value_in_a_stage(change, expected):

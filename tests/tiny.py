@@ -2,25 +2,22 @@
 tokens."""
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from qnpu_jax import pipeline
-from qnpu_jax.calibrate.ranges import initialize, weight_scales
-from qnpu_jax.calibrate.statistics import collect
+from qnpu_jax.calibrate.ranges import calibrate_activations, weight_scales
+from qnpu_jax.calibrate.statistics import collect_statistics
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.graph.graph import Graph
 from qnpu_jax.graph.qparams import Scales
 from qnpu_jax.integer.freeze import freeze
 from qnpu_jax.integer.model import IntegerModel
-from qnpu_jax.models.checkpoint import Checkpoint, load, load_params
+from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.recipes import RECIPES, Recipe
-from qnpu_jax.text import files
-from qnpu_jax.text.windows import Windows, cut
 from qnpu_jax.transform.prefix import add_prefix
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -90,8 +87,8 @@ def calibrated(name: str, plan: str, prefix: tuple[int, ...] = PREFIX):
     if prefix:
         params = add_prefix(config, PLANS[plan], params, prefix)
     dec = decoder(config, PLANS[plan], TOKENS, len(prefix))
-    scales, _ = initialize(
-        dec, collect(dec, params, random_ids((4, TOKENS))), "class", tame=bool(prefix)
+    scales, _ = calibrate_activations(
+        dec, collect_statistics(dec, params, random_ids((4, TOKENS))), "class", tame=bool(prefix)
     )
     free: Scales = scales | weight_scales(dec, params, "mse")
     return dec, {n: jnp.asarray(x) for n, x in params.items()}, free
@@ -102,25 +99,3 @@ def quantized(name: str, plan: str, prefix: tuple[int, ...] = PREFIX) -> Integer
     """A golden model, calibrated on random tokens and frozen."""
     dec, params, free = calibrated(name, plan, prefix)
     return freeze(dec, params, free, prefix)
-
-
-@dataclass(frozen=True)
-class Real:
-    """SmolLM2-135M, quantized; `windows` (N, 64) is text that did not calibrate it."""
-
-    checkpoint: Checkpoint
-    quantized: pipeline.Quantized
-    windows: np.ndarray
-
-
-def quantize_smollm2() -> Real:
-    """w8a8, calibrated on 1,024 tokens of the default text."""
-    checkpoint = load("smollm2-135m")
-    config = checkpoint.config
-    text = files.default_text()[:40_000]
-    ids = files.tokenize([text], checkpoint.tokenizer, config.vocab_size, "default text")
-    params = pipeline.prepare(config, checkpoint.params, recipe("w8a8"))
-    calibration = cut(ids[:1024], 128, 8, "default text")
-    bos = checkpoint.tokenizer.bos_id
-    quantized = pipeline.quantize(config, params, recipe("w8a8"), Windows.of(calibration), bos)
-    return Real(checkpoint, quantized, cut(ids[1024:], 64, 8, "default text"))

@@ -65,7 +65,7 @@ def quantize(
         that diverges.
 
     Example:
-      >>> model = qnpu.quantize(checkpoint, "w8a8", text="text.txt")
+      >>> model = qnpu.quantize(checkpoint, "w8a8", text=windows)
       >>> model.config.num_layers
       2
     """
@@ -89,8 +89,7 @@ def quantize(
             )  # fmt: skip
     windows = excerpts.windows_of(*found, held_out)
     return pipeline.quantize(
-        config, params, recipe, windows, checkpoint.tokenizer.bos_id, effort,
-        clock=watch, track=watch.track, report=watch.learned,
+        config, params, recipe, windows, checkpoint.tokenizer.bos_id, effort=effort, watch=watch
     ).model  # fmt: skip
 
 

@@ -1,7 +1,13 @@
 """Ranges and weight rounding from data."""
 
-from qnpu_jax.calibrate.gptq import gptq
-from qnpu_jax.calibrate.ranges import initialize, weight_scales
-from qnpu_jax.calibrate.statistics import collect
+from qnpu_jax.calibrate.gptq import GptqSettings, gptq
+from qnpu_jax.calibrate.ranges import calibrate_activations, weight_scales
+from qnpu_jax.calibrate.statistics import collect_statistics
 
-__all__ = ["collect", "gptq", "initialize", "weight_scales"]
+__all__ = [
+    "GptqSettings",
+    "calibrate_activations",
+    "collect_statistics",
+    "gptq",
+    "weight_scales",
+]

@@ -1,9 +1,10 @@
-"""Weights rounded with the data in view, because round-to-nearest minimises the wrong error.
+"""GPTQ: weights rounded with the data in view, because round-to-nearest minimises the wrong error.
 
-At 4 bits most of the loss is in the weights (method.md, section 2). What counts is the error of a
-linear's output on the inputs that the quantized model gives it, ||W x_q - W_q x_q||^2: errors of
-codes that are not the nearest ones make up for each other, and the bias, which every
-FULLY_CONNECTED has, takes the mean. Scales stay static and per output channel.
+At 4 bits most of the loss is in the weights. What counts is the error of a linear's output on the
+inputs that the quantized model gives it, ||W x_q - W_q x_q||^2: codes that are not the nearest ones
+compensate each other's errors, and the bias, which every FULLY_CONNECTED has, takes the mean error.
+Scales stay static and per output channel.
+
 Letters: N output channels, K inputs, B windows of a batch, T tokens.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +33,13 @@ from qnpu_jax.graph import (
     local,
     ranges_of,
 )
+from qnpu_jax.progress import Track, untracked
 
-FACTORS = (1.0, 0.8, 0.9, 1.1)
-"""What `gptq` multiplies scales with, to choose per output channel."""
 INSIDE = 0.499
-"""Compensated weights stay within so many codes of the chosen code, so that both round alike."""
+"""Compensated weights stay within this many codes of the chosen code, so that both round alike."""
 
 Chooser = Callable[[str], bool]
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+"""Tells whether a linear is rounded, by the global name of its weight."""
 
 
 def in_layers(name: str) -> bool:
@@ -47,9 +47,37 @@ def in_layers(name: str) -> bool:
     return name.startswith("layers.")
 
 
+@dataclass(frozen=True)
+class GptqSettings:
+    """Settings of `gptq`.
+
+    Attributes:
+      factors: each output channel takes the scale, of its own times one of these, that leaves the
+        least error; (1.0,) keeps the scales.
+      damping: lambda as a fraction of the mean of H's diagonal.
+      asymmetric: how far the target moves from W x_q (0) to the float model's W x (1), in weights
+        and bias; `Stage.gptaq`.
+      exact: return weights on the grid, code times scale; otherwise the compensated weights as they
+        were when they were rounded, less than half a code away, for learning that starts there.
+      batch: windows per pass.
+      only: chooses the linears.
+    """
+
+    factors: tuple[float, ...] = (1.0, 0.8, 0.9, 1.1)
+    damping: float = 0.05
+    asymmetric: float = 0.0
+    exact: bool = True
+    batch: int = 8
+    only: Chooser = in_layers
+
+
 class Fitted(NamedTuple):
-    """Parameters, and QParams of the weights among them that were rounded, by global name: to be
-    put over those of the same name, free or resolved."""
+    """Parameters with rounded weights and corrected biases, and the QParams of those weights.
+
+    Attributes:
+      params: all parameters, by global name.
+      scales: of the rounded weights alone; they replace those of the same name, free or resolved.
+    """
 
     params: Params
     scales: Scales
@@ -60,88 +88,39 @@ def gptq(
     params: Params,
     scales: Scales,
     windows: Int[np.ndarray, "n t"],
-    *,
-    factors: tuple[float, ...] = FACTORS,
-    damping: float = 0.05,
-    asymmetric: float = 0.0,
-    biases: bool = True,
-    exact: bool = True,
-    batch: int = 8,
-    only: Chooser = in_layers,
-    track: Track = lambda items, _, __: items,
+    settings: GptqSettings = GptqSettings(),
+    track: Track = untracked,
 ) -> Fitted:
-    """Weights whose nearest codes minimise E||W x_q - W_q x_q||^2, linear after linear.
+    """Rounds weights to codes that minimise E||W x_q - W_q x_q||^2, linear after linear.
 
-    x_q is what the quantized model gives a linear, with all weights before it rounded already and
-    activations quantized where `scales` has an entry. With H = E[x_q x_q^T] + lambda I, the columns
-    are rounded in order of falling H_jj, and those after column j make up for its error,
-    w_k <- w_k - (w_j - code_j s) U_jk / U_jj, where H^-1 = U^T U and U is upper triangular.
+    x_q is the input that the quantized model gives a linear: all weights before it rounded already,
+    and activations quantized where `scales` has an entry. With H = E[x_q x_q^T] + lambda I, columns
+    are rounded in order of falling H_jj, and the columns k after j compensate the error of j:
+
+        w_k <- w_k - (w_j - code_j s) U_jk / U_jj,    H^-1 = U^T U, U upper triangular
+
+    The bias takes the mean error that is left: b <- b + (W - W_q) E[x_q].
 
     Args:
       dec: staged for windows of T tokens.
-      params: folded float parameters, with prefix K/V if dec has a prefix.
+      params: folded float parameters, with prefix K/V if dec has a prefix; left as they are.
       scales: resolved QParams by global name (`resolve`), those of the weights included.
       windows: (N, T) token ids.
-      factors: each output channel takes the scale, of its own times one of these, that leaves the
-        least error; (1.0,) keeps the scales.
-      damping: lambda as a fraction of the mean of H's diagonal.
-      asymmetric: how far the target moves from W x_q (0) to the float model's W x (1), by `_target`
-        and in the bias; it lost where it was measured (SmolLM2-135M, 8,192 tokens).
-      biases: let the bias take the mean error that is left, b + (W - W_q) E[x_q].
-      exact: return weights on the grid, code times scale; otherwise the compensated weights as they
-        were when they were rounded, less than half a code away, for learning that starts there.
-      batch: windows per pass.
-      only: chooses linears by the global name of their weight.
-      track: wraps the iteration, for a progress bar: (items, length, what).
+      track: wraps the iteration, for a progress bar.
 
-    Reference: GPTQ, arXiv 2210.17323, algorithm 1; asymmetric: GPTAQ, arXiv 2504.02692.
+    Reference: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1; Li et al., GPTAQ (arXiv
+      2504.02692) for `asymmetric`; Nagel et al., Data-free quantization (arXiv 1906.04721), section
+      4.2, for the bias, with means measured on text.
     """
-    fit = partial(
-        _fit,
-        factors=factors,
-        damping=damping,
-        asymmetric=asymmetric,
-        biases=biases,
-        exact=exact,
-    )
-    fitted = _Pass.over(dec, params, scales, windows, batch)
-    return _sweep(fitted, params, fit, only, track, measure=asymmetric != 0)
-
-
-def correct_biases(
-    dec: Decoder,
-    params: Params,
-    scales: Scales,
-    windows: Int[np.ndarray, "n t"],
-    *,
-    reference: Params | None = None,
-    batch: int = 8,
-    only: Chooser = in_layers,
-    track: Track = lambda items, _, __: items,
-) -> Params:
-    """b <- b + (W - W_q) E[x_q], linear after linear: outputs without a mean error of rounding.
-
-    Args:
-      params: parameters whose weights are rounded to their nearest codes.
-      reference: the float model's W and b, where those of `params` are not (weights on the grid).
-      dec, scales, windows, batch, only, track: as in `gptq`.
-
-    Reference: arXiv 1906.04721, section 4.2, with means measured on text.
-    """
-
-    def fit(site: Site, m: Moments) -> tuple[Rows, Channels, Channels]:
-        scale, qmax = (a[:, None].astype(np.float64) for a in (site.scale, site.qmax))
-        rounded = np.clip(np.rint(site.start / scale), -qmax, qmax) * scale
-        return site.start, site.bias + (site.weight - rounded) @ m.mean_q, scale[:, 0]
-
-    float_params = params if reference is None else reference
-    fitted = _Pass.over(dec, params, scales, windows, batch)
-    return _sweep(fitted, float_params, fit, only, track, measure=False).params
+    starts = range(0, len(windows), settings.batch)
+    ids = [jnp.asarray(windows[i : i + settings.batch], jnp.int32) for i in starts]
+    quantized = _ForwardPass(dec, dict(params), dict(scales), [{"ids": x} for x in ids])
+    return _fit_layers(quantized, params, settings, track)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What linears read in the float model (x) and in the quantized one (x_q), over all tokens.
+    """Moments of a linear's input over all tokens: x in the float model, x_q in the quantized one.
 
     Attributes:
       mean, mean_q: E[x], E[x_q].
@@ -155,47 +134,45 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Site:
-    """Linears of one layer that read the same tensor, their output channels stacked: weight and
-    bias of the float model, weight before the fit, scale, and the largest code."""
+class LinearArrays:
+    """Linears of one layer that read the same tensor, their output channels stacked.
+
+    Attributes:
+      weight, bias: of the float model.
+      scale: real units per code.
+      qmax: largest code.
+    """
 
     weight: Rows
     bias: Channels
-    start: Rows
     scale: Float32[np.ndarray, " n"]
     qmax: Float32[np.ndarray, " n"]
 
 
-Fit = Callable[[Site, Moments], tuple[Rows, Channels, Channels]]
-"""New weight, bias and scale of linears, stacked as the site's."""
-
-
-def _fit(
-    site: Site,
-    m: Moments,
-    *,
-    factors: tuple[float, ...],
-    damping: float,
-    asymmetric: float,
-    biases: bool,
-    exact: bool,
+def _fit_linears(
+    linear: LinearArrays, m: Moments, settings: GptqSettings
 ) -> tuple[Rows, Channels, Channels]:
-    """A `Fit`; the rest as in `gptq`."""
-    damp = damping * max(np.mean(np.diag(m.gram)), np.finfo(np.float32).tiny)
+    """New weight, bias and scale of linears that read the same tensor."""
+    strength = settings.asymmetric
+    damp = settings.damping * max(np.mean(np.diag(m.gram)), np.finfo(np.float32).tiny)
     h = m.gram + damp * np.eye(len(m.gram))
-    target = site.weight if asymmetric == 0 else _target(site.weight, m, h, asymmetric)
-    codes, real, scale = round_columns(target, site.scale, site.qmax, h, factors)
+    target = linear.weight if strength == 0 else _mixed_target(linear.weight, m, h, strength)
+    codes, real, scale = round_columns(target, linear.scale, linear.qmax, h, settings.factors)
     rounded = codes * scale[:, None]
-    mean = m.mean_q + asymmetric * (m.mean - m.mean_q)
-    bias = site.bias + site.weight @ mean - rounded @ m.mean_q if biases else site.bias
+    mean = m.mean_q + strength * (m.mean - m.mean_q)
+    bias = linear.bias + linear.weight @ mean - rounded @ m.mean_q
     inside = np.clip(real, codes - INSIDE, codes + INSIDE) * scale[:, None]
-    return rounded if exact else inside, bias, scale
+    return rounded if settings.exact else inside, bias, scale
 
 
-def _target(w: Rows, m: Moments, h: Square, strength: float) -> Rows:
-    """The real W' of least E||W x' - W' x_q||^2 + lambda ||W - W'||^2, x' between x_q and x.
+def _mixed_target(w: Rows, m: Moments, h: Square, strength: float) -> Rows:
+    """Least-squares target W' that mixes float and quantized inputs.
 
-    W' H = W (E[x' x_q^T] + lambda I); what rounding W' adds to that is (W_q - W') H (W_q - W')^T.
+    W' minimises E||W x' - W' x_q||^2 + lambda ||W - W'||^2 with x' = x_q + strength (x - x_q):
+
+        W' H = W (E[x' x_q^T] + lambda I) = W (H + strength (E[x x_q^T] - E[x_q x_q^T]))
+
+    Rounding W' adds (W_q - W') H (W_q - W')^T to that minimum, which is what GPTQ minimises.
     """
     return np.linalg.solve(h, (w @ (h + strength * (m.cross - m.gram))).T).T
 
@@ -209,8 +186,9 @@ class Linears(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def linears(graph: Graph, only: Chooser) -> tuple[Linears, ...]:
-    """The chosen FULLY_CONNECTED nodes of a graph by the tensor they read, in execution order."""
+def linears_by_input(graph: Graph, only: Chooser) -> tuple[Linears, ...]:
+    """Groups the chosen FULLY_CONNECTED nodes of a graph by the tensor they read, in execution
+    order."""
     found: dict[str, list[tuple[str, str]]] = {}
     for node in graph.nodes:
         if isinstance(node.op, FullyConnected) and only(graph.prefix + node.inputs[1]):
@@ -218,107 +196,105 @@ def linears(graph: Graph, only: Chooser) -> tuple[Linears, ...]:
     return tuple(Linears(x, *zip(*pairs, strict=True)) for x, pairs in found.items())
 
 
-class At(NamedTuple):
-    """A graph, and the layer it is evaluated for."""
+class GraphLayer(NamedTuple):
+    """A graph, and the layer that it is evaluated for (0 where it has none)."""
 
     graph: Graph
     layer: int
 
-    def of(self, x: Any) -> Any:
-        """The layer's part of an entry."""
-        return self.graph.at(x, self.layer)
-
-    def rows(self, values: Params, names: tuple[str, ...]) -> Float64[np.ndarray, "n *k"]:
-        """Entries by local name, stacked along their output channels."""
-        parts = [self.of(values[self.graph.prefix + name]) for name in names]
+    def get(self, values: Params, names: tuple[str, ...]) -> Float64[np.ndarray, "n *k"]:
+        """Returns the layer's entries of some local names, stacked along their output channels."""
+        parts = [self.graph.at(values[self.graph.prefix + name], self.layer) for name in names]
         return np.concatenate([np.asarray(x, np.float64) for x in parts])
 
     def put(self, values: dict[str, Any], names: tuple[str, ...], rows: np.ndarray) -> None:
-        """Overwrites, in place, what `rows` would give."""
+        """Overwrites, in place, what `get` would return."""
         ends = np.cumsum([self.graph[name].shape[0] for name in names])
         for name, part in zip(names, np.split(rows, ends[:-1]), strict=True):
-            self.of(values[self.graph.prefix + name])[...] = part
+            self.graph.at(values[self.graph.prefix + name], self.layer)[...] = part
 
 
 @dataclass
-class _Pass:
-    """A forward pass that has come to some graph and layer: `values` are its inputs there, batch by
-    batch, so that one residual stream is all that is kept of the text."""
+class _ForwardPass:
+    """A forward pass that has come to some graph and layer.
+
+    Attributes:
+      values: inputs of that graph, batch by batch; one residual stream is all that is kept of the
+        text.
+    """
 
     dec: Decoder
     params: dict[str, Any]
     scales: Scales
     values: list[Tensors]
 
-    @staticmethod
-    def over(
-        dec: Decoder, params: Params, scales: Scales, windows: Int[np.ndarray, "n t"], batch: int
-    ) -> _Pass:
-        starts = range(0, len(windows), batch)
-        ids = [jnp.asarray(windows[i : i + batch], jnp.int32) for i in starts]
-        return _Pass(dec, dict(params), dict(scales), [{"ids": x} for x in ids])
-
-    def run(self, at: At, names: tuple[str, ...]) -> Iterator[Tensors]:
-        """The named tensors, batch by batch."""
-        graph = at.graph
+    def run(self, here: GraphLayer, names: tuple[str, ...]) -> Iterator[Tensors]:
+        """Yields the named tensors, batch by batch."""
+        graph = here.graph
         q = local(self.scales, graph.prefix)
-        here: Any = (local(self.params, graph.prefix), (q, ranges_of(graph, q)))
+        arrays: Any = (local(self.params, graph.prefix), (q, ranges_of(graph, q)))
         # Copies: a computation still under way must not see what is written in place meanwhile.
-        here = jax.tree.map(lambda a: jnp.array(at.of(a)), here)
+        params, quant = jax.tree.map(lambda a: jnp.array(graph.at(a, here.layer)), arrays)
         inputs = {t.name for t in graph.named("input")}
         shared = {k: v for k, v in shared_inputs(self.dec).items() if k in inputs}
         for values in self.values:
-            yield graph_tensors(graph, names, values, here[0] | shared, here[1])
+            yield graph_tensors(graph, names, values, params | shared, quant)
 
 
-def _sweep(
-    fitted: _Pass, float_params: Params, fit: Fit, only: Chooser, track: Track, measure: bool
+def _fit_layers(
+    quantized: _ForwardPass, float_params: Params, settings: GptqSettings, track: Track
 ) -> Fitted:
-    """The chosen linears fitted in execution order, each to the inputs that those before it, fitted
-    already, give it; with `measure`, and to the inputs in the float model."""
-    dec, params = fitted.dec, fitted.params
-    exact = _Pass(dec, dict(float_params), {}, fitted.values)
-    chosen = {graph: linears(graph, only) for graph in dec.graphs}
+    """Fits the chosen linears in execution order, each to the inputs that those before it, fitted
+    already, give it; where `asymmetric` is not 0, also to its inputs in the float model."""
+    dec, params = quantized.dec, quantized.params
+    exact = _ForwardPass(dec, dict(float_params), {}, quantized.values)
+    chosen = {graph: linears_by_input(graph, settings.only) for graph in dec.graphs}
     own = [(graph.prefix, group) for graph, groups in chosen.items() for group in groups]
     names = [prefix + n for prefix, group in own for n in (*group.weights, *group.biases)]
     params.update({name: np.array(params[name]) for name in names})
-    scales = {n: jax.tree.map(np.array, fitted.scales[n]) for n in names if n in fitted.scales}
-    fitted.scales.update(scales)
+    scales = {
+        n: jax.tree.map(np.array, quantized.scales[n]) for n in names if n in quantized.scales
+    }
+    quantized.scales.update(scales)
     scale = {name: q.scale for name, q in scales.items()}
     graphs = [g for g in dec.graphs if g is not dec.head or chosen[g]]
-    steps = [At(g, i) for g in graphs for i in range(g.layers)]
-    for at in track(steps, len(steps), "weights"):
+    steps = [GraphLayer(g, i) for g in graphs for i in range(g.layers)]
+    for here in track(steps, len(steps), "weights"):
         # Logits are larger than all else, and nobody reads them.
-        out = at.graph.outputs[:1] if at.graph is not dec.head else ()
-        inputs = tuple(group.input for group in chosen[at.graph])
-        wanted = list(exact.run(at, (*inputs, *out))) if measure else []
-        for group in chosen[at.graph]:
-            m = _moments(group.input, fitted.run(at, (group.input,)), wanted)
-            weight, bias, s = fit(_site(at, group, float_params, params, scale), m)
-            at.put(params, group.weights, weight)
-            at.put(params, group.biases, bias)
-            at.put(scale, group.weights, s)
+        out = here.graph.outputs[:1] if here.graph is not dec.head else ()
+        inputs = tuple(group.input for group in chosen[here.graph])
+        wanted = list(exact.run(here, (*inputs, *out))) if settings.asymmetric else []
+        for group in chosen[here.graph]:
+            m = _moments(group.input, quantized.run(here, (group.input,)), wanted)
+            fitted = _fit_linears(_arrays(here, group, float_params, scale), m, settings)
+            here.put(params, group.weights, fitted[0])
+            here.put(params, group.biases, fitted[1])
+            here.put(scale, group.weights, fitted[2])
         for name in out:
             exact.values = [{"input.residual": x[name]} for x in wanted]
-            fitted.values = [{"input.residual": x[name]} for x in fitted.run(at, out)]
+            quantized.values = [{"input.residual": x[name]} for x in quantized.run(here, out)]
     new = {name: jnp.array(params[name]) for name in names}
     return Fitted(params | new, jax.tree.map(jnp.array, scales))
 
 
-def _site(at: At, group: Linears, exact: Params, params: Params, scale: Params) -> Site:
-    specs = [at.graph[name] for name in group.weights]
-    qmax = [np.full(s.shape[0], code_range(s)[1][at.layer]) for s in specs]
-    return Site(
-        weight=at.rows(exact, group.weights),
-        bias=at.rows(exact, group.biases),
-        start=at.rows(params, group.weights),
-        scale=at.rows(scale, group.weights).astype(np.float32),
+def _arrays(here: GraphLayer, group: Linears, params: Params, scale: Params) -> LinearArrays:
+    specs = [here.graph[name] for name in group.weights]
+    qmax = [np.full(s.shape[0], code_range(s)[1][here.layer]) for s in specs]
+    return LinearArrays(
+        weight=here.get(params, group.weights),
+        bias=here.get(params, group.biases),
+        scale=here.get(scale, group.weights).astype(np.float32),
         qmax=np.concatenate(qmax),
     )
 
 
 def _moments(name: str, got: Iterable[Tensors], wanted: list[Tensors]) -> Moments:
-    """Of a tensor's batches (B, T, K), which are added up in float64; x is x_q without `wanted`."""
+    """Moments of a tensor, batches (B, T, K) added up in float64.
+
+    Args:
+      got: the quantized model's tensors, batch by batch.
+      wanted: the float model's; where there are none, x is x_q.
+    """
     total: list[np.ndarray] = []
     count = 0
     for i, x_q in enumerate(tensors[name] for tensors in got):
@@ -334,5 +310,6 @@ def _moments(name: str, got: Iterable[Tensors], wanted: list[Tensors]) -> Moment
 def _sums(
     x: Float32[Array, "b t k"], y: Float32[Array, "b t k"]
 ) -> tuple[Float32[Array, " k"], Float32[Array, "k k"]]:
+    """sum x and sum x y^T over all tokens."""
     x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
     return x.sum(0), jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qnpu_jax.calibrate.statistics import BINS, Statistics, Stats, _members
+from qnpu_jax.calibrate.statistics import BINS, Statistics, Stats, free_activations
 from qnpu_jax.graph import (
     Decoder,
     Params,
@@ -23,7 +23,7 @@ from qnpu_jax.graph import (
 )
 
 
-def initialize(
+def calibrate_activations(
     dec: Decoder, stats: Statistics, method: str, tame: bool
 ) -> tuple[Scales, list[dict[str, object]]]:
     """Scales of every free activation from its statistics, and one report row per tensor and layer.
@@ -39,7 +39,7 @@ def initialize(
     scales: Scales = {}
     report: list[dict[str, object]] = []
     for graph in dec.graphs:
-        for root in _members(graph):
+        for root in free_activations(graph):
             name = graph.prefix + root
             quant = graph[root].quant
             ranges = []

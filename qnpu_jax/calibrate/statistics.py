@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +13,7 @@ from jaxtyping import Array, Int
 
 from qnpu_jax.fakequant import passes
 from qnpu_jax.graph import Decoder, Graph, Params, Scales, Tensors, is_free, tied_inputs
+from qnpu_jax.progress import Track, untracked
 
 BINS = 1 << 14
 """Bins of a histogram: enough for 8 bins per code when the chosen range is an eighth of the
@@ -77,12 +77,12 @@ Statistics = dict[str, list[Stats]]
 """Per free tensor (global name) one `Stats` per layer, a list of one outside the layer graph."""
 
 
-def collect(
+def collect_statistics(
     dec: Decoder,
     params: Params,
     windows: Int[np.ndarray, "n t"],
     batch: int = 8,
-    track: Callable[[Iterable[int], int, str], Iterable[int]] = lambda items, _, __: items,
+    track: Track = untracked,
     scales: Scales | None = None,
 ) -> Statistics:
     """Statistics of every free activation over the windows, prefix K/V included in those of the
@@ -111,7 +111,7 @@ def collect(
 
 
 @lru_cache(maxsize=64)
-def _members(graph: Graph) -> dict[str, list[str]]:
+def free_activations(graph: Graph) -> dict[str, list[str]]:
     """Free activations and the tensors whose values their range must cover.
 
     Movement ops only copy, so the members that count are those that another op produces (the heads
@@ -127,7 +127,7 @@ def _members(graph: Graph) -> dict[str, list[str]]:
 
 
 def _produced(graph: Graph) -> tuple[str, ...]:
-    return tuple(name for members in _members(graph).values() for name in members)
+    return tuple(name for members in free_activations(graph).values() for name in members)
 
 
 def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
@@ -136,7 +136,7 @@ def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
     rows: dict[str, Stats] = {}  # by member
     narrow: dict[str, jax.Array] = {}
     moments = jax.device_get(_moments({name: env[name] for name in _produced(graph)}))
-    for root, members in _members(graph).items():
+    for root, members in free_activations(graph).items():
         kept = stats.setdefault(graph.prefix + root, [])
         if len(kept) == layer:
             kept.append(Stats())

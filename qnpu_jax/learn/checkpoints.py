@@ -1,12 +1,12 @@
 """Checkpoints on disk, by orbax: a run killed at any step and started again goes on from the last.
 
-    <folder>/run.json             what is learned, from what, on what: `check` compares every entry
-    <folder>/stage0/<step>/       orbax's, the state
+    <folder>/run.json             inputs of the run; `check_checkpoints` compares every entry
+    <folder>/stage0/<step>/       the state of stage 0 after a step, written by orbax
     <folder>/stage0-<step>.json   losses, and a SHA-256 of each of orbax's files; written last
 
 The last two states of a stage are kept. Orbax commits a state whole or not at all, but reads
 flipped bits as other numbers, and cuts arrays of another shape to the one asked for: the hashes
-and `_restored` make errors of these.
+and `_restore_leaf` turn both into errors.
 """
 
 from __future__ import annotations
@@ -23,25 +23,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
-from qnpu_jax.learn.train import History, TrainState
+from qnpu_jax.learn.train import History, Progress, TrainState
 
 FORMAT = 1
 RUN = "run.json"
 PACKAGES = ("qnpu", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 """Another version of any of these may compute, or store, something else."""
-SHORT = 40
+LONGEST_VALUE = 40
 """Characters of a value in a message."""
 
 
-def check(folder: Path, inputs: Mapping[str, Any]) -> None:
-    """Raises UserError where `folder` cannot hold the checkpoints of this run.
+def check_checkpoints(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Checks that a folder can hold the checkpoints of this run.
 
     Args:
-      inputs: what decides the result, as JSON; entries that are not known yet are left out.
+      folder: new, empty, or of an earlier run with the same inputs.
+      inputs: everything that decides the result, as JSON; entries that are not known yet are left
+        out.
+
+    Raises:
+      UserError: it is a file, it holds something else, or it is of another run.
     """
     with artifacts.system_errors(folder):
         if folder.exists() and not folder.is_dir():
@@ -54,17 +58,17 @@ def check(folder: Path, inputs: Mapping[str, Any]) -> None:
             " folder, or one of an earlier run; choose another --checkpoints"
         )
     held = _flat(_read(folder / RUN))
-    for name, expected in _flat(_known(inputs)).items():
-        # Of a list, the part before the first bracket: one more stage is a difference too.
+    for name, expected in _flat(_described(inputs)).items():
         if (got := held.pop(name, None)) != expected:
             raise _another_run(folder, name, expected, got)
-    given = tuple(_known(inputs))
-    for name, got in held.items():
+    given = tuple(_described(inputs))
+    for name, got in held.items():  # what is left: a stage more than ours is a difference too
         if re.split(r"[.[]", name)[0] in given:
             raise _another_run(folder, name, None, got)
 
 
-def _known(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _described(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, with versions and device: what `run.json` holds."""
     versions = {name: artifacts.version(name) for name in PACKAGES}
     device = jax.devices()[0].device_kind
     return {"format": FORMAT, "versions": versions, "device": device, **inputs}
@@ -73,7 +77,7 @@ def _known(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def _another_run(folder: Path, name: str, expected: Any, got: Any) -> UserError:
     def short(value: Any) -> str:
         text = "nothing" if value is None else str(value)
-        return text if len(text) <= SHORT else text[: SHORT - 3] + "..."
+        return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
     return UserError(
         f"{folder}: checkpoints of another run: {name}: expected {short(expected)}, got"
@@ -82,38 +86,42 @@ def _another_run(folder: Path, name: str, expected: Any, got: Any) -> UserError:
     )
 
 
-def last(folder: Path) -> tuple[int, int] | None:
-    """Stage and step of the last checkpoint, None where there is none."""
-    return max(_kept(folder).values(), default=None)
+def last_checkpoint(folder: Path) -> tuple[int, int] | None:
+    """Returns stage (from 0) and step of the last checkpoint; None where there is none."""
+    return max(_records(folder).values(), default=None)
 
 
-def _kept(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Records, and the stage and step of each."""
+def _records(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Records in a folder, and the stage and step of each."""
     names = {p: re.fullmatch(r"stage(\d+)-(\d+)\.json", p.name) for p in folder.glob("stage*")}
     return {path: (int(found[1]), int(found[2])) for path, found in names.items() if found}
 
 
 class Checkpoints:
-    """`stages.Store` in a folder."""
+    """A folder of checkpoints: a `stages.Store`."""
 
     def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
         """Makes the folder, or opens it where it is of the same run.
 
         Args:
-          inputs: all that decides the result, as JSON.
+          inputs: everything that decides the result, as JSON.
 
         Raises:
-          UserError: as `check`, or it cannot be written.
+          UserError: as `check_checkpoints`, or the folder cannot be written.
         """
-        check(folder, inputs)
+        check_checkpoints(folder, inputs)
         self.folder = folder
         with artifacts.system_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / RUN).exists():
-                _write(folder / RUN, _known(inputs))
+                _write(folder / RUN, _described(inputs))
 
-    def load(self, stage: int, like: TrainState) -> tuple[TrainState, History] | None:
-        """The last state saved of a stage; dtypes and kinds of array are those of `like`.
+    def load(self, stage: int, like: TrainState) -> Progress | None:
+        """Reads the last state saved of a stage; None where there is none.
+
+        Args:
+          stage: its number, from 0.
+          like: a state of equal structure, whose dtypes and kinds of array the result takes.
 
         Raises:
           UserError: it is damaged, or of another shape.
@@ -127,13 +135,15 @@ class Checkpoints:
             raise UserError(f"{record}: incomplete; {_way_out(record)}")
         artifacts.check_files(path, kept["sha256"], f"by {record.name}", _way_out(record))
         self._clean(stage)
-        with _orbax(path), _manager(path.parent) as manager:
-            stored = manager.restore(step, args=ocp.args.PyTreeRestore())
+        stored = _read_arrays(path)
         held_out = [(int(step), kl) for step, kl in kept["held_out"]]
-        return _restored(path, stored, like), History(kept["loss"], held_out)
+        return Progress(_restore(path, stored, like), History(kept["loss"], held_out))
 
     def save(self, stage: int, state: TrainState, history: History) -> None:
-        """Keeps a state; until it is whole on disk, the one before counts.
+        """Writes a state; until it is whole on disk, the one before counts.
+
+        Args:
+          stage: its number, from 0.
 
         Raises:
           UserError: it cannot be written.
@@ -143,15 +153,13 @@ class Checkpoints:
                 self._place(stage, old)[1].unlink()
         self._clean(stage)
         path, record = self._place(stage, int(state.step))
-        with _orbax(path), _manager(path.parent) as manager:
-            arrays = {name: np.asarray(x) for name, x in _leaves(state)}
-            manager.save(int(state.step), args=ocp.args.PyTreeSave(arrays))
+        _write_arrays(path, {name: np.asarray(x) for name, x in _leaves(state)})
         with artifacts.system_errors(path):
             sums = {"sha256": artifacts.digests(path)}
             _write(record, dataclasses.asdict(history) | sums)
 
     def _steps(self, stage: int) -> list[int]:
-        return [step for at, step in _kept(self.folder).values() if at == stage]
+        return [step for at, step in _records(self.folder).values() if at == stage]
 
     def _place(self, stage: int, step: int) -> tuple[Path, Path]:
         """The folder of a state, and its record."""
@@ -168,7 +176,7 @@ class Checkpoints:
     def remove(self) -> None:
         """Removes the checkpoints, and the folder unless somebody keeps something else in it."""
         with artifacts.system_errors(self.folder):
-            for file in _kept(self.folder):  # first: without its record, a state does not count
+            for file in _records(self.folder):  # first: without its record, a state does not count
                 file.unlink()
             for stage in self.folder.glob("stage*"):
                 if re.fullmatch(r"stage\d+", stage.name):
@@ -178,7 +186,26 @@ class Checkpoints:
                 self.folder.rmdir()
 
 
-def _manager(folder: Path) -> ocp.CheckpointManager:
+def _read_arrays(path: Path) -> Mapping[str, Any]:
+    """Arrays by name, of the folder of a state."""
+    import orbax.checkpoint as ocp  # takes a second, and most runs keep no checkpoint
+
+    with _orbax_errors(path), _manager(path.parent) as manager:
+        return manager.restore(int(path.name), args=ocp.args.PyTreeRestore())
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes the folder of a state."""
+    import orbax.checkpoint as ocp
+
+    with _orbax_errors(path), _manager(path.parent) as manager:
+        manager.save(int(path.name), args=ocp.args.PyTreeSave(arrays))
+
+
+def _manager(folder: Path) -> Any:
+    """orbax's manager of the states of a stage."""
+    import orbax.checkpoint as ocp
+
     return ocp.CheckpointManager(
         folder.absolute(),
         # Weights are noise to a compressor: a sixth smaller, in seven times the time.
@@ -188,7 +215,7 @@ def _manager(folder: Path) -> ocp.CheckpointManager:
 
 
 @contextmanager
-def _orbax(path: Path) -> Iterator[None]:
+def _orbax_errors(path: Path) -> Iterator[None]:
     """Turns whatever orbax raises over a folder into a UserError."""
     try:
         yield
@@ -202,7 +229,7 @@ def _orbax(path: Path) -> Iterator[None]:
 
 
 def _way_out(file: Path) -> str:
-    """For a damaged file of ours. Without a record, the one before it counts."""
+    """Advice for a damaged file. Without its record, the checkpoint before it counts."""
     before = "" if file.name == RUN else f"remove {file} to go on from the checkpoint before, or "
     return f"{before}remove {file.parent} to learn afresh"
 
@@ -210,22 +237,27 @@ def _way_out(file: Path) -> str:
 def _leaves(state: TrainState) -> list[tuple[str, Any]]:
     """Arrays by path, as in ".theta['scale/embed.residual']"."""
     paths, _ = jax.tree_util.tree_flatten_with_path(state)
-    return [(jax.tree_util.keystr(path), x) for path, x in paths]
+    return [("".join(map(_entry, path)), x) for path, x in paths]
 
 
-def _restored(path: Path, stored: Mapping[str, Any], like: TrainState) -> TrainState:
-    """`like` with the values that were stored."""
+def _entry(entry: Any) -> str:
+    """One entry of a path. A key of a dict is named as in messages, whatever its type."""
+    return f"[{str(entry.key)!r}]" if isinstance(entry, jax.tree_util.DictKey) else str(entry)
+
+
+def _restore(path: Path, stored: Mapping[str, Any], like: TrainState) -> TrainState:
+    """Replaces the values of `like` by the stored ones."""
     names = [name for name, _ in _leaves(like)]
     if odd := set(names) ^ set(stored):
         raise UserError(
             f"{path}: array {min(odd)} is {'missing' if min(odd) in names else 'unknown'}; expected"
             " the arrays of this stage; remove the folder that it is in to learn afresh"
         )
-    leaves = [_restored_leaf(path, name, stored[name], x) for name, x in _leaves(like)]
+    leaves = [_restore_leaf(path, name, stored[name], x) for name, x in _leaves(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _restored_leaf(path: Path, name: str, stored: Any, like: Any) -> Any:
+def _restore_leaf(path: Path, name: str, stored: Any, like: Any) -> Any:
     """One array, of the kind of `like`: the compiled step takes no other, and may overwrite it."""
     found = np.asarray(stored)
     if (found.shape, found.dtype) != (np.shape(like), like.dtype):

@@ -1,5 +1,7 @@
-"""One optax transformation for all groups: rotations stay orthogonal, rounding offsets move by
-signs, the rest by Adam or SGD.
+"""One optax transformation for all groups of learned parameters.
+
+Rotations stay orthogonal (`orthogonal`), rounding offsets move by the sign of their gradient, and
+everything else moves by Adam or SGD.
 """
 
 from __future__ import annotations
@@ -10,18 +12,25 @@ import jax
 import optax
 
 from qnpu_jax.learn.orthogonal import cayley_sgd, on_orthogonal_group
-from qnpu_jax.learn.parameters import Theta, group_of
+from qnpu_jax.learn.parameters import Theta, ThetaKey, group_of
 from qnpu_jax.recipes import Stage
 
 
 def optimizer(stage: Stage, steps: int) -> optax.GradientTransformation:
-    """Of the groups that the stage learns, each with its peak rate, cosine to zero over `steps`."""
+    """Builds the optimizer of a stage: each group at its own peak rate, which decays by a cosine to
+    zero over `steps`.
+
+    Returns:
+      A transformation of `Theta`; parameters of a group that the stage does not learn are a
+      ValueError.
+    """
     # The mean of a cosine is half its peak: sign descent then gets as far as the stage allows.
     peaks = {g: 2 * r / steps if g == "rounding" else r for g, r in stage.learn}
     parts: dict[Hashable, optax.GradientTransformation] = {
-        g: _of_group(stage, g, optax.cosine_decay_schedule(r, steps)) for g, r in peaks.items()
+        g: _group_optimizer(stage, g, optax.cosine_decay_schedule(r, steps))
+        for g, r in peaks.items()
     }
-    inner = optax.multi_transform(parts, _labels)
+    inner = optax.multi_transform(parts, _group_labels)
 
     def update(updates, state, params=None):
         # optax multiplies float32 moments by Python and weakly typed scalars.
@@ -31,7 +40,9 @@ def optimizer(stage: Stage, steps: int) -> optax.GradientTransformation:
     return optax.GradientTransformation(inner.init, update)
 
 
-def _of_group(stage: Stage, group: str, rate: optax.Schedule) -> optax.GradientTransformation:
+def _group_optimizer(
+    stage: Stage, group: str, rate: optax.Schedule
+) -> optax.GradientTransformation:
     match group:
         case "rotation" if stage.rotation_optimizer == "cayley_sgd":
             return cayley_sgd(rate)
@@ -43,5 +54,5 @@ def _of_group(stage: Stage, group: str, rate: optax.Schedule) -> optax.GradientT
             return optax.adam(rate) if stage.optimizer == "adam" else optax.sgd(rate)
 
 
-def _labels(theta: Theta) -> dict[str, str]:
-    return {name: group_of(name) for name in theta}
+def _group_labels(theta: Theta) -> dict[ThetaKey, str]:
+    return {key: group_of(key) for key in theta}

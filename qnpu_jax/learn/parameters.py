@@ -1,17 +1,26 @@
-"""All that learning can move, as one flat dict of arrays, and what it makes of a model.
+"""Theta: the learned parameters of a stage, and the model that they make of the one it starts from.
 
-A name is "<group>/<tensor>". Every array starts at zero (rotations at the identity) and is relative
-to the model that a stage starts from, in units that make one learning rate fit a group: scales in
-their logarithm, zero points in half code ranges, biases and prefix in the range of their tensor,
-rounding offsets in codes. `reading` applies them inside a traced forward pass, `merged` for good,
-in float64; both by the same functions of `rotate` and `equivalent`.
+Every array of theta starts at zero (rotations at the identity) and is relative to that model. Units
+are chosen so that one learning rate fits a group:
+
+  kind           unit                                        the student computes with
+  scale          logarithm                                   s = s0 exp(a)
+  weight_scale   logarithm                                   s = s0 exp(a)
+  zero_point     half the code range of 8 bits, 128 codes    z = clip(round(z0 + 128 b))
+  bias, prefix   range of the tensor that it adds to         x0 + u range
+  rounding       codes                                       w0 + u s
+  diagonal       logarithm                                   `transform.scale_channels` by exp(u)
+  rotation       the matrix itself                           `transform.rotate` by it
+
+`student_reading` applies theta inside a traced forward pass; `merge_theta` applies it for good, in
+float64. Both call the same functions of `qnpu_jax.transform`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,28 +43,65 @@ from qnpu_jax.graph import (
     resolve,
 )
 from qnpu_jax.recipes import Stage
-from qnpu_jax.transform import Diagonal, Rotation, rotate, rotated, scale, scaled
+from qnpu_jax.transform import (
+    Diagonal,
+    Rotation,
+    rotate,
+    rotate_parameter,
+    scale_channels,
+    scale_parameter,
+)
 
-Theta = dict[str, jax.Array]
-ZERO_UNIT = 128.0
-"""Codes of zero point per unit of its parameter: half an 8-bit range."""
-LEAST = np.float32(2**-10)
+Kind = Literal[
+    "scale", "weight_scale", "zero_point", "bias", "prefix", "rounding", "diagonal", "rotation"
+]
+
+
+class ThetaKey(NamedTuple):
+    """Name of a learned array.
+
+    Attributes:
+      kind: what the array changes.
+      tensor: stacked global name of the tensor that it changes; of a rotation `r1` or `r2`, of a
+        diagonal its name in `transform.Diagonal`.
+
+    Example:
+      >>> str(ThetaKey("scale", "layers.mlp.act"))
+      'scale/layers.mlp.act'
+    """
+
+    kind: Kind
+    tensor: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.tensor}"
+
+
+Theta = dict[ThetaKey, jax.Array]
+
+R1, R2 = ThetaKey("rotation", "r1"), ThetaKey("rotation", "r2")
+DIAGONALS = tuple(ThetaKey("diagonal", name) for name in ("up_down", "v_o", "q_k"))
+"""In the order of `scale_parameter`'s arguments."""
+ZERO_POINT_UNIT = 128.0
+"""Codes per unit of a zero point's parameter: half an 8-bit range."""
+LEAST_FACTOR = np.float32(2**-10)
 """Least factor of a scale under SGD: scales stay positive."""
-LAYERED = "layers.~"
-"""What marks our arrays among the parameters that the scan over layers cuts in slices."""
+LEARNED = "layers.~"
+"""Key prefix of learned per-layer arrays, which `scan` slices along with the weights."""
 
 
 @struct.dataclass(kw_only=True)
 class Base:
-    """What a stage starts from; arguments of the compiled step, never constants of it.
+    """The model that a stage starts from: arguments of the compiled step, never constants of it.
 
     Attributes:
       params: folded parameters by global name, prefix K/V included.
       free: QParams of every free tensor.
-      ranges: qmin and qmax of every quantized tensor.
-      units: real value of one unit of a bias or prefix parameter, by its name in Theta.
+      ranges: qmin and qmax of every quantized tensor, `code_ranges`.
+      units: real value of one unit of each bias and prefix parameter, `theta_units`.
       teacher: parameters of the float model.
-      basis: (D, D), takes the teacher's residual stream x to that of `params`, x basis.
+      basis: (D, D) product B of the rotations that earlier stages merged: where the teacher's
+        residual stream is x, that of `params` is x B.
     """
 
     params: Any
@@ -66,56 +112,78 @@ class Base:
     basis: Any
 
 
-def group_of(name: str) -> str:
-    """The group of recipes.GROUPS that a parameter belongs to."""
-    kind, _, tensor = name.partition("/")
-    match kind:
+def group_of(key: ThetaKey) -> str:
+    """Returns the group of `recipes.GROUPS` that a parameter belongs to.
+
+    >>> group_of(ThetaKey("scale", "layers.attn.input")), group_of(R1)
+    ('rotated', 'rotation')
+    """
+    match key.kind:
         case "scale" | "zero_point":
-            return "rotated" if is_rotated(tensor) else "unrotated"
+            return "rotated" if is_rotated(key.tensor) else "unrotated"
         case "weight_scale":
             return "weights"
-        case _:
-            return {"bias": "biases"}.get(kind, kind)
+        case "bias":
+            return "biases"
+        case kind:
+            return kind
 
 
-def initial(dec: Decoder, free: Scales, groups: Iterable[str]) -> Theta:
-    """Parameters of the groups, where they change nothing."""
+def initial_theta(dec: Decoder, free: Scales, groups: Iterable[str]) -> Theta:
+    """Makes the parameters of some groups, at values that change nothing.
+
+    Args:
+      free: QParams of every free tensor.
+      groups: names from `recipes.GROUPS`.
+
+    Returns:
+      float32 zeros; identity matrices for rotations.
+    """
     cfg, groups = dec.config, set(groups)
-    layers, kv, k = cfg.num_layers, cfg.num_kv_heads, cfg.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "diagonal/up_down": (layers, cfg.intermediate_size),
-        "diagonal/v_o": (layers, kv, k),
-        "diagonal/q_k": (layers, kv, k // 2),
+    layers, k = cfg.num_layers, cfg.head_dim
+    theta = {
+        key: jnp.zeros(shape, jnp.float32)
+        for key, shape in _shapes(dec, free).items()
+        if group_of(key) in groups
     }
-    for graph in dec.graphs:
-        for spec in graph.tensors:
-            name = graph.prefix + spec.name
-            stack = (layers, *spec.shape) if graph is dec.layer else spec.shape
-            if is_free(graph, spec.name):
-                weight = spec.kind == "param"
-                shapes[("weight_scale/" if weight else "scale/") + name] = free[name].scale.shape
-                if not (weight or _symmetric(graph, spec.name)):
-                    shapes[f"zero_point/{name}"] = free[name].scale.shape
-                if weight and graph is dec.layer:
-                    shapes[f"rounding/{name}"] = stack
-            elif spec.kind == "param" and graph is dec.layer:
-                # The head's bias would learn the vocabulary of the calibration text.
-                shapes[f"{'bias' if name.endswith('bias') else 'prefix'}/{name}"] = stack
-    theta = {n: jnp.zeros(s, jnp.float32) for n, s in shapes.items() if group_of(n) in groups}
     if "rotation" in groups:
         eye = np.eye(k, dtype=np.float32)
-        theta["rotation/r1"] = jnp.eye(cfg.hidden_size, dtype=jnp.float32)
-        theta["rotation/r2"] = jnp.asarray(np.broadcast_to(eye, (layers, k, k)).copy())
+        theta[R1] = jnp.eye(cfg.hidden_size, dtype=jnp.float32)
+        theta[R2] = jnp.asarray(np.broadcast_to(eye, (layers, k, k)).copy())
     return theta
 
 
-def _symmetric(graph: Graph, name: str) -> bool:
+def _shapes(dec: Decoder, free: Scales) -> dict[ThetaKey, tuple[int, ...]]:
+    """Shapes of all parameters but rotations."""
+    cfg = dec.config
+    layers, kv, k = cfg.num_layers, cfg.num_kv_heads, cfg.head_dim
+    diagonals = (layers, cfg.intermediate_size), (layers, kv, k), (layers, kv, k // 2)
+    shapes: dict[ThetaKey, tuple[int, ...]] = dict(zip(DIAGONALS, diagonals, strict=True))
+    for graph in dec.graphs:
+        for spec in graph.tensors:
+            name = graph.prefix + spec.name
+            stacked = (layers, *spec.shape) if graph.layered else spec.shape
+            if is_free(graph, spec.name):
+                weight = spec.kind == "param"
+                scale = free[name].scale.shape
+                shapes[ThetaKey("weight_scale" if weight else "scale", name)] = scale
+                if not (weight or _has_no_zero_point(graph, spec.name)):
+                    shapes[ThetaKey("zero_point", name)] = scale
+                if weight and graph.layered:
+                    shapes[ThetaKey("rounding", name)] = stacked
+            elif spec.kind == "param" and graph.layered:
+                # The head's bias would learn the vocabulary of the calibration text.
+                shapes[ThetaKey("bias" if name.endswith("bias") else "prefix", name)] = stacked
+    return shapes
+
+
+def _has_no_zero_point(graph: Graph, name: str) -> bool:
     quant = graph[name].quant
     return quant.symmetric or min(quant.bits) >= 16
 
 
-def ranges(dec: Decoder) -> dict[str, Bounds]:
-    """Code ranges of every quantized tensor by global name."""
+def code_ranges(dec: Decoder) -> dict[str, Bounds]:
+    """Returns qmin and qmax of every quantized tensor, in codes, by stacked global name."""
     return {
         graph.prefix + name: bounds
         for graph in dec.graphs
@@ -123,64 +191,78 @@ def ranges(dec: Decoder) -> dict[str, Bounds]:
     }
 
 
-def units(dec: Decoder, free: Scales) -> dict[str, np.ndarray]:
-    """Real value of one unit of each bias and prefix parameter: the range of what it adds to."""
-    resolved = jax.tree.map(np.asarray, resolve(dec, free))
-    out: dict[str, np.ndarray] = {}
+def theta_units(dec: Decoder, free: Scales) -> dict[ThetaKey, np.ndarray]:
+    """Returns the real value of one unit of each bias and prefix parameter, s 2^(bits - 1).
 
-    def span(name: str, like: str) -> np.ndarray:
+    s and bits are those of the tensor that a bias is added to, or of the cache that holds a prefix.
+
+    Returns:
+      float32 (L, 1, ..), broadcastable to the parameter.
+    """
+    resolved = jax.tree.map(np.asarray, resolve(dec, free))
+    out: dict[ThetaKey, np.ndarray] = {}
+
+    def unit_of(name: str, like: str) -> np.ndarray:
         quant = dec.layer[like].quant
-        reach = 2.0 ** (np.asarray(quant.bits, np.float32) - 1)
-        unit = (resolved["layers." + like].scale * reach).astype(np.float32)
+        half_range = 2.0 ** (np.asarray(quant.bits, np.float32) - 1)
+        unit = (resolved["layers." + like].scale * half_range).astype(np.float32)
         return unit.reshape(-1, *[1] * len(dec.layer[name].shape))
 
     for node in dec.layer.nodes:
         for name in node.inputs:
             if name.endswith("bias"):
-                out[f"bias/layers.{name}"] = span(name, node.output)
+                out[ThetaKey("bias", f"layers.{name}")] = unit_of(name, node.output)
             elif ".prefix_" in name:
-                out[f"prefix/layers.{name}"] = span(name, name)
+                out[ThetaKey("prefix", f"layers.{name}")] = unit_of(name, name)
     return out
 
 
-def reading(dec: Decoder, stage: Stage, base: Base, theta: Theta, measure: bool = False) -> Reading:
-    """How the student reads the model, under autodiff."""
+def student_reading(
+    dec: Decoder, stage: Stage, base: Base, theta: Theta, measure: bool = False
+) -> Reading:
+    """Builds the student: the base model moved by theta, fake-quantized, differentiable by theta.
+
+    Args:
+      measure: also sum up the local errors of all quantizers.
+    """
     scales = student_scales(dec, stage, base.free, theta)
     params = dict(base.params)
-    for name, x in theta.items():
-        kind, _, tensor = name.partition("/")
-        if kind in ("rotation", "diagonal") and tensor != "r1":
-            params[LAYERED + name] = jnp.exp(x) if kind == "diagonal" else x
-        elif kind in ("bias", "prefix"):
-            params[LAYERED + tensor] = x * base.units[name]
-        elif kind == "rounding":
-            params[LAYERED + tensor] = x * scales[tensor].scale[..., None]
-    r1 = theta.get("rotation/r1")
+    for key, x in theta.items():
+        match key.kind:
+            case "diagonal":
+                params[LEARNED + key.tensor] = jnp.exp(x)
+            case "rotation" if key != R1:  # R1 is one matrix for all layers
+                params[LEARNED + key.tensor] = x
+            case "bias" | "prefix":
+                params[LEARNED + key.tensor] = x * base.units[key]
+            case "rounding":
+                params[LEARNED + key.tensor] = x * scales[key.tensor].scale[..., None]
+    r1 = theta.get(R1)
 
     def prepare(graph: Graph, values: Tensors) -> Tensors:
-        return _prepared(graph, values, r1)
+        return _moved_params(graph, values, r1)
 
     return Reading(params, scales, base.ranges, prepare, stage.masked, measure)
 
 
-def _prepared(graph: Graph, values: Tensors, r1: jax.Array | None) -> Tensors:
-    """The graph's parameters: rotated, scaled, then moved by what is learned of each."""
-    mark = LAYERED.removeprefix("layers.")
-    ours = {k.removeprefix(mark): v for k, v in values.items() if k.startswith(mark)}
-    diagonal: list[Any] = [ours.get(f"diagonal/{n}") for n in ("up_down", "v_o", "q_k")]
+def _moved_params(graph: Graph, values: Tensors, r1: jax.Array | None) -> Tensors:
+    """A graph's parameters in one layer: rotated, scaled by channel, then moved by their offset."""
+    mark = LEARNED.removeprefix("layers.")
+    learned = {k.removeprefix(mark): v for k, v in values.items() if k.startswith(mark)}
+    diagonals: list[Any] = [learned.get(key.tensor) for key in DIAGONALS]
     out = {}
     for spec in graph.named("param"):
         name, x = graph.prefix + spec.name, values[spec.name]
         if r1 is not None:
-            x = rotated(name, x, r1, ours.get("rotation/r2"))
-        if diagonal[0] is not None and graph.layered:
-            x = scaled(name, x, *diagonal)
-        out[spec.name] = x + ours[name] if name in ours else x
+            x = rotate_parameter(name, x, r1, learned.get(R2.tensor))
+        if diagonals[0] is not None and graph.layered:
+            x = scale_parameter(name, x, *diagonals)
+        out[spec.name] = x + learned[name] if name in learned else x
     return out
 
 
 def student_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Scales:
-    """Scales of every tensor that the stage quantizes."""
+    """Returns the QParams of every tensor that the stage quantizes, moved by theta."""
     resolved = resolve(dec, learned_scales(dec, stage, free, theta))
     if stage.quantized == "all":
         return resolved
@@ -189,10 +271,14 @@ def student_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
 
 
 def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Scales:
-    """Free scales where theta has moved them: s = s0 exp(a), z = clip(round(z0 + 128 b)).
+    """Moves the free scales by theta: s = s0 exp(a), z = clip(round(z0 + 128 b)).
 
-    Under SGD s = s0 max(1 + a, 2^-10), and gradients are those of s and z themselves times LSQ's
-    1/sqrt(numel qmax): a step of b then moves z, and one of a moves s, as Quant.npu's would.
+    Under SGD s = s0 max(1 + a, 2^-10), and a step moves s and z as SGD on s and z itself would,
+    with LSQ's factor f = 1 / sqrt(numel qmax) on their gradients: s by -rate f dL/ds. Autodiff
+    gives dL/da = s0 dL/ds, and a step of a moves s by s0 times as much; so the gradient of a is
+    multiplied by f / s0^2, and that of b by f / 128^2.
+
+    Reference: Esser et al., Learned step size quantization (arXiv 1902.08153), section 2.2.
     """
     out = {}
     for graph in dec.graphs:
@@ -201,8 +287,9 @@ def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
             if name not in free:
                 continue
             q = free[name]
-            a = theta.get(f"scale/{name}", theta.get(f"weight_scale/{name}"))
-            b = theta.get(f"zero_point/{name}")
+            kind = "weight_scale" if spec.kind == "param" else "scale"
+            a = theta.get(ThetaKey(kind, name))
+            b = theta.get(ThetaKey("zero_point", name))
             if stage.optimizer == "sgd":
                 channel = spec.shape[1:] if spec.kind == "param" and spec.quant.axis == 0 else None
                 numel = math.prod(channel or spec.shape)
@@ -210,59 +297,63 @@ def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
                 # A channel of zeros has a scale whose square underflows, and a gradient of 0.
                 square = jnp.square(jnp.maximum(q.scale, np.float32(1e-18)))
                 a = None if a is None else scale_gradient(a, factor / square)
-                b = None if b is None else scale_gradient(b, factor / ZERO_UNIT**2)
+                b = None if b is None else scale_gradient(b, factor / ZERO_POINT_UNIT**2)
             out[name] = QParams(
-                scale=q.scale if a is None else q.scale * _factor(stage, a),
-                zero_point=q.zero_point if b is None else _moved(graph, spec.name, q, b),
+                scale=q.scale if a is None else q.scale * _scale_factor(stage, a),
+                zero_point=q.zero_point if b is None else _zero_point(graph, spec.name, q, b),
             )
     return out
 
 
-def _factor(stage: Stage, a: jax.Array) -> jax.Array:
-    """What a learned scale is multiplied by. The steps of plain SGD are as large as the gradients:
-    an exponential would run away on the first."""
+def _scale_factor(stage: Stage, a: jax.Array) -> jax.Array:
+    """exp(a) under Adam, max(1 + a, 2^-10) under SGD.
+
+    Steps of plain SGD are as large as the gradient: an exponential would run away on the first.
+    """
     if stage.optimizer != "sgd":
         return jnp.exp(a)
     # The gradient passes the floor: a scale that was thrown there can come back.
-    return 1 + a + jax.lax.stop_gradient(jnp.maximum(1 + a, LEAST) - (1 + a))
+    return 1 + a + jax.lax.stop_gradient(jnp.maximum(1 + a, LEAST_FACTOR) - (1 + a))
 
 
-def _moved(graph: Graph, name: str, q: QParams, b: jax.Array) -> jax.Array:
-    """The zero point, an integer of the code range; 0 in layers of 16 bits."""
+def _zero_point(graph: Graph, name: str, q: QParams, b: jax.Array) -> jax.Array:
+    """clip(round(z0 + 128 b), qmin, qmax), an integer; 0 in layers of 16 bits."""
     quant = graph[name].quant
     bits = np.asarray(quant.bits, np.float32)
     bits = bits if graph.layered else bits[0]
     qmax = (2 ** (bits - 1) - 1).astype(np.float32)
     narrow = (bits < 16).astype(np.float32)
-    z = jnp.clip(q.zero_point + np.float32(ZERO_UNIT) * b, -qmax - 1, qmax)
+    z = jnp.clip(q.zero_point + np.float32(ZERO_POINT_UNIT) * b, -qmax - 1, qmax)
     return round_ste(z) * narrow
 
 
-def merged(
-    dec: Decoder, stage: Stage, params: Params, free: Scales, theta: Mapping[str, Any]
+def merge_theta(
+    dec: Decoder, stage: Stage, params: Params, free: Scales, theta: Mapping[ThetaKey, Any]
 ) -> tuple[dict[str, np.ndarray], Scales]:
-    """Parameters and free scales with what was learned in them, products in float64.
+    """Merges what was learned into parameters and free scales; products are float64.
+
+    Args:
+      params, free: those that the stage started from.
+
+    Returns:
+      float32 parameters and free scales of the model that `student_reading` computes.
 
     Raises:
       UserError: a rotation is not orthogonal, a factor not positive.
     """
     cfg: ModelConfig = dec.config
     out = {n: np.asarray(x) for n, x in params.items()}
-    if "rotation/r1" in theta:
-        r1, r2 = np.asarray(theta["rotation/r1"]), np.asarray(theta["rotation/r2"])
-        out = rotate(cfg, out, Rotation(r1=r1, r2=r2))
-    if "diagonal/up_down" in theta:
-        up_down, v_o, q_k = (
-            np.exp(np.asarray(theta[f"diagonal/{n}"], np.float64))
-            for n in ("up_down", "v_o", "q_k")
-        )
-        out = scale(cfg, out, Diagonal(up_down=up_down, v_o=v_o, q_k=q_k))
+    if R1 in theta:
+        out = rotate(cfg, out, Rotation(r1=np.asarray(theta[R1]), r2=np.asarray(theta[R2])))
+    if DIAGONALS[0] in theta:
+        factors = {k.tensor: np.exp(np.asarray(theta[k], np.float64)) for k in DIAGONALS}
+        out = scale_channels(cfg, out, Diagonal(**factors))
     learned = jax.tree.map(np.asarray, learned_scales(dec, stage, free, dict(theta)))
-    real = units(dec, free)
-    for name, x in theta.items():
-        kind, _, tensor = name.partition("/")
-        if kind in ("bias", "prefix"):
-            out[tensor] = out[tensor] + np.asarray(x) * real[name]
-        elif kind == "rounding":
-            out[tensor] = out[tensor] + np.asarray(x) * learned[tensor].scale[..., None]
+    real = theta_units(dec, free)
+    for key, x in theta.items():
+        name = key.tensor
+        if key.kind in ("bias", "prefix"):
+            out[name] = out[name] + np.asarray(x) * real[key]
+        elif key.kind == "rounding":
+            out[name] = out[name] + np.asarray(x) * learned[name].scale[..., None]
     return out, learned

@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
-from qnpu_jax.calibrate import collect, gptq, initialize
+from qnpu_jax.calibrate import GptqSettings, calibrate_activations, collect_statistics, gptq
 from qnpu_jax.graph import Decoder, Params, Scales, decoder, is_rotated, resolve
-from qnpu_jax.learn.parameters import Base, Theta, initial, merged, ranges, student_scales, units
-from qnpu_jax.learn.teacher import check_room, keep
-from qnpu_jax.learn.train import Cached, History, TrainState, ended, fit, nothing, start
+from qnpu_jax.learn.parameters import (
+    R1,
+    Base,
+    Theta,
+    code_ranges,
+    initial_theta,
+    merge_theta,
+    student_scales,
+    theta_units,
+)
+from qnpu_jax.learn.teacher import cache_teacher, check_teacher_bytes
+from qnpu_jax.learn.train import (
+    Callbacks,
+    History,
+    Progress,
+    TrainSettings,
+    TrainState,
+    fit,
+    has_ended,
+    initial_state,
+    uncached,
+)
+from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import Effort, Recipe, Stage
 from qnpu_jax.text import Windows
 
-Report = Callable[[int, int, int, float, float], None]
-"""Stage, step, steps of the stage, loss, best held-out KL so far."""
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A decoder whose every range is set.
+
+    Attributes:
+      dec: staged for calibration windows.
+      params: folded float parameters, prefix K/V included.
+      free: QParams of every free tensor, by global name.
+      tame: a prefix keeps massive tokens out of the graph, so that ranges may clip.
+    """
+
+    dec: Decoder
+    params: Params
+    free: Scales
+    tame: bool
 
 
 @dataclass(frozen=True)
 class Learned:
-    """Parameters and free scales after all stages, and how each stage went."""
+    """Parameters and free scales after all stages, and the record of each stage that learned."""
 
     params: Params
     free: Scales
@@ -32,7 +66,12 @@ class Learned:
 
 
 def schedule(recipe: Recipe, effort: Effort) -> list[tuple[Stage, int]]:
-    """The stages with the groups that learn at this effort, and steps of each."""
+    """Plans the stages: each with the groups that learn at this effort, and its number of steps.
+
+    >>> from qnpu_jax import EFFORTS, RECIPES
+    >>> [steps for _, steps in schedule(RECIPES["w4a8"], EFFORTS["full"])]
+    [250, 250]
+    """
     out = []
     for stage in recipe.stages:
         learn = tuple((g, rate) for g, rate in stage.learn if g not in effort.without)
@@ -42,146 +81,144 @@ def schedule(recipe: Recipe, effort: Effort) -> list[tuple[Stage, int]]:
 
 
 def learns(recipe: Recipe, effort: Effort) -> bool:
-    """Whether any stage takes a step at this effort."""
+    """Tells whether any stage takes a step at this effort."""
     return any(steps for _, steps in schedule(recipe, effort))
 
 
 @runtime_checkable
 class Store(Protocol):
-    """Where the state of a stage is kept, so that a killed run can go on."""
+    """Storage of each stage's state, so that a killed run can go on."""
 
-    def load(self, stage: int, like: TrainState) -> tuple[TrainState, History] | None:
-        """The last state saved of a stage, None where there is none."""
+    def load(self, stage: int, like: TrainState) -> Progress | None:
+        """Returns the last state saved of a stage; None where there is none.
+
+        Args:
+          stage: its number, from 0.
+          like: a state of equal structure, shapes and dtypes.
+        """
         ...
 
     def save(self, stage: int, state: TrainState, history: History) -> None:
-        """Keeps a state."""
+        """Stores a copy of a state."""
         ...
 
 
 class Nowhere:
-    """Keeps nothing."""
+    """A `Store` that stores nothing."""
 
-    def load(self, stage: int, like: TrainState) -> None:
-        """Nothing was kept."""
+    def load(self, stage: int, like: TrainState) -> Progress | None:
+        """Returns None."""
 
     def save(self, stage: int, state: TrainState, history: History) -> None:
-        """Keeps nothing."""
+        """Does nothing."""
 
 
 def learn(
-    dec: Decoder,
+    model: Calibrated,
     recipe: Recipe,
     effort: Effort,
-    params: Params,
-    free: Scales,
     text: Windows,
-    tame: bool,
     store: Store | None = None,
-    report: Report = lambda *_: None,
+    watch: Observer | None = None,
 ) -> Learned:
-    """Runs the stages.
+    """Runs a recipe's stages.
 
     Args:
-      dec: staged for calibration windows.
-      params, free: calibrated.
-      tame: as in `ranges.initialize`.
-      store: of checkpoints; by default nothing is kept.
-      report: called after every step.
+      effort: how much is learned; with 0 steps the stages calibrate and round only.
+      store: where checkpoints go, and what a killed run goes on from; by default nowhere.
+      watch: hears of every step (`Observer.learned`).
 
     Raises:
       UserError: a stage's teacher does not fit in `effort.teacher_bytes`, or as `train.fit`.
     """
     planned = schedule(recipe, effort)
-    for stage, steps in planned:  # all of them now: the last may come hours after the first
-        check_room(dec, stage, effort, steps, text.learning, recipe.seed)
     # On the device once: the first stage's student shares the arrays.
-    params = teacher = jax.tree.map(jnp.asarray, dict(params))
-    run = _Run(dec, effort, recipe.seed, text, teacher, store or Nowhere(), report)
-    basis = np.eye(dec.config.hidden_size, dtype=np.float32)
+    model = replace(model, params=jax.tree.map(jnp.asarray, dict(model.params)))
+    run = _Run(effort, recipe.seed, text, model.params, store or Nowhere(), watch or Observer())
+    for stage, steps in planned:  # all of them now: the last may come hours after the first
+        check_teacher_bytes(run.settings(model.dec, stage, steps), text.learning)
+    basis = np.eye(model.dec.config.hidden_size, dtype=np.float32)
     histories = []
     for i, (stage, steps) in enumerate(planned):
-        params, free = _prepared(dec, stage, params, free, text, tame)
+        model = _calibrate_and_round(model, stage, text.calibration)
         if steps == 0:
             continue
-        theta, history = run.fit(i, stage, steps, params, free, basis)
+        theta, history = run.fit(i, stage, steps, model, basis)
         histories.append(history)
-        params, free = merged(dec, stage, params, free, theta)
-        if "rotation/r1" in theta:
-            basis = basis @ np.asarray(theta["rotation/r1"])
-    return Learned(params, free, histories)
+        params, free = merge_theta(model.dec, stage, model.params, model.free, theta)
+        model = replace(model, params=params, free=free)
+        if R1 in theta:
+            basis = basis @ np.asarray(theta[R1])
+    return Learned(model.params, model.free, histories)
 
 
-def _prepared(
-    dec: Decoder, stage: Stage, params: Params, free: Scales, text: Windows, tame: bool
-) -> tuple[Params, Scales]:
-    """What the stage does before it learns: ranges, then rounding."""
+def _calibrate_and_round(
+    model: Calibrated, stage: Stage, windows: Int[np.ndarray, "n t"]
+) -> Calibrated:
+    """Sets ranges, then rounds weights by GPTQ, where the stage asks for it."""
+    dec, params, free = model.dec, model.params, model.free
     if stage.calibrate != "none":
         active = Stage(quantized="rotated") if stage.calibrate == "unrotated" else None
         scales = student_scales(dec, active, free, {}) if active else None
-        stats = collect(dec, params, text.calibration, scales=scales)
-        found, _ = initialize(dec, stats, stage.ranges, tame)
+        stats = collect_statistics(dec, params, windows, scales=scales)
+        found, _ = calibrate_activations(dec, stats, stage.ranges, model.tame)
         chosen = {n: q for n, q in found.items() if active is None or not is_rotated(n)}
         free = {**free, **chosen}
     if stage.gptq:
         # What learns to round needs to know how near a code each weight is.
-        exact = not stage.rate("rounding")
-        fitted = gptq(dec, params, resolve(dec, free), text.calibration, exact=exact)
+        settings = GptqSettings(exact=not stage.rate("rounding"), asymmetric=stage.gptaq)
+        fitted = gptq(dec, params, resolve(dec, free), windows, settings)
         params, free = fitted.params, {n: fitted.scales.get(n, q) for n, q in free.items()}
-    return params, free
+    return replace(model, params=params, free=free)
 
 
 @dataclass(frozen=True)
 class _Run:
     """What all stages of a run share."""
 
-    dec: Decoder
     effort: Effort
     seed: int
     text: Windows
     teacher: Params
     store: Store
-    report: Report
+    watch: Observer
+
+    def settings(self, dec: Decoder, stage: Stage, steps: int) -> TrainSettings:
+        return TrainSettings(dec, stage, self.effort, steps, self.seed)
 
     def fit(
-        self,
-        index: int,
-        stage: Stage,
-        steps: int,
-        params: Params,
-        free: Scales,
-        basis: np.ndarray,
+        self, index: int, stage: Stage, steps: int, model: Calibrated, basis: np.ndarray
     ) -> tuple[Theta, History]:
-        """The parameters that a stage learns, from its last checkpoint where there is one."""
-        dec = decoder(self.dec.config, self.dec.plan, self.text.learning.shape[1], self.dec.prefix)
+        """Learns one stage, from its last checkpoint where there is one.
+
+        Args:
+          index: number of the stage, from 0.
+          basis: as `Base.basis`.
+        """
+        calibrated, length = model.dec, self.text.learning.shape[1]
+        dec = decoder(calibrated.config, calibrated.plan, length, calibrated.prefix)
+        settings = self.settings(dec, stage, steps)
         base = Base(
-            params=dict(params),
-            free=free,
-            ranges=ranges(dec),
-            units=units(dec, free),
+            params=dict(model.params),
+            free=model.free,
+            ranges=code_ranges(dec),
+            units=theta_units(dec, model.free),
             teacher=self.teacher,
             basis=basis,
         )
-        theta = initial(dec, free, [g for g, _ in stage.learn])
-        state, history = start(stage, theta, steps), History()
-        if kept := self.store.load(index, state):
-            state, history = kept
+        theta = initial_theta(dec, model.free, [g for g, _ in stage.learn])
+        first = initial_state(stage, theta, steps)
+        begun = self.store.load(index, first) or Progress(first, History())
+        cached = uncached
+        if not has_ended(begun.state, self.effort, steps):
+            cached = cache_teacher(settings, self.teacher, self.text.learning)
 
         def save(state: TrainState, history: History) -> None:
             self.store.save(index, state, history)
 
         def report(step: int, loss: float, held_out: float) -> None:
-            self.report(index, step, steps, loss, held_out)
+            self.watch.learned(index, step, steps, loss, held_out)
 
-        best = fit(
-            dec, stage, self.effort, steps, jax.tree.map(jnp.asarray, base), state, history,
-            self.text.learning, self.text.held_out, self.seed, save, report,
-            cached=self.cached(dec, stage, steps, state),
-        )  # fmt: skip
-        return best, history
-
-    def cached(self, dec: Decoder, stage: Stage, steps: int, state: TrainState) -> Cached:
-        """What is kept of the teacher, unless no step would read it."""
-        if ended(state, self.effort, steps):
-            return nothing
-        return keep(dec, stage, self.effort, steps, self.teacher, self.text.learning, self.seed)
+        on_device = jax.tree.map(jnp.asarray, base)
+        best = fit(settings, on_device, begun, self.text, cached, Callbacks(save, report))
+        return best, begun.history

@@ -1,13 +1,14 @@
-"""The loop: a pure step over a `TrainState`, and `fit`, which can be killed at any step and goes on
-from the last checkpoint to the same bytes.
+"""The training loop: a pure step over a `TrainState`, and `fit`, which runs it.
+
+A run killed at any step and started again goes on from the last checkpoint to the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,16 @@ from jaxtyping import Array, Float, Int
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Decoder
-from qnpu_jax.learn.losses import TopK, held_out_kl, objective
+from qnpu_jax.learn.losses import Batch, TopK, held_out_kl, objective
 from qnpu_jax.learn.optimizer import optimizer
-from qnpu_jax.learn.parameters import Base, Theta
+from qnpu_jax.learn.parameters import Base, Theta, ThetaKey
 from qnpu_jax.recipes import Effort, Stage
+from qnpu_jax.text import Windows
 
-DIVERGED = 20.0
-"""A loss this many times the first one has diverged: no useful step comes back from there."""
-RUINED = 10.0
-"""So has a stage that ends with so many times the held-out KL that it began with (at least 0.1)."""
+DIVERGED_LOSS = 20.0
+"""Learning has diverged at a loss this many times the first one: no step comes back from there."""
+DIVERGED_KL = 10.0
+"""Learning has diverged if the held-out KL ends this many times above its start (at least 0.1)."""
 COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
     "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
@@ -35,17 +37,38 @@ COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
 a CPU, it orders ops for threads that two cores do not have, in half as much memory again."""
 
 
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of one stage of learning, fixed while it runs.
+
+    Attributes:
+      dec: staged for learning windows of T tokens.
+      stage: loss, groups and rates.
+      effort: batch, precision, patience and memory.
+      steps: steps of this stage; its rates reach zero after them.
+      seed: decides the order of the windows.
+      every: steps between evaluations; None takes `evaluation_interval(steps)`.
+    """
+
+    dec: Decoder
+    stage: Stage
+    effort: Effort
+    steps: int
+    seed: int
+    every: int | None = None
+
+
 @struct.dataclass(kw_only=True)
 class TrainState:
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
       step: steps taken in this stage.
-      theta: what is learned (`parameters.initial`).
+      theta: learned parameters, `parameters.Theta`.
       optimizer: optax's state.
       best, best_kl: the parameters of least held-out KL so far, and that KL (nats per token).
-      stale: evaluations since.
-      first_loss: of the stage, by which divergence is judged.
+      stale: evaluations since then.
+      first_loss: loss of the stage's first step, by which divergence is judged.
     """
 
     step: Any
@@ -59,65 +82,96 @@ class TrainState:
 
 @dataclass
 class History:
-    """Losses by step and held-out KLs by (step, value), of one stage."""
+    """Record of a stage: losses by step, and held-out KLs (nats per token) as (step, KL)."""
 
     loss: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
 
-Batch = tuple[Int[Array, "b t"], TopK | None]
-"""Token ids, and what was kept of the teacher."""
+class Progress(NamedTuple):
+    """State and record of a stage that has begun: what a checkpoint holds."""
+
+    state: TrainState
+    history: History
+
+
+TeacherCache = Callable[[Int[np.ndarray, " b"]], TopK | None]
+"""Gives the stored teacher output of a batch, by the indices of its windows; None: not stored."""
+
+
+def uncached(_: Int[np.ndarray, " b"]) -> None:
+    """Stores nothing: every step computes the teacher."""
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """The jitted functions of one stage."""
+class Callbacks:
+    """Functions that `fit` calls while it runs.
+
+    Attributes:
+      save: after every evaluation, with state and history; it must copy what it keeps.
+      report: after every step, with its number (from 1), its loss and the least held-out KL so far.
+    """
+
+    save: Callable[[TrainState, History], None] = lambda *_: None
+    report: Callable[[int, float, float], None] = lambda *_: None
+
+
+@dataclass(frozen=True)
+class CompiledStage:
+    """The jitted functions of one stage.
+
+    Attributes:
+      step: (state, base, batch, warm) -> (state, loss, norm of each parameter's gradient).
+      held_out: (theta, base, ids) -> KL.
+    """
 
     step: Callable[
-        [TrainState, Base, jax.Array, jax.Array, TopK | None], tuple[TrainState, jax.Array, Any]
+        [TrainState, Base, Batch, jax.Array], tuple[TrainState, jax.Array, dict[ThetaKey, Any]]
     ]
     held_out: Callable[[Theta, Base, jax.Array], jax.Array]
 
 
-def jitted(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """`jax.jit` for a function that runs for a stage."""
+def jit_for_stage(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """Applies `jax.jit` with compiler options for programs that run no longer than a stage."""
     options = COMPILER_OPTIONS.get(jax.default_backend(), {})
     return jax.jit(function, compiler_options=options, **settings)
 
 
-def compiled(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> Compiled:
-    """Step and evaluation, with the model as an argument: closed over, XLA would fold it."""
+def compile_stage(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> CompiledStage:
+    """Builds step and evaluation of a stage.
+
+    The model is an argument of both: closed over, XLA would fold it as a constant.
+    """
     tx = optimizer(stage, steps)
 
-    def gradient(theta: Theta, base: Base, text: Batch, warm: Float[Array, ""]):
-        """Loss and gradient; over the parts of the batch in turn where it is cut."""
+    def gradient(theta: Theta, base: Base, batch: Batch, warm: Float[Array, ""]):
+        """Loss and gradient, means over the parts of the batch, which run one after the other."""
 
-        def of(part: Batch):
-            ids, cached = part
-            return jax.value_and_grad(
-                lambda theta: objective(dec, stage, base, theta, ids, warm, cached)
-            )(theta)
+        def of_part(part: Batch):
+            return jax.value_and_grad(lambda theta: objective(dec, stage, base, theta, part, warm))(
+                theta
+            )
 
         parts = effort.accumulate
         if parts == 1:
-            return of(text)
+            return of_part(batch)
 
         def add(total, part: Batch):
-            return jax.tree.map(jnp.add, total, of(part)), None
+            return jax.tree.map(jnp.add, total, of_part(part)), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, theta))
-        cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), text)
+        cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
         total, _ = jax.lax.scan(add, zero, cut)
         return jax.tree.map(lambda x: x / np.float32(parts), total)
 
-    def step(state: TrainState, base: Base, ids: jax.Array, warm: jax.Array, cached: TopK | None):
-        loss, gradients = gradient(state.theta, base, (ids, cached), warm)
+    def step(state: TrainState, base: Base, batch: Batch, warm: jax.Array):
+        loss, gradients = gradient(state.theta, base, batch, warm)
         updates, opt = tx.update(gradients, state.optimizer, state.theta)
         moved: Any = optax.apply_updates(state.theta, updates)
         theta = {
-            n: jnp.clip(x, -0.5, 0.5) if n.startswith("rounding/") else x for n, x in moved.items()
+            key: jnp.clip(x, -0.5, 0.5) if key.kind == "rounding" else x for key, x in moved.items()
         }
-        norms = {n: jnp.sqrt(jnp.sum(jnp.square(g))) for n, g in gradients.items()}
+        norms = {key: jnp.sqrt(jnp.sum(jnp.square(g))) for key, g in gradients.items()}
         finite = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
         loss = jnp.where(finite, loss, jnp.float32(jnp.nan))
         return replace(state, step=state.step + 1, theta=theta, optimizer=opt), loss, norms
@@ -125,11 +179,15 @@ def compiled(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> Compiled
     def held_out(theta: Theta, base: Base, ids: jax.Array) -> jax.Array:
         return held_out_kl(dec, stage, base, theta, ids)
 
-    return Compiled(jitted(step, donate_argnums=0), jitted(held_out))
+    return CompiledStage(jit_for_stage(step, donate_argnums=0), jit_for_stage(held_out))
 
 
-def start(stage: Stage, theta: Theta, steps: int) -> TrainState:
-    """Before the first step."""
+def initial_state(stage: Stage, theta: Theta, steps: int) -> TrainState:
+    """Makes the state before the first step of a stage.
+
+    Args:
+      theta: initial parameters; the first step takes their memory.
+    """
     return TrainState(
         step=jnp.int32(0),
         theta=theta,
@@ -142,8 +200,19 @@ def start(stage: Stage, theta: Theta, steps: int) -> TrainState:
 
 
 def batches(windows: int, batch: int, seed: int, step: int) -> Iterator[Int[np.ndarray, " b"]]:
-    """Which of so many windows make each batch from `step` on: every pass over them in an order of
-    its own, drawn from the seed, so that a resumed run sees what it would have seen."""
+    """Yields the indices of the windows of each batch, from a step on, without end.
+
+    Every pass over the windows has an order of its own, drawn from (seed, pass), so that a resumed
+    run sees what it would have seen.
+
+    Args:
+      windows: how many there are; less than a batch of them are repeated.
+      step: the first step to yield for, from 0.
+
+    >>> from itertools import islice
+    >>> [len(rows) for rows in islice(batches(windows=5, batch=2, seed=0, step=0), 3)]
+    [2, 2, 2]
+    """
     per_pass = max(1, windows // batch)
     order, drawn = np.zeros(0, np.int64), -1
     while True:
@@ -154,93 +223,82 @@ def batches(windows: int, batch: int, seed: int, step: int) -> Iterator[Int[np.n
         step += 1
 
 
-def interval(steps: int) -> int:
-    """Steps between two evaluations: 50, or fewer so that a short stage has six of them too.
+def evaluation_interval(steps: int) -> int:
+    """Returns the steps between two evaluations: 50, or fewer so that a short stage has six too.
 
     On a CPU, where a short stage takes minutes, a kill then costs a sixth of it at most.
+
+    >>> evaluation_interval(500), evaluation_interval(60)
+    (50, 10)
     """
     return max(1, min(50, -(-steps // 6)))
 
 
-Save = Callable[[TrainState, History], None]
-Report = Callable[[int, float, float], None]
-"""Step, loss, best held-out KL."""
-Cached = Callable[[Int[np.ndarray, " b"]], TopK | None]
-"""What was kept of the teacher for a batch, by the indices of its windows."""
-
-
-def nothing(_: Int[np.ndarray, " b"]) -> None:
-    """Nothing was kept: the step computes what it needs of the teacher."""
-
-
 def fit(
-    dec: Decoder,
-    stage: Stage,
-    effort: Effort,
-    steps: int,
+    settings: TrainSettings,
     base: Base,
-    state: TrainState,
-    history: History,
-    windows: Int[np.ndarray, "n t"],
-    held_out: Int[np.ndarray, "m t"],
-    seed: int,
-    save: Save,
-    report: Report = lambda *_: None,
-    every: int | None = None,
-    cached: Cached = nothing,
+    begun: Progress,
+    text: Windows,
+    cached: TeacherCache = uncached,
+    callbacks: Callbacks = Callbacks(),
 ) -> Theta:
-    """Learns for `steps` steps, from wherever `state` is; returns the parameters of least held-out
-    KL.
+    """Learns until the stage's last step, or until it has gone stale.
 
     Args:
-      every: steps between evaluations, after each of which `save` is called; by default `interval`.
-      cached: as `teacher.keep` gives it.
+      base: the model that the stage starts from, on the device.
+      begun: where to go on from; its history is extended in place.
+      text: `learning` and `held_out` are read.
+      cached: the teacher's likeliest tokens, as `teacher.cache_teacher` gives them.
+
+    Returns:
+      The parameters of least held-out KL.
 
     Raises:
       UserError: no text, unequal parts, or the loss is not finite or has diverged. The last
         checkpoint is not touched.
     """
-    _check_text(effort, len(windows), len(held_out))
-    every = every or interval(steps)
-    with precision(effort):
-        run = compiled(dec, stage, effort, steps)
-        quiet = jnp.asarray(held_out, jnp.int32)
+    stage, effort, steps = settings.stage, settings.effort, settings.steps
+    state, history = begun
+    _check_text(effort, len(text.learning), len(text.held_out))
+    every = settings.every or evaluation_interval(steps)
+    with matmul_precision(effort):
+        run = compile_stage(settings.dec, stage, effort, steps)
+        held_out = jnp.asarray(text.held_out, jnp.int32)
         if int(state.step) == 0 and not history.held_out:
-            state = _evaluated(run, base, state, history, quiet)
+            state = _evaluate(run, base, state, history, held_out)
         warm_steps = round(stage.warmup * steps)
-        for rows in batches(len(windows), effort.batch, seed, int(state.step)):
+        for rows in batches(len(text.learning), effort.batch, settings.seed, int(state.step)):
             at = int(state.step)
-            if ended(state, effort, steps):
+            if has_ended(state, effort, steps):
                 break
-            batch = jnp.asarray(windows[rows], jnp.int32), cached(rows)
-            state, loss = _stepped(run, stage, base, state, batch, jnp.float32(at < warm_steps))
+            batch = Batch(jnp.asarray(text.learning[rows], jnp.int32), cached(rows))
+            state, loss = _step(run, stage, base, state, batch, jnp.float32(at < warm_steps))
             history.loss.append(loss)
-            report(at + 1, loss, float(state.best_kl))
+            callbacks.report(at + 1, loss, float(state.best_kl))
             if (at + 1) % every == 0 or at + 1 == steps:
-                state = _evaluated(run, base, state, history, quiet)
-                save(state, history)
+                state = _evaluate(run, base, state, history, held_out)
+                callbacks.save(state, history)
     _check_end(stage, history)
-    return {name: jnp.asarray(x) for name, x in state.best.items()}
+    return {key: jnp.asarray(x) for key, x in state.best.items()}
 
 
-def ended(state: TrainState, effort: Effort, steps: int) -> bool:
-    """Whether the stage takes no further step."""
+def has_ended(state: TrainState, effort: Effort, steps: int) -> bool:
+    """Tells whether the stage takes no further step: all are taken, or `patience` is used up."""
     return int(state.step) >= steps or int(state.stale) >= effort.patience
 
 
-def _stepped(
-    run: Compiled, stage: Stage, base: Base, state: TrainState, batch: Batch, warm: jax.Array
+def _step(
+    run: CompiledStage, stage: Stage, base: Base, state: TrainState, batch: Batch, warm: jax.Array
 ) -> tuple[TrainState, float]:
-    """The state after a step, and the step's loss."""
-    ids, cached = batch
+    """Takes one step; returns the new state and the loss."""
     at, first = int(state.step), state.first_loss
     moving = replace(state, best=None, best_kl=None, stale=None, first_loss=None)
-    moving, loss, norms = run.step(moving, base, ids, warm, cached)
+    moving, loss, norms = run.step(moving, base, batch, warm)
     value = float(loss)
     first = np.float32(value) if at == 0 else first
-    _check(stage, at, value, float(first), norms)
-    kept = {"best": state.best, "best_kl": state.best_kl, "stale": state.stale}
-    return replace(moving, **kept, first_loss=first), value
+    _check_loss(stage, at, value, float(first), norms)
+    unmoved = {"best": state.best, "best_kl": state.best_kl, "stale": state.stale}
+    return replace(moving, **unmoved, first_loss=first), value
 
 
 def _check_text(effort: Effort, windows: int, held_out: int) -> None:
@@ -253,29 +311,30 @@ def _check_text(effort: Effort, windows: int, held_out: int) -> None:
 
 
 def _check_end(stage: Stage, history: History) -> None:
-    """A loss that is not the KL can fall while it ruins the model."""
+    """Refuses a model that the stage ruined: a loss other than the KL can fall meanwhile."""
     (_, first), (step, last) = history.held_out[0], history.held_out[-1]
-    if last > RUINED * max(first, 0.1):
+    if last > DIVERGED_KL * max(first, 0.1):
         raise UserError(
             f"held-out KL: learning diverged: {first:.4g} nats at first, {last:.4g} at step {step};"
             f" lower the learning rates of the stage, {dict(stage.learn)}"
         )
 
 
-def precision(effort: Effort):
-    """The context in which matrix products have the effort's precision."""
+def matmul_precision(effort: Effort) -> AbstractContextManager[object]:
+    """Returns the context in which matrix products have the effort's precision."""
     if effort.precision == "default":
         return nullcontext()
     return jax.default_matmul_precision(effort.precision)
 
 
-def _evaluated(
-    run: Compiled, base: Base, state: TrainState, history: History, ids: jax.Array
+def _evaluate(
+    run: CompiledStage, base: Base, state: TrainState, history: History, ids: jax.Array
 ) -> TrainState:
-    """The state after looking at the held-out KL: `best` is the current parameters if it fell."""
+    """Measures the held-out KL and appends it to the history; if it fell, the current parameters
+    become `best`."""
     value = float(run.held_out(state.theta, base, ids))
     if not np.isfinite(value):  # before it is saved: a checkpoint must be worth going on from
-        broken = [n for n, x in state.theta.items() if not np.isfinite(np.asarray(x)).all()]
+        broken = [key for key, x in state.theta.items() if not np.isfinite(np.asarray(x)).all()]
         raise UserError(
             f"{broken[0] if broken else 'held-out KL'}: learning diverged at step"
             f" {int(state.step)}: held-out KL {value:.4g}; lower the learning rates of the stage;"
@@ -288,13 +347,14 @@ def _evaluated(
     return replace(state, stale=np.int32(state.stale + 1))
 
 
-def _check(stage: Stage, step: int, loss: float, first: float, norms: dict[str, Any]) -> None:
-    finite = {n: float(x) for n, x in norms.items()} if not np.isfinite(loss) else None
-    if finite is None and loss <= DIVERGED * max(first, 1e-3):
+def _check_loss(
+    stage: Stage, step: int, loss: float, first: float, norms: dict[ThetaKey, Any]
+) -> None:
+    if np.isfinite(loss) and loss <= DIVERGED_LOSS * max(first, 1e-3):
         return
-    values = finite or {n: float(x) for n, x in norms.items()}
-    broken = [n for n, x in values.items() if not np.isfinite(x)]
-    worst = broken[0] if broken else max(values, key=lambda n: values[n])
+    values = {key: float(x) for key, x in norms.items()}
+    broken = [key for key, x in values.items() if not np.isfinite(x)]
+    worst = broken[0] if broken else max(values, key=lambda key: values[key])
     raise UserError(
         f"{worst}: learning diverged at step {step + 1}: loss {loss:.4g}, at first {first:.4g}; the"
         " gradient of this parameter is the"

@@ -41,6 +41,9 @@ class Stage:
         learned so far active.
       ranges: as `Recipe.activation_init`.
       gptq: round weights by GPTQ first.
+      gptaq: how far GPTQ's target moves from the outputs of the weights on the quantized model's
+        inputs (0, GPTQ) to the float model's outputs (1, GPTAQ); 1 lost where it was measured
+        (SmolLM2-135M, 8,192 tokens).
       loss: `kl` to the float teacher, `ce` of the next token, or `hidden` (mean squared error of
         every layer's residual stream, relative to its square).
       top_k: KL over the teacher's k likeliest tokens, renormalised; 0 takes all.
@@ -64,6 +67,7 @@ class Stage:
     calibrate: Literal["none", "unrotated", "all"] = "none"
     ranges: Ranges = "minmax"
     gptq: bool = False
+    gptaq: float = within(0, 1, 0.0)
     loss: Literal["kl", "ce", "hidden"] = "kl"
     top_k: int = within(0, LARGEST, 0)
     hidden_mse: float = within(0, 1e6, 0.0)

@@ -1,9 +1,15 @@
 """The same function in easier parameters: folding, rotations, channel scales, prefix."""
 
-from qnpu_jax.transform.channel_scales import Diagonal, channel_peaks, scale, scaled, smoothquant
+from qnpu_jax.transform.channel_scales import (
+    Diagonal,
+    channel_peaks,
+    scale_channels,
+    scale_parameter,
+    smoothquant,
+)
 from qnpu_jax.transform.fold import check_folded, fold_norms
 from qnpu_jax.transform.prefix import PrefixReport, add_prefix, find_prefix
-from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotated
+from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotate_parameter
 
 __all__ = [
     "Diagonal",
@@ -16,8 +22,8 @@ __all__ = [
     "fold_norms",
     "random_rotation",
     "rotate",
-    "rotated",
-    "scale",
-    "scaled",
+    "rotate_parameter",
+    "scale_channels",
+    "scale_parameter",
     "smoothquant",
 ]

@@ -9,10 +9,10 @@ of its codes, at the price of the weights that take the factor:
   k, q        k' = D k, q' = D^-1 q, with D_i = D_{i+K/2}: RoPE turns each such pair, and commutes
 
 Biases and the prefix's K and V are scaled like the rows that make them. Rotations come first
-(`qnpu_jax.transform.rotate`): these are the channels of the rotated values v R2. `scaled` is the rule of one
-parameter, which learning traces in float32 and `scale` applies in float64.
+(`rotate`): these are the channels of the rotated values v R2. `scale_parameter` scales one
+parameter, traced in float32 while learning; `scale_channels` scales all of them, in float64.
 
-Letters as in `qnpu_jax.transform.rotate`; G = H/N query heads share a KV head, half = K/2, P prefix tokens.
+Letters as in `rotate`; G = H/N query heads share a KV head, half = K/2, P prefix tokens.
 
 Reference: Xiao et al., SmoothQuant (arXiv 2211.10438), equations 3 and 4; Shao et al., OmniQuant
 (arXiv 2308.13137), section 3.3; Tan et al., MobileQuant (arXiv 2408.13933).
@@ -58,7 +58,7 @@ def identity_diagonal(config: ModelConfig) -> Diagonal:
     )
 
 
-def scaled(
+def scale_parameter(
     name: str,
     x: Float[A, "*out n"],
     up_down: Float[A, " F"],
@@ -104,7 +104,7 @@ def scaled(
     raise UserError(f"{name}: not expected; expected a parameter of `fold_norms` or the prefix's")
 
 
-def scale(
+def scale_channels(
     config: ModelConfig, params: Params, diagonal: Diagonal, dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
     """The parameters of the same function with every scaled channel times its factor.
@@ -120,7 +120,9 @@ def scale(
     check_folded(params)
     factors = _checked(config, diagonal)
     return {
-        name: by_layer(x, lambda i, w, n=name: scaled(n, w, *(f[i] for f in factors)), dtype)
+        name: by_layer(
+            x, lambda i, w, n=name: scale_parameter(n, w, *(f[i] for f in factors)), dtype
+        )
         if name.startswith("layers.")
         else np.asarray(x).astype(dtype)
         for name, x in params.items()

@@ -27,7 +27,7 @@ _LINEARS = {
     "layers.mlp.down": None,
 }
 _NORMS = ("layers.attn.norm", "layers.mlp.norm", "head.norm")
-_TABLES = ("embed.weight", "head.weight")
+TABLES = ("embed.weight", "head.weight")
 _PREFIX = ("layers.attn.prefix_k", "layers.attn.prefix_v")
 _ROWS = 8192  # rows of the embedding and the head that are float64 at a time
 
@@ -46,7 +46,7 @@ def by_layer(
     return out
 
 
-def _by_rows(
+def by_rows(
     table: Array | np.ndarray, merge: Callable[[np.ndarray], np.ndarray], dtype: DTypeLike
 ) -> np.ndarray:
     """merge(rows) for blocks of rows of a (V, D) table, in float64, stored as `dtype`."""
@@ -71,7 +71,7 @@ def check_folded(params: Params) -> None:
     """Raises UserError unless these are the parameters of `fold_norms`, with or without prefix
     K/V."""
     linears = {f"{name}.{suffix}" for name in _LINEARS for suffix in ("weight", "bias")}
-    required = {*linears, *_TABLES, "head.bias"}
+    required = {*linears, *TABLES, "head.bias"}
     _check_names(params, required, set(_PREFIX), "call `fold_norms` first")
 
 
@@ -118,6 +118,6 @@ def fold_norms(
         bias = np.zeros(weight.shape[:2]) if bias is None else bias
         out[f"{name}.bias"] = by_layer(bias, lambda _, b, s=scale: b * s, dtype)
     head = params["embed.weight" if config.tie_embeddings else "head.weight"]
-    out["head.weight"] = _by_rows(head, lambda w: w * gamma["head.norm"], dtype)
+    out["head.weight"] = by_rows(head, lambda w: w * gamma["head.norm"], dtype)
     out["head.bias"] = np.zeros(config.vocab_size, dtype)
     return out

@@ -1,15 +1,16 @@
-"""Attention sinks taken out of the graph: outlier tokens become a constant prefix of keys and
-values.
+"""Prefix tokens: attention sinks taken out of the graph, as constant keys and values.
 
 The first token of a sequence (and a few special ones) grows activations hundreds of times larger
 than all others, which no static scale can hold. Their K and V are computed once in float and stored
-as constants; every later token attends to them and grows no sink of its own (PrefixQuant, arXiv
-2410.05265).
+as constants; every later token attends to them and grows no sink of its own.
+
+Reference: Chen et al., PrefixQuant (arXiv 2410.05265).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -25,23 +26,24 @@ OUTLIER_RATIO = 64.0
 """A token is an outlier where its largest activation exceeds this multiple of the median
 token's."""
 CANDIDATES = 4
-"""How many tokens of each kind are tried for each place of the prefix."""
+"""Tokens of each kind that are tried for each place of the prefix."""
 SEARCH_WINDOWS, SEARCH_TOKENS = 16, 1024
-"""The verdict is on this many windows; candidates are compared on the first tokens of each, this
-many altogether."""
+"""Windows that decide whether a prefix suffices; and tokens, from the start of these windows, on
+which candidates are compared."""
 WATCHED = ("mlp.act", "mlp.residual")
-"""Where massive activations are born (input of down) and where they live (the residual stream)."""
+"""Tensors where massive activations arise (input of down) and where they stay (residual stream)."""
 
 
 @dataclass(frozen=True)
 class PrefixReport:
-    """The chosen prefix and what it does.
+    """The chosen prefix and its effect.
 
     Attributes:
       tokens: ids; none where the text has no outliers, or where every prefix makes them worse.
-      before, after: largest ratio of a token's peak to the median token's, per layer.
+      before, after: largest ratio of a token's peak to the median token's, per layer, without the
+        prefix and with it.
       peak_before, peak_after: largest absolute value of the residual stream.
-      ok: no token exceeds OUTLIER_RATIO times the median after the prefix. Where False, static
+      ok: with the prefix no token exceeds OUTLIER_RATIO times the median. Where False, static
         scales must hold outliers: warn, and clip nothing.
     """
 
@@ -61,41 +63,26 @@ def find_prefix(
     bos: int | None,
     longest: int,
 ) -> PrefixReport:
-    """Chooses a prefix.
+    """Chooses the tokens whose K and V go before every sequence.
 
     Greedy: BOS first, then whichever candidate lowers the worst ratio most, until no token exceeds
     OUTLIER_RATIO times the median at any layer. Where `longest` tokens do not suffice (`ok` is
     False then), the step with the lowest worst ratio counts, no prefix at all included.
 
     Candidates are the most frequent tokens that are outliers still or were at first, and the most
-    frequent tokens of the text: a common token can take a sink that rare ones compete for. They are
-    compared on the start of the windows, where outliers show; the verdict is on all of their
-    tokens.
+    frequent tokens of the text: a common token can take a sink that rare ones compete for.
 
     Args:
+      params: folded float parameters without prefix K/V.
       windows: (N, T) ids of ordinary text, without BOS.
-      bos: the id a sequence starts with, None where the model has none.
-      longest: at most this many tokens.
+      bos: the id that sequences start with, None where the model has none.
+      longest: largest number of tokens.
     """
 
     def outliers(tokens: tuple[int, ...], ids: np.ndarray) -> _Outliers:
         return _outliers(config, plan, params, ids, tokens, longest)
 
-    text = windows[:SEARCH_WINDOWS]
-    sample = text[:, : SEARCH_TOKENS // len(text)]
-    frequent = [token for token, _ in Counter(text.ravel().tolist()).most_common()]
-    tokens: tuple[int, ...] = ()
-    last = before = outliers(tokens, text)
-    best = (tokens, before)
-    while last.ratio.max() > OUTLIER_RATIO and len(tokens) < longest:
-        pools = (last.tokens, before.tokens, frequent) if tokens or bos is None else ([bos],)
-        candidates = dict.fromkeys(c for pool in pools for c in pool[:CANDIDATES])
-        longer: list[tuple[int, ...]] = [(*tokens, c) for c in candidates]
-        tokens = min(longer, key=lambda t: outliers(t, sample).ratio.max())
-        last = outliers(tokens, text)
-        if last.ratio.max() < best[1].ratio.max():
-            best = (tokens, last)
-    tokens, after = best
+    tokens, before, after = _search(outliers, windows[:SEARCH_WINDOWS], bos, longest)
     return PrefixReport(
         tokens=tokens,
         before=tuple(map(float, before.ratio)),
@@ -108,12 +95,41 @@ def find_prefix(
 
 @dataclass(frozen=True)
 class _Outliers:
-    """Largest token peak over the median one per layer (L,), the largest residual, and the ids of
-    outlier tokens, most frequent first."""
+    """Outliers of a text after a prefix.
+
+    Attributes:
+      ratio: largest peak of a token over the median token's, per layer (L,).
+      peak: largest absolute value of the residual stream.
+      tokens: ids of outlier tokens, the most frequent first.
+    """
 
     ratio: np.ndarray
     peak: float
     tokens: list[int]
+
+
+def _search(
+    outliers: Callable[[tuple[int, ...], np.ndarray], _Outliers],
+    text: np.ndarray,
+    bos: int | None,
+    longest: int,
+) -> tuple[tuple[int, ...], _Outliers, _Outliers]:
+    """The greedy search of `find_prefix`: tokens, and the outliers without and with them."""
+    sample = text[:, : SEARCH_TOKENS // len(text)]
+    frequent = [token for token, _ in Counter(text.ravel().tolist()).most_common()]
+    tokens: tuple[int, ...] = ()
+    last = before = outliers(tokens, text)
+    best = (tokens, before)
+    while last.ratio.max() > OUTLIER_RATIO and len(tokens) < longest:
+        pools = (last.tokens, before.tokens, frequent) if tokens or bos is None else ([bos],)
+        candidates = dict.fromkeys(c for pool in pools for c in pool[:CANDIDATES])
+        longer: list[tuple[int, ...]] = [(*tokens, c) for c in candidates]
+        # On the start of the windows, where outliers show; whether they are gone, on all tokens.
+        tokens = min(longer, key=lambda t: outliers(t, sample).ratio.max())
+        last = outliers(tokens, text)
+        if last.ratio.max() < best[1].ratio.max():
+            best = (tokens, last)
+    return best[0], before, best[1]
 
 
 def _outliers(
@@ -124,12 +140,16 @@ def _outliers(
     tokens: tuple[int, ...],
     slots: int,
 ) -> _Outliers:
-    """Of the windows after a prefix, which takes the first of `slots` places; the mask hides the
-    others, so that prefixes of all lengths share one compiled layer."""
+    """Measures the outliers of windows after a prefix.
+
+    Args:
+      tokens: the prefix; it takes the first of `slots` places. The mask hides the others, so that
+        prefixes of all lengths share one compiled layer.
+    """
     dec = decoder(config, plan, windows.shape[1], slots)
     past = decoder(config, plan, windows.shape[1], cache=slots)
     tables = shared_inputs(past, filled=len(tokens))
-    params = {**params, **_rows(config, plan, params, tokens, slots)}
+    params = {**params, **_keys_values(config, plan, params, tokens, slots)}
     ids = jnp.asarray(windows, jnp.int32)
     ratios = np.zeros(config.num_layers)
     peak = 0.0
@@ -155,17 +175,27 @@ def _outliers(
 def add_prefix(
     config: ModelConfig, plan: BitPlan, params: Params, tokens: tuple[int, ...]
 ) -> Params:
-    """The parameters with `layers.attn.prefix_k` (L, N, P, K), after RoPE, and `prefix_v`
-    (L, N, K, P): of the prefix, in float."""
-    rows = _rows(config, plan, params, tokens, len(tokens))
+    """Adds the keys and values of a prefix to the parameters.
+
+    Args:
+      params: folded float parameters.
+      tokens: P ids, at least one.
+
+    Returns:
+      The parameters with `layers.attn.prefix_k` (L, N, P, K), after RoPE, and
+      `layers.attn.prefix_v` (L, N, K, P), float32.
+    """
+    rows = _keys_values(config, plan, params, tokens, len(tokens))
     return {**params, **{name: np.asarray(x) for name, x in rows.items()}}
 
 
-def _rows(
+def _keys_values(
     config: ModelConfig, plan: BitPlan, params: Params, tokens: tuple[int, ...], slots: int
 ) -> dict[str, jax.Array]:
-    """`layers.attn.prefix_{k,v}` with `slots` places, the tokens in the first: tokens that follow
-    change nothing of those before."""
+    """`layers.attn.prefix_{k,v}` with `slots` places, the tokens in the first of them.
+
+    The model is causal: what fills the other places changes nothing of those before.
+    """
     params = {k: v for k, v in params.items() if ".prefix_" not in k}
     dec = decoder(config, plan, slots)
     ids = np.zeros((1, slots), np.int32)

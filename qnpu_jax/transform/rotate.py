@@ -8,8 +8,8 @@ channel over all channels, which narrows the ranges that static quantization mus
 
 Two steps, in this order: `fold_norms` turns a checkpoint into the graph's parameters, `rotate`
 turns those into others of the same function. Products are taken in float64, one layer or one block
-of rows at a time, and stored as `dtype`. `rotated` is the rule of one parameter, which learning
-traces in float32 and `rotate` applies in float64.
+of rows at a time, and stored as `dtype`. `rotate_parameter` rotates one parameter, traced in
+float32 while learning; `rotate` rotates all of them, in float64.
 
 Names: V vocabulary, D hidden size, F intermediate size, L layers, H query heads, KV key/value
 heads, K head size. A linear is y = W x + b with W (out, in), layers stacked on a leading axis.
@@ -30,7 +30,7 @@ from numpy.typing import DTypeLike
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Params
-from qnpu_jax.transform.fold import _TABLES, A, _by_rows, by_layer, check_folded
+from qnpu_jax.transform.fold import TABLES, A, by_layer, by_rows, check_folded
 from qnpu_jax.transform.hadamard import Matrix64, has_hadamard, random_hadamard, random_orthogonal
 
 _ORTHOGONAL = 1e-4  # largest |R R^T - I| of a rotation; float32 rounding stays far below it
@@ -76,7 +76,7 @@ def _orthogonal(name: str, r: np.ndarray, order: int) -> Matrix64:
 
 
 @jax.default_matmul_precision("highest")  # TF32, what a GPU would take, is worth 10 bits
-def rotated(
+def rotate_parameter(
     name: str, x: Float[A, "*out n"], r1: Float[A, "D D"], r2: Float[A, "K K"] | None = None
 ) -> Float[A, "*out n"]:
     """One parameter of the graph after the rotation, as `rotate` says: of one layer in `layers.*`.
@@ -111,7 +111,7 @@ def rotated(
 def _rotated_values(
     name: str, x: Float[A, "*out n"], r1: Float[A, "D D"], r2: Float[A, "K K"]
 ) -> Float[A, "*out n"]:
-    """`rotated` of what makes values or reads them."""
+    """`rotate_parameter` of what makes values or reads them."""
     k = len(r2)
     match name.removeprefix("layers.attn."):
         case "v.weight":
@@ -155,8 +155,10 @@ def rotate(
     ]
 
     out = {"head.bias": np.asarray(params["head.bias"]).astype(dtype)}
-    for name in _TABLES:
-        out[name] = _by_rows(params[name], lambda rows, n=name: rotated(n, rows, r1), dtype)
+    for name in TABLES:
+        out[name] = by_rows(params[name], lambda rows, n=name: rotate_parameter(n, rows, r1), dtype)
     for name in (n for n in params if n.startswith("layers.")):
-        out[name] = by_layer(params[name], lambda i, x, n=name: rotated(n, x, r1, r2[i]), dtype)
+        out[name] = by_layer(
+            params[name], lambda i, x, n=name: rotate_parameter(n, x, r1, r2[i]), dtype
+        )
     return out

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import tiny
 
-from qnpu_jax.calibrate.gptq import At, correct_biases, gptq, in_layers, linears
+from qnpu_jax.calibrate.gptq import (
+    GptqSettings,
+    GraphLayer,
+    gptq,
+    in_layers,
+    linears_by_input,
+)
 from qnpu_jax.config import BitPlan
 from qnpu_jax.fakequant.fake_quant import fake_quant
 from qnpu_jax.fakequant.passes import passes
@@ -36,26 +42,26 @@ def model():
 @cache
 def fitted(factors: tuple[float, ...] = (1.0,), exact: bool = True, asymmetric: float = 0.0):
     dec, params, _, scales, windows = model()
-    settings = {"factors": factors, "exact": exact, "asymmetric": asymmetric, "batch": 6}
-    return gptq(dec, params, scales, windows, **settings)
+    settings = GptqSettings(factors=factors, exact=exact, asymmetric=asymmetric, batch=6)
+    return gptq(dec, params, scales, windows, settings)
 
 
-def chosen_names() -> list[tuple[At, str]]:
+def chosen_names() -> list[tuple[GraphLayer, str]]:
     layer = model()[0].layer
-    names = [n for group in linears(layer, in_layers) for n in group.weights]
-    return [(At(layer, i), n) for i in range(layer.layers) for n in names]
+    names = [n for group in linears_by_input(layer, in_layers) for n in group.weights]
+    return [(GraphLayer(layer, i), n) for i in range(layer.layers) for n in names]
 
 
 def test_linears_are_grouped_by_what_they_read_in_execution_order():
     dec = model()[0]
-    groups = linears(dec.layer, in_layers)
+    groups = linears_by_input(dec.layer, in_layers)
     leaves = [[n.split(".")[1] for n in g.weights] for g in groups]
     assert leaves == [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
     assert all(
         b == w.replace("weight", "bias") for g in groups for w, b in zip(*g[1:], strict=True)
     )
-    assert linears(dec.head, in_layers) == ()
-    assert linears(dec.head, lambda name: name == "head.weight")[0].weights == ("weight",)
+    assert linears_by_input(dec.head, in_layers) == ()
+    assert linears_by_input(dec.head, lambda name: name == "head.weight")[0].weights == ("weight",)
 
 
 def residuals(params, scales) -> list[np.ndarray]:
@@ -111,11 +117,13 @@ def test_bits_are_those_of_the_tensor_in_its_layer():
 def test_only_what_is_chosen_changes():
     dec, params, _, scales, windows = model()
     down = "layers.mlp.down"
-    new = gptq(dec, params, scales, windows, batch=6, only=lambda name: name == f"{down}.weight")
+    only_down = GptqSettings(batch=6, only=lambda name: name == f"{down}.weight")
+    new = gptq(dec, params, scales, windows, only_down)
     changed = {n for n, x in params.items() if not np.array_equal(x, new.params[n])}
     assert changed == {f"{down}.weight", f"{down}.bias"}
     assert new.scales.keys() == {f"{down}.weight"}
-    head = gptq(dec, params, scales, windows, batch=6, only=lambda name: name == "head.weight")
+    only_head = GptqSettings(batch=6, only=lambda name: name == "head.weight")
+    head = gptq(dec, params, scales, windows, only_head)
     changed = {n for n, x in params.items() if not np.array_equal(x, head.params[n])}
     assert changed == {"head.weight", "head.bias"}
 
@@ -123,7 +131,7 @@ def test_only_what_is_chosen_changes():
 def test_the_same_input_gives_the_same_bits_and_is_left_alone():
     dec, params, _, scales, windows = model()
     own = {n: np.array(x) for n, x in params.items()}
-    again = gptq(dec, own, scales, windows, factors=(1.0,), batch=6)
+    again = gptq(dec, own, scales, windows, GptqSettings(factors=(1.0,), batch=6))
     jax.tree.map(np.testing.assert_array_equal, again, fitted())
     jax.tree.map(np.testing.assert_array_equal, own, dict(params))
 
@@ -131,7 +139,7 @@ def test_the_same_input_gives_the_same_bits_and_is_left_alone():
 def mean_errors(params, scales, reference) -> list[float]:
     """|E[W x_q + b - W_q x_q - b_q]| over the same without the means, largest of each tensor."""
     dec, _, _, _, windows = model()
-    groups = linears(dec.layer, in_layers)
+    groups = linears_by_input(dec.layer, in_layers)
 
     def keep(graph):
         return tuple(g.input for g in groups) if graph is dec.layer else ()
@@ -141,28 +149,16 @@ def mean_errors(params, scales, reference) -> list[float]:
         for g in groups if graph is dec.layer else ():
             x = np.asarray(env[g.input], np.float64).reshape(-1, graph[g.input].shape[-1])
             for w, b in zip(g.weights, g.biases, strict=True):
-                at = At(graph, i)
-                real, bias = at.rows(reference, (w,)), at.rows(reference, (b,))
+                at = GraphLayer(graph, i)
+                real, bias = at.get(reference, (w,)), at.get(reference, (b,))
                 s = np.asarray(scales["layers." + w].scale[i])[:, None]
-                codes = quantize(at.rows(params, (w,)), s, np.int64(0), graph[w], i)
-                error = x @ (real - codes * s).T + bias - at.rows(params, (b,))
+                codes = quantize(at.get(params, (w,)), s, np.int64(0), graph[w], i)
+                error = x @ (real - codes * s).T + bias - at.get(params, (b,))
                 out.append(np.abs(error.mean(0)).max() / error.std())
     return out
 
 
-def test_corrected_biases_take_the_mean_error_of_the_outputs():
-    dec, params, _, scales, windows = model()
-    new = correct_biases(dec, params, scales, windows, batch=6)
-    before, after = (mean_errors(p, scales, params) for p in (params, new))
-    assert min(before) > 0.01 and max(after) < 1e-4  # sums over 288 tokens in float32
-    weights = {n for n in params if n.endswith("weight")}
-    assert all(np.array_equal(params[n], new[n]) for n in weights)
-
-
-def test_gptq_takes_the_mean_error_too_and_the_float_model_stays_the_reference():
-    dec, params, _, scales, windows = model()
-    assert max(mean_errors(fitted().params, scales, params)) < 1e-4
-    without = gptq(dec, params, scales, windows, factors=(1.0,), biases=False, batch=6).params
-    assert max(mean_errors(without, scales, params)) > 0.01
-    late = correct_biases(dec, without, scales, windows, reference=params, batch=6)
-    assert max(mean_errors(late, scales, params)) < 1e-4
+def test_biases_take_the_mean_error_of_the_outputs():
+    _, params, _, scales, _ = model()
+    assert min(mean_errors(params, scales, params)) > 0.01, "rounded to nearest"
+    assert max(mean_errors(fitted().params, scales, params)) < 1e-4  # 288 tokens in float32

@@ -8,8 +8,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qnpu_jax.calibrate.ranges import initialize, mse_range, weight_scales
-from qnpu_jax.calibrate.statistics import BINS, Stats, collect
+from qnpu_jax.calibrate.ranges import calibrate_activations, mse_range, weight_scales
+from qnpu_jax.calibrate.statistics import BINS, Stats, collect_statistics
 from qnpu_jax.fakequant.passes import passes
 from qnpu_jax.graph.qparams import from_range
 from qnpu_jax.graph.tensor_classes import tensor_class
@@ -86,7 +86,7 @@ def test_memory_does_not_grow_with_the_text():
 
     dec, params, _ = tiny.calibrated("gqa_llama3", "w8a8")
     short, long = (
-        collect(dec, params, tiny.random_ids((n, tiny.TOKENS)), batch=2) for n in (2, 12)
+        collect_statistics(dec, params, tiny.random_ids((n, tiny.TOKENS)), batch=2) for n in (2, 12)
     )
     assert short.keys() == long.keys() and kept(short) == kept(long) > 0
     assert all(len(short[n]) == len(long[n]) for n in short)
@@ -96,7 +96,7 @@ def test_memory_does_not_grow_with_the_text():
 def test_collect_sees_every_value_of_its_tensors():
     dec, params, _ = tiny.calibrated("gqa_llama3", "w8a8")
     ids = tiny.random_ids((3, tiny.TOKENS))
-    stats = collect(dec, params, ids, batch=2)
+    stats = collect_statistics(dec, params, ids, batch=2)
     members = {
         "layers.mlp.act": ["mlp.act"],
         "layers.attn.kv0.mixed": ["attn.kv0.mixed", "attn.kv1.mixed"],
@@ -187,8 +187,8 @@ def test_tensor_classes():
 @pytest.mark.parametrize("prefix", [(), tiny.PREFIX])
 def test_ranges_follow_the_class_of_their_tensor(prefix):
     dec, params, _ = tiny.calibrated("gqa_llama3", "w8a8", prefix)
-    stats = collect(dec, params, tiny.random_ids((4, tiny.TOKENS)))
-    scales, report = initialize(dec, stats, "class", tame=bool(prefix))
+    stats = collect_statistics(dec, params, tiny.random_ids((4, tiny.TOKENS)))
+    scales, report = calibrate_activations(dec, stats, "class", tame=bool(prefix))
     methods = {(r["class"], r["method"]) for r in report}
     shaped = "mse" if prefix else "minmax"  # only a prefix takes massive tokens out of the graph
     expected = {("wide", "minmax"), ("probs", "unit"), ("rotated", "mse")}
@@ -205,8 +205,8 @@ def test_ranges_follow_the_class_of_their_tensor(prefix):
 @pytest.mark.parametrize("init", ["minmax", "sigma", "mse"])
 def test_a_recipes_range_holds_for_all_8_bit_tensors(init):
     dec, params, _ = tiny.calibrated("gqa_llama3", "w8a8")
-    stats = collect(dec, params, tiny.random_ids((4, tiny.TOKENS)))
-    scales, report = initialize(dec, stats, init, tame=True)
+    stats = collect_statistics(dec, params, tiny.random_ids((4, tiny.TOKENS)))
+    scales, report = calibrate_activations(dec, stats, init, tame=True)
     assert {r["method"] for r in report if r["class"] not in ("wide", "probs")} == {init}
     s = stats["layers.attn.q"][1]
     lo, hi = {

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from qnpu_jax import pipeline
-from qnpu_jax.calibrate import collect, initialize, weight_scales
+from qnpu_jax.calibrate import calibrate_activations, collect_statistics, weight_scales
 from qnpu_jax.config import bit_plan
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.flax_module import QuantDecoder, Scale, parameter_shapes
@@ -31,7 +31,8 @@ def prepared():
     """Parameters of the golden model, and scales for all its tensors."""
     params = pipeline.prepare(CONFIG, RAW, RECIPE)
     windows = np.random.default_rng(1).integers(0, 96, (2, 12)).astype(np.int32)
-    activations, _ = initialize(DECODER, collect(DECODER, params, windows), "minmax", False)
+    stats = collect_statistics(DECODER, params, windows)
+    activations, _ = calibrate_activations(DECODER, stats, "minmax", False)
     free = activations | weight_scales(DECODER, params, "minmax")
     return params, jax.tree.map(jnp.asarray, resolve(DECODER, free))
 

@@ -19,13 +19,16 @@ from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.qparams import QParams
 from qnpu_jax.learn import stages, train
-from qnpu_jax.learn.checkpoints import Checkpoints, check, last
-from qnpu_jax.learn.stages import Learned, learn
+from qnpu_jax.learn.checkpoints import Checkpoints, check_checkpoints, last_checkpoint
+from qnpu_jax.learn.parameters import R1, R2, ThetaKey
+from qnpu_jax.learn.stages import Calibrated, Learned, learn
 from qnpu_jax.learn.train import History, TrainState
+from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import Effort, Recipe, Stage
 from qnpu_jax.text.windows import Windows
 
 INPUTS = {"model": "m" * 64, "recipe": {"seed": 0, "stages": [{"share": 1.0}]}}
+BIAS = ThetaKey("bias", "layers.attn.q.bias")
 HISTORY = History([0.1, 1 / 3], [(0, 0.7), (2, math.pi)])
 
 
@@ -33,12 +36,12 @@ def state(step: int, seed: int = 0) -> TrainState:
     """As of a stage that learns biases and rotations."""
     rng = np.random.default_rng(seed)
     theta = {
-        "bias/layers.attn.q.bias": jnp.asarray(rng.normal(size=(2, 5)), jnp.float32),
-        "rotation/r1": jnp.eye(4, dtype=jnp.float32),
-        "rotation/r2": jnp.zeros((2, 3, 3), jnp.float32),
+        BIAS: jnp.asarray(rng.normal(size=(2, 5)), jnp.float32),
+        R1: jnp.eye(4, dtype=jnp.float32),
+        R2: jnp.zeros((2, 3, 3), jnp.float32),
     }
     stage = Stage(learn=(("biases", 0.1), ("rotation", 0.1)))
-    return replace(train.start(stage, theta, 10), step=jnp.int32(step), stale=np.int32(3))
+    return replace(train.initial_state(stage, theta, 10), step=jnp.int32(step), stale=np.int32(3))
 
 
 def flat(tree) -> dict[str, np.ndarray]:
@@ -86,20 +89,20 @@ def test_comes_back_as_it_was(folder):
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + x.dtype.type(1), s), donate_argnums=0)
     moved = step(replace(restored, best=None, best_kl=None, stale=None, first_loss=None))
     assert int(moved.step) == 7
-    np.testing.assert_array_equal(restored.best["rotation/r1"], np.eye(4))
+    np.testing.assert_array_equal(restored.best[R1], np.eye(4))
 
 
 def test_nothing_kept(tmp_path):
-    assert last(tmp_path / "nowhere") is None
+    assert last_checkpoint(tmp_path / "nowhere") is None
     store = Checkpoints(tmp_path / "new" / "kept", INPUTS)
-    assert last(store.folder) is None
+    assert last_checkpoint(store.folder) is None
     assert store.load(0, state(0)) is None
     store.remove()
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_the_last_two_of_a_stage_are_kept(folder):
-    assert last(folder) == (1, 2)
+    assert last_checkpoint(folder) == (1, 2)
     store = Checkpoints(folder, INPUTS)
     for step in (8, 10):
         store.save(0, state(step), HISTORY)
@@ -108,7 +111,7 @@ def test_the_last_two_of_a_stage_are_kept(folder):
         "run.json", "stage0", "stage0-8.json", "stage0-10.json", "stage1", "stage1-2.json"
     }  # fmt: skip
     assert {p.name for p in (folder / "stage0").iterdir()} == {"8", "10"}
-    assert last(folder) == (1, 2)
+    assert last_checkpoint(folder) == (1, 2)
 
 
 def test_removed_but_for_what_is_not_ours(folder):
@@ -181,7 +184,7 @@ def test_of_another_run(folder, inputs, message):
     said = refusal(Checkpoints, folder, INPUTS | inputs)
     assert said.startswith(f"{folder}: checkpoints of another run: {message}")
     assert "remove the folder, or choose another --checkpoints" in said
-    assert said == refusal(check, folder, inputs)  # before the rest is known
+    assert said == refusal(check_checkpoints, folder, inputs)  # before the rest is known
     assert artifacts.digests(folder) == before
 
 
@@ -275,16 +278,16 @@ def test_arrays_of_another_stage(folder):
     """Of a recipe of equal settings, but not of equal code. Orbax would cut arrays to measure."""
     store = Checkpoints(folder, INPUTS)
     like = state(0)
-    short = replace(like, theta=like.theta | {"rotation/r2": jnp.zeros((2, 3, 2), jnp.float32)})
+    short = replace(like, theta=like.theta | {R2: jnp.zeros((2, 3, 2), jnp.float32)})
     assert (
         "stage0/6: .theta['rotation/r2']: expected float32[2, 3, 2], got float32[2, 3, 3];"
         in refusal(store.load, 0, short)
     )
-    fewer = replace(like, best={"rotation/r1": like.best["rotation/r1"]})
+    fewer = replace(like, best={R1: like.best[R1]})
     said = refusal(store.load, 0, fewer)
     assert "stage0/6: array .best['bias/layers.attn.q.bias'] is unknown; expected" in said
-    more = replace(like, best=like.best | {"a": np.zeros(1, np.float32)})
-    assert "array .best['a'] is missing" in refusal(store.load, 0, more)
+    more = replace(like, best=like.best | {ThetaKey("bias", "a"): np.zeros(1, np.float32)})
+    assert "array .best['bias/a'] is missing" in refusal(store.load, 0, more)
 
 
 def test_no_room(tmp_path):
@@ -310,7 +313,7 @@ class Killed(Exception):
 def _compile_once():
     """Both stages are equal: one compilation serves all runs of this file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compiled", functools.cache(train.compiled))
+        patch.setattr(train, "compile_stage", functools.cache(train.compile_stage))
         yield
 
 
@@ -323,11 +326,12 @@ def run(store: stages.Store | None, kill_at: tuple[int, int] | None = None) -> L
     ids = tiny.random_ids((6, 16))
     text = Windows(tiny.random_ids((4, 24)), ids, ids[:2])
 
-    def report(stage: int, step: int, *_) -> None:
-        if (stage, step) == kill_at:
-            raise Killed
+    class Killer(Observer):
+        def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
+            if (stage, step) == kill_at:
+                raise Killed
 
-    return learn(dec, RECIPE, EFFORT, params, free, text, True, store, report)
+    return learn(Calibrated(dec, params, free, True), RECIPE, EFFORT, text, store, Killer())
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +372,7 @@ def test_killed_and_resumed_is_as_never_killed(tmp_path, reference, kills):
     for at in kills:
         with pytest.raises(Killed):
             run(Checkpoints(tmp_path, INPUTS), at)
-        assert last(tmp_path) in {at, (at[0], (at[1] - 1) // 2 * 2), (0, 12), None}
+        assert last_checkpoint(tmp_path) in {at, (at[0], (at[1] - 1) // 2 * 2), (0, 12), None}
     assert_same(run(Checkpoints(tmp_path, INPUTS)), reference)
 
 
@@ -378,23 +382,23 @@ def test_what_is_finished_compiles_nothing(tmp_path, reference, monkeypatch):
     def called(*_):
         raise AssertionError("compiled and run")
 
-    monkeypatch.setattr(train, "compiled", lambda *_: train.Compiled(called, called))
+    monkeypatch.setattr(train, "compile_stage", lambda *_: train.CompiledStage(called, called))
     assert_same(run(Checkpoints(tmp_path, INPUTS)), reference)
 
 
 @pytest.mark.parametrize("where", ["loss", "parameter"])
 def test_what_diverges_stops_at_the_last_good_checkpoint(tmp_path, reference, monkeypatch, where):
     """As the loss of step 7, or in what step 8 learned, which is evaluated before it is saved."""
-    name = "bias/layers.mlp.down.bias"
-    real, stop = train.compiled, 7 if where == "loss" else 8
+    name = ThetaKey("bias", "layers.mlp.down.bias")
+    real, stop = train.compile_stage, 7 if where == "loss" else 8
 
-    def broken(*args) -> train.Compiled:
+    def broken(*args) -> train.CompiledStage:
         honest = real(*args)
 
         def step(state, *rest):
             at = int(state.step)
             state, loss, norms = honest.step(state, *rest)
-            if (at + 1, last(tmp_path)) == (stop, (1, 6)):
+            if (at + 1, last_checkpoint(tmp_path)) == (stop, (1, 6)):
                 if where == "loss":
                     return state, jnp.float32(np.nan), norms | {name: jnp.float32(np.inf)}
                 state = replace(
@@ -403,18 +407,18 @@ def test_what_diverges_stops_at_the_last_good_checkpoint(tmp_path, reference, mo
                 return state, loss, norms
             return state, loss, norms
 
-        return train.Compiled(step, honest.held_out)
+        return train.CompiledStage(step, honest.held_out)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "compiled", broken)
+        patch.setattr(train, "compile_stage", broken)
         said = refusal(run, Checkpoints(tmp_path, INPUTS))
     assert said.startswith(f"{name}: learning diverged at step {stop}: ")
     assert said.endswith("the last checkpoint is kept")
-    assert last(tmp_path) == (1, 6)
+    assert last_checkpoint(tmp_path) == (1, 6)
     assert_same(run(Checkpoints(tmp_path, INPUTS)), reference)
 
 
 def test_intervals():
-    assert [train.interval(n) for n in (1, 6, 30, 60, 250, 300, 500, 5000)] == [
+    assert [train.evaluation_interval(n) for n in (1, 6, 30, 60, 250, 300, 500, 5000)] == [
         1, 1, 5, 10, 42, 50, 50, 50
     ]  # fmt: skip

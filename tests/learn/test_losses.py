@@ -11,8 +11,17 @@ import pytest
 
 from qnpu_jax.fakequant.forward import Reading, token_nll
 from qnpu_jax.learn import losses, train
-from qnpu_jax.learn.losses import TopK, held_out_kl, hidden_error, kl, objective, top_k, top_k_kl
-from qnpu_jax.learn.parameters import initial, merged, reading
+from qnpu_jax.learn.losses import (
+    Batch,
+    TopK,
+    held_out_kl,
+    hidden_error,
+    kl,
+    objective,
+    top_k,
+    top_k_kl,
+)
+from qnpu_jax.learn.parameters import R1, ThetaKey, initial_theta, merge_theta, student_reading
 from qnpu_jax.recipes import Effort, Stage
 
 KL = dataclasses.replace(learnable.ROTATED, learn=())
@@ -93,12 +102,12 @@ def setting(**changes: Any):
 
 def loss(stage: Stage, base, theta, ids=IDS, warm=COLD, cached: TopK | None = None) -> float:
     with jax.disable_jit():
-        return float(objective(learnable.made()[0], stage, base, theta, ids, warm, cached))
+        return float(objective(learnable.made()[0], stage, base, theta, Batch(ids, cached), warm))
 
 
 def student_logits(stage: Stage, base, theta) -> list[np.ndarray]:
     dec = learnable.made()[0]
-    return [learnable.logits_of(dec, reading(dec, stage, base, theta), x) for x in IDS]
+    return [learnable.logits_of(dec, student_reading(dec, stage, base, theta), x) for x in IDS]
 
 
 def teacher_logits(base) -> list[np.ndarray]:
@@ -160,9 +169,9 @@ def float_student(monkeypatch):
     """A student that quantizes nothing."""
 
     def unquantized(*args: Any, **kwargs: Any) -> Reading:
-        return dataclasses.replace(reading(*args, **kwargs), scales={})
+        return dataclasses.replace(student_reading(*args, **kwargs), scales={})
 
-    monkeypatch.setattr(losses, "reading", unquantized)
+    monkeypatch.setattr(losses, "student_reading", unquantized)
 
 
 @pytest.mark.usefixtures("float_student")
@@ -170,11 +179,11 @@ def test_a_rotated_float_student_makes_no_error():
     """Its residual stream is x B R1, where B is what earlier stages have merged."""
     dec, params, free = learnable.made()
     first = learnable.random_theta(dec, free, ["rotation"], seed=1)
-    after, _ = merged(dec, KL, params, free, first)
-    basis = np.asarray(first["rotation/r1"])
+    after, _ = merge_theta(dec, KL, params, free, first)
+    basis = np.asarray(first[R1])
     theta = learnable.random_theta(dec, free, ["rotation", "diagonal"], seed=2)
     hidden = dataclasses.replace(KL, loss="hidden")
-    for moving, turned in ((theta, basis), (initial(dec, free, []), basis)):
+    for moving, turned in ((theta, basis), (initial_theta(dec, free, []), basis)):
         base = learnable.base_of(dec, after, free, teacher=dict(params), basis=turned)
         # Relative squares: float32 leaves 1e-6 of a residual of two layers.
         assert loss(hidden, base, moving) < 1e-11
@@ -192,17 +201,17 @@ def test_local_errors_reach_scales_only():
     groups = ("rotation", "diagonal", "rotated", "weights", "biases", "rounding")
     theta, base = learnable.random_theta(dec, free, groups), learnable.base_of(dec, params, free)
 
-    def gradient(warm: jax.Array) -> dict[str, np.ndarray]:
+    def gradient(warm: jax.Array) -> dict[ThetaKey, np.ndarray]:
         with jax.disable_jit():
-            found = jax.grad(lambda t: objective(dec, stage, base, t, IDS, warm))(theta)
+            found = jax.grad(lambda t: objective(dec, stage, base, t, Batch(IDS), warm))(theta)
         return {n: np.asarray(g) for n, g in found.items()}
 
     cold, warm = gradient(COLD), gradient(WARM)
-    for name, g in warm.items():
-        if name.startswith(("scale/layers.", "weight_scale/layers.")):
-            assert np.abs(g - cold[name]).max() > 0, name
-        elif not name.startswith("zero_point/"):
-            np.testing.assert_array_equal(g, cold[name], err_msg=name)
+    for key, g in warm.items():
+        if key.kind in ("scale", "weight_scale") and key.tensor.startswith("layers."):
+            assert np.abs(g - cold[key]).max() > 0, key
+        elif key.kind != "zero_point":
+            np.testing.assert_array_equal(g, cold[key], err_msg=str(key))
     added = loss(stage, base, theta, warm=WARM) - loss(stage, base, theta)
     assert added > 0.01
 
@@ -213,8 +222,10 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(monkeypatch, parts, kept
     """Of any loss that is a mean over sequences, as the objective is; what was kept of the teacher
     goes with its sequence."""
 
-    def mean(dec, stage, base, theta, ids, warm, cached):
-        x = theta["scale/x"]
+    name = ThetaKey("scale", "x")
+
+    def mean(dec, stage, base, theta, batch, warm):
+        x, (ids, cached) = theta[name], batch
         target = jnp.float32(2)
         if cached is not None:
             target = cached.log_p[:, 0, 0] + cached.ids[:, 0, 1].astype(jnp.float32)
@@ -223,17 +234,17 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(monkeypatch, parts, kept
     monkeypatch.setattr(train, "objective", mean)
     dec, params, free = learnable.made()
     base = learnable.base_of(dec, params, free)
-    theta = {"scale/x": jnp.linspace(-1, 1, learnable.TOKENS)}
+    theta = {name: jnp.linspace(-1, 1, learnable.TOKENS)}
     stage = Stage(learn=(("unrotated", 1e-3),), optimizer="sgd")
     values = jnp.arange(4 * learnable.TOKENS * 3).reshape(4, learnable.TOKENS, 3)
     cached = TopK(values.astype(jnp.float32), values) if kept else None
     found = []
     for cut in (1, parts):
         effort = Effort("test", steps=10, batch=4, length=learnable.TOKENS, accumulate=cut)
-        run = train.compiled(dec, stage, effort, 10)
-        state = train.start(stage, jax.tree.map(jnp.array, theta), 10)
-        state, value, norms = run.step(state, base, IDS, WARM, cached)
+        run = train.compile_stage(dec, stage, effort, 10)
+        state = train.initial_state(stage, jax.tree.map(jnp.array, theta), 10)
+        state, value, norms = run.step(state, base, Batch(IDS, cached), WARM)
         found.append((state.theta, value, norms))
-    assert not np.allclose(found[0][0]["scale/x"], theta["scale/x"])
+    assert not np.allclose(found[0][0][name], theta[name])
     # Sums of the same terms in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)

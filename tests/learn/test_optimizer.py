@@ -12,7 +12,7 @@ import pytest
 
 from qnpu_jax.learn.optimizer import optimizer
 from qnpu_jax.learn.orthogonal import orthogonality_error
-from qnpu_jax.learn.parameters import Theta, group_of, initial
+from qnpu_jax.learn.parameters import R1, R2, Theta, group_of, initial_theta
 from qnpu_jax.recipes import GROUPS, Stage
 
 
@@ -42,9 +42,9 @@ def noise(theta: Theta, seed: int) -> Theta:
 def every_group(**settings: Any) -> tuple[Stage, Theta]:
     """One parameter of each kind in each group, and both rotations."""
     dec, _, free = learnable.made()
-    theta = initial(dec, free, GROUPS)
-    some = {(n.split("/")[0], group_of(n)): n for n in theta}
-    kept = {n: theta[n] for n in ("rotation/r1", "rotation/r2", *some.values())}
+    theta = initial_theta(dec, free, GROUPS)
+    some = {(key.kind, group_of(key)): key for key in theta}
+    kept = {key: theta[key] for key in (R1, R2, *some.values())}
     assert {group_of(n) for n in kept} == set(GROUPS)
     return Stage(learn=learnable.ALL, **settings), kept
 
@@ -53,10 +53,10 @@ def every_group(**settings: Any) -> tuple[Stage, Theta]:
 def test_rotations_stay_orthogonal_beside_all_else(rotation):
     stage, theta = every_group(rotation_optimizer=rotation)
     steps = run(stage, theta, 30, lambda i: noise(theta, i))
-    for name, x in steps[-1].items():
+    for key, x in steps[-1].items():
         assert np.isfinite(x).all()
-        assert np.abs(np.asarray(x) - np.asarray(theta[name])).max() > 1e-3, f"{name} did not move"
-        if name.startswith("rotation/"):
+        assert np.abs(np.asarray(x) - np.asarray(theta[key])).max() > 1e-3, f"{key} did not move"
+        if key.kind == "rotation":
             assert float(orthogonality_error(x)) <= 1e-5  # the issue's bound
 
 

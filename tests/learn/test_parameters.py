@@ -17,16 +17,20 @@ from qnpu_jax.fakequant.forward import Reading
 from qnpu_jax.graph.layered import local
 from qnpu_jax.graph.qparams import code_range
 from qnpu_jax.graph.scales import is_free, resolve
-from qnpu_jax.learn.losses import objective
+from qnpu_jax.learn.losses import Batch, objective
 from qnpu_jax.learn.parameters import (
-    ZERO_UNIT,
+    DIAGONALS,
+    R1,
+    R2,
+    ZERO_POINT_UNIT,
+    ThetaKey,
     group_of,
-    initial,
+    initial_theta,
     learned_scales,
-    merged,
-    reading,
+    merge_theta,
+    student_reading,
     student_scales,
-    units,
+    theta_units,
 )
 from qnpu_jax.recipes import GROUPS, Stage
 
@@ -67,7 +71,7 @@ def prepared(dec, student: Reading) -> dict[str, np.ndarray]:
 def test_initial_changes_nothing(plan):
     dec, params, free = learnable.made(plan)
     base = learnable.base_of(dec, params, free)
-    student = reading(dec, ADAM, base, initial(dec, free, GROUPS))
+    student = student_reading(dec, ADAM, base, initial_theta(dec, free, GROUPS))
     plain = Reading(params, resolve(dec, free))
     same(dict(student.scales), dict(plain.scales))
     same(prepared(dec, student), {n: np.asarray(x) for n, x in params.items()})
@@ -78,71 +82,73 @@ def test_initial_changes_nothing(plan):
 @plans
 def test_every_tensor_that_can_move_is_in_its_group(plan):
     dec, params, free = learnable.made(plan)
-    of: dict[str, set[str]] = {g: set() for g in GROUPS}
-    theta = initial(dec, free, GROUPS)
-    for name in theta:
-        of[group_of(name)].add(name)
+    of: dict[str, set[ThetaKey]] = {g: set() for g in GROUPS}
+    theta = initial_theta(dec, free, GROUPS)
+    for key in theta:
+        of[group_of(key)].add(key)
     activations = {n for n in free if n not in params}
-    assert of["rotation"] == {"rotation/r1", "rotation/r2"}
-    assert of["diagonal"] == {"diagonal/up_down", "diagonal/v_o", "diagonal/q_k"}
-    scales = {n.removeprefix("scale/") for g in ("rotated", "unrotated") for n in of[g]}
-    assert {n for n in scales if "/" not in n} == activations
-    assert {n.removeprefix("scale/") for n in of["rotated"] if n.startswith("scale/")} == (
-        ROTATED_TENSORS
-    )
-    assert of["weights"] == {f"weight_scale/{n}" for n in free if n in params}
+    assert of["rotation"] == {("rotation", "r1"), ("rotation", "r2")} == {R1, R2}
+    assert of["diagonal"] == {("diagonal", n) for n in ("up_down", "v_o", "q_k")} == {*DIAGONALS}
+    scales = {k.tensor for g in ("rotated", "unrotated") for k in of[g] if k.kind == "scale"}
+    assert scales == activations
+    assert {k.tensor for k in of["rotated"] if k.kind == "scale"} == ROTATED_TENSORS
+    assert of["weights"] == {("weight_scale", n) for n in free if n in params}
     linears = {n for n in params if n.endswith("weight") and n.startswith("layers.")}
-    assert of["rounding"] == {f"rounding/{n}" for n in linears} and len(linears) == 7
-    assert of["biases"] == {f"bias/{n.replace('weight', 'bias')}" for n in linears}
-    assert of["prefix"] == {f"prefix/layers.attn.prefix_{x}" for x in "kv"}
-    for name, x in theta.items():
-        tensor = name.split("/")[1]
-        if name.split("/")[0] in ("rounding", "bias", "prefix"):
+    assert of["rounding"] == {("rounding", n) for n in linears} and len(linears) == 7
+    assert of["biases"] == {("bias", n.replace("weight", "bias")) for n in linears}
+    assert of["prefix"] == {("prefix", f"layers.attn.prefix_{x}") for x in "kv"}
+    for (kind, tensor), x in theta.items():
+        if kind in ("rounding", "bias", "prefix"):
             assert x.shape == params[tensor].shape
-        elif name.split("/")[0] not in ("rotation", "diagonal"):
+        elif kind not in ("rotation", "diagonal"):
             assert x.shape == free[tensor].scale.shape
+
+
+def test_a_key_is_named_as_in_messages():
+    assert f"{ThetaKey('bias', 'layers.attn.q.bias')}: diverged" == (
+        "bias/layers.attn.q.bias: diverged"
+    )
 
 
 def test_zero_points_are_of_asymmetric_tensors_of_8_bits():
     dec, _, free = learnable.made("mixed")
-    names = {n for n in initial(dec, free, GROUPS) if n.startswith("zero_point/")}
+    names = {k.tensor for k in initial_theta(dec, free, GROUPS) if k.kind == "zero_point"}
     expected = set()
     for graph in dec.graphs:
         for spec in graph.named("activation"):
             quant = spec.quant
             if quant and is_free(graph, spec.name) and not quant.symmetric and min(quant.bits) < 16:
-                expected.add(f"zero_point/{graph.prefix}{spec.name}")
+                expected.add(graph.prefix + spec.name)
     assert names == expected
-    assert {"zero_point/layers.mlp.act", "zero_point/head.logits"} <= names
-    assert "zero_point/layers.attn.v" not in names and "scale/layers.attn.v" in initial(
-        dec, free, ["rotated"]
-    )
+    assert {"layers.mlp.act", "head.logits"} <= names
+    assert "layers.attn.v" not in names
+    assert ThetaKey("scale", "layers.attn.v") in initial_theta(dec, free, ["rotated"])
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_that_does_not_learn_has_no_parameters(group):
     dec, _, free = learnable.made()
-    names = initial(dec, free, [group])
+    names = initial_theta(dec, free, [group])
     assert names and {group_of(n) for n in names} == {group}
-    rest = initial(dec, free, [g for g in GROUPS if g != group])
-    assert rest.keys() == initial(dec, free, GROUPS).keys() - names.keys()
+    rest = initial_theta(dec, free, [g for g in GROUPS if g != group])
+    assert rest.keys() == initial_theta(dec, free, GROUPS).keys() - names.keys()
 
 
 def test_units_are_the_range_of_what_they_add_to():
     dec, params, free = learnable.made("mixed")
-    found = units(dec, free)
-    theta = initial(dec, free, ["biases", "prefix"])
+    found = theta_units(dec, free)
+    theta = initial_theta(dec, free, ["biases", "prefix"])
     assert found.keys() == theta.keys()
     assert all(np.broadcast_shapes(found[n].shape, x.shape) == x.shape for n, x in theta.items())
     scales = resolve(dec, free)
     down = np.asarray(scales["layers.mlp.down"].scale)
     reach = down * [128, 32768]  # of layer 1, 16 bits
-    np.testing.assert_array_equal(found["bias/layers.mlp.down.bias"], reach[:, None])
+    np.testing.assert_array_equal(found[ThetaKey("bias", "layers.mlp.down.bias")], reach[:, None])
     cache = np.asarray(scales["layers.attn.k_cache"].scale) * 128
     expected = cache[:, None, None, None]
-    np.testing.assert_array_equal(found["prefix/layers.attn.prefix_k"], expected)
+    np.testing.assert_array_equal(found[ThetaKey("prefix", "layers.attn.prefix_k")], expected)
     theta = {n: jnp.ones_like(x) for n, x in theta.items()}
-    after, _ = merged(dec, ADAM, params, free, theta)
+    after, _ = merge_theta(dec, ADAM, params, free, theta)
     moved = after["layers.mlp.down.bias"] - np.asarray(params["layers.mlp.down.bias"])
     np.testing.assert_allclose(moved, np.broadcast_to(reach[:, None], moved.shape), rtol=1e-5)
 
@@ -151,7 +157,7 @@ def test_units_are_the_range_of_what_they_add_to():
 def test_zero_points_are_codes_and_0_at_16_bits(plan):
     dec, _, free = learnable.made(plan)
     theta = learnable.random_theta(dec, free, ["rotated", "unrotated"])
-    theta = {n: 20 * x if n.startswith("zero_point/") else x for n, x in theta.items()}
+    theta = {k: 20 * x if k.kind == "zero_point" else x for k, x in theta.items()}
     ends = set()
     for name, q in learned_scales(dec, ADAM, free, theta).items():
         graph = next(g for g in dec.graphs if name.startswith(g.prefix))
@@ -188,8 +194,8 @@ def test_only_rotated_tensors_are_quantized_where_the_stage_says_so():
 def test_merged_is_what_the_student_computes_with(plan, stage):
     dec, params, free = learnable.made(plan)
     theta = learnable.random_theta(dec, free)
-    student = reading(dec, stage, learnable.base_of(dec, params, free), theta)
-    after, scales = merged(dec, stage, params, free, theta)
+    student = student_reading(dec, stage, learnable.base_of(dec, params, free), theta)
+    after, scales = merge_theta(dec, stage, params, free, theta)
     same(dict(student.scales), dict(resolve(dec, scales)))
     got = prepared(dec, student)
     assert got.keys() == after.keys()
@@ -210,7 +216,7 @@ def test_merged_is_what_the_student_computes_with(plan, stage):
 def test_merged_rotations_and_diagonals_leave_the_float_model():
     dec, params, free = learnable.made()
     theta = learnable.random_theta(dec, free, ["rotation", "diagonal"])
-    after, scales = merged(dec, ADAM, params, free, theta)
+    after, scales = merge_theta(dec, ADAM, params, free, theta)
     same(scales, dict(free))
     got, expected = (
         learnable.logits_of(dec, Reading(on_device(p), {}), IDS[0]) for p in (after, params)
@@ -221,31 +227,34 @@ def test_merged_rotations_and_diagonals_leave_the_float_model():
     assert np.abs(hidden).max() > 0.1, "the rotation moved nothing"
 
 
-@pytest.mark.parametrize("name", ["rotation/r1", "rotation/r2"])
-def test_a_rotation_that_is_not_orthogonal_is_not_merged(name):
+@pytest.mark.parametrize("key", [R1, R2], ids=str)
+def test_a_rotation_that_is_not_orthogonal_is_not_merged(key):
     dec, params, free = learnable.made()
-    theta = initial(dec, free, ["rotation"])
-    theta[name] = theta[name].at[..., 0, 1].add(0.01)
+    theta = initial_theta(dec, free, ["rotation"])
+    theta[key] = theta[key].at[..., 0, 1].add(0.01)
     with pytest.raises(UserError, match=r"^R[12].*: not orthogonal: expected max .*; orthonorm"):
-        merged(dec, ADAM, params, free, theta)
+        merge_theta(dec, ADAM, params, free, theta)
 
 
 def test_a_factor_that_is_not_finite_is_not_merged():
     dec, params, free = learnable.made()
-    theta = initial(dec, free, ["diagonal"])
-    theta["diagonal/v_o"] = theta["diagonal/v_o"].at[0, 0, 3].set(jnp.nan)
+    theta = initial_theta(dec, free, ["diagonal"])
+    key = ThetaKey("diagonal", "v_o")
+    theta[key] = theta[key].at[0, 0, 3].set(jnp.nan)
     with pytest.raises(UserError, match=r"^v_o: expected finite factors above 0"):
-        merged(dec, ADAM, params, free, theta)
+        merge_theta(dec, ADAM, params, free, theta)
 
 
 # --- Gradients ---
 
 
-def gradient(stage: Stage, theta, plan: str = "w4a8", warm: float = 0.0) -> dict[str, np.ndarray]:
+def gradient(
+    stage: Stage, theta, plan: str = "w4a8", warm: float = 0.0
+) -> dict[ThetaKey, np.ndarray]:
     dec, params, free = learnable.made(plan)
-    base, ids = learnable.base_of(dec, params, free), jnp.asarray(IDS)
+    base, batch = learnable.base_of(dec, params, free), Batch(jnp.asarray(IDS))
     with jax.disable_jit():
-        found = jax.grad(lambda t: objective(dec, stage, base, t, ids, jnp.float32(warm)))(theta)
+        found = jax.grad(lambda t: objective(dec, stage, base, t, batch, jnp.float32(warm)))(theta)
     return {n: np.asarray(g) for n, g in found.items()}
 
 
@@ -255,35 +264,36 @@ def gradients():
     are small enough to clip: zero points have no other gradient."""
     dec, _, free = learnable.made()
     theta = learnable.random_theta(dec, free)
-    for name in [n for n in theta if n.startswith("zero_point/")]:
-        theta[name.replace("zero_point", "scale")] -= 0.5
+    for key in [k for k in theta if k.kind == "zero_point"]:
+        theta[ThetaKey("scale", key.tensor)] -= 0.5
     return gradient(dataclasses.replace(ADAM, hidden_mse=0.1), theta)
 
 
 def test_the_loss_reaches_every_parameter(gradients):
     dec, _, free = learnable.made()
-    assert gradients.keys() == initial(dec, free, GROUPS).keys()
+    assert gradients.keys() == initial_theta(dec, free, GROUPS).keys()
     assert all(np.isfinite(g).all() for g in gradients.values())
     still = {n for n, g in gradients.items() if not g.any()}
-    points = {n for n in gradients if n.startswith("zero_point/")}
+    points = {k for k in gradients if k.kind == "zero_point"}
     assert still <= points and 2 * len(still) < len(points), "a tensor without a clipped value"
     stacked = (
-        "scale/layers.mlp.act",
-        "rotation/r2",
-        "diagonal/q_k",
-        "rounding/layers.mlp.up.weight",
+        ThetaKey("scale", "layers.mlp.act"),
+        R2,
+        ThetaKey("diagonal", "q_k"),
+        ThetaKey("rounding", "layers.mlp.up.weight"),
     )
-    assert all(g.any() for name in stacked for g in gradients[name]), "both layers"
+    assert all(g.any() for key in stacked for g in gradients[key]), "both layers"
 
 
 def test_what_is_not_quantized_learns_no_scale():
     dec, _, free = learnable.made()
     stage = dataclasses.replace(ADAM, quantized="rotated")
-    theta = initial(dec, free, ["rotated", "unrotated", "weights"])
+    theta = initial_theta(dec, free, ["rotated", "unrotated", "weights"])
     found = gradient(stage, theta)
-    for name, g in found.items():
-        assert np.abs(g).max() > 0 or group_of(name) == "unrotated" or "zero_point" in name, name
-        assert not np.abs(g).max() > 0 or group_of(name) != "unrotated", name
+    for key, g in found.items():
+        moves, group = np.abs(g).max() > 0, group_of(key)
+        assert moves or group == "unrotated" or key.kind == "zero_point", key
+        assert not moves or group != "unrotated", key
 
 
 def published(x, q, s, z, qmin, qmax) -> tuple[float, float]:
@@ -301,7 +311,7 @@ def test_sgd_steps_scale_and_zero_point_as_published():
     s, z = (
         np.asarray(v)[layer].astype(np.float64) for v in (free[name].scale, free[name].zero_point)
     )
-    theta = initial(dec, free, ["unrotated"])
+    theta = initial_theta(dec, free, ["unrotated"])
 
     def loss(theta):
         at = learned_scales(dec, SGD, free, theta)[name]
@@ -312,11 +322,11 @@ def test_sgd_steps_scale_and_zero_point_as_published():
     ds, dz = published(x, q, s, z, -128, 127)
     assert abs(dz) > 0, "nothing was clipped"
     factor = 1 / np.sqrt(learnable.TOKENS * 24 * 127)
-    step = -rate * s * float(found[f"scale/{name}"][layer])
+    step = -rate * s * float(found[ThetaKey("scale", name)][layer])
     assert step == pytest.approx(-rate * factor * ds, rel=1e-4)  # sums of float32
-    moved = -rate * float(found[f"zero_point/{name}"][layer]) * ZERO_UNIT
+    moved = -rate * float(found[ThetaKey("zero_point", name)][layer]) * ZERO_POINT_UNIT
     assert moved == pytest.approx(-rate * factor * dz, rel=1e-5)
-    assert all(not g.any() for n, g in found.items() if not n.endswith(f"/{name}"))
+    assert all(not g.any() for key, g in found.items() if key.tensor != name)
 
 
 def test_sgd_steps_a_weights_scale_by_its_input_features():
@@ -333,7 +343,7 @@ def test_sgd_steps_a_weights_scale_by_its_input_features():
         )
         return jnp.sum(w_fq * jnp.asarray(q, jnp.float32))
 
-    found = jax.grad(loss)(initial(dec, free, ["weights"]))[f"weight_scale/{name}"]
+    found = jax.grad(loss)(initial_theta(dec, free, ["weights"]))[ThetaKey("weight_scale", name)]
     ds, _ = published(w, q, s, 0.0, -7, 7)
     # -rate * found is the relative change of s.
     assert float(found[layer, channel]) * s == pytest.approx(ds / np.sqrt(24 * 7), rel=1e-4)
@@ -342,16 +352,17 @@ def test_sgd_steps_a_weights_scale_by_its_input_features():
 def test_an_sgd_step_beyond_zero_leaves_a_positive_scale_that_can_come_back():
     dec, _, free = learnable.made()
     name = "layers.mlp.gate"
-    theta = initial(dec, free, ["unrotated"])
-    theta[f"scale/{name}"] = jnp.full_like(theta[f"scale/{name}"], -5.0)
-    other = {f"scale/{name}": jnp.full_like(theta[f"scale/{name}"], -0.25)}
+    theta = initial_theta(dec, free, ["unrotated"])
+    key = ThetaKey("scale", name)
+    theta[key] = jnp.full_like(theta[key], -5.0)
+    other = {key: jnp.full_like(theta[key], -0.25)}
 
     def scale(theta):
         return learned_scales(dec, SGD, free, theta)[name].scale
 
     np.testing.assert_allclose(scale(theta), free[name].scale / 1024, rtol=1e-6)
     np.testing.assert_allclose(scale(other), free[name].scale * 0.75, rtol=1e-6)
-    found = jax.grad(lambda theta: scale(theta).sum())(theta)[f"scale/{name}"]
+    found = jax.grad(lambda theta: scale(theta).sum())(theta)[key]
     assert (np.asarray(found) > 0).all()
 
 
@@ -363,7 +374,7 @@ def test_a_channel_of_zeros_learns_nothing_and_breaks_nothing(stage):
     scale = np.array(free[name].scale)
     scale[0, 5] = np.finfo(np.float32).tiny * 2.0**40  # what `from_range` gives it
     free = dict(free) | {name: dataclasses.replace(free[name], scale=scale)}
-    theta = initial(dec, free, ["weights"])
+    theta = initial_theta(dec, free, ["weights"])
 
     def loss(theta):
         found = learned_scales(dec, stage, jax.tree.map(jnp.asarray, free), theta)[name].scale[0, 5]
@@ -371,5 +382,5 @@ def test_a_channel_of_zeros_learns_nothing_and_breaks_nothing(stage):
             fake_quant(params[name][0, 5], found, np.float32(0), np.float32(-7), np.float32(7))
         )
 
-    found = jax.grad(loss)(theta)[f"weight_scale/{name}"]
+    found = jax.grad(loss)(theta)[ThetaKey("weight_scale", name)]
     assert np.isfinite(found).all() and not found[0, 5].any()

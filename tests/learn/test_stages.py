@@ -12,9 +12,9 @@ import pytest
 import tiny
 from test_parity import assert_fake_quant_is_simulator, simulated
 
-from qnpu_jax.calibrate.gptq import Fitted
-from qnpu_jax.calibrate.ranges import initialize
-from qnpu_jax.calibrate.statistics import collect
+from qnpu_jax.calibrate.gptq import Fitted, GptqSettings
+from qnpu_jax.calibrate.ranges import calibrate_activations
+from qnpu_jax.calibrate.statistics import collect_statistics
 from qnpu_jax.fakequant.forward import Reading
 from qnpu_jax.graph.qparams import Scales, code_range
 from qnpu_jax.graph.scales import resolve
@@ -22,9 +22,10 @@ from qnpu_jax.graph.tensor_classes import is_rotated
 from qnpu_jax.integer.freeze import freeze
 from qnpu_jax.integer.model import activation_scales
 from qnpu_jax.learn import stages, train
-from qnpu_jax.learn.parameters import Base, Theta, group_of, initial, student_scales
-from qnpu_jax.learn.stages import Learned, learn, schedule
-from qnpu_jax.learn.train import History
+from qnpu_jax.learn.parameters import R1, Base, Theta, group_of, initial_theta, student_scales
+from qnpu_jax.learn.stages import Calibrated, Learned, learn, schedule
+from qnpu_jax.learn.train import Callbacks, History, Progress, TrainSettings
+from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, RECIPES, Effort, Recipe, Stage
 from qnpu_jax.text.windows import Windows
 
@@ -40,7 +41,7 @@ def recipe(*of: Stage) -> Recipe:
 
 def learned(*of: Stage, effort: Effort = learnable.EFFORT, **settings: Any) -> Learned:
     dec, params, free = learnable.made()
-    return learn(dec, recipe(*of), effort, params, free, TEXT, tame=True, **settings)
+    return learn(Calibrated(dec, params, free, tame=True), recipe(*of), effort, TEXT, **settings)
 
 
 def same(a: Any, b: Any) -> None:
@@ -61,11 +62,24 @@ def changed(after: Scales, before: Scales) -> set[str]:
 class Fit:
     """What `fit` was asked, and the parameters it pretended to find."""
 
-    stage: Stage
-    steps: int
+    settings: TrainSettings
     base: Base
-    seed: int
     theta: Theta
+
+    @property
+    def stage(self) -> Stage:
+        return self.settings.stage
+
+
+class Listener(Observer):
+    """Keeps what it hears of learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Any] = []
+
+    def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
+        self.heard.append((stage, step, steps, loss, held_out))
 
 
 @pytest.fixture
@@ -74,16 +88,20 @@ def fits(monkeypatch) -> list[Fit]:
     calls: list[Fit] = []
 
     def fit(
-        dec, stage, effort, steps, base, state, history, windows, held_out, seed, save, report, **_
+        settings: TrainSettings,
+        base: Base,
+        begun: Progress,
+        text: Windows,
+        cached: Any,
+        callbacks: Callbacks,
     ) -> Theta:
-        groups = [g for g, _ in stage.learn]
-        same(dict(state.theta), initial(dec, base.free, groups))
-        np.testing.assert_array_equal(windows, TEXT.learning)
-        np.testing.assert_array_equal(held_out, TEXT.held_out)
+        dec, groups = settings.dec, [g for g, _ in settings.stage.learn]
+        same(dict(begun.state.theta), initial_theta(dec, base.free, groups))
+        assert text is TEXT
         theta = learnable.random_theta(dec, base.free, groups, seed=len(calls))
-        calls.append(Fit(stage, steps, base, seed, theta))
-        history.loss.append(1.0)
-        report(1, 0.5, 0.25)
+        calls.append(Fit(settings, base, theta))
+        begun.history.loss.append(1.0)
+        callbacks.report(1, 0.5, 0.25)
         return theta
 
     monkeypatch.setattr(stages, "fit", fit)
@@ -94,10 +112,11 @@ def fits(monkeypatch) -> list[Fit]:
 
 
 def test_stages_learn_in_order_for_their_share_of_the_steps(fits):
-    seen: list[Any] = []
-    made = learned(ROTATION, UNROTATED, SCALES, report=lambda *row: seen.append(row))
-    assert [(f.stage, f.steps, f.seed) for f in fits] == [(ROTATION, 10, 3), (SCALES, 20, 3)]
-    assert seen == [(0, 1, 10, 0.5, 0.25), (2, 1, 20, 0.5, 0.25)]
+    watch = Listener()
+    made = learned(ROTATION, UNROTATED, SCALES, watch=watch)
+    asked = [(f.stage, f.settings.steps, f.settings.seed) for f in fits]
+    assert asked == [(ROTATION, 10, 3), (SCALES, 20, 3)]
+    assert watch.heard == [(0, 1, 10, 0.5, 0.25), (2, 1, 20, 0.5, 0.25)]
     assert made.histories == [History([1.0]), History([1.0])]
 
 
@@ -147,9 +166,9 @@ def test_a_stage_starts_from_what_the_ones_before_it_left(fits):
         np.testing.assert_allclose(f.base.basis, basis, atol=1e-6)
         np.testing.assert_allclose(f.base.params["embed.weight"], table @ basis, atol=1e-5)
         if f.stage == ROTATION:
-            basis = basis @ f.theta["rotation/r1"]
+            basis = basis @ f.theta[R1]
     np.testing.assert_allclose(made.params["embed.weight"], table @ basis, atol=1e-5)
-    assert np.abs(basis - fits[0].theta["rotation/r1"]).max() > 0.1, "two rotations, not one"
+    assert np.abs(basis - fits[0].theta[R1]).max() > 0.1, "two rotations, not one"
     assert changed(fits[0].base.free, free) == set()
     moved = [changed(b.base.free, a.base.free) for a, b in itertools.pairwise(fits)]
     assert all(is_rotated(n) for n in moved[0]) and not any(is_rotated(n) for n in moved[1])
@@ -170,7 +189,9 @@ def test_unrotated_ranges_are_set_with_the_learned_quantizers_active(fits):
     dec, _, _ = learnable.made()
     rotated = student_scales(dec, Stage(quantized="rotated"), before.free, {})
     found, plain = (
-        initialize(dec, collect(dec, before.params, TEXT.calibration, scales=s), "minmax", True)[0]
+        calibrate_activations(
+            dec, collect_statistics(dec, before.params, TEXT.calibration, scales=s), "minmax", True
+        )[0]
         for s in (rotated, None)
     )
     unrotated = {n for n in found if not is_rotated(n)}
@@ -184,32 +205,37 @@ def test_all_ranges_are_set_of_the_float_model_by_the_stages_rule(fits):
     fits.clear()
     made = learned(ROTATION, Stage(calibrate="all", ranges="sigma"))
     dec, _, _ = learnable.made()
-    stats = collect(dec, before.params, TEXT.calibration)
-    found, _ = initialize(dec, stats, "sigma", True)
+    stats = collect_statistics(dec, before.params, TEXT.calibration)
+    found, _ = calibrate_activations(dec, stats, "sigma", True)
     same({n: made.free[n] for n in found}, found)
     weights = made.free.keys() - found.keys()
     assert {n for n in weights if n.endswith("weight")} == weights
     same({n: made.free[n] for n in weights}, {n: before.free[n] for n in weights})
 
 
-@pytest.mark.parametrize(("learns", "exact"), [("rounding", False), ("unrotated", True)])
-def test_weights_are_rounded_after_ranges_and_before_learning(monkeypatch, fits, learns, exact):
+@pytest.mark.parametrize(
+    ("learns", "exact", "gptaq"), [("rounding", False, 0.0), ("unrotated", True, 0.5)]
+)
+def test_weights_are_rounded_after_ranges_and_before_learning(
+    monkeypatch, fits, learns, exact, gptaq
+):
     seen: list[Any] = []
     name = "layers.mlp.up.weight"
 
-    def gptq(dec, params, scales, windows, *, exact):
-        seen.append((scales, windows, exact))
+    def gptq(dec, params, scales, windows, settings):
+        seen.append((scales, windows, settings))
         doubled = dataclasses.replace(scales[name], scale=scales[name].scale * np.float32(2))
         return Fitted({**params, name: params[name] + 1}, {name: doubled})
 
     monkeypatch.setattr(stages, "gptq", gptq)
-    stage = Stage(learn=((learns, 0.1),), calibrate="all", ranges="minmax", gptq=True)
+    stage = Stage(learn=((learns, 0.1),), calibrate="all", ranges="minmax", gptq=True, gptaq=gptaq)
     learned(stage)
     ((scales, windows, asked),) = seen
-    assert windows is TEXT.calibration and asked == exact
+    assert windows is TEXT.calibration
+    assert asked == GptqSettings(exact=exact, asymmetric=gptaq)
     dec, params, free = learnable.made()
-    stats = collect(dec, params, TEXT.calibration)
-    ranges = initialize(dec, stats, "minmax", True)[0]
+    stats = collect_statistics(dec, params, TEXT.calibration)
+    ranges = calibrate_activations(dec, stats, "minmax", True)[0]
     same(dict(scales), dict(resolve(dec, {**free, **ranges})))
     base = fits[0].base
     np.testing.assert_array_equal(base.params[name], params[name] + 1)
@@ -224,7 +250,7 @@ def test_weights_are_rounded_after_ranges_and_before_learning(monkeypatch, fits,
 def runs():
     """Rotations and scales learned, the rest calibrated, twice."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compiled", learnable.compiled)
+        patch.setattr(train, "compile_stage", learnable.compile_stage)
         return [learned(learnable.ROTATED, UNROTATED) for _ in range(2)]
 
 

@@ -17,9 +17,14 @@ from qnpu_jax.fakequant.forward import Reading
 from qnpu_jax.learn import stages as learn_stages
 from qnpu_jax.learn import teacher, train
 from qnpu_jax.learn.losses import top_k
-from qnpu_jax.learn.stages import Learned, Nowhere, learn
-from qnpu_jax.learn.teacher import BYTES, Kept, check_room, keep
-from qnpu_jax.learn.train import History, TrainState, batches, nothing
+from qnpu_jax.learn.stages import Calibrated, Learned, Nowhere, learn
+from qnpu_jax.learn.teacher import (
+    BYTES_PER_TOKEN,
+    CachedTopK,
+    cache_teacher,
+    check_teacher_bytes,
+)
+from qnpu_jax.learn.train import History, Progress, TrainSettings, TrainState, batches, uncached
 from qnpu_jax.recipes import Effort, Recipe, Stage
 from qnpu_jax.text.windows import Windows
 
@@ -27,13 +32,13 @@ K, STEPS, SEED = 4, 12, 3
 STAGE = dataclasses.replace(learnable.ROTATED, top_k=K)
 WINDOWS = learnable.WINDOWS
 RECOMPUTED = dataclasses.replace(learnable.EFFORT, steps=STEPS)
-ALL = BYTES * WINDOWS.size * K
+ALL = BYTES_PER_TOKEN * WINDOWS.size * K
 KEPT = dataclasses.replace(RECOMPUTED, teacher_bytes=ALL)
 
 
-def kept(effort: Effort = KEPT, stage: Stage = STAGE, steps: int = STEPS) -> train.Cached:
+def kept(effort: Effort = KEPT, stage: Stage = STAGE, steps: int = STEPS) -> train.TeacherCache:
     dec, params, _ = learnable.made()
-    return keep(dec, stage, effort, steps, params, WINDOWS, SEED)
+    return cache_teacher(TrainSettings(dec, stage, effort, steps, SEED), params, WINDOWS)
 
 
 # --- What is kept ---
@@ -44,7 +49,7 @@ def test_each_window_has_its_own_teacher(batch):
     """16 windows: the last part is short where it does not divide them."""
     dec, params, _ = learnable.made()
     found = kept(dataclasses.replace(KEPT, batch=batch))
-    assert isinstance(found, Kept)
+    assert isinstance(found, CachedTopK)
     np.testing.assert_array_equal(found.windows, np.arange(16))
     assert (found.log_p.dtype, found.ids.dtype) == (np.float32, np.int32)
     assert found.log_p.nbytes + found.ids.nbytes == ALL, "what it was said to take"
@@ -62,7 +67,7 @@ def test_only_windows_that_some_step_reads_are_kept():
     assert len(used) == 6
     small = dataclasses.replace(KEPT, teacher_bytes=ALL * 6 // 16)
     found = kept(small, steps=3)
-    assert isinstance(found, Kept) and found.windows.tolist() == sorted(used)
+    assert isinstance(found, CachedTopK) and found.windows.tolist() == sorted(used)
     whole = kept()
     for rows in itertools.islice(batches(16, 2, SEED, 0), 3):
         jax.tree.map(
@@ -75,9 +80,9 @@ def test_only_windows_that_some_step_reads_are_kept():
 
 def test_a_top_k_of_more_tokens_than_there_are_keeps_all():
     vocabulary = learnable.CONFIG.vocab_size
-    found = kept(dataclasses.replace(KEPT, teacher_bytes=BYTES * WINDOWS.size * vocabulary),
-                 dataclasses.replace(STAGE, top_k=10**6))  # fmt: skip
-    assert isinstance(found, Kept)
+    effort = dataclasses.replace(KEPT, teacher_bytes=BYTES_PER_TOKEN * WINDOWS.size * vocabulary)
+    found = kept(effort, dataclasses.replace(STAGE, top_k=10**6))
+    assert isinstance(found, CachedTopK)
     np.testing.assert_array_equal(np.sort(found.ids, axis=-1)[0, 0], np.arange(vocabulary))
 
 
@@ -93,17 +98,17 @@ def test_a_top_k_of_more_tokens_than_there_are_keeps_all():
     ids=["full KL", "hidden_mse", "ce", "hidden", "no memory"],
 )
 def test_nothing_is_kept_where_it_is_not_enough_or_not_asked_for(monkeypatch, stage, effort):
-    monkeypatch.delattr(teacher, "likeliest")  # called, it would raise NameError
-    assert kept(effort, stage) is nothing
+    monkeypatch.delattr(teacher, "teacher_top_k")  # called, it would raise NameError
+    assert kept(effort, stage) is uncached
     one_byte = dataclasses.replace(effort, teacher_bytes=min(effort.teacher_bytes, 1))
-    assert kept(one_byte, stage) is nothing, "no bound on what is not kept"
+    assert kept(one_byte, stage) is uncached, "no bound on what is not kept"
 
 
 # --- Its bound ---
 
 
 def test_more_than_its_bound_is_told_before_anything_is_computed(monkeypatch):
-    monkeypatch.delattr(teacher, "likeliest")
+    monkeypatch.delattr(teacher, "teacher_top_k")
     with pytest.raises(UserError) as error:
         kept(dataclasses.replace(KEPT, teacher_bytes=ALL - 1))
     assert str(error.value) == (
@@ -112,11 +117,12 @@ def test_more_than_its_bound_is_told_before_anything_is_computed(monkeypatch):
         " top_k, raise teacher_bytes, or set it to 0 to recompute them"
     )
     dec, _, _ = learnable.made()
-    assert len(check_room(dec, STAGE, KEPT, STEPS, WINDOWS, SEED)) == 16, "exactly full is not over"
+    settings = TrainSettings(dec, STAGE, KEPT, STEPS, SEED)
+    assert len(check_teacher_bytes(settings, WINDOWS)) == 16, "exactly full is not over"
 
 
 def test_a_later_stages_bound_is_told_before_the_first_stage(monkeypatch):
-    monkeypatch.delattr(learn_stages, "_prepared")
+    monkeypatch.delattr(learn_stages, "_calibrate_and_round")
     late = dataclasses.replace(STAGE, top_k=K + 1)
     with pytest.raises(UserError, match=r"top 5\) take 5,120 bytes; .* teacher_bytes = 4,096;"):
         run(dataclasses.replace(KEPT, steps=2 * STEPS), stages=(STAGE, late))
@@ -138,7 +144,7 @@ class Memory(Nowhere):
         state = jax.tree.map(
             lambda x, y: jnp.array(x) if isinstance(y, jax.Array) else np.asarray(x), state, like
         )
-        return state, History(list(history.loss), list(history.held_out))
+        return Progress(state, History(list(history.loss), list(history.held_out)))
 
     def save(self, stage: int, state: TrainState, history: History) -> None:
         held = History(list(history.loss), list(history.held_out))
@@ -151,19 +157,19 @@ def run(effort: Effort, store: Memory | None = None, stages: Any = (STAGE,)) -> 
     share = 1 / len(stages)
     parts = tuple(dataclasses.replace(s, share=share) for s in stages)
     recipe = Recipe(name="test", bits=tiny.PLANS["w4a8"], seed=SEED, stages=parts)
-    return learn(dec, recipe, effort, params, free, text, tame=True, store=store)
+    return learn(Calibrated(dec, params, free, tame=True), recipe, effort, text, store)
 
 
 @pytest.fixture(scope="module")
 def _compile_once():
     """One program for held-out text, whatever is kept."""
 
-    def compiled(dec, stage, effort, steps):
+    def compile_stage(dec, stage, effort, steps):
         plain = dataclasses.replace(effort, teacher_bytes=0)
-        return learnable.compiled(dec, stage, plain, steps)
+        return learnable.compile_stage(dec, stage, plain, steps)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compiled", compiled)
+        patch.setattr(train, "compile_stage", compile_stage)
         yield
 
 
@@ -189,12 +195,12 @@ def test_learning_from_what_was_kept_is_learning(cached, monkeypatch):
     assert len(history.loss) == STEPS
     np.testing.assert_allclose(history.loss, expected.loss, rtol=1e-3)
     for step, (state, _) in plain.saved.items():
-        for name, x in state.theta.items():
-            found = store.saved[step][0].theta[name]
-            np.testing.assert_allclose(found, x, atol=1e-3, err_msg=f"{name} at step {step}")
+        for key, x in state.theta.items():
+            found = store.saved[step][0].theta[key]
+            np.testing.assert_allclose(found, x, atol=1e-3, err_msg=f"{key} at step {step}")
     # Had the steps not read it, or of the wrong window, that would say nothing.
-    real = Kept.__call__
-    monkeypatch.setattr(Kept, "__call__", lambda self, rows: real(self, (rows + 1) % 16))
+    real = CachedTopK.__call__
+    monkeypatch.setattr(CachedTopK, "__call__", lambda self, rows: real(self, (rows + 1) % 16))
     (wrong,) = run(KEPT).histories
     assert np.abs(np.divide(wrong.loss, expected.loss) - 1).min() > 0.05
 
@@ -214,5 +220,5 @@ def test_a_run_resumed_with_a_teacher_kept_ends_in_the_same_bytes(cached, at):
 
 def test_a_stage_that_has_ended_keeps_nothing(cached, monkeypatch):
     made, store = cached
-    monkeypatch.delattr(teacher, "likeliest")
+    monkeypatch.delattr(teacher, "teacher_top_k")
     assert_same(run(KEPT, Memory(store.saved, STEPS)), made)

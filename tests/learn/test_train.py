@@ -15,22 +15,29 @@ from hypothesis import strategies as st
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.learn import train
+from qnpu_jax.learn.losses import Batch
 from qnpu_jax.learn.orthogonal import orthogonality_error
-from qnpu_jax.learn.parameters import Theta, initial
+from qnpu_jax.learn.parameters import R1, Theta, ThetaKey, initial_theta
 from qnpu_jax.learn.train import (
+    Callbacks,
     History,
+    Progress,
+    TrainSettings,
     TrainState,
     _check_end,
     _check_text,
     batches,
+    evaluation_interval,
     fit,
-    interval,
-    start,
+    initial_state,
 )
 from qnpu_jax.recipes import Effort, Stage
+from qnpu_jax.text.windows import Windows
 
 EFFORT = learnable.EFFORT
 WINDOWS, HELD_OUT = learnable.WINDOWS, learnable.HELD_OUT
+TEXT = Windows(WINDOWS[:0], WINDOWS, HELD_OUT)
+X, Y, OFFSET = ThetaKey("scale", "x"), ThetaKey("bias", "y"), ThetaKey("rounding", "x")
 
 # --- Batches ---
 
@@ -74,7 +81,7 @@ def test_batches_differ_by_seed():
 
 @pytest.mark.parametrize("steps", [1, 5, 6, 7, 60, 299, 300, 500, 10_000])
 def test_a_stage_is_looked_at_six_times_or_every_50_steps(steps):
-    every = interval(steps)
+    every = evaluation_interval(steps)
     assert 1 <= every <= 50
     assert every == 50 or steps / every <= 6
     assert every == 1 or -(-steps // every) >= min(6, steps) / 2
@@ -91,20 +98,20 @@ def quadratic(monkeypatch):
     """A loss with its minimum at TARGET, and as held-out KL the distance to half of it: past there,
     learning overfits. Depends on the batch, so that order matters."""
 
-    def objective(dec, stage, base, theta, ids, warm, cached):
-        x = theta["scale/x"] - TARGET
-        size = jnp.mean(ids.astype(jnp.float32)) / 16
-        return jnp.sum(jnp.square(x)) * size + warm * jnp.sum(jnp.abs(theta["scale/x"]))
+    def objective(dec, stage, base, theta, batch, warm):
+        x = theta[X] - TARGET
+        size = jnp.mean(batch.ids.astype(jnp.float32)) / 16
+        return jnp.sum(jnp.square(x)) * size + warm * jnp.sum(jnp.abs(theta[X]))
 
     def held_out_kl(dec, stage, base, theta, ids):
-        return jnp.sum(jnp.square(theta["scale/x"] - TARGET / 2))
+        return jnp.sum(jnp.square(theta[X] - TARGET / 2))
 
     monkeypatch.setattr(train, "objective", objective)
     monkeypatch.setattr(train, "held_out_kl", held_out_kl)
 
 
 def toy() -> Theta:
-    return {"scale/x": jnp.zeros(5)}
+    return {X: jnp.zeros(5)}
 
 
 Kept = list[tuple[TrainState, History]]
@@ -122,12 +129,16 @@ def loop(
     effort: Effort = EFFORT,
     theta: Theta | None = None,
     resume: tuple[TrainState, History] | None = None,
-    **settings: Any,
+    every: int = 2,
+    report: Any = lambda *_: None,
 ) -> tuple[Theta, Kept, History]:
     """What `fit` returns, every state that it saved, and the history."""
     dec, params, free = learnable.made()
     base = learnable.base_of(dec, params, free)
-    state, history = resume or (start(stage, toy() if theta is None else theta, steps), History())
+    state, history = resume or (
+        initial_state(stage, toy() if theta is None else theta, steps),
+        History(),
+    )
     state = jax.tree.map(jnp.asarray, state)
     history = History(list(history.loss), list(history.held_out))
     saved: Kept = []
@@ -135,11 +146,9 @@ def loop(
     def save(state: TrainState, history: History) -> None:
         saved.append(copied(state, history))
 
-    every = settings.pop("every", 2)
-    best = fit(
-        dec, stage, effort, steps, base, state, history, WINDOWS, HELD_OUT, 0, save, every=every,
-        **settings,
-    )  # fmt: skip
+    settings = TrainSettings(dec, stage, effort, steps, seed=0, every=every)
+    begun, callbacks = Progress(state, history), Callbacks(save, report)
+    best = fit(settings, base, begun, TEXT, callbacks=callbacks)
     return best, saved, history
 
 
@@ -158,15 +167,15 @@ def test_the_best_on_held_out_text_is_what_comes_back():
     same(best, dict(saved[at - 1][0].theta))
     for (state, _), kl in zip(saved, kls[1:], strict=True):
         assert float(state.best_kl) == np.float32(min(kls[: kls.index(kl) + 1]))
-    assert float(saved[-1][0].theta["scale/x"][-1]) > 0.8, "near the minimum of what was learned"
+    assert float(saved[-1][0].theta[X][-1]) > 0.8, "near the minimum of what was learned"
 
 
 @pytest.mark.usefixtures("quadratic")
 def test_no_step_is_better_than_a_bad_one():
     """Where every step raises the held-out KL, the start comes back."""
-    best, _, history = loop(theta={"scale/x": jnp.asarray(TARGET / 2)})
+    best, _, history = loop(theta={X: jnp.asarray(TARGET / 2)})
     assert history.held_out[-1][1] > history.held_out[0][1]
-    same(best, {"scale/x": TARGET / 2})
+    same(best, {X: TARGET / 2})
 
 
 @pytest.mark.parametrize("patience", [1, 3])
@@ -201,7 +210,7 @@ def test_warm_up_lasts_its_share_of_the_steps():
     reached = {}
     for warmup in (0.0, 0.25, 1.0):
         _, saved, _ = loop(dataclasses.replace(TOY, warmup=warmup), every=1)
-        reached[warmup] = [s.theta["scale/x"] for s, _ in saved]
+        reached[warmup] = [s.theta[X] for s, _ in saved]
     same(reached[0.25][:3], reached[1.0][:3])  # 3 of 12 steps
     assert not np.array_equal(reached[0.25][3], reached[1.0][3])
     assert not np.array_equal(reached[0.25][0], reached[0.0][0])
@@ -222,22 +231,22 @@ def test_a_step_takes_the_states_memory():
     dec, params, free = learnable.made()
     base = learnable.base_of(dec, params, free)
     nothing = {"best": None, "best_kl": None, "stale": None, "first_loss": None}
-    state = dataclasses.replace(start(TOY, toy(), 12), **nothing)
-    step = train.compiled(dec, TOY, EFFORT, 12).step
-    after, _, _ = step(state, base, jnp.asarray(WINDOWS[:2]), jnp.float32(0), None)
+    state = dataclasses.replace(initial_state(TOY, toy(), 12), **nothing)
+    step = train.compile_stage(dec, TOY, EFFORT, 12).step
+    after, _, _ = step(state, base, Batch(jnp.asarray(WINDOWS[:2])), jnp.float32(0))
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
     assert not any(x.is_deleted() for x in jax.tree.leaves((after, base)))
 
 
 @pytest.mark.usefixtures("quadratic")
 def test_offsets_of_rounding_stay_within_half_a_code(monkeypatch):
-    def objective(dec, stage, base, theta, ids, warm, cached):
-        return jnp.sum(theta["rounding/x"] * np.asarray([1, -1, 1], np.float32))
+    def objective(dec, stage, base, theta, batch, warm):
+        return jnp.sum(theta[OFFSET] * np.asarray([1, -1, 1], np.float32))
 
     monkeypatch.setattr(train, "objective", objective)
-    monkeypatch.setattr(train, "held_out_kl", lambda *a: -jnp.sum(jnp.square(a[3]["rounding/x"])))
-    best, _, _ = loop(Stage(learn=(("rounding", 3.0),)), theta={"rounding/x": jnp.zeros(3)})
-    np.testing.assert_array_equal(best["rounding/x"], [-0.5, 0.5, -0.5])
+    monkeypatch.setattr(train, "held_out_kl", lambda *a: -jnp.sum(jnp.square(a[3][OFFSET])))
+    best, _, _ = loop(Stage(learn=(("rounding", 3.0),)), theta={OFFSET: jnp.zeros(3)})
+    np.testing.assert_array_equal(best[OFFSET], [-0.5, 0.5, -0.5])
 
 
 # --- What goes wrong ---
@@ -249,31 +258,31 @@ def test_a_rate_that_diverges_is_named_with_its_step():
     saved: Kept = []
     seen: list[int] = []
     dec, params, free = learnable.made()
+    effort = dataclasses.replace(EFFORT, patience=99)
+    settings = TrainSettings(dec, stage, effort, steps=12, seed=0, every=1)
+    begun = Progress(initial_state(stage, toy(), 12), History())
+    told = Callbacks(lambda *s: saved.append(copied(*s)), lambda s, *_: seen.append(s))
     with pytest.raises(UserError) as error:
-        fit(
-            dec, stage, dataclasses.replace(EFFORT, patience=99), 12,
-            learnable.base_of(dec, params, free), start(stage, toy(), 12), History(), WINDOWS,
-            HELD_OUT, 0, lambda *s: saved.append(copied(*s)), lambda s, *_: seen.append(s), every=1,
-        )  # fmt: skip
+        fit(settings, learnable.base_of(dec, params, free), begun, TEXT, callbacks=told)
     text = str(error.value)
     assert text.startswith(f"scale/x: learning diverged at step {seen[-1] + 1}: loss ")
     assert "the gradient of this parameter is the largest" in text
     assert "lower the learning rates of the stage, {'unrotated': 3.0}" in text
     assert text.endswith("the last checkpoint is kept")
     assert int(saved[-1][0].step) == seen[-1], "kept: the last state before that step"
-    assert np.isfinite(saved[-1][0].theta["scale/x"]).all()
+    assert np.isfinite(saved[-1][0].theta[X]).all()
 
 
 @pytest.mark.usefixtures("quadratic")
 def test_nan_is_named_with_its_step_and_parameter(monkeypatch):
-    def objective(dec, stage, base, theta, ids, warm, cached):
+    def objective(dec, stage, base, theta, batch, warm):
         # sqrt has no gradient at 0, which y reaches at the third step; the loss itself is finite.
-        y = jnp.sum(jnp.sqrt(jnp.maximum(theta["bias/y"], 0)))
-        return jnp.sum(jnp.square(theta["scale/x"] - TARGET)) + y
+        y = jnp.sum(jnp.sqrt(jnp.maximum(theta[Y], 0)))
+        return jnp.sum(jnp.square(theta[X] - TARGET)) + y
 
     monkeypatch.setattr(train, "objective", objective)
     stage = Stage(learn=(("unrotated", 0.01), ("biases", 0.1)), optimizer="sgd")
-    theta = toy() | {"bias/y": jnp.asarray([4.0, 0.04], jnp.float32)}
+    theta = toy() | {Y: jnp.asarray([4.0, 0.04], jnp.float32)}
     with pytest.raises(UserError) as error:
         loop(stage, theta=theta, steps=1000)
     text = str(error.value)
@@ -284,7 +293,7 @@ def test_nan_is_named_with_its_step_and_parameter(monkeypatch):
 @pytest.mark.usefixtures("quadratic")
 def test_a_held_out_kl_that_is_not_finite_is_never_saved(monkeypatch):
     def held_out_kl(dec, stage, base, theta, ids):
-        x = theta["scale/x"]
+        x = theta[X]
         return jnp.where(jnp.max(x) > 0.35, jnp.nan, jnp.sum(jnp.square(x - TARGET)))
 
     monkeypatch.setattr(train, "held_out_kl", held_out_kl)
@@ -301,9 +310,9 @@ def test_a_held_out_kl_that_is_not_finite_is_never_saved(monkeypatch):
 def learned():
     """A tiny model's rotations, scales of rotated tensors and of weights."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(train, "compiled", learnable.compiled)
+    patch.setattr(train, "compile_stage", learnable.compile_stage)
     dec, _, free = learnable.made()
-    theta = initial(dec, free, [g for g, _ in learnable.ROTATED.learn])
+    theta = initial_theta(dec, free, [g for g, _ in learnable.ROTATED.learn])
     yield loop(learnable.ROTATED, steps=40, theta=theta, every=10)
     patch.undo()
 
@@ -312,18 +321,18 @@ def test_a_model_learns(learned):
     best, _, history = learned
     kls = [kl for _, kl in history.held_out]
     assert min(kls) < 0.9 * kls[0], "less KL on text that it did not learn from"
-    assert float(orthogonality_error(best["rotation/r1"])) <= 1e-5
+    assert float(orthogonality_error(best[R1])) <= 1e-5
     dec, params, free = learnable.made()
-    begin = initial(dec, free, [g for g, _ in learnable.ROTATED.learn])
+    begin = initial_theta(dec, free, [g for g, _ in learnable.ROTATED.learn])
     # The same windows before and after: losses of single steps are of other texts each.
-    held_out = learnable.compiled(dec, learnable.ROTATED, EFFORT, 40).held_out
+    held_out = learnable.compile_stage(dec, learnable.ROTATED, EFFORT, 40).held_out
     before, after = (
         float(held_out(theta, learnable.base_of(dec, params, free), jnp.asarray(WINDOWS)))
         for theta in (begin, best)
     )
     assert after < 0.85 * before, "less KL on the text that it learned from"
     still = {n for n, x in best.items() if np.array_equal(x, begin[n])}
-    assert all(n.startswith("zero_point/") for n in still), "where no value is clipped"
+    assert all(key.kind == "zero_point" for key in still), "where no value is clipped"
 
 
 def test_a_model_resumed_ends_in_the_same_bytes(learned):
@@ -335,9 +344,9 @@ def test_a_model_resumed_ends_in_the_same_bytes(learned):
 
 def test_a_model_of_broken_scales_is_named(learned):
     theta = dict(learned[0])
-    name = "scale/layers.mlp.input"
-    theta[name] = np.full_like(theta[name], np.inf)
-    with pytest.raises(UserError, match=rf"^{name}: learning diverged at step [01]: "):
+    key = ThetaKey("scale", "layers.mlp.input")
+    theta[key] = np.full_like(theta[key], np.inf)
+    with pytest.raises(UserError, match=rf"^{key}: learning diverged at step [01]: "):
         loop(learnable.ROTATED, steps=40, theta=theta, every=10)
 
 

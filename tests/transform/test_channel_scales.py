@@ -20,8 +20,8 @@ from qnpu_jax.transform.channel_scales import (
     Diagonal,
     channel_peaks,
     identity_diagonal,
-    scale,
-    scaled,
+    scale_channels,
+    scale_parameter,
     smoothquant,
 )
 from qnpu_jax.transform.prefix import add_prefix
@@ -85,7 +85,7 @@ def test_scales_leave_the_logits_as_they_are(name, prefix):
     dec, params = model(name, prefix)
     expected = logits(dec, params)
     factors = random_diagonal(dec.config, exact=True)
-    changed = scale(dec.config, params, factors)
+    changed = scale_channels(dec.config, params, factors)
     # A power of two changes the exponent of every product and no bit of its mantissa.
     np.testing.assert_array_equal(logits(dec, changed), expected)
     moved = {n for n in params if not np.array_equal(changed[n], params[n])}
@@ -100,17 +100,17 @@ def test_scales_leave_the_logits_as_they_are(name, prefix):
 def test_any_factors_leave_the_logits_to_rounding(name):
     dec, params = model(name, tiny.PREFIX)
     expected = logits(dec, params)
-    got = logits(dec, scale(dec.config, params, random_diagonal(dec.config, exact=False)))
+    got = logits(dec, scale_channels(dec.config, params, random_diagonal(dec.config, exact=False)))
     # float32 sums of up to 128 terms in 7 linears a layer; a wrong factor moves logits by O(1).
     assert np.abs(got - expected).max() <= 1e-5 * np.ptp(expected)
 
 
 def test_identity_and_inverse():
     dec, params = model("gqa_llama3", tiny.PREFIX)
-    one = scale(dec.config, params, identity_diagonal(dec.config))
+    one = scale_channels(dec.config, params, identity_diagonal(dec.config))
     factors = random_diagonal(dec.config, exact=True)
     inverse = Diagonal(**{f: 1 / getattr(factors, f) for f in FIELDS})
-    back = scale(dec.config, scale(dec.config, params, factors), inverse)
+    back = scale_channels(dec.config, scale_channels(dec.config, params, factors), inverse)
     for name, x in params.items():
         np.testing.assert_array_equal(one[name], x)
         np.testing.assert_array_equal(back[name], x)
@@ -121,13 +121,13 @@ def test_identity_and_inverse():
 def test_learning_and_the_final_merge_scale_alike(name):
     dec, params = model(name, tiny.PREFIX)
     factors = random_diagonal(dec.config, exact=False)
-    expected = scale(dec.config, params, factors, np.float64)
+    expected = scale_channels(dec.config, params, factors, np.float64)
     small = [jnp.asarray(getattr(factors, f), jnp.float32) for f in FIELDS]
     for key, x in params.items():
         if key.startswith("layers."):
-            got = jax.jit(jax.vmap(partial(scaled, key)))(x, *small)
+            got = jax.jit(jax.vmap(partial(scale_parameter, key)))(x, *small)
         else:
-            got = scaled(key, x, *(f[0] for f in small))
+            got = scale_parameter(key, x, *(f[0] for f in small))
         # Rounded twice: the factor and the product.
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, expected[key], rtol=3 * 2**-24, atol=0, err_msg=key)
@@ -148,7 +148,7 @@ def test_smoothquant_lowers_an_outlier_channel():
     dec, params = with_outlier()
     before = peaks_of(dec, params)
     assert (before.act.argmax(axis=1) == OUTLIER).all()
-    changed = scale(dec.config, params, smoothquant(dec.config, params, before, 0.5))
+    changed = scale_channels(dec.config, params, smoothquant(dec.config, params, before, 0.5))
     after = peaks_of(dec, changed)
 
     def spread(act: np.ndarray) -> np.ndarray:
@@ -173,7 +173,7 @@ def test_the_ends_of_alpha_equalise_one_side(name, alpha):
     """All activations have one peak at 1, all weights at 0; queries and keys agree at both."""
     dec, params = model(name, tiny.PREFIX)
     factors = smoothquant(dec.config, params, peaks_of(dec, params), alpha)
-    changed = scale(dec.config, params, factors)
+    changed = scale_channels(dec.config, params, factors)
     peaks = peaks_of(dec, changed)
     sides = (peaks.act, peaks.mixed) if alpha else weight_peaks(dec.config, changed)
     for side in sides:
@@ -223,7 +223,7 @@ def test_factors_must_be_positive_and_finite(field, value):
     bad = identity_diagonal(dec.config)
     getattr(bad, field)[0, ..., 1] = value
     with pytest.raises(UserError, match=f"{field}: expected finite factors above 0, got {value}"):
-        scale(dec.config, params, bad)
+        scale_channels(dec.config, params, bad)
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -232,16 +232,18 @@ def test_factors_must_fit(field):
     one = identity_diagonal(dec.config)
     for wrong in (getattr(one, field)[:1], getattr(one, field)[..., :-1]):
         with pytest.raises(UserError, match=rf"{field}: expected shape \(\d.*got \(\d"):
-            scale(dec.config, params, dataclasses.replace(one, **{field: wrong}))
+            scale_channels(dec.config, params, dataclasses.replace(one, **{field: wrong}))
 
 
 def test_parameters_must_be_known():
     dec, params = model("mha_tied")
     one = identity_diagonal(dec.config)
     with pytest.raises(UserError, match=r"layers\.mlp\.extra: not expected"):
-        scale(dec.config, params | {"layers.mlp.extra": jnp.ones((2, 2))}, one)
+        scale_channels(dec.config, params | {"layers.mlp.extra": jnp.ones((2, 2))}, one)
     with pytest.raises(UserError, match=r"mlp\.up\.weights: not expected"):
-        scaled("mlp.up.weights", np.ones((4, 4)), np.ones(4), np.ones((2, 4)), np.ones((2, 2)))
+        scale_parameter(
+            "mlp.up.weights", np.ones((4, 4)), np.ones(4), np.ones((2, 4)), np.ones((2, 2))
+        )
 
 
 def test_alpha_is_a_share():

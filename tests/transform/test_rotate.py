@@ -17,8 +17,7 @@ from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.transform import fold
 from qnpu_jax.transform.hadamard import hadamard, has_hadamard, random_hadamard, random_orthogonal
-from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate
-from qnpu_jax.transform.rotate import rotated as rotated_one
+from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotate_parameter
 
 ORDERS = [core << k for core in (1, 12, 20, 28, 36) for k in range(8) if core << k <= 1600]
 CONFIG = ModelConfig(
@@ -240,10 +239,10 @@ def test_learning_and_the_final_merge_rotate_alike():
     for name, x in params.items():
         x = jnp.asarray(x, jnp.float32)
         if name.startswith("layers."):
-            layers = jax.vmap(partial(rotated_one, name), in_axes=(0, None, 0))
+            layers = jax.vmap(partial(rotate_parameter, name), in_axes=(0, None, 0))
             got = jax.jit(layers)(x, r1, r2)
         else:
-            got = jax.jit(partial(rotated_one, name))(x, r1)
+            got = jax.jit(partial(rotate_parameter, name))(x, r1)
         assert got.dtype == np.float32
         tolerance = 24 * 2**-23 * np.abs(params[name]).max()
         np.testing.assert_allclose(got, expected[name], rtol=0, atol=tolerance, err_msg=name)
@@ -252,7 +251,7 @@ def test_learning_and_the_final_merge_rotate_alike():
 def test_products_are_float32_in_full():
     """TF32, the default of a GPU, would make learning see other weights than the merge makes."""
     w, r1, r2 = (jnp.ones(s, jnp.float32) for s in ((24, 32), (24, 24), (8, 8)))
-    traced = jax.make_jaxpr(partial(rotated_one, "layers.attn.o.weight"))(w, r1, r2)
+    traced = jax.make_jaxpr(partial(rotate_parameter, "layers.attn.o.weight"))(w, r1, r2)
     products = [e for e in traced.jaxpr.eqns if e.primitive.name == "dot_general"]
     assert len(products) == 2
     assert all(set(e.params["precision"]) == {jax.lax.Precision.HIGHEST} for e in products)
@@ -274,9 +273,9 @@ def test_a_parameter_without_a_rule_is_refused():
     r1, r2 = np.eye(24), np.eye(8)
     for name in ("attn.q.weight", "layers.attn.v.weights", "layers.attn.norm.gamma"):
         with pytest.raises(UserError, match=f"{name}: not expected"):
-            rotated_one(name, np.ones((8, 24)), r1, r2)
+            rotate_parameter(name, np.ones((8, 24)), r1, r2)
     with pytest.raises(UserError, match=r"attn\.o\.weight: expected R2 of its layer"):
-        rotated_one("layers.attn.o.weight", np.ones((24, 32)), r1)
+        rotate_parameter("layers.attn.o.weight", np.ones((24, 32)), r1)
 
 
 def test_rotation_and_its_transpose_cancel():
