@@ -11,9 +11,9 @@ from typing import Literal
 Positions = Literal["all", "last"]
 """Positions of a sequence that logits are given of."""
 
-KernelSet = Literal["ref", "opt", "xnn"]
-"""LiteRT's kernels: the reference ones; the optimized ones; XNNPACK's, where it takes an op, which
-is what an application gets."""
+KernelSet = Literal["ref", "opt", "xnn", "tf"]
+"""Kernels that run a file: LiteRT's reference ones; its optimized ones; XNNPACK's, where it takes
+an op, which is what an application gets; the reference kernels of TensorFlow's own interpreter."""
 
 FormName = Literal["plain", "unpacked", "hexagon"]
 """How a file holds a model: 4-bit weights two to a byte; one to a byte for prefill, which is faster

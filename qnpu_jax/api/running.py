@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -87,7 +87,8 @@ def verify(
       path: a .tflite of `write_tflite`, or a folder of `qnpu quantize`.
       ids: (T,) token ids of some text, at least as many as the file's prefill takes; with a KV
         cache one more, and twice as many with 4 more at most are used.
-      kernels: LiteRT's `ref`, `opt`, or `xnn` (XNNPACK, one op at a time).
+      kernels: LiteRT's `ref`, `opt`, or `xnn` (XNNPACK, one op at a time); `tf` for TensorFlow's
+        interpreter.
 
     Returns:
       Tensors and elements that were compared, and each tensor that differs.
@@ -101,7 +102,7 @@ def verify(
       0
     """
     check_model(model)
-    check_choice("kernels", kernels, ("ref", "opt", "xnn"))
+    check_choice("kernels", kernels, get_args(KernelSet))
     path = Path(path)
     ids = ids_of(ids, model.config, "ids", None, ranks=(1,))
     return verify_file(path / artifacts.MODEL if path.is_dir() else path, model, ids, kernels)

@@ -27,7 +27,11 @@ Prefill = Annotated[
 Context = Annotated[int, typer.Option(help="Positions of the KV cache.")]
 Logits = Annotated[Positions, typer.Option(help="Positions to give logits of.")]
 Kernels = Annotated[
-    KernelSet, typer.Option(help="LiteRT's: ref (reference), opt (optimized), or xnn (XNNPACK).")
+    KernelSet,
+    typer.Option(
+        help="LiteRT's: ref (reference), opt (optimized), or xnn (XNNPACK); or tf (TensorFlow's"
+        " interpreter, extra: tensorflow)."
+    ),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Of LiteRT.")]
 Profile = Annotated[

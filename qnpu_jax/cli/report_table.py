@@ -17,9 +17,10 @@ from qnpu_jax.proof import Comparison
 SHOWN = 20
 """Differing tensors that are named: the first says most."""
 KERNELS: dict[KernelSet, str] = {
-    "ref": "reference kernels",
-    "opt": "optimized kernels",
-    "xnn": "XNNPACK",
+    "ref": "LiteRT's reference kernels",
+    "opt": "LiteRT's optimized kernels",
+    "xnn": "LiteRT's XNNPACK",
+    "tf": "TensorFlow's reference kernels",
 }
 
 
@@ -87,7 +88,7 @@ def _stage_row(stage: dict[str, Any]) -> tuple[str, str, str]:
 
 def verdict(found: Comparison, kernels: KernelSet = "ref") -> str:
     """How many elements and tensors differ, as one line."""
-    return f"{found} (simulator against LiteRT's {KERNELS[kernels]})"
+    return f"{found} (simulator against {KERNELS[kernels]})"
 
 
 def fail_on_difference(differences: Sequence[str]) -> None:

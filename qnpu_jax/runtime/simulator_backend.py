@@ -17,6 +17,7 @@ ROUNDING: dict[KernelSet, ProfileName] = {
     "ref": "litert_ref",
     "opt": "litert_opt",
     "xnn": "litert_xnn",
+    "tf": "litert_ref",
 }
 """Rounding profile of the simulator that has the bits of a LiteRT kernel set."""
 

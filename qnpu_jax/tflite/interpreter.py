@@ -1,16 +1,19 @@
-"""A .tflite run in LiteRT's interpreter, every tensor by name."""
+"""LiteRT's interpreter on a .tflite, with every tensor readable by name."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from qnpu_jax import extras
 from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.errors import UserError
 
@@ -19,18 +22,19 @@ RESOLVERS = {
     "opt": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
     "xnn": OpResolverType.BUILTIN,
 }
-"""Reference kernels; optimized ones; what an application gets (XNNPACK takes what it can)."""
+"""LiteRT's op resolver of each kernel set: reference kernels; optimized ones; those of an
+application, in which XNNPACK takes the ops that it can."""
 
 
 class LiteRT:
-    """An interpreter of one file and one kernel set.
+    """Interpreter of a file that `write_prefill` wrote.
 
     Args:
-      path: a .tflite with one signature, ids (T,) int32 to logits.
-      kernels: `ref`, `opt` or `xnn`.
-      keep_tensors: keep every intermediate tensor readable after a run; XNNPACK then gets one op at
-        a time.
-      threads: of the interpreter.
+      path: a .tflite with one signature, ids (T,) int32 to codes of the logits.
+      kernels: `ref`, `opt` or `xnn`; `tf` for TensorFlow (extra `tensorflow`).
+      keep_tensors: keeps every intermediate tensor readable after a run. XNNPACK then gets one op
+        at a time.
+      threads: number of threads; None leaves it to LiteRT.
 
     Raises:
       UserError: the file is missing or not a .tflite that LiteRT can run.
@@ -50,57 +54,78 @@ class LiteRT:
 
     @property
     def tokens(self) -> int:
-        """The static length T."""
+        """Static length T of the signature."""
         return int(self._input["shape"][0])
 
     @property
     def logits(self) -> Positions:
-        """Whether it gives logits of all positions, or of the last only."""
+        """Whether the file gives logits of all positions, or of the last only."""
         return "all" if self._output["shape"][0] == self.tokens else "last"
 
     def run(self, ids: np.ndarray) -> np.ndarray:
-        """Codes of the logits (T or 1, V) for ids (T,)."""
+        """Runs ids (T,) and returns codes of the logits, (T, V) or (1, V)."""
         self._interpreter.set_tensor(self._input["index"], np.asarray(ids, np.int32))
         self._interpreter.invoke()
         return self._interpreter.get_tensor(self._output["index"])
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and codes of every tensor of the last run, constants and the input included."""
+        """Yields name and codes of every tensor after a run, constants and the input included."""
         for detail in self._interpreter.get_tensor_details():
             if detail["name"]:
                 yield detail["name"], self._interpreter.get_tensor(detail["index"])
 
 
+def _engine(kernels: KernelSet) -> tuple[Any, Any]:
+    """Interpreter class and op resolver of a kernel set.
+
+    Raises:
+      UserError: TensorFlow is asked for and not installed.
+    """
+    if kernels != "tf":
+        return Interpreter, RESOLVERS[kernels]
+    extras.version("tensorflow", "tensorflow")
+    lite = importlib.import_module("tensorflow").lite
+    return lite.Interpreter, lite.experimental.OpResolverType.BUILTIN_REF
+
+
 def open_interpreter(
     path: Path, kernels: KernelSet, keep_tensors: bool = False, threads: int | None = None
 ) -> Interpreter:
-    """An interpreter with its tensors allocated.
+    """Opens a .tflite and allocates its tensors.
+
+    Args:
+      kernels, keep_tensors, threads: as `LiteRT`.
 
     Raises:
-      UserError: as `LiteRT`.
+      UserError: the file is missing or not a .tflite that LiteRT can run.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a .tflite; run `qnpu quantize` first")
     try:
         with _quiet(), warnings.catch_warnings():
-            # Keeping tensors costs memory under XNNPACK too: the caller asked for them.
+            if kernels == "tf":  # says that LiteRT has replaced it
+                warnings.simplefilter("ignore")
+            engine, resolver = _engine(kernels)
+            # LiteRT warns that kept tensors cost memory; the caller asked for them.
             warnings.filterwarnings("ignore", ".*experimental_preserve_all_tensors.*")
-            interpreter = Interpreter(
+            interpreter = engine(
                 model_path=str(path),
-                experimental_op_resolver_type=RESOLVERS[kernels],
+                experimental_op_resolver_type=resolver,
                 experimental_preserve_all_tensors=keep_tensors,
                 num_threads=threads,
             )
             interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: LiteRT cannot load it ({reason}); write it again") from None
+        name = "TensorFlow" if kernels == "tf" else "LiteRT"
+        way_out = "choose --kernels ref" if kernels == "tf" else "write it again"
+        raise UserError(f"{path}: {name} cannot load it ({reason}); {way_out}") from None
     return interpreter
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what the runtime's C++ writes to stderr while it loads a file."""
+    """Silences messages that the runtime's C++ code writes to stderr while it loads a file."""
     saved = os.dup(2)
     try:
         with open(os.devnull, "w") as null:

@@ -54,7 +54,7 @@ def test_choices_are_those_of_the_code():
         return get_args(choice) == tuple(of)
 
     assert same(choices.EffortName, EFFORTS)
-    assert same(choices.KernelSet, RESOLVERS)
+    assert same(choices.KernelSet, (*RESOLVERS, "tf"))
     assert same(choices.FormName, FORMS)
     assert same(choices.Snapdragon, hexagon.SOCS)
     assert same(choices.EthosU, ethos.ACCELERATORS)

@@ -1,7 +1,7 @@
 """Sums of squares as diagonals: the bits of the op they stand for, in every kernel set."""
 
 from collections import Counter
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from single_op import interpret
 
 from qnpu_jax.tflite.flatbuffer import ModelWriter
 from qnpu_jax.tflite.forms import FileForm, Reals
-from qnpu_jax.tflite.interpreter import KernelSet
+from qnpu_jax.tflite.interpreter import RESOLVERS
 from qnpu_jax.tflite.packing import TensorType
 from qnpu_jax.tflite.square_sums import BLOCK, add_diagonals, are_squares, block_size, places
 from qnpu_jax.tflite.writer import build_prefill
@@ -37,7 +37,7 @@ def test_blocks_are_whole_and_as_large_as_may_be(rows):
     assert not any(rows % n == 0 for n in range(block + 1, BLOCK + 1))
 
 
-@pytest.mark.parametrize("kernels", get_args(KernelSet))
+@pytest.mark.parametrize("kernels", RESOLVERS)
 @pytest.mark.parametrize("rows", [2, 64, 70, 128])
 @pytest.mark.parametrize("zero_point", [0, -3])
 def test_the_diagonals_are_the_products_of_single_rows(rows, kernels, zero_point):
