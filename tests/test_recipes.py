@@ -5,11 +5,22 @@ import dataclasses
 import json
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from qnpu_jax.config import BitPlan
 from qnpu_jax.errors import UserError
-from qnpu_jax.recipes import EFFORTS, GROUPS, METHODS, RECIPES, Ranges, Recipe, Stage, load_recipe
+from qnpu_jax.recipes import (
+    EFFORTS,
+    GROUPS,
+    METHODS,
+    RECIPES,
+    Ranges,
+    Recipe,
+    Stage,
+    load_effort,
+    load_recipe,
+)
 
 OURS = ("w8a8", "w4a8", "w8a16", "w4a16", "w8a8s8", "w4a8s8", "w8a8i8", "w4a8i8")
 STAGE = {
@@ -113,6 +124,21 @@ def test_every_key_of_a_stage_is_read():
 def test_every_rule_of_ranges_can_be_asked_for(ranges):
     recipe = Recipe.from_json(own(activation_init=ranges, stages=[{"ranges": ranges}]))
     assert recipe.activation_init == recipe.stages[0].ranges == ranges
+
+
+def test_lists_and_numbers_of_numpy_become_what_json_holds():
+    data = own(seed=np.int64(3), smooth=np.float32(0.5), stages=[{"learn": [["rotated", 1]]}])
+    recipe = Recipe.from_json(data)
+    assert (type(recipe.seed), type(recipe.smooth)) == (int, float)
+    assert recipe.stages[0].learn == (("rotated", 1.0),)
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert hash(recipe) == hash(Recipe.from_json(data))
+
+
+def test_an_effort_by_its_name():
+    assert {name: load_effort(name) for name in EFFORTS} == EFFORTS
+    text = message(load_effort, "quick")
+    assert text.startswith("quick: no such effort; expected one of ['none', 'fast', 'full']")
 
 
 # --- What cannot be read ---

@@ -53,6 +53,27 @@ def test_given(folder, checkpoint, recipe):
         excerpts.given(folder / "forty.txt", checkpoint, recipe, EFFORT)
 
 
+def test_documents_are_a_file_with_blank_lines_between(folder, checkpoint, recipe):
+    (folder / "two.txt").write_text("abcd " * 100 + "\n\n" + "efgh " * 100)
+    documents = excerpts.given(["abcd " * 100, "efgh " * 100], checkpoint, recipe, EFFORT)
+    as_file = excerpts.given(folder / "two.txt", checkpoint, recipe, EFFORT)
+    for got, expected in zip(documents, as_file, strict=True):
+        assert got is not None and expected is not None
+        assert (got.source, got.sha256) == ("text", expected.sha256)
+        np.testing.assert_array_equal(got.windows, expected.windows)
+
+
+def test_windows_calibrate_as_they_are_and_are_learned_from_as_one_text(checkpoint, recipe):
+    windows = (np.arange(600) % VOCAB).astype(np.int32).reshape(30, 20)
+    calibration, learning = excerpts.given(windows, checkpoint, recipe, EFFORT)
+    assert recipe.calibration_tokens == 128  # six windows of twenty
+    np.testing.assert_array_equal(calibration.windows, windows[:6])
+    assert learning is not None
+    np.testing.assert_array_equal(learning.windows, windows.ravel()[:480].reshape(10, 48))
+    with pytest.raises(UserError, match="text: 40 tokens are too few; expected at least 48"):
+        excerpts.given(windows[:2], checkpoint, recipe, EFFORT)
+
+
 @pytest.mark.parametrize("tokens", [10, 500, 10**9])
 def test_written(checkpoint, recipe, monkeypatch, tokens):
     """Twice the same text, in windows of both lengths, neither of which divides the other."""
