@@ -173,7 +173,7 @@ MISTAKES = [
     ),
     (
         "qnpu.verify(model, 'out', ids, 'gpu')",
-        "kernels: expected one of ['ref', 'opt', 'xnn']; got",
+        "kernels: expected one of ['ref', 'opt', 'xnn', 'tf']; got",
     ),
     # Measures.
     (
