@@ -47,6 +47,16 @@ jaxtyping.install_import_hook(["qnpu_jax", "qnpu_sim"], "beartype.beartype")
 pytest_plugins = ["command"]  # imported after the hook
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `nightly` or `exhaustive` run only where `-m` names the marker; an expression
+    about another one (`-m 'not slow'`) does not bring them in."""
+    rare = [m for m in ("nightly", "exhaustive") if m not in config.option.markexpr]
+    left_out = [i for i in items if any(i.get_closest_marker(m) for m in rare)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [i for i in items if i not in set(left_out)]
+
+
 MAPS = Path("/proc/self/maps")
 
 
@@ -57,11 +67,3 @@ def _few_memory_maps():
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:  # no module adds as many again
         jax.clear_caches()
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """SmolLM2-135M as w8a8 (`tiny.Real`), made once for all slow tests."""
-    import tiny  # imports the packages: not before the hook
-
-    return tiny.quantize_smollm2()

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairwise
 import pytest
 import tiny
 from ai_edge_litert import schema_py_generated as schema
@@ -25,15 +26,12 @@ from qnpu_jax.tflite.interpreter import KernelSet, LiteRT
 from qnpu_sim.program import compile_model, run
 from qnpu_sim.run_graph import run_graph
 
-CASES = [(name, plan) for name in tiny.NAMES for plan in tiny.PLANS]
-cases = pytest.mark.parametrize(("name", "plan"), CASES, ids=["-".join(c) for c in CASES])
 few = pytest.mark.parametrize(
     ("name", "plan"),
     [("mha_tied", "w8a8"), ("gqa_llama3", "w4a16"), ("mqa_linear_bias", "mixed")],
 )
 profiles = pytest.mark.parametrize("profile", ["litert_ref", "npu"])
 KERNELS: dict[str, KernelSet] = {"litert_ref": "ref", "litert_opt": "opt", "litert_xnn": "xnn"}
-kernel_sets = pytest.mark.parametrize("profile", list(KERNELS))
 IDS = tiny.random_ids((tiny.TOKENS,), 3)
 
 Tensors = dict[str, np.ndarray]
@@ -101,8 +99,23 @@ def assert_same_as_litert(
     report(f"{compared} codes compared, 0 differ")
 
 
-@kernel_sets
-@cases
+WEIGHTS, ACTIVATIONS = slice(2), slice(2, None)
+"""Parts of a plan's name: w4, a8s8."""
+
+
+def covering(names, plans, kernels) -> list[pairwise.Row]:
+    """Every pair of model, weight width, activation width and kernel set; `mixed` in each model and
+    kernel set."""
+    plain = [plan for plan in plans if plan != "mixed"]
+    weights, activations = ([*dict.fromkeys(p[at] for p in plain)] for at in (WEIGHTS, ACTIVATIONS))
+    rows = pairwise.pairs(names, weights, activations, kernels)
+    made = [(name, w + a, k) for name, w, a, k in rows]
+    return [*made, *((n, "mixed", k) for n, k in zip(names, kernels, strict=True))]
+
+
+@pairwise.parametrize(
+    ("name", "plan", "profile"), tiny.NAMES, [*tiny.PLANS], [*KERNELS], choose=covering
+)
 def test_simulator_equals_litert_in_every_tensor(tmp_path, name, plan, profile):
     got, path = tiny_run(name, plan, profile), tmp_path / "m.tflite"
     assert_same_as_litert(tiny.quantized(name, plan), IDS, got, path, kernels=KERNELS[profile])
@@ -206,7 +219,8 @@ def allowed(model: IntegerModel, graph: Graph, layer: int, node, held: Tensors) 
         return 2.5 * x.shape[-1] + 2
     # Linear between samples 128 codes apart: at most 128^2 / 8 times the second derivative,
     # 3/4 y / x^2, which is largest where the interval starts. Five roundings by half a code: of a
-    # sample, of the two terms of its correction, of the interpolation (`qnpu_sim.tables`), of fake-quant.
+    # sample, of the two terms of its correction, of the interpolation (`qnpu_sim.tables`), of
+    # fake-quant.
     assert x.min() >= 128, "the first interval of the table means nothing"
     scales = (model.tensors[graph.prefix + n].scale for n in (node.inputs[0], node.output))
     s_x, s_y = (float(s[layer] if graph.layered else s) for s in scales)
@@ -326,25 +340,3 @@ def test_the_file_holds_no_float_and_only_the_ops_it_should(tmp_path, plan):
     assert (schema.TensorType.INT4 in types) == plan.startswith("w4")
     floats = {schema.TensorType.FLOAT32, schema.TensorType.FLOAT16, schema.TensorType.FLOAT64}
     assert not types & floats
-
-
-# A real model.
-
-
-@pytest.fixture(scope="module")
-def real_run(smollm2) -> tuple[np.ndarray, Tensors]:
-    ids = smollm2.windows[0]
-    return ids, simulated(smollm2.quantized.model, ids)
-
-
-@pytest.mark.slow
-def test_a_real_model_equals_litert_in_every_tensor_of_30_layers(tmp_path, smollm2, real_run):
-    assert smollm2.checkpoint.config == tiny.SMOLLM2
-    ids, got = real_run
-    assert ids.shape == (64,)
-    assert_same_as_litert(smollm2.quantized.model, ids, got, tmp_path / "m.tflite")
-
-
-@pytest.mark.slow
-def test_fake_quant_is_within_one_code_of_the_simulator_in_every_layer(smollm2, real_run):
-    assert_fake_quant_is_simulator(smollm2.quantized.model, *real_run)

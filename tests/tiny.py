@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pairwise
 
 from qnpu_jax import pipeline
 from qnpu_jax.calibrate.ranges import calibrate_activations, weight_scales
@@ -37,6 +38,8 @@ MIXED = BitPlan(
 WIDTHS = ("w8a8", "w8a16", "w4a8", "w4a16", "w8a8s8", "w4a8s8", "w8a8i8", "w4a8i8")
 PLANS: dict[str, BitPlan] = {n: RECIPES[n].bits for n in WIDTHS}
 PLANS |= {"mixed": MIXED}
+OFTEN = pairwise.often([*PLANS], ("w8a8", "w4a16", "w8a8i8", "mixed"))
+"""Every plan as a test's parameter; the others hold no width that these have not."""
 
 SMOLLM2 = ModelConfig(
     family="llama",

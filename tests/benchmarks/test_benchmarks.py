@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from qnpu_sim.program import compile_model, run
-from qnpu_sim.rounding import PROFILES
 
 from qnpu_jax.compilers.emulator_differences import TextDifference
 from qnpu_jax.compilers.hexagon import CompiledForHexagon, HexagonSignature, Traffic
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer.model import dequantize
 from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
+from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import PROFILES
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 ablation = importlib.import_module("ablation")
@@ -350,6 +350,7 @@ def test_hexagon_without_the_extra_could_not_run(monkeypatch, capsys):
 # Memory of a step, planned for shapes.
 
 
+@pytest.mark.nightly
 def test_activations_grow_with_the_tokens_and_weights_do_not():
     config = dataclasses.replace(tiny.SMOLLM2, num_layers=2, vocab_size=256)
     args = Namespace(recipe="w8a8", stage=0)
@@ -393,6 +394,7 @@ def test_the_goals_of_speed_hold_and_can_fail(capsys, times_float, times_referen
     assert f"at least {sim_speed.MIN_TIMES_FLOAT:g}x float32" in lines[-2 - len(short)]
 
 
+@pytest.mark.nightly
 def test_a_shallow_model_is_the_first_layers_of_it():
     model = tiny.quantized("gqa_llama3", "w8a8")
     params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}

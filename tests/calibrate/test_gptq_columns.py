@@ -53,7 +53,7 @@ def test_correlated_inputs_lose_less_than_half_as_much(seed):
     assert after.sum() < 0.5 * before.sum()
 
 
-@given(SEEDS, st.integers(1, 150))
+@given(SEEDS, st.sampled_from([1, 5, 64, 150]))  # a program each
 @settings(max_examples=10)
 def test_uncorrelated_inputs_leave_the_nearest_codes(seed, k):
     rng = np.random.default_rng(seed)

@@ -159,7 +159,7 @@ def test_resolve_traces_under_jit(plan):
     jax.tree.map(np.testing.assert_array_equal, jitted, scales)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_loss_reaches_every_free_scale():
     dec, params, free = tiny.calibrated("gqa_llama3", "mixed")
     free = jax.tree.map(jnp.asarray, free)

@@ -22,7 +22,7 @@ from qnpu_jax.integer.model import QTensor
 from qnpu_sim.observe import observed_accumulators
 from qnpu_sim.program import compile_model, run
 
-plans = pytest.mark.parametrize("plan", tiny.PLANS)
+plans = pytest.mark.parametrize("plan", tiny.OFTEN)
 
 
 def bounds_of(name: str, plan: str) -> dict[str, Bound]:

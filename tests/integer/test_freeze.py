@@ -21,7 +21,7 @@ from qnpu_jax.integer.freeze import check_bits, freeze
 from qnpu_jax.integer.model import activation_scales, dequantize
 from qnpu_jax.integer.storage import load, save
 
-plans = pytest.mark.parametrize("plan", tiny.PLANS)
+plans = pytest.mark.parametrize("plan", tiny.OFTEN)
 FILES = ("integer_model.json", "integer_model.safetensors")
 
 
@@ -31,8 +31,8 @@ def rows(graph: Graph, array: np.ndarray) -> np.ndarray:
 
 @plans
 def test_weights_and_prefix_are_within_half_a_step(plan):
-    dec, params, _ = tiny.calibrated("gqa_llama3", plan)
-    model = tiny.quantized("gqa_llama3", plan)
+    dec, params, _ = tiny.calibrated("mqa_linear_bias", plan)
+    model = tiny.quantized("mqa_linear_bias", plan)
     real = dequantize(model)
     for graph in dec.graphs:
         for spec in graph.named("param"):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import learnable
 import numpy as np
+import pairwise
 import pytest
 
 from qnpu_jax.errors import UserError
@@ -67,7 +68,7 @@ def prepared(dec, student: Reading) -> dict[str, np.ndarray]:
 # --- What there is to learn ---
 
 
-@plans
+@pytest.mark.parametrize("plan", pairwise.often(["w4a8", "mixed"], ["w4a8"]))
 def test_initial_changes_nothing(plan):
     dec, params, free = learnable.made(plan)
     base = learnable.base_of(dec, params, free)

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,11 +14,9 @@ from tokenizers.models import BPE
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.forward import token_nll
 from qnpu_jax.measure import perplexity, task_files, tasks
-from qnpu_jax.measure.task_files import CHOICES, CONTEXTS, KINDS, LAST_WORD, Item, Task
+from qnpu_jax.measure.task_files import KINDS, LAST_WORD, Item, Task
 from qnpu_jax.measure.tasks import ScoredTokens, Scoring
-from qnpu_jax.models.checkpoint import load
 from qnpu_jax.models.tokenizer import Tokenizer
-from qnpu_jax.transform.fold import fold_norms
 from qnpu_sim.program import compile_model, run
 
 CHARACTERS = [chr(i) for i in range(32, 127)] + ["\n"]
@@ -320,30 +317,3 @@ def test_simulated_scores_do_not_depend_on_the_batch():
         model, lambda ids: run(program(ids.shape[-1]), ids)["head.logits"]
     )
     compare(logits, False, 1e-4)
-
-
-@pytest.mark.slow
-def test_smollm2_knows_a_few_things():
-    """Prompts of every kind through its own tokenizer, where the space is part of a token."""
-    checkpoint = load("smollm2-135m")
-    config = checkpoint.config
-    params = jax.device_put(fold_norms(config, dict(checkpoint.params)))
-    logits = perplexity.float_logits(config, tiny.PLANS["w8a8"], params)
-    question, series = f"Question: Which animal barks?{task_files.ANSWER}", "one, two, three, four,"
-    known = [
-        Task("c", "", CHOICES, (Item(((question, " A dog"), (question, " A banana")), 0),)),
-        Task("o", "", CONTEXTS, (Item((("Fish live in", " water."), ("Fire is", " water.")), 0),)),
-        Task("w", "", LAST_WORD, (Item(((series, " five"),), 0),)),
-    ]
-
-    def score(batch_tokens, bos=None):
-        scoring = Scoring(bos, (16,), batch_tokens)
-        return tasks.score(logits, known, checkpoint.tokenizer, config.vocab_size, scoring)
-
-    plain = score(batch_tokens=64)
-    assert [result.headline for result in plain] == [1.0, 1.0, 1.0]
-    # One at a time; 1e-4: float32 sums of 49152 terms and of 30 layers in another order.
-    (*_, word) = score(batch_tokens=16)
-    assert word.perplexity == pytest.approx(plain[2].perplexity, rel=1e-4)
-    (*_, word) = score(batch_tokens=64, bos=checkpoint.tokenizer.bos_id)
-    assert word.perplexity != plain[2].perplexity

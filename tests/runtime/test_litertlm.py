@@ -6,6 +6,7 @@ import importlib
 from importlib import metadata
 
 import numpy as np
+import pairwise
 import pytest
 import tiny
 
@@ -79,9 +80,9 @@ def test_every_profile_says_the_same(tmp_path):
         np.testing.assert_array_equal(others, logits[0])
 
 
-@pytest.mark.parametrize("plan", ["w8a8", "w4a8s8", "w8a8i8", "w4a16"])
-@pytest.mark.parametrize("kernels", RESOLVERS)
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pairwise.parametrize(
+    ("name", "kernels", "plan"), tiny.NAMES, [*RESOLVERS], ["w8a8", "w4a8s8", "w8a8i8", "w4a16"]
+)
 def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels, plan):
     model = tiny.quantized(name, plan)
     paths = tmp_path / "lm.tflite", tmp_path / "cached.tflite"

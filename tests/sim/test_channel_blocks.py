@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+import pairwise
 
 from qnpu_sim import channel_blocks, kernels, op_constants
 from qnpu_sim.channel_blocks import by_channels
@@ -15,14 +15,17 @@ from qnpu_sim.rounding import PROFILES
 T, K = 3, 16
 
 
-@pytest.mark.parametrize("size", [31, 32, 35, 64])
-@pytest.mark.parametrize("profile", ["litert_ref", "npu"])
-@pytest.mark.parametrize(("dtype", "bias"), [("int8", "int32"), ("int16", "int64")])
-def test_blocks_give_the_bits_of_the_whole(monkeypatch, size, profile, dtype, bias):
+@pairwise.parametrize(
+    ("size", "profile", "types"),
+    (31, 32, 35, 64),
+    ("litert_ref", "npu"),
+    (("int8", "int32"), ("int16", "int64")),
+)
+def test_blocks_give_the_bits_of_the_whole(monkeypatch, size, profile, types):
     """Sizes below, at and above the limit, with and without a rest; alone and in a batch."""
     monkeypatch.setattr(channel_blocks, "BLOCK", 8)
     monkeypatch.setattr(channel_blocks, "WIDE", 32)
-    rng = np.random.default_rng(size)
+    (dtype, bias), rng = types, np.random.default_rng(size)
     limits = np.iinfo(dtype)
     x = rng.integers(limits.min, limits.max, (2, T, K), dtype, endpoint=True)
     w = rng.integers(-128, 127, (size, K), np.int8, endpoint=True)

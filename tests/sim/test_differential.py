@@ -95,7 +95,7 @@ def save(name: str, model: bytes, feeds: dict[str, np.ndarray], expected: Any, g
 def test_equals_the_interpreter(op, profile):
     total = 0
 
-    @settings(max_examples=12, derandomize=True, **QUIET)
+    @settings(max_examples=6, derandomize=True, **QUIET)
     @given(STRATEGIES[op])
     def run(example: Example) -> None:
         nonlocal total

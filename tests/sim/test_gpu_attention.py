@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+import pairwise
 import tiny
 
 from qnpu_jax.config import ModelConfig
@@ -65,10 +65,14 @@ def op_by_op(q, k, v, mask, c: Constants, zero_point: int):
     return scores, probs, mixed[0]
 
 
-@pytest.mark.parametrize("profile", ["litert_ref", "npu", Npu(rounding="single", ties="even")])
-@pytest.mark.parametrize("keys", [1, REST - 1, KEYS, KEYS + 2, 2 * KEYS + REST + 1])
-def test_the_codes_are_those_of_the_ops(profile, keys):
-    """Blocks of keys that are full, partly full and many; zero points; alone and in a batch."""
+PROFILES = ("litert_ref", "npu", Npu(rounding="single", ties="even"))
+NUMBERS = (1, REST - 1, KEYS, KEYS + 2, 2 * KEYS + REST + 1)
+"""Of keys: blocks that are full, partly full and many."""
+
+
+@pairwise.parametrize(("keys", "profile"), NUMBERS, PROFILES, choose=pairwise.levels)
+def test_the_codes_are_those_of_the_ops(keys, profile):
+    """With zero points; alone and in a batch."""
     rng = np.random.default_rng(keys)
     q = rng.integers(-128, 128, (3, M, K), np.int8)
     k = rng.integers(-127, 128, (3, keys, K), np.int8)

@@ -1,6 +1,7 @@
 """An NPU's options: each against plain Python integers, and a whole model under it."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from fractions import Fraction
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairwise
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -25,6 +27,14 @@ from qnpu_sim.program import compile_model, run
 from qnpu_sim.rounding import ChosenScale, FixedScaleWide, Npu
 
 IDS = tiny.random_ids((tiny.TOKENS,), 3)
+
+
+@functools.cache
+def plain_run(plan: str):
+    """Of the `npu` profile with its defaults: codes of every tensor."""
+    return simulated(tiny.quantized("gqa_llama3", plan), IDS, "npu")
+
+
 multipliers = st.one_of(st.just(0), st.integers(2**30, 2**31 - 1))
 
 
@@ -74,7 +84,7 @@ def test_the_shortcuts_of_the_default_are_its_general_form(plan, monkeypatch):
     rules = Npu().rules()
     assert isinstance(rules.linear16_wide(0.01), FixedScaleWide)
     model = tiny.quantized("gqa_llama3", plan)
-    short = simulated(model, IDS, "npu")
+    short = plain_run(plan)
     names = ("linear8", "linear16", "linear16_wide", "matmul8", "matmul16", "elementwise")
 
     def chosen(real: Any) -> ChosenScale:
@@ -99,7 +109,7 @@ def test_more_entries_come_closer(entries):
     """Against the function in real numbers: the error is that of linear interpolation."""
     types = (QuantizedType(np.float32(scale), bits=16) for scale in (2**-12, 1 / 32768))
     rules = Npu(table_entries=entries).rules()
-    table = op_constants.prepare_unary("logistic", *types, rules).table
+    table = op_constants.prepare_unary("logistic", *types, rules=rules).table
     exact = 32768 / (1 + np.exp(-tables.INT16_CODES * 2.0**-12))
     step = 2.0**-12 * 65536 / (entries - 1)
     # h^2 / 8 max|f''|, f'' <= 0.0963; half a code each for the sample and the interpolation.
@@ -112,7 +122,7 @@ def test_samples_of_rsqrt_and_exp(entries):
     """Against the functions in real numbers: linear interpolation errs by h^2 / 8 max|f''|."""
     rules, step = Npu(table_entries=entries).rules(), 65536 / (entries - 1)
     types = (QuantizedType(np.float32(scale), bits=16) for scale in (2.0**-10, 2.0**-13))
-    table = op_constants.prepare_unary("rsqrt", *types, rules).table
+    table = op_constants.prepare_unary("rsqrt", *types, rules=rules).table
     code = np.arange(2**14, 2**15)
     factor = 2.0**13 / np.sqrt(2.0**-10)
     limit = step**2 / 8 * 0.75 * factor * 2.0 ** (-14 * 2.5) + 1
@@ -134,9 +144,13 @@ def test_samples_of_rsqrt_and_exp(entries):
 def test_table_entries_of_8_bits_are_exact_from_257_on():
     types = (QuantizedType(np.float32(0.05), 3), QuantizedType(np.float32(1 / 256), -128))
     exact = np.rint(256 / (1 + np.exp(-(tables.INT8_CODES - 3) * np.float64(0.05)))) - 128
-    table = op_constants.prepare_unary("logistic", *types, Npu(table_entries=257).rules()).table
+    table = op_constants.prepare_unary(
+        "logistic", *types, rules=Npu(table_entries=257).rules()
+    ).table
     np.testing.assert_array_equal(table, np.minimum(exact, 127))
-    coarse = op_constants.prepare_unary("logistic", *types, Npu(table_entries=33).rules()).table
+    coarse = op_constants.prepare_unary(
+        "logistic", *types, rules=Npu(table_entries=33).rules()
+    ).table
     assert 0 < np.abs(coarse.astype(int) - exact).max() <= 2
 
 
@@ -206,13 +220,14 @@ def test_int4_sums_that_xnnpack_would_wrap_are_refused(monkeypatch):
     compile_model(model, dec, "litert_opt")
 
 
-@pytest.mark.parametrize("plan", ["w8a8", "w8a16"])
-@pytest.mark.parametrize("overflow", ["wrap", "saturate"])
+@pairwise.parametrize(
+    ("plan", "overflow"), ("w8a8", "w8a16"), ("wrap", "saturate"), choose=pairwise.levels
+)
 def test_an_accumulator_as_wide_as_its_sums_changes_nothing(plan, overflow):
     """Not proved to fit, and so limited, but wide enough for this text: the bits of no limit."""
     model = tiny.quantized("gqa_llama3", plan)
     bits = widest(model).needed - 1
-    plain = simulated(model, IDS, "npu")
+    plain = plain_run(plan)
     limited = simulated(model, IDS, Npu(accumulator_bits=bits, overflow=overflow))
     for name, codes in plain.items():
         np.testing.assert_array_equal(codes, limited[name], err_msg=name)
@@ -224,7 +239,7 @@ def test_a_narrow_accumulator_changes_the_model(overflow):
     program = compile_model(
         model, model.decoder(tiny.TOKENS), Npu(accumulator_bits=16, overflow=overflow)
     )
-    plain = simulated(model, IDS, "npu")["head.logits"]
+    plain = plain_run("w8a8")["head.logits"]
     assert (np.asarray(run(program, IDS)["head.logits"]) != plain).any()
 
 
@@ -285,22 +300,22 @@ def test_options_are_fields_of_a_frozen_dataclass():
     assert hash(Npu()) == hash(Npu())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rounding": "single"},
-        {"rounding": "single", "ties": "even"},
-        {"ties": "up"},
-        {"multiplier_bits": 15},
-        {"table_entries": 4097},
-    ],
-    ids=str,
+OPTIONS = (
+    {"rounding": "single"},
+    {"rounding": "single", "ties": "even"},
+    {"ties": "up"},
+    {"multiplier_bits": 15},
+    {"table_entries": 4097},
 )
-@pytest.mark.parametrize("plan", ["w8a8", "w4a16", "w8a8i8"])
+
+
+@pairwise.parametrize(
+    ("options", "plan"), OPTIONS, ("w8a8", "w4a16", "w8a8i8"), choose=pairwise.levels
+)
 def test_every_option_runs_a_model_near_the_plain_one(options, plan):
     """Rounding noise moves codes; it must not move the answer away by more than quantization."""
     model = tiny.quantized("gqa_llama3", plan)
-    plain = simulated(model, IDS, "npu")["head.logits"].astype(np.int64)
+    plain = plain_run(plan)["head.logits"].astype(np.int64)
     got = simulated(model, IDS, Npu(**options))["head.logits"].astype(np.int64)
     assert (got != plain).any()
     spread = np.std(plain)

@@ -22,49 +22,61 @@ import numpy as np
 from qnpu_jax.integer import storage
 from qnpu_sim import compile_model, run
 
+folder, profile, *batches = sys.argv[1:]
 devices = jax.devices()
 assert len(devices) == 8
-model = storage.load(Path(sys.argv[1]))
+model = storage.load(Path(folder))
 dec = model.decoder(6)
-rng = np.random.default_rng(0)
-for profile in ("litert_ref", "npu"):
-    alone = compile_model(model, dec, profile)
-    spread = compile_model(model, dec, profile, devices)
-    for shape in ((16, 6), (8, 6), (5, 6), (11, 6), (1, 6), (6,)):
-        ids = rng.integers(0, model.config.vocab_size, shape)
-        expected = run(alone, ids, lambda _: True)
-        got = run(spread, ids, lambda _: True)
-        assert expected.keys() == got.keys() and len(got) > 100
-        for name, codes in expected.items():
-            assert got[name].dtype == codes.dtype and got[name].shape == codes.shape, name
-            assert (np.asarray(got[name]) == np.asarray(codes)).all(), (profile, shape, name)
-        assert run(spread, ids).keys() == {"head.logits"}
-        if shape[0] == 16:
-            own = got["head.logits"].addressable_shards
-            assert [s.data.shape[0] for s in own] == [2] * 8, "each device has its share"
-ids = rng.integers(0, model.config.vocab_size, (4, 6))
-expected, got = (run(compile_model(model, dec, devices=d), ids) for d in (None, devices[5:]))
-assert (np.asarray(got["head.logits"]) == np.asarray(expected["head.logits"])).all()
-whole = compile_model(model, dec, devices=devices, at_once=True)
-for shape in ((11, 6), (6,)):
-    ids = rng.integers(0, model.config.vocab_size, shape)
-    expected, got = run(compile_model(model, dec), ids), run(whole, ids)
-    assert (np.asarray(got["head.logits"]) == np.asarray(expected["head.logits"])).all(), shape
+everything = np.random.default_rng(0).integers(0, model.config.vocab_size, (16, 6))
+alone = compile_model(model, dec, profile)
+expected = {n: np.asarray(x) for n, x in run(alone, everything, "*").items()}
+assert len(expected) > 100
+
+
+def compare(program, rows, keep="head.logits"):
+    got = run(program, everything[rows], keep)
+    assert got.keys() == (expected.keys() if keep == "*" else {"head.logits"})
+    for name, codes in got.items():
+        want = expected[name][rows]
+        assert codes.dtype == want.dtype and codes.shape == want.shape, name
+        assert (np.asarray(codes) == np.asarray(want)).all(), (profile, rows, name)
+    return got["head.logits"]
+
+
+spread = compile_model(model, dec, profile, devices)
+for batch in map(int, batches):
+    compare(spread, slice(batch) if batch else 0, "*")
+own = compare(spread, slice(16)).addressable_shards
+assert [s.data.shape[0] for s in own] == [2] * 8, "each device has its share"
+compare(compile_model(model, dec, profile, devices[5:]), slice(4))
+whole = compile_model(model, dec, profile, devices, at_once=True)
+for rows in (slice(11), 0):
+    compare(whole, rows)
 print("equal")
 """
 
 
-@pytest.mark.parametrize("plan", ["w8a8", "w4a8i8"])
-def test_eight_devices_give_the_bits_of_one(plan, tmp_path):
-    """Every tensor of both profiles; batches that do and do not divide, and one sequence alone."""
-    storage.save(tiny.quantized("gqa_llama3", plan), tmp_path)
+def compare(folder: Path, plan: str, profile: str, batches: list[int]) -> None:
+    storage.save(tiny.quantized("gqa_llama3", plan), folder)
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "sim")]),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARE, str(tmp_path)], env=env, text=True, capture_output=True
-    )
+    command = [sys.executable, "-c", COMPARE, str(folder), profile, *map(str, batches)]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
+
+
+@pytest.mark.parametrize(("plan", "profile"), [("w8a8", "litert_ref"), ("w4a8i8", "npu")])
+def test_eight_devices_give_the_bits_of_one(plan, profile, tmp_path):
+    """Every tensor; a batch that divides, one that does not, and one sequence alone (0)."""
+    compare(tmp_path, plan, profile, [16, 11, 0])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("profile", ["litert_ref", "npu"])
+@pytest.mark.parametrize("plan", ["w8a8", "w4a8i8"])
+def test_eight_devices_give_the_bits_of_one_at_every_batch(plan, profile, tmp_path):
+    compare(tmp_path, plan, profile, [16, 8, 5, 11, 1, 0])

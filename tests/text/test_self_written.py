@@ -15,7 +15,7 @@ from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.forward import forward
 from qnpu_jax.graph.decoder import decoder
-from qnpu_jax.models.checkpoint import load, load_params
+from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.models.tokenizer import Tokenizer
 from qnpu_jax.recipes import RECIPES
 from qnpu_jax.text import self_written
@@ -284,27 +284,3 @@ def test_questions_are_varied():
 def test_errors(tiny: Writer, prompts, length, message):
     with pytest.raises(UserError, match=message):
         sample(tiny, prompts, length, Drawing(0))
-
-
-# A real model.
-
-
-@pytest.mark.slow
-def test_smollm2_names_paris():
-    checkpoint = load("smollm2-135m")
-    tokenizer = checkpoint.tokenizer
-    model = folded(checkpoint.config, checkpoint.params)
-    prompt = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
-    answer = greedy(model, prompt, 32, tokenizer.eos_ids)
-    assert "Paris" in tokenizer.decode(answer)
-    assert len(answer) < 32  # the model ended its turn
-    # Past the end of the turn the model goes on, and must do so as the full forward does.
-    longer = greedy(model, prompt, 32)
-    assert longer[: len(answer)] == answer
-    ids = jnp.asarray(prompt + longer, jnp.int32)
-    logits = full_forward(decoder(model.config, model.plan, len(ids)), model.params, ids)
-    expected = logits.argmax(axis=-1)[len(prompt) - 1 : -1]
-    assert longer == expected.tolist()
-    windows = calibration_windows(model, tokenizer, 4 * 64, 64, 0)
-    texts = [tokenizer.decode(row.tolist()) for row in windows]
-    assert texts[1].startswith("system\n") and QUESTIONS[0] in texts[1]
