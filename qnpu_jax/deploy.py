@@ -98,13 +98,15 @@ def export(
     """Writes the model of a folder of `qnpu quantize` to `file`, for another length.
 
     Args:
-      context: write `prefill_<N>` and `decode` over a KV cache (`cached.write_cached`)
-        of so many positions; None writes one prefill without a cache.
+      prefill: tokens of the prefill.
+      logits: positions that the prefill gives logits of.
+      context: positions of a KV cache, for a file with `prefill_<N>` and `decode`
+        (`cached.write_cached`); None writes one prefill without a cache.
       form: how the file holds the model.
 
     Raises:
-      UserError: not such a folder, `file` exists, the model has fewer positions, or an accumulator
-        can overflow at that length.
+      UserError: `file` exists, the prefill is too short, the model has fewer positions, or an
+        accumulator can overflow at this length.
     """
     check_prefill(prefill)
     with artifacts.new_file(file) as partial:

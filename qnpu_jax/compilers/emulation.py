@@ -1,4 +1,4 @@
-"""A model on an emulated NPU beside the simulator: single ops, whole layers, perplexity."""
+"""Emulated NPU beside the simulator: single ops, whole layers, and perplexity of the model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from qnpu_jax.tflite import FORMS, HEXAGON_FORM, ModelWriter, build_prefill
 
 
 class Emulation:
-    """Compiles what is asked for, and runs it on the simulator's inputs.
+    """Compiles parts of a model and runs them in the emulator, on the simulator's inputs.
+
+    Every method raises UserError as `hexagon.compile_file`.
 
     Args:
-      soc: one of hexagon.SOCS.
-      windows: (N, T) token ids; ops and layers see the first.
+      soc: one of `hexagon.SOCS`.
+      windows: (N, T) token ids of some text; ops and layers see the first window.
       simulate: makes the simulator.
-      form: of whole layers and of the model; single ops are spelled as in `plain`.
-
-    The methods raise UserError as `hexagon.compile_file`.
+      form: of the files of whole layers and of the model; single ops are written as `plain`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Emulation:
         return self._simulator.tensors(self._windows[0])
 
     def ops(self, layer: int) -> list[OpDifference]:
-        """Every op of a layer that computes."""
+        """Compares each op of a layer that does more than move codes."""
         with tempfile.TemporaryDirectory() as folder:
             writer = emulator_differences.build_ops(self._model, self._decoder, layer)
             file = self._compiled(writer, folder)
@@ -62,7 +62,7 @@ class Emulation:
             return [*emulator_differences.op_differences(file, *arguments)]
 
     def layer(self, layer: int) -> LayerDifference:
-        """A whole layer, beside float too."""
+        """Compares a whole layer with the simulator, and both with float."""
         with tempfile.TemporaryDirectory() as folder:
             file = self._compiled(
                 emulator_differences.build_layer(self._form, self._decoder, layer), folder
@@ -71,10 +71,10 @@ class Emulation:
             return emulator_differences.layer_difference(file, *arguments)
 
     def text(self, track: Track = untracked) -> TextDifference:
-        """The whole model on all windows, by both.
+        """Compares perplexity of the whole model on all windows.
 
         Args:
-          track: wraps the iteration over windows, for a progress bar: (items, length, what).
+          track: shows progress over the windows.
         """
         with tempfile.TemporaryDirectory() as folder:
             writer = build_prefill(self._model, self._tokens, "all", self._form)
@@ -89,7 +89,7 @@ class Emulation:
         return TextDifference(tuple(simulator), tuple(emulator), float(np.mean(differing)))
 
     def _perplexity(self, codes: np.ndarray, ids: np.ndarray) -> float:
-        """Of one window, from the codes of its logits."""
+        """Returns the perplexity of one window, from codes of its logits."""
         return perplexity.perplexity(
             perplexity.integer_logits(self._model, lambda _: codes), ids[None]
         )

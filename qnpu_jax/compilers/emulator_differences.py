@@ -1,7 +1,8 @@
-"""How far the Hexagon emulator's arithmetic lies from the simulator's: op by op on the same inputs,
-whole layers beside float, and the perplexity of the whole model.
+"""Differences between the Hexagon emulator and the simulator: op by op on the same inputs, whole
+layers beside float, and the perplexity of the whole model.
 
-They differ by design: the hardware rounds in its own ways. What is measured here is by how much.
+The two differ by design, because the hardware rounds in its own ways. This module measures by how
+much.
 """
 
 from __future__ import annotations
@@ -32,20 +33,22 @@ from qnpu_jax.integer import IntegerModel, dequantize
 from qnpu_jax.tflite import Composite, Emitter, FileForm, Integers, ModelWriter
 
 LAYER = "layer"
-"""The signature of `build_layer`."""
+"""Name of the signature of `build_layer`."""
 TensorCodes = Mapping[str, np.ndarray]
+"""Integer codes of tensors, by name."""
 
 
 @dataclass(frozen=True)
 class OpDifference:
-    """An op on the simulator's inputs: emulator against simulator.
+    """One op on the simulator's inputs, emulator against simulator.
 
     Attributes:
-      op: with the bits of its inputs and output (`FullyConnected 8x4>8`).
-      tensor: that it makes, by global name.
-      count, size: elements that differ, of how many.
-      largest: difference in codes.
-      shift: mean difference in codes, emulator less simulator.
+      op: name, and bits of its inputs and output (`FullyConnected 8x4>8`).
+      tensor: global name of its output.
+      count: number of elements that differ.
+      size: number of elements.
+      largest: largest absolute difference, in codes.
+      shift: mean difference, emulator less simulator, in codes.
     """
 
     op: str
@@ -58,8 +61,14 @@ class OpDifference:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """A layer on the simulator's inputs: |y - float| / |float| of its output less its input, for
-    both integer arithmetics, and between them."""
+    """One layer on the simulator's inputs, emulator and simulator against float.
+
+    Compared is what the layer adds to the residual stream, d = output - input, in real values.
+
+    Attributes:
+      simulator, emulator: |d - d_float| / |d_float| of each.
+      between: |d_emulator - d_simulator| / |d_float|.
+    """
 
     layer: int
     simulator: float
@@ -69,11 +78,11 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class TextDifference:
-    """The whole model on windows of text, all of one length.
+    """The whole model on windows of text of one length.
 
     Attributes:
       simulator, emulator: perplexity of each window.
-      differing: share of the logits' codes that differ.
+      differing: fraction of the logits' codes that differ.
     """
 
     simulator: tuple[float, ...]
@@ -82,12 +91,12 @@ class TextDifference:
 
     @property
     def ratio(self) -> float:
-        """Perplexity of all windows, the emulator's over the simulator's."""
+        """Perplexity of all windows together, the emulator's over the simulator's."""
         return float(np.exp(np.mean(self._logs)))
 
     @property
     def error(self) -> float:
-        """Standard error of the ratio's logarithm, windows taken as independent; nan of one."""
+        """Standard error of the ratio's logarithm, for independent windows; nan for one window."""
         count = len(self.simulator)
         return float(np.std(self._logs, ddof=1) / count**0.5) if count > 1 else math.nan
 
@@ -106,8 +115,10 @@ class TextDifference:
 
 
 def build_ops(model: IntegerModel, dec: Decoder, layer: int) -> ModelWriter:
-    """Every op of a layer that computes, each a signature (`op_<i>`, i its place among the layer's)
-    of its own; activations are inputs."""
+    """Returns a file with each op of a layer that computes as a signature of its own.
+
+    The signature `op_<i>` is the layer's op number i. Activations are its inputs.
+    """
     form, writer, graph = Integers(model), ModelWriter(), dec.layer
     constants = form.constants(graph, layer)
     for i, node in computing(graph, layer):
@@ -119,7 +130,10 @@ def build_ops(model: IntegerModel, dec: Decoder, layer: int) -> ModelWriter:
 
 
 def build_layer(form: FileForm, dec: Decoder, layer: int) -> ModelWriter:
-    """A whole layer as the signature LAYER; of the graph's inputs, those that its ops read."""
+    """Returns a file with a whole layer as the signature LAYER.
+
+    Its inputs are those of the graph that ops of the file read.
+    """
     writer, graph = ModelWriter(), dec.layer
     emitter = Emitter(form, writer.add_subgraph(LAYER), graph, layer)
     inside = {n for p in form.parts(graph) if isinstance(p, Composite) for n in p.constants}
@@ -132,7 +146,7 @@ def build_layer(form: FileForm, dec: Decoder, layer: int) -> ModelWriter:
 
 
 def computing(graph: Graph, layer: int) -> Iterator[tuple[int, Node]]:
-    """The ops that do more than move codes, with their places."""
+    """Yields the ops that do more than move codes, with their numbers in the layer."""
     for i, node in enumerate(graph.nodes):
         moves = isinstance(node.op, Reshape | Transpose | Slice | Concat)
         if not moves and not is_identity(graph, node, layer):
@@ -142,11 +156,11 @@ def computing(graph: Graph, layer: int) -> Iterator[tuple[int, Node]]:
 def op_differences(
     compiled: Path, model: IntegerModel, dec: Decoder, layer: int, tensors: TensorCodes
 ) -> Iterator[OpDifference]:
-    """Runs the ops of a layer, one by one.
+    """Runs the ops of a layer in the emulator one by one, and compares each output.
 
     Args:
-      compiled: from `build_ops`.
-      tensors: the simulator's, by global name.
+      compiled: file of `build_ops`, compiled.
+      tensors: the simulator's codes, by global name.
     """
     graph = dec.layer
     values = layer_values(model, dec, layer, tensors)
@@ -168,8 +182,14 @@ def op_differences(
 def layer_difference(
     compiled: Path, model: IntegerModel, dec: Decoder, layer: int, tensors: TensorCodes
 ) -> LayerDifference:
-    """Runs a whole layer, from `build_layer`, and in float: the frozen weights, and no rounding of
-    activations."""
+    """Runs a whole layer in the emulator and in float, and compares them and the simulator.
+
+    The float layer has the dequantized weights and rounds no activation.
+
+    Args:
+      compiled: file of `build_layer`, compiled.
+      tensors: the simulator's codes, by global name.
+    """
     graph = dec.layer
     values = layer_values(model, dec, layer, tensors)
     emulated = EmulatedSignature(compiled, LAYER)
@@ -196,7 +216,7 @@ def layer_difference(
 def layer_values(
     model: IntegerModel, dec: Decoder, layer: int, tensors: TensorCodes
 ) -> dict[str, Any]:
-    """Codes of a layer's inputs and activations by local name."""
+    """Returns codes of a layer's inputs and activations, by local name."""
     graph, head = dec.layer, f"layers.{layer}."
     values = {n.removeprefix(head): x for n, x in tensors.items() if n.startswith(head)}
     before = f"layers.{layer - 1}.{graph.outputs[0]}" if layer else dec.embed.outputs[0]
@@ -207,7 +227,7 @@ def layer_values(
 def _real(
     model: IntegerModel, graph: Graph, name: str, layer: int, values: TensorCodes
 ) -> np.ndarray:
-    """Real values of a layer's tensor."""
+    """Returns scale (code - zero_point) of a layer's tensor."""
     tensor = graph.at(model.tensors[graph.prefix + name], layer)
     centred = values[name].astype(np.int64) - tensor.zero_point
     return (centred * np.float64(tensor.scale)).astype(np.float32)

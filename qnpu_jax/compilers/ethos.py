@@ -1,8 +1,8 @@
-"""Compilation for Arm's Ethos-U NPUs, and Arm's own estimate of cycles, traffic and latency: the
-compiler vela (ethos-u-vela), the extra `ethos`.
+"""Compilation for Arm's Ethos-U NPUs by vela (PyPI's ethos-u-vela, the extra `ethos`), with vela's
+estimate of cycles, traffic and latency.
 
 vela reports on one signature at a time, so every signature is a file of its own. It runs in a
-process of its own too: what it cannot read ends it with a signal.
+process of its own, because a file that it cannot handle may crash it.
 
 Reference: ethos-u-vela 5.2, ethosu/vela/stats_writer.py, `write_summary_metrics_csv_common`;
 ethosu/config_files/Arm/vela.ini.
@@ -34,34 +34,38 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.tflite import open_interpreter
 
 PACKAGE, WANTED = "ethos-u-vela", "5.2."
-"""The version whose reports are read here."""
+"""Package, and the version of it whose reports this module reads."""
 EXTRA = "ethos"
 CONFIG = "Arm/vela.ini"
-"""vela's own file of system configurations, within its package."""
+"""File of system configurations in vela's package."""
 MEMORY_MODE, SRAM = "Dedicated_Sram", 2**21
-"""Of `CONFIG`: weights, tables and arena in DRAM; bytes of SRAM for the NPU alone. Into the 512 KiB
-of `CONFIG`'s largest mode vela cannot place a whole prefill of SmolLM2 in one part, and for 1 MiB
-it searches for minutes."""
+"""Memory mode of `CONFIG` with weights, tables and arena in DRAM, and bytes of SRAM that the NPU
+has for itself. In the 512 KiB of `CONFIG`'s largest mode vela cannot place a whole prefill of
+SmolLM2 in one part; with 1 MiB it searches for minutes."""
 _SYSTEMS = {"ethos-u65": "Ethos_U65_High_End", "ethos-u85": "Ethos_U85_SYS_DRAM_Mid"}
 ACCELERATORS: tuple[str, ...] = get_args(EthosU)
-"""Ethos-U configurations by their MACs a cycle. U65 has no 16-bit products of activations."""
+"""Ethos-U configurations, by their MACs a cycle. U65 has no 16-bit products of activations."""
 _BUILTINS = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
 
 
 @dataclass(frozen=True)
 class VelaEstimate:
-    """Arm's estimate of one inference, as vela's summary has it: a model of an Ethos-U, no
-    measurement, and nothing about a phone. What the CPU runs is not in it.
+    """Arm's estimate of one inference, from vela's summary.
+
+    It comes from a model of an Ethos-U, not from a measurement, and says nothing about a phone. Ops
+    that the CPU runs are not part of it.
 
     Attributes:
-      system, memory_mode: of vela's configuration file.
+      system, memory_mode: names in vela's configuration file.
       clock: Hz.
       sram: bytes of SRAM that the NPU has.
-      sram_rate, dram_rate: design peaks, bytes per second.
+      sram_rate, dram_rate: design peaks, in bytes per second.
       seconds: `cycles` at the clock.
-      npu_cycles, cycles: of the NPU's units alone, and with the waits for memory.
-      sram_bytes, dram_bytes: moved, of all kinds.
-      weights, encoded: bytes of the weights as they came, and as vela's coder leaves them.
+      npu_cycles: cycles of the NPU's units alone.
+      cycles: cycles with waits for memory.
+      sram_bytes, dram_bytes: bytes moved to and from each memory.
+      weights: bytes of the weights in the source.
+      encoded: bytes of the weights after vela's coder.
     """
 
     system: str
@@ -81,13 +85,15 @@ class VelaEstimate:
 
 @dataclass(frozen=True)
 class Placement:
-    """What of a file runs where.
+    """Division of a file between NPU and CPU, and its memory.
 
     Attributes:
-      ops: of the file that was compiled.
-      on_cpu: ops left to the CPU, by their name in TFLite.
-      parts: of the graph on the NPU, each one op of the compiled file.
-      constants, arena, sram: bytes of constants in DRAM, of activations in DRAM and in the SRAM.
+      ops: number of ops in the source.
+      on_cpu: number of ops left to the CPU, by their name in TFLite.
+      parts: parts of the graph on the NPU, each one op of the compiled file.
+      constants: bytes of constants in DRAM.
+      arena: bytes of activations in DRAM.
+      sram: bytes of activations in the SRAM.
     """
 
     ops: int
@@ -99,23 +105,26 @@ class Placement:
 
     @property
     def on_npu(self) -> int:
+        """Number of ops that the NPU takes."""
         return self.ops - sum(self.on_cpu.values())
 
     @property
     def whole(self) -> bool:
-        """All of it is on the NPU, in one part."""
+        """Whether the NPU takes every op, in one part."""
         return not self.on_cpu and self.parts == 1
 
 
 @dataclass(frozen=True)
 class CompiledForArm:
-    """A signature compiled for an Ethos-U.
+    """Signature compiled for an Ethos-U.
 
     Attributes:
-      path: of a .tflite whose custom ops `ethos-u` hold the NPU's commands.
-      reasons: why an op is on the CPU, in vela's words, by the op's name in TFLite.
-      size: of that file in bytes.
-      compile_seconds: that vela took.
+      path: a .tflite whose custom ops `ethos-u` hold the NPU's commands.
+      placement: division of the ops between NPU and CPU.
+      estimate: vela's estimate of one inference.
+      reasons: vela's reason for leaving an op to the CPU, by the op's name in TFLite.
+      size: bytes of the file.
+      compile_seconds: time that vela took.
     """
 
     path: Path
@@ -130,12 +139,13 @@ def compile_file(source: Path, accelerator: str, target: Path) -> CompiledForArm
     """Compiles a .tflite of one signature.
 
     Args:
+      source: the file to compile.
       accelerator: one of ACCELERATORS.
       target: the file to write.
 
     Raises:
-      UserError: the extra is missing or of another version, an accelerator that there is not, a
-        damaged source, or what vela cannot do; nothing is written then.
+      UserError: the extra is missing or of another version, an unknown accelerator, a damaged
+        source, or a source that vela cannot compile; nothing is written then.
     """
     check_accelerator(accelerator)
     check_installed()
@@ -158,7 +168,7 @@ def compile_file(source: Path, accelerator: str, target: Path) -> CompiledForArm
 
 
 def check_accelerator(name: str) -> None:
-    """Raises UserError for an Ethos-U that vela does not know, or that LLMs are not for."""
+    """Raises UserError for a name that is not one of ACCELERATORS."""
     if name not in ACCELERATORS:
         raise UserError(f"--soc {name}: not an Ethos-U; expected one of {[*ACCELERATORS]}")
 
@@ -173,7 +183,7 @@ def _system(accelerator: str) -> str:
 
 
 def _run(source: Path, accelerator: str, folder: Path) -> str:
-    """What vela prints while it compiles into `folder`.
+    """Compiles into a folder and returns what vela prints.
 
     Raises:
       UserError: it fails or crashes.
@@ -184,7 +194,7 @@ def _run(source: Path, accelerator: str, folder: Path) -> str:
         f"--system-config={_system(accelerator)}", f"--memory-mode={MEMORY_MODE}",
         f"--arena-cache-size={SRAM}",
     ]  # fmt: skip
-    # In a folder of its own: Python would import from the working folder first.
+    # Started in a folder of its own, because Python imports from the working folder first.
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, check=False
     )
@@ -204,7 +214,7 @@ def _run(source: Path, accelerator: str, folder: Path) -> str:
 
 
 def _complaint(log: str) -> str:
-    """The last line that names an error, or the last line."""
+    """Returns the last line that names an error, or else the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     said = [s for s in lines if re.search(r"\w*Error\b|\b[Ff]ailed\b", s)]
     return (said or lines or ["it said nothing"])[-1][:200]
@@ -214,15 +224,15 @@ _REASON = re.compile(r"^Warning \(supported operators\) operator: (\w+),.*\nReas
 
 
 def read_reasons(log: str) -> dict[str, str]:
-    """Why ops are on the CPU, by their name: the first reason that vela gives for each."""
+    """Reads from vela's log why ops are left to the CPU: the first reason of each, by op name."""
     return {op: reason.strip() for op, reason in reversed(_REASON.findall(log))}
 
 
 def read_summary(text: str) -> VelaEstimate:
-    """The summary that vela writes as CSV: a line of labels, a line of values.
+    """Reads the summary that vela writes as CSV: a line of labels and a line of values.
 
     Raises:
-      UserError: another form.
+      UserError: a line or a column is missing, or a value is no number.
     """
     rows = [*csv.DictReader(text.splitlines())]
     try:
@@ -251,7 +261,7 @@ def read_summary(text: str) -> VelaEstimate:
 
 
 def placed(source: Path, compiled: Path) -> Placement:
-    """Where the ops of a file run, read from what vela made of it."""
+    """Reads from a source and its compiled file where the ops run."""
     ops, parts, sizes = sum(_ops(source)[0].values()), 0, Counter[str]()
     left, tensors = _ops(compiled)
     for name, size in tensors:
@@ -263,7 +273,10 @@ def placed(source: Path, compiled: Path) -> Placement:
 
 
 def _ops(path: Path) -> tuple[Counter[str], list[tuple[str, int]]]:
-    """Ops by name, and names and elements of the tensors that only an NPU's op reads."""
+    """Counts a file's ops by name, and lists name and size of the NPU's memory areas.
+
+    vela describes these areas by tensors with fixed names, one byte an element.
+    """
     ops, tensors = Counter[str](), []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         model: Any = schema.Model.GetRootAs(bytes(data), 0)

@@ -1,11 +1,12 @@
-"""The form of a file that Arm's compiler takes whole: the same model, the same bits in LiteRT, and
-other spellings where the compiler stops at ours.
+"""Form of a file that Arm's compiler vela puts on the NPU as a whole, with the same bits in LiteRT.
 
-* 4-bit weights lie in INT8 tensors: the compiler divides by zero on an INT4 one, and its own coder
+It differs from `Integers` where vela stops:
+
+* 4-bit weights lie in INT8 tensors. vela divides by zero on an INT4 tensor; its coder of weights
   makes them small again.
-* SQRT, which it leaves to the CPU, is a table of its codes and a GATHER.
-* A prefill's sums of squares are the diagonal of one product: ours are row by row or in blocks
-  (`squares`), which it takes one by one.
+* SQRT, which vela leaves to the CPU, is a GATHER from a table of its output codes.
+* A prefill's sums of squares are the diagonal of one product of all rows. Products row by row or
+  in blocks (`square_sums`) vela would compute one after the other.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ from qnpu_jax.tflite import (
 
 
 def codes_of(kind: TensorType) -> np.ndarray:
-    """What a SQRT can take, in the order of its table: int16 codes of zero point 0 that are not
-    negative; all int8 codes, with those of negative numbers, which cannot come, as that of 0."""
+    """Returns the input codes of a SQRT, in the order of its table.
+
+    For int16, whose zero point is 0, the codes from 0. For int8 all codes; those of negative
+    numbers, which do not occur, are replaced by the code of 0.
+    """
     if kind.dtype == "int16":
         return np.arange(2**15, dtype=np.int16)
     return np.maximum(np.arange(-128, 128), kind.zero_point).astype(np.int8)
@@ -44,20 +48,21 @@ def codes_of(kind: TensorType) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ArmForm(Unpacked):
-    """As `Unpacked`.
+    """Form like `Unpacked`, with tables in place of SQRT.
 
     Attributes:
-      roots: what each SQRT gives for `codes_of` its input, by the name of its tensor; empty where
-        ops keep their spelling.
+      roots: output of each SQRT for the codes of `codes_of`, by global name of its output. Empty
+        where only the weights differ from `Integers`.
     """
 
     roots: Mapping[str, np.ndarray]
 
 
 class ArmEmitter(Emitter):
-    """Emits what Arm's compiler takes; `form` is an `ArmForm`."""
+    """Emitter for vela; its `form` is an `ArmForm`."""
 
     def add(self, node: Node, env: Mapping[str, int]) -> int:
+        """Adds an op, SQRT as a GATHER, and returns the tensor that it makes."""
         assert isinstance(self.form, ArmForm)
         table = self.form.roots.get(self.global_name(node.output))
         if table is not None:
@@ -65,7 +70,7 @@ class ArmEmitter(Emitter):
         return super().add(node, env)
 
     def _gathered(self, node: Node, x: int, table: np.ndarray) -> int:
-        """table[x], with x as int32; an int8 x plus 128."""
+        """Adds table[x], with the codes x as int32, and 128 added to int8 ones."""
         name, shape = self.global_name(node.output), self.graph[node.output].shape
         codes, add = schema.BuiltinOperator, self.subgraph.add_tensor
         source = self.type_of(node.inputs[0])
@@ -86,7 +91,7 @@ class ArmEmitter(Emitter):
         return output
 
     def block(self, node: Node) -> int:
-        """All rows at once, or each alone where ops keep their spelling."""
+        """Returns the number of all rows, or 1 where only the weights differ from `Integers`."""
         assert isinstance(self.form, ArmForm)
         respelled = self.form.roots and are_squares(self.graph, node)
         return self.graph[node.output].shape[0] if respelled else 1
@@ -95,7 +100,12 @@ class ArmEmitter(Emitter):
 def build_signature(
     model: IntegerModel, form: ArmForm, tokens: int, context: int, key: str
 ) -> ModelWriter:
-    """One signature of `cached.write_cached`, alone in its file.
+    """Returns a file with one signature of `cached.write_cached`.
+
+    Args:
+      tokens: tokens of the signature.
+      context: positions after the prefix.
+      key: name of the signature.
 
     Raises:
       UserError: as `cached.write_cached`.
@@ -107,13 +117,22 @@ def build_signature(
 
 
 def arm_form(model: IntegerModel, *, respell: bool = True) -> ArmForm:
-    """The form of a model; without `respell` only the weights differ from `Integers`."""
+    """Returns the form of a model for vela.
+
+    Args:
+      respell: replace SQRT and sums of squares; otherwise only the weights differ from `Integers`.
+    """
     return ArmForm(model, square_roots(model) if respell else {})
 
 
 def square_roots(model: IntegerModel) -> dict[str, np.ndarray]:
-    """What LiteRT's reference kernel gives for every code of every SQRT, by the name of its tensor:
-    it is asked, so that a table holds its bits whatever its arithmetic."""
+    """Runs every SQRT of a model on all input codes, in LiteRT's reference kernel.
+
+    So the tables have the kernel's bits, whatever its arithmetic.
+
+    Returns:
+      Output codes in the order of `codes_of`, by global name of the SQRT's output.
+    """
     form, writer = Integers(model), ModelWriter()
     subgraph = writer.add_subgraph("roots")
     x, y, asked = {}, {}, {}

@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation for Qualcomm's Hexagon NPU: LiteRT's compiler plugin (ai-edge-litert)
-over the QNN compiler (onnxruntime-qnn), the extra `qnn`. Linux on x86-64.
+"""Ahead-of-time compilation for Qualcomm's Hexagon NPU, on Linux and x86-64 (extra `qnn`).
 
-The plugin looks for the QNN libraries by name. A folder of links to those of the installed wheel,
-in the user's cache directory, is what it finds.
+LiteRT's compiler plugin (of ai-edge-litert) calls the QNN compiler (of onnxruntime-qnn). The plugin
+looks for QNN's libraries by name, so a folder in the user's cache directory links to those of the
+installed wheel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.tflite import open_interpreter
 
 WANTED = {"ai-edge-litert": "2.3.", "onnxruntime-qnn": "2.6."}
-"""Versions whose interfaces match: the plugin is built against the QNN of that wheel."""
+"""Versions that fit together: the plugin was built against the QNN of that wheel."""
 EXTRA = "qnn"
 SOCS: tuple[str, ...] = get_args(Snapdragon)
 """Snapdragons that the plugin of ai-edge-litert 2.3 compiles for."""
@@ -34,8 +34,13 @@ SOCS: tuple[str, ...] = get_args(Snapdragon)
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes between DRAM and the NPU in one inference, by the compiler's count: read and written
-    in all, and of that spilled and filled because the NPU's own memory is full."""
+    """Bytes between DRAM and the NPU in one inference, by the compiler's count.
+
+    Attributes:
+      read, write: all bytes.
+      spill, fill: bytes written and read again because the NPU's own memory is full; parts of
+        `write` and `read`.
+    """
 
     read: int
     write: int
@@ -44,16 +49,19 @@ class Traffic:
 
     @property
     def total(self) -> int:
+        """Bytes read and written."""
         return self.read + self.write
 
 
 @dataclass(frozen=True)
 class HexagonSignature:
-    """What became of a signature.
+    """Signature of a compiled file.
 
     Attributes:
-      ops, on_npu: of the graph, and those that the NPU takes; the CPU runs the rest.
-      partitions: parts on the NPU.
+      name: of the signature.
+      ops: number of ops in the graph.
+      on_npu: number of ops that the NPU takes; the CPU runs the rest.
+      partitions: parts of the graph on the NPU.
       traffic: of all partitions together.
     """
 
@@ -65,7 +73,7 @@ class HexagonSignature:
 
     @property
     def whole(self) -> bool:
-        """All of it is on the NPU, in one part."""
+        """Whether the NPU takes every op, in one part."""
         return self.on_npu == self.ops and self.partitions == 1
 
 
@@ -74,9 +82,12 @@ class CompiledForHexagon:
     """A .tflite compiled for an SoC.
 
     Attributes:
-      path: of a .tflite whose ops the NPU runs from the binary within.
-      size: of that file in bytes.
-      seconds, peak_bytes: what the compiler took, memory resident at its peak.
+      path: a .tflite that holds the NPU's binary.
+      soc: one of SOCS.
+      signatures: in the order of the source.
+      size: bytes of the file.
+      seconds: time that the compiler took.
+      peak_bytes: largest resident memory of the compiler.
     """
 
     path: Path
@@ -93,14 +104,15 @@ def compile_file(
     """Compiles every signature of a .tflite.
 
     Args:
+      source: the file to compile.
       soc: one of SOCS.
       target: the file to write.
-      share: one copy of the weights for all signatures. LiteRT calls this unsupported on phones,
-        and the emulator does not load it.
+      share: keep one copy of the weights for all signatures. LiteRT does not support such files on
+        phones, and the emulator does not load them.
 
     Raises:
-      UserError: the extra is missing or of another version, an SoC that the compiler does not know,
-        a damaged source, or what the compiler cannot do; nothing is written then.
+      UserError: the extra is missing or of another version, an unknown SoC, a damaged source, or a
+        source that the compiler cannot compile; nothing is written then.
     """
     check_soc(soc)
     folder = check_installed()
@@ -133,7 +145,7 @@ def check_soc(soc: str) -> None:
 
 
 def check_installed() -> Path:
-    """The folder of ai-edge-litert; links the QNN libraries for it.
+    """Returns the folder of ai-edge-litert, which holds the compiler.
 
     Raises:
       UserError: the extra is missing or of another version.
@@ -151,14 +163,14 @@ def _package(name: str) -> Path:
 
 
 def libraries() -> Path:
-    """A folder of the QNN libraries, by the names that the compiler plugin loads."""
+    """Makes a folder of links to QNN's libraries, by the names that the compiler plugin loads."""
     package = _package("onnxruntime_qnn")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qnpu"
     tag = hashlib.sha256(str(package).encode()).hexdigest()[:12]
     folder = cache / f"qnn-{extras.version('onnxruntime-qnn', EXTRA)}-{tag}"
     files = [*package.glob("*.so"), *package.with_name("onnxruntime_qnn.libs").iterdir()]
     folder.mkdir(parents=True, exist_ok=True)
-    # The plugin lists an LPAI library, which no wheel has and nothing here calls: any will do.
+    # The plugin wants an LPAI library, which no wheel has and nothing here calls; any will do.
     links = {"libQnnLpai.so": package / "libQnnSystem.so"} | {f.name: f for f in files}
     for name, file in links.items():
         if not (folder / name).exists():
@@ -170,7 +182,7 @@ def libraries() -> Path:
 
 
 def _run(command: list[str], log: IO[bytes]) -> tuple[int, int]:
-    """Exit status and peak resident bytes of a process that writes to `log`."""
+    """Runs a command that writes to `log`; returns exit status and peak resident bytes."""
     env = {**os.environ, "LD_LIBRARY_PATH": str(libraries())}
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
     try:
@@ -183,7 +195,7 @@ def _run(command: list[str], log: IO[bytes]) -> tuple[int, int]:
 
 
 def _complaint(log: str) -> str:
-    """The first line that says what went wrong."""
+    """Returns the first line that says what went wrong, or else the first line."""
     lines = [line.strip() for line in log.splitlines()]
     said = [s for s in lines if re.search(r"\bERROR\b|\bfailed\b|could not (?!be loaded)", s)]
     return (said or lines or ["it said nothing"])[0][:200]
@@ -198,13 +210,16 @@ _BYTES = re.compile(r"(spill|fill|write_total|read_total)_bytes=(\d+)")
 
 
 def read_log(log: str, names: tuple[str, ...]) -> tuple[HexagonSignature, ...]:
-    """Partitions and traffic of every signature.
+    """Reads partitions and traffic of every signature from the compiler's log.
 
-    The compiler says of each subgraph how many partitions it has, and then of each partition, in
-    the same order, what it moves.
+    The log gives the number of partitions of each subgraph, and then, in the same order, the bytes
+    that each partition moves.
+
+    Args:
+      names: of the signatures, in the order of their subgraphs.
 
     Raises:
-      UserError: it does not say this of as many subgraphs as there are names.
+      UserError: the numbers of subgraphs or partitions in the log do not match.
     """
     parts = [tuple(map(int, m.groups())) for m in _PARTITIONED.finditer(log)]
     moved = [dict(_BYTES.findall(m[0])) for m in _SUMMARY.finditer(log)]

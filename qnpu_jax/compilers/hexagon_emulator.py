@@ -1,7 +1,7 @@
-"""Qualcomm's emulator of the Hexagon NPU on x86-64, which runs what `hexagon` compiles: the same
-arithmetic, not the same time.
+"""Qualcomm's emulator of the Hexagon NPU on x86-64, which runs files that `hexagon` compiled. It
+has the NPU's arithmetic, not its speed.
 
-ONNX Runtime's QNN provider takes a compiled binary inside an EPContext node.
+ONNX Runtime's QNN provider runs it. It takes a compiled binary inside an ONNX node EPContext.
 
 Reference: onnxruntime docs, execution-providers/EP-Context-Design; onnxruntime-qnn.
 """
@@ -25,11 +25,11 @@ PROVIDER = "QNNExecutionProvider"
 
 
 class EmulatedSignature:
-    """A signature of a compiled .tflite on the emulator.
+    """Signature of a compiled .tflite, on the emulator.
 
     Args:
-      path: what `hexagon.compile_file` wrote.
-      key: the signature.
+      path: file of `hexagon.compile_file`.
+      key: name of the signature.
 
     Raises:
       UserError: the extra `qnn` is missing, or the file is not a compiled one.
@@ -42,7 +42,7 @@ class EmulatedSignature:
         self._session = _session(model)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Codes of the outputs by name, from those of the inputs."""
+        """Runs the signature: codes of the inputs by name to codes of the outputs by name."""
         ports = self.signature.inputs
         fed = {_safe(p.tensor): np.asarray(inputs[p.name], p.dtype) for p in ports}
         names = [_safe(p.tensor) for p in self.signature.outputs]
@@ -57,12 +57,12 @@ def _binary(path: Path, signature: Dispatched) -> bytes:
 
 
 def _safe(name: str) -> str:
-    """A tensor's name as the plugin hands it to QNN."""
+    """Returns a tensor's name as the plugin gives it to QNN."""
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def _wrapped(signature: Dispatched, binary: bytes) -> bytes:
-    """An ONNX model of one node, which is the graph of the binary."""
+    """Returns a serialized ONNX model of one node, which holds the binary."""
     onnx = _import("onnx")
 
     def value(port: Port) -> Any:
@@ -90,7 +90,7 @@ def _wrapped(signature: Dispatched, binary: bytes) -> bytes:
 def _session(model: bytes) -> Any:
     runtime = _import("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors; it warns of what only other machines have
+    options.log_severity_level = 3  # errors only: warnings are about devices of other machines
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     settings = {
         "backend_path": _import("onnxruntime_qnn").get_qnn_htp_path(),
@@ -102,7 +102,7 @@ def _session(model: bytes) -> Any:
 
 @cache
 def _devices() -> list[Any]:
-    """The provider's devices; a process registers it once."""
+    """Returns the devices of QNN's provider, which a process may register only once."""
     runtime = _import("onnxruntime")
     runtime.register_execution_provider_library(
         PROVIDER, _import("onnxruntime_qnn").get_library_path()

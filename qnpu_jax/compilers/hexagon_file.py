@@ -1,4 +1,4 @@
-"""What a compiled .tflite holds: for every signature one op, DISPATCH_OP, that runs a graph of a
+"""Reader of compiled .tflite files. Each signature has one op, DISPATCH_OP, that runs a graph of a
 binary appended to the file.
 
 Reference: LiteRT, litert/core/dispatch_op_schema.cc (keys of the op's options).
@@ -28,7 +28,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of a signature: its name there, that of its tensor, and its form."""
+    """Input or output of a signature.
+
+    Attributes:
+      name: in the signature.
+      tensor: name of its tensor.
+    """
 
     name: str
     tensor: str
@@ -38,12 +43,13 @@ class Port:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """A signature whose one op runs a compiled graph.
+    """Signature whose one op runs a compiled graph.
 
     Attributes:
-      graph: its name in the binary.
-      offset, size: of the binary, bytes of the file.
-      inputs, outputs: in the order of the op's.
+      key: name of the signature.
+      graph: name of the graph in the binary.
+      offset, size: place of the binary in the file, in bytes.
+      inputs, outputs: in the order of the op.
     """
 
     key: str
@@ -55,18 +61,20 @@ class Dispatched:
 
 
 def signatures(path: Path) -> tuple[str, ...]:
-    """Names of the signatures of any .tflite, in the order of their subgraphs. Other subgraphs are
-    what composites mean."""
+    """Returns the names of the signatures of any .tflite, in the order of their subgraphs.
+
+    Subgraphs without a signature, those of composites, are passed over.
+    """
     model, _ = _read(path)
     ordered = sorted(model.signatureDefs, key=lambda s: s.subgraphIndex)
     return tuple(s.signatureKey.decode() for s in ordered)
 
 
 def read(path: Path) -> dict[str, Dispatched]:
-    """The signatures of a compiled file.
+    """Reads the signatures of a compiled file, by name.
 
     Raises:
-      UserError: missing, not a .tflite, cut off, or with ops that are not compiled.
+      UserError: the file is missing, no .tflite, cut off, or has ops that are not compiled.
     """
     model, length = _read(path)
     found = {}
@@ -102,7 +110,7 @@ def _ports(graph: Any, names: Any, order: Any) -> tuple[Port, ...]:
 
 
 def _read(path: Path) -> tuple[Any, int]:
-    """The model's tables, and the length of the file."""
+    """Reads the model of a .tflite, and the length of the file in bytes."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[4:8] != b"TFL3":

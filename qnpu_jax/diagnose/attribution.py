@@ -1,20 +1,21 @@
-"""Which tensor the KL divergence of a simulated model comes from.
+"""Attribution of a simulated model's KL divergence to its tensors, by integrated gradients.
 
-The simulator is the float pass (`diagnose`) with an error added to every tensor: e_i, what integer
-op i gives less what the op gives in real numbers on the same inputs. With a factor t_i on every
-error, KL(reference || logits) is a smooth function f(t): f(0, ..., 0) is the float pass on the
-model's own constants, f(1, ..., 1) the simulator. Tensor i is charged
+The simulator is the float pass on the model's own constants (`tensor_errors`) with an error e_i
+added to every tensor i: the output of integer op i less the op in real numbers on the same inputs.
+With a factor t_i on every error, KL(reference || logits) is a smooth function f(t). f(0, ..., 0) is
+the float pass, f(1, ..., 1) the simulator. Tensor i is charged
 
     a_i = integral over s in [0, 1] of df/dt_i at t = (s, ..., s),    sum a_i = f(1) - f(0).
 
-A gradient at the simulator alone charges about twice too much in total: KL is flat at its minimum,
-so f grows with the square of the errors, and of f = t'Ht/2 the gradient at 1 is H1, a_i half of it.
-Independent errors have a diagonal H; then a_i is also what one sees go when i alone is exact.
+The gradient at the simulator alone would charge about twice too much in total. KL is flat at its
+minimum, so f grows with the square of the errors: for f = t'Ht/2 the gradient at t = 1 is H1, and
+a_i is half of it. If errors are independent, H is diagonal, and a_i is also the amount by which KL
+falls when tensor i alone is exact.
 
-Two measurements of that, one tensor at a time: `without` takes e_i alone away, so it is exact in f;
-`replaced` leaves i in float in fake-quant, where the codes that follow round anew: what really
-happens, and noisy, since so do thousands of others. Below its spread between windows it says
-nothing.
+Two functions measure that for one tensor at a time. `without` leaves out e_i and keeps all other
+errors. `replaced` leaves tensor i in float in fake-quant, where everything behind it rounds anew.
+That is what happens in a real model, but it is noisy, because thousands of codes change: a fall
+smaller than its spread between windows says nothing.
 
 Reference: Sundararajan et al., Integrated Gradients (arXiv 1703.01365), Proposition 1.
 """
@@ -36,7 +37,8 @@ from qnpu_jax.graph import LAYERS, Decoder, Tensors, local
 from qnpu_jax.measure import kl_terms
 
 POINTS = 3
-"""Of the integral over s, Gauss-Legendre: exact where f is a polynomial of degree up to 6."""
+"""Points of the Gauss-Legendre rule for the integral over s. The rule is exact where f is a
+polynomial of degree up to 6."""
 
 
 def charges(
@@ -45,11 +47,16 @@ def charges(
     reference: Float[Array, "t v"],
     errors: Tensors,
 ) -> dict[str, np.ndarray]:
-    """a_i for one window, in nats a position, by global name without the layer: (L,) or ().
+    """Charges the KL of one window to tensors: a_i of the module's equation.
 
     Args:
+      constants: of the model, for windows of this length.
+      ids: the window.
       reference: logits that KL is measured from.
-      errors: of `tensor_errors.measure_window`.
+      errors: e_i by global name without the layer, from `tensor_errors.measure_window`.
+
+    Returns:
+      Nats per position by global name without the layer: (L,) for tensors of layers, else ().
     """
     total = {n: np.zeros(_layers(n, e)) for n, e in errors.items()}
     for x, weight in zip(*np.polynomial.legendre.leggauss(POINTS), strict=True):
@@ -65,7 +72,7 @@ def slopes(
     errors: Tensors,
     at: float,
 ) -> dict[str, np.ndarray]:
-    """df/dt_i at t = (at, ..., at), named and shaped as `charges`."""
+    """Returns df/dt_i at t = (at, ..., at), with names and shapes as `charges`."""
     factors = {n: jnp.full(_layers(n, e), at, jnp.float32) for n, e in errors.items()}
     values = _values(constants, ids)
     found = _slopes(constants.decoder, values, errors, reference, factors)
@@ -88,7 +95,7 @@ def _slopes(
 
 
 def _with_errors(extra: Tensors) -> Edge:
-    """x + t e, of the (e, t) by local name."""
+    """Returns an edge that computes x + t e, from (e, t) by local name."""
 
     def edge(spec: Any, x: jax.Array) -> jax.Array:
         if spec.name not in extra:
@@ -102,8 +109,13 @@ def _with_errors(extra: Tensors) -> Edge:
 def without(
     constants: Constants, ids: Int[np.ndarray, " t"], errors: Tensors, names: Iterable[str] = ()
 ) -> Float[Array, "t v"]:
-    """Logits of the simulator less the errors of the named tensors (global names, of those that
-    round), all other errors as they are."""
+    """Returns logits of the simulator without the errors of the named tensors.
+
+    All other errors keep their values.
+
+    Args:
+      names: global names of tensors that round.
+    """
     exact = _chosen(constants, names)
     extra = {n: (e, jnp.where(exact[n], 0.0, 1.0).astype(jnp.float32)) for n, e in errors.items()}
     return _injected(constants.decoder, _values(constants, ids), extra)
@@ -112,15 +124,22 @@ def without(
 def replaced(
     constants: Constants, ids: Int[np.ndarray, " t"], names: Iterable[str] = ()
 ) -> Float[Array, "t v"]:
-    """Logits in fake-quant, with the named tensors (as in `without`) in float."""
+    """Returns logits of fake-quant with the named tensors in float.
+
+    Args:
+      names: global names of tensors that round.
+    """
     exact = _chosen(constants, names)
     extra = {n: (constants.scales[n], *constants.ranges[n], x) for n, x in exact.items()}
     return _replaced(constants.decoder, _values(constants, ids), extra)
 
 
 def _chosen(constants: Constants, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Whether a tensor is named, by global name without the layer, (L,) or (): of all that round in
-    some layer. Where one does not (a widening), it counts as named."""
+    """Returns whether each tensor is named, by global name without the layer: (L,) or ().
+
+    Tensors are those that round in some layer. In layers where such a tensor does not round (a
+    widening), it counts as named.
+    """
     known = rounding_tensors(constants.decoder)
     chosen = {n: np.ones(np.shape(constants.scales[n].scale), bool) for n, _ in known.values()}
     given = set(names)
@@ -140,8 +159,13 @@ def _replaced(dec: Decoder, values: Tensors, extra: Tensors) -> jax.Array:
 
 
 def _quantized(extra: Tensors) -> Edge:
-    """Fake-quantizes what is in `extra` (QParams, qmin, qmax, whether to leave it exact) by local
-    name: only tensors that round, so that what copies an exact tensor stays exact."""
+    """Returns an edge that fake-quantizes the tensors in `extra`.
+
+    Only tensors that round are in it, so that copies of an exact tensor stay exact.
+
+    Args:
+      extra: (QParams, qmin, qmax, whether to leave it exact) by local name.
+    """
 
     def edge(spec: Any, x: jax.Array) -> jax.Array:
         if spec.name not in extra:
@@ -153,7 +177,7 @@ def _quantized(extra: Tensors) -> Edge:
 
 
 def _values(constants: Constants, ids: Int[np.ndarray, " t"]) -> Tensors:
-    """What `_logits` reads, by prefix of its graph."""
+    """Returns parameters and tables that `_logits` reads, by prefix of the graph."""
     return {
         g.prefix: (constants.whole(g, ids), constants.shared(g)) for g in constants.decoder.graphs
     }
@@ -162,12 +186,12 @@ def _values(constants: Constants, ids: Int[np.ndarray, " t"]) -> Tensors:
 def _logits(
     dec: Decoder, values: Tensors, extra: Tensors, edge: Callable[[Tensors], Edge]
 ) -> jax.Array:
-    """The decoder on constants of `_values`, layers under `lax.scan`, rematerialised under
-    autodiff.
+    """Runs the decoder, with layers under `lax.scan` and rematerialised under autodiff.
 
     Args:
-      extra: by global name without the layer, stacked in `layers.*`.
-      edge: from the part of `extra` of one graph and layer, by local name.
+      values: of `_values`.
+      extra: what edges read, by global name without the layer, stacked over layers.
+      edge: makes the edge of one graph and layer from its part of `extra`, by local name.
     """
 
     @jax.checkpoint
@@ -187,5 +211,5 @@ def _logits(
 
 
 def kl(reference: Float[Array, "t v"], logits: Float[Array, "t v"]) -> float:
-    """KL(reference || logits) in nats a position."""
+    """Returns KL(reference || logits) in nats per position."""
     return float(jnp.sum(kl_terms(reference, logits))) / len(logits)

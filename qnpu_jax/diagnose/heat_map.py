@@ -1,4 +1,4 @@
-"""Where precision is lost, drawn: tensors by layers, their own SQNR and their share of the KL.
+"""Heat map of where precision is lost: tensors by layers, with their own SQNR and share of the KL.
 
 Needs matplotlib, the extra `figures`.
 """
@@ -19,9 +19,9 @@ from qnpu_jax.graph import LAYERS, split_name
 
 EXTRA = 'install qnpu\'s extra "figures": pip install "qnpu[figures]"'
 DECIBELS = (10.0, 60.0)
-"""Between which SQNRs are told apart."""
+"""SQNRs at the ends of the colour scale."""
 PERCENT = (0.01, 10.0)
-"""Between which shares are."""
+"""Shares at the ends of the colour scale."""
 
 
 def drawable() -> bool:
@@ -32,7 +32,15 @@ def drawable() -> bool:
 def table(
     rows: Sequence[TensorRow], of: Callable[[TensorRow], float | None]
 ) -> tuple[list[str], Float[np.ndarray, "tensors layers"]]:
-    """Names and values of the layers' tensors that round, a column per layer; NaN without one."""
+    """Tabulates a number over tensors (rows) and layers (columns).
+
+    Args:
+      rows: those of layers that round are taken.
+      of: returns a row's number.
+
+    Returns:
+      Names of the tensors without layer, and the table, NaN where there is no number.
+    """
     cells: dict[str, dict[int, float]] = {}
     for row in rows:
         name, layer = split_name(row.tensor)
@@ -46,7 +54,7 @@ def table(
 
 
 def draw(found: Diagnosis, target: Path) -> None:
-    """Writes the picture as SVG: equal bytes for equal numbers."""
+    """Draws the heat map into an SVG. Equal numbers give equal bytes."""
     import matplotlib as mpl
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure

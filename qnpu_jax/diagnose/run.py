@@ -1,6 +1,6 @@
-"""What `qnpu diagnose` does: a folder of `qnpu quantize` in, every tensor's loss of precision out.
+"""Diagnosis of a folder of `qnpu quantize`: the loss of precision of every tensor.
 
-The simulator comes in as an argument (`simulator.Simulate`).
+The simulator is an argument (`integer.simulator.Simulate`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from qnpu_jax.text import Excerpt, excerpts
 from qnpu_jax.transform import add_prefix, fold_norms
 
 FORMAT = 1
-"""Version of diagnosis.json."""
+"""Version of the layout of diagnosis.json."""
 OWN = "own constants in float"
-"""The reference of the KL where the original model is not at hand."""
+"""Name of the reference of the KL where the original model is not at hand."""
 SQNR_OVERLAY, SHARE_OVERLAY = "sqnr.model_explorer.json", "kl.model_explorer.json"
 HEAT_MAP = "heat_map.svg"
 KIND = artifacts.Kind(
@@ -46,16 +46,18 @@ KIND = artifacts.Kind(
 
 @dataclass(frozen=True)
 class DiagnosisRequest:
-    """What `qnpu diagnose` was asked for.
+    """Request of a diagnosis.
 
     Attributes:
       folder: of `qnpu quantize`.
-      text: None takes `pydoc_data.topics`.
-      tokens, windows: of a window, and how many; fewer where the text is shorter.
-      model: the original; None takes what the report names, if a package holds it.
-      replace: patterns of tensors to make exact, one at a time.
-      exact: how many tensors with the largest share to make exact beside these.
-      out: the folder to write; None takes one in `folder`.
+      text: text to read; None takes `pydoc_data.topics`.
+      tokens: tokens of a window.
+      windows: number of windows; fewer are read where the text is shorter.
+      model: the original float model; None takes the one that the report names, if a package holds
+        it.
+      replace: shell-style patterns of tensors to make exact, one at a time.
+      exact: number of tensors with the largest share of the KL to make exact beside these.
+      out: folder to write; None takes one in `folder`.
     """
 
     folder: Path
@@ -68,19 +70,22 @@ class DiagnosisRequest:
     out: Path | None = None
 
     def target(self) -> Path:
-        """The folder to write."""
+        """Returns the folder to write."""
         return self.folder / artifacts.DIAGNOSIS if self.out is None else self.out
 
 
 @dataclass(frozen=True)
 class ReplacedTensor:
-    """A tensor made exact: nats by which the KL falls.
+    """Fall of the KL when one tensor is exact, in nats per position.
+
+    Standard errors are over windows, and None for a single window.
 
     Attributes:
-      kl, error: the errors of all others kept as they are (`attribution.without`), and the standard
-        error of that over the windows, None of one.
-      fake_quant, fake_quant_error: the same in fake-quant, where what follows rounds anew.
-      charged: what `attribution.charges` expected.
+      tensor: global name.
+      kl, error: fall with all other errors kept (`attribution.without`), and its standard error.
+      fake_quant, fake_quant_error: fall in fake-quant, where later tensors round anew
+        (`attribution.replaced`), and its standard error.
+      charged: fall that `attribution.charges` expects.
     """
 
     tensor: str
@@ -93,14 +98,16 @@ class ReplacedTensor:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that is found.
+    """Result of a diagnosis.
 
     Attributes:
       model: SHA-256 of the folder's model.tflite.
-      text: what was read.
-      reference: whose logits KL is measured from.
-      kl: nats a position from the reference to the simulator, to `constants` (the float pass on
+      text: the text that was read.
+      reference: name of the model whose logits KL is measured from.
+      kl: nats per position from the reference to `simulator`, to `constants` (the float pass on
         the model's own constants) and to `fake_quant`.
+      rows: one for each activation tensor, in the order of the graph.
+      replaced: tensors that were made exact.
     """
 
     model: str
@@ -112,16 +119,16 @@ class Diagnosis:
 
     @property
     def worst(self) -> list[TensorRow]:
-        """Rows by falling share of the KL, of tensors that round."""
+        """Rows of tensors that round, by falling share of the KL."""
         return sorted((r for r in self.rows if r.rounds), key=lambda r: -(r.kl or 0.0))
 
     def share(self, row: TensorRow) -> float:
-        """Of the KL, what a tensor is charged of it: a fraction."""
+        """Returns the fraction of the KL that a tensor is charged."""
         total = self.kl["simulator"]
         return (row.kl or 0.0) / total if total else 0.0
 
     def kinds(self) -> dict[str, float]:
-        """Shares by name without the layer, falling."""
+        """Returns shares added over layers, by name without the layer, falling."""
         found: dict[str, float] = {}
         for row in self.worst:
             name, layer = split_name(row.tensor)
@@ -130,6 +137,7 @@ class Diagnosis:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the contents of diagnosis.json."""
         return {
             "format": FORMAT,
             "model": self.model,
@@ -142,16 +150,16 @@ class Diagnosis:
 
 
 Draw = Callable[[Diagnosis, Path], None]
-"""Draws into a file."""
+"""Draws a diagnosis into a file."""
 
 
-@jax.default_matmul_precision("highest")  # TF32, what a GPU would take, errs more than 16 bits do
+@jax.default_matmul_precision("highest")  # a GPU's TF32 errs more than 16 bits do
 def diagnose(request: DiagnosisRequest, simulate: Simulate, watch: Observer) -> Diagnosis:
-    """Reads windows of text in the simulator and in float, and compares.
+    """Runs windows of text in the simulator and in float, and compares every tensor.
 
     Raises:
-      UserError: not such a folder, a text or window too short, a pattern that matches nothing, an
-        original that is not the one that was quantized.
+      UserError: not a folder of `qnpu quantize`; a text or window that is too short; a pattern that
+        matches nothing; an original model that is not the one that was quantized.
     """
     with watch.stage("load"):
         folder = OutputFolder.open(request.folder)
@@ -177,7 +185,7 @@ def diagnose(request: DiagnosisRequest, simulate: Simulate, watch: Observer) -> 
         for i in watch.track(range(len(ids)), len(ids), "replace"):
             errors = measure_window(constants, ids[i], simulator.tensors(ids[i])).errors
             kls.append(_exact_kls(constants, ids[i], references[i], errors, names))
-    by_tensor = np.stack(kls)  # windows, none and each of the names, the two ways
+    by_tensor = np.stack(kls)  # (windows, 1 + names, 2), as `_exact_kls`
     made = [
         _replacement(name, by_tensor[:, 0] - by_tensor[:, i], tally.charged()[name][0])
         for i, name in enumerate(names, start=1)
@@ -187,7 +195,9 @@ def diagnose(request: DiagnosisRequest, simulate: Simulate, watch: Observer) -> 
 
 
 def matching(constants: Constants, patterns: Iterable[str]) -> list[str]:
-    """Tensors that round, of the patterns (`layers.*.mlp.act`), in the order of the graph.
+    """Returns the tensors that round and match patterns, such as `layers.*.mlp.act`.
+
+    For each pattern they come in the order of the graph.
 
     Raises:
       UserError: a pattern matches none.
@@ -209,8 +219,10 @@ def matching(constants: Constants, patterns: Iterable[str]) -> list[str]:
 def _originals(
     request: DiagnosisRequest, folder: OutputFolder, ids: list, watch: Observer
 ) -> tuple[str, list[Any]]:
-    """The reference's name, and its logits of each window: None where the original is not at
-    hand."""
+    """Returns the name of the reference, and its logits of each window.
+
+    Logits are None where the original model is not at hand.
+    """
     source = request.model or folder.report.get("model")
     try:
         if request.model is None and source not in EMBEDDED:
@@ -226,7 +238,10 @@ def _originals(
 
 
 def original(source: str, folder: Path, model: IntegerModel) -> tuple[str, Logits]:
-    """The float model that a folder was quantized from, behind the same prefix, and its name.
+    """Loads the float model that a folder was quantized from, and puts the same prefix before it.
+
+    Returns:
+      Its name, and its function from ids to logits.
 
     Raises:
       UserError: as `checkpoint.load`, or it is another model.
@@ -253,8 +268,11 @@ def original(source: str, folder: Path, model: IntegerModel) -> tuple[str, Logit
 def _exact_kls(
     constants: Constants, ids: np.ndarray, reference: Any, errors: Tensors, names: list[str]
 ) -> np.ndarray:
-    """KL with no tensor exact and with each of them, (1 + names, 2): the others' errors kept, and
-    in fake-quant."""
+    """Returns the KL with no tensor exact, and with each of the names exact.
+
+    Returns:
+      (1 + names, 2): with all other errors kept, and in fake-quant.
+    """
     return np.array([
         [
             kl(reference, without(constants, ids, errors, exact)),
@@ -265,18 +283,19 @@ def _exact_kls(
 
 
 def _replacement(name: str, falls: np.ndarray, charged: float) -> ReplacedTensor:
-    """Of the falls (windows, 2) of `_exact_kls`."""
+    """Averages falls of the KL (windows, 2), columns as in `_exact_kls`."""
     return ReplacedTensor(name, *mean(falls[:, 0]), *mean(falls[:, 1]), charged)
 
 
 def write_diagnosis(found: Diagnosis, out: Path, draw: Draw | None = None) -> None:
-    """Writes a folder of `KIND`, whole or not at all; an earlier one there is replaced.
+    """Writes the folder of a diagnosis, whole or not at all, in place of an earlier one.
 
     Args:
-      draw: makes the heat map; None leaves it out.
+      out: the folder.
+      draw: draws the heat map; None leaves it out.
 
     Raises:
-      UserError: `out` holds anything else, or cannot be written.
+      UserError: `out` holds other files, or cannot be written.
     """
     rounded = [r for r in found.rows if r.rounds]
     own = {r.tensor: r.own_sqnr for r in rounded if r.own_sqnr is not None}

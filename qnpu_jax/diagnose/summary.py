@@ -1,4 +1,4 @@
-"""What is known of every activation tensor of a simulated model, summed over windows of text."""
+"""Errors of every activation tensor of a simulated model, summed up over windows of text."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from qnpu_jax.graph import Graph, Node
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One activation tensor.
+    """Errors of one activation tensor over all windows.
 
     Attributes:
-      op, bits: what makes it, and its width.
-      sqnr, own_sqnr: dB against the float pass, and against the op in float on the simulator's
-        inputs (None: no error).
+      tensor: global name.
+      op: name of the op that makes it.
+      bits: width of its codes.
+      sqnr: dB against the float pass; None without error.
+      own_sqnr: dB against the op in float on the simulator's inputs; None without error.
       ends: fraction of codes at either end of the code range.
-      clipped: fraction whose real value lies more than half a code outside the range.
-      used: (highest - lowest + 1) / 2^bits, of codes seen.
-      kl: what it is charged of the KL (nats), None where it copies or widens codes, which loses
-        nothing.
-      error: standard error of `kl` over the windows, None of one.
-      by_design: why saturation is none of the scale's fault.
+      clipped: fraction of elements whose real value lies more than half a code outside the range.
+      used: (highest - lowest + 1) / 2^bits, of the codes that occurred.
+      kl: nats per position of the KL that it is charged; None where it copies or widens codes,
+        which loses nothing.
+      error: standard error of `kl` over windows; None for a single window.
+      by_design: reason for which codes at the ends are no sign of a bad scale; None without one.
     """
 
     tensor: str
@@ -51,12 +53,12 @@ class TensorRow:
 
     @property
     def rounds(self) -> bool:
-        """Whether it can lose anything."""
+        """Whether the op that makes the tensor rounds."""
         return self.kl is not None
 
 
 class Tally:
-    """Sums over windows, of every tensor."""
+    """Sums of errors of every tensor, window by window."""
 
     def __init__(self, constants: Constants) -> None:
         self._constants = constants
@@ -65,11 +67,12 @@ class Tally:
         self._kls: list[tuple[float, float]] = []
 
     def read(self, ids: np.ndarray, tensors: Mapping[str, Any], reference: Any | None) -> Any:
-        """Adds a window; returns the logits that KL is measured from.
+        """Adds a window and returns the logits that KL is measured from.
 
         Args:
+          ids: the window (T,).
           tensors: simulated codes by global name.
-          reference: these logits, None for those of the float pass.
+          reference: logits to measure KL from; None takes those of the float pass.
         """
         found = measure_window(self._constants, ids, tensors)
         origin = found.float_logits if reference is None else reference
@@ -81,12 +84,12 @@ class Tally:
         return origin
 
     def kl(self) -> dict[str, float]:
-        """Means over windows, as `Diagnosis.kl`."""
+        """Returns the KL of `simulator` and `constants`, averaged over windows (`Diagnosis.kl`)."""
         simulator, constants = np.mean(self._kls, axis=0)
         return {"simulator": float(simulator), "constants": float(constants)}
 
     def rows(self) -> list[TensorRow]:
-        """One per activation tensor, in the order of the graph."""
+        """Returns a row for each activation tensor, in the order of the graph."""
         dec = self._constants.decoder
         charged = self.charged()
         return [
@@ -98,7 +101,7 @@ class Tally:
         ]
 
     def charged(self) -> dict[str, tuple[float, float | None]]:
-        """Means of `charges` and their standard errors, by global name of what rounds."""
+        """Returns mean charges and their standard errors, by global name of tensors that round."""
         return {
             name: mean([float(np.atleast_1d(c[stacked])[layer]) for c in self._charges])
             for name, (stacked, layer) in rounding_tensors(self._constants.decoder).items()
@@ -106,7 +109,12 @@ class Tally:
 
 
 def mean(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
-    """The mean and its standard error, None of one value."""
+    """Returns the mean and its standard error, which is None for a single value.
+
+    Example:
+      >>> mean([1.0, 3.0])
+      (2.0, 1.0)
+    """
     count = len(values)
     error = float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else None
     return float(np.mean(values)), error

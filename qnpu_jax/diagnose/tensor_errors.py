@@ -1,13 +1,15 @@
-"""Every activation tensor of a simulated model against float: SQNR, clipping, use of its codes.
+"""Errors of every activation tensor of a simulated model: SQNR against float, clipping, use of
+codes.
 
-An output folder keeps no float parameters, and learning moved them, so the float reference of a
-*tensor* is the same graph on the integer model's own constants (weights, biases, prefix, tables:
-code times scale) with no activation rounded: same basis, same names. It does not show what rounding
-the weights lost; that shows in the logits (`attribution`), held against the original model.
+The float reference of a tensor is the float pass: the same graph on the integer model's own
+constants (weights, biases, prefix and tables, dequantized), with no activation rounded. An output
+folder keeps no float parameters, and learning has changed them, so only this reference has the same
+names in the same basis. It does not show what rounding the weights lost; logits compared with the
+original model do (`attribution`).
 
-A tensor is compared twice. Its `sqnr` is against the float pass, so it holds all errors that came
-before. Its `own_sqnr` is against the op in real numbers on the simulator's inputs: what this op
-alone lost, by rounding, clipping or a table.
+A tensor is compared twice. Its `sqnr` is against the float pass, so it includes all errors of
+earlier ops. Its `own_sqnr` is against the op in real numbers on the simulator's inputs: only what
+this op loses by rounding, clipping or a table.
 """
 
 from __future__ import annotations
@@ -47,11 +49,11 @@ from qnpu_jax.graph import (
 from qnpu_jax.integer import IntegerModel, activation_scales, dequantize
 
 Quant = dict[str, tuple[QParams, Any, Any]]
-"""QParams, qmin and qmax of activations by local name."""
+"""QParams, qmin and qmax of activations, by local name."""
 
 
 def rounds(graph: Graph, node: Node, layer: int) -> bool:
-    """False for ops that copy codes or widen them: they lose nothing."""
+    """Whether an op rounds. Ops that copy or widen codes lose nothing."""
     match constraint(node.op):
         case Same():
             return False
@@ -65,8 +67,10 @@ def rounds(graph: Graph, node: Node, layer: int) -> bool:
 
 
 def by_design(op: Op) -> str | None:
-    """Why codes at the ends of the range are no sign of a bad scale, None where they are one: of
-    masked scores too, as only keys are counted that are not masked."""
+    """Returns why codes at the ends of the range are no sign of a bad scale; None where they are.
+
+    Masked scores are no exception, because only keys that are not masked are counted.
+    """
     match constraint(op):
         case Fixed():
             return "the kernel fixes the range to [0, 1): 1 is the code above the highest"
@@ -75,7 +79,7 @@ def by_design(op: Op) -> str | None:
 
 
 def rounding_tensors(dec: Decoder) -> dict[str, tuple[str, int]]:
-    """What can lose precision, by global name: the name without its layer, and the layer."""
+    """Returns the tensors that round, by global name: the name without the layer, and the layer."""
     return {
         graph.global_name(layer, node.output): (graph.prefix + node.output, layer)
         for graph in dec.graphs
@@ -87,13 +91,14 @@ def rounding_tensors(dec: Decoder) -> dict[str, tuple[str, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """All that a pass over an integer model reads beside the text, in real numbers.
+    """Constants of an integer model in real numbers, for windows of one length.
 
     Attributes:
-      decoder: staged for one length.
-      params: dequantized, by global name.
+      decoder: graphs for this length.
+      params: dequantized parameters, by global name without the layer, stacked over layers.
       tables: dequantized RoPE tables, mask and eps, by local name.
-      scales, ranges: of activations, by global name.
+      scales: scale and zero point of activations, by global name without the layer.
+      ranges: qmin and qmax of activations, by global name without the layer.
     """
 
     decoder: Decoder
@@ -104,6 +109,7 @@ class Constants:
 
     @classmethod
     def of(cls, model: IntegerModel, tokens: int) -> Constants:
+        """Returns the constants of a model for windows of this many tokens."""
         dec = model.decoder(tokens)
         scales = activation_scales(model)
         tables = {
@@ -119,25 +125,29 @@ class Constants:
         return cls(dec, params, tables, scales, ranges)
 
     def whole(self, graph: Graph, ids: Int[np.ndarray, " t"]) -> Tensors:
-        """Parameters, tables and ids of a graph by local name; parameters of layers are stacked. Of
-        the embedding table only the rows that are read, whose ids are then 0, 1, ..."""
+        """Returns the parameters of a graph by local name, stacked where it is that of layers.
+
+        For the embedding it returns only the rows that are read, in their order, and the ids 0, 1,
+        ... of these.
+        """
         values: Tensors = dict(local(self.params, graph.prefix))
         if graph is self.decoder.embed:
             return {"weight": values["weight"][ids], "ids": jnp.arange(len(ids))}
         return values
 
     def shared(self, graph: Graph) -> Tensors:
-        """The tables that a graph reads."""
+        """Returns the tables that a graph reads, by local name."""
         names = {t.name for t in graph.named("input")}
         return {n: x for n, x in self.tables.items() if n in names}
 
     def quant(self, graph: Graph) -> Quant:
-        """Of all activations; stacked where the graph is that of layers."""
+        """Returns quantization of a graph's activations, stacked where it is that of layers."""
         scales, ranges = local(self.scales, graph.prefix), local(self.ranges, graph.prefix)
         return {n: (scales[n], *ranges[n]) for n in ranges}
 
     def layers(self, ids: Int[np.ndarray, " t"]) -> Iterator[tuple[Graph, int, Tensors, Quant]]:
-        """Graph by graph and layer by layer: what it reads beside the residual stream."""
+        """Yields each graph and layer, what it reads beside the residual stream, and the
+        quantization of its activations."""
         for graph in self.decoder.graphs:
             whole = (self.whole(graph, ids), self.quant(graph))
             for layer in range(graph.layers):
@@ -152,15 +162,17 @@ def _scale_of(graph: Graph, name: str) -> float:
 
 
 class Sums(NamedTuple):
-    """Over the elements of a tensor that count.
+    """Sums over the elements of a tensor, masked scores left out.
 
     Attributes:
-      count: how many.
-      signal, noise: sums of squares of the float pass, and of the simulator less it.
-      own_signal, own_noise: the same of the op in float on the simulator's inputs.
-      ends: codes at either end of the range.
-      clipped: whose real value lies more than half a code outside.
-      lowest, highest: codes.
+      count: number of elements.
+      signal: sum of squares of the float pass.
+      noise: sum of squares of simulator less float pass.
+      own_signal, own_noise: the same with the op in float on the simulator's inputs in place of the
+        float pass.
+      ends: number of codes at either end of the range.
+      clipped: number of elements whose real value lies more than half a code outside the range.
+      lowest, highest: extreme codes.
     """
 
     count: Any
@@ -174,15 +186,20 @@ class Sums(NamedTuple):
     highest: Any
 
     def merged(self, other: Sums) -> Sums:
-        """Of both sets of elements."""
+        """Returns the sums over the elements of both."""
         added = Sums(*(a + b for a, b in zip(self, other, strict=True)))
         lowest, highest = min(self.lowest, other.lowest), max(self.highest, other.highest)
         return added._replace(lowest=lowest, highest=highest)
 
 
 class Measured(NamedTuple):
-    """One window: `Sums` by global name; errors e_i by global name without the layer (stacked in
-    `layers.*`) of all tensors that round; logits (T, V) of the float pass and of the simulator."""
+    """Result of one window.
+
+    Attributes:
+      sums: by global name.
+      errors: e_i of tensors that round, by global name without the layer, stacked over layers.
+      float_logits, logits: real values (T, V) of the float pass and of the simulator.
+    """
 
     sums: dict[str, Sums]
     errors: Tensors
@@ -193,10 +210,11 @@ class Measured(NamedTuple):
 def measure_window(
     constants: Constants, ids: Int[np.ndarray, " t"], tensors: Mapping[str, Any]
 ) -> Measured:
-    """Compares one window's simulated tensors with float.
+    """Compares the simulated tensors of one window with float.
 
     Args:
-      tensors: codes of every activation by global name (`simulator.Simulator.tensors`).
+      ids: the window.
+      tensors: codes of every activation, by global name (`Simulator.tensors`).
     """
     sums: dict[str, Sums] = {}
     errors: dict[str, list[jax.Array]] = defaultdict(list)
@@ -218,12 +236,16 @@ def measure_window(
 def _read(
     graph: Graph, x_ref: Tensors, x: Tensors, own: Tensors, codes: Tensors, quant: Quant
 ) -> tuple[Sums, Tensors, jax.Array, jax.Array]:
-    """One graph: `Sums` of each node (N,), errors of tensors that round in any layer, and what it
-    hands on, of the float pass and of the simulator.
+    """Compares the tensors of one graph in one layer.
 
     Args:
-      x_ref, x: what it is handed by either.
+      x_ref, x: real values that the graph before gives, by local name: float pass and simulator.
       own: constants, and token ids.
+      codes: simulated codes, by local name.
+
+    Returns:
+      `Sums` with an entry (N,) for each node; errors of tensors that round in any layer; and the
+      graph's output, of the float pass and of the simulator.
     """
     ref = evaluate(graph, {**own, **x_ref})
     env: Tensors = {**own, **x}
@@ -234,7 +256,7 @@ def _read(
     for node in graph.nodes:
         name = node.output
         real = eval_op(node.op, *(env[n] for n in node.inputs))
-        # 1 / sqrt(0), of a code that is 0: what the kernel makes of it is as good as any.
+        # 1 / sqrt(0) has no real value to compare with, so the kernel's counts as exact.
         real = jnp.where(jnp.isfinite(real), real, env[name])
         seen = counted.get(name, True)
         sums.append(_sums(ref[name], env[name], real, codes[name], quant[name], seen))
@@ -245,7 +267,8 @@ def _read(
 
 
 def _counted(graph: Graph, env: Tensors) -> Tensors:
-    """Of scores before and after the mask: where a token may look. The others change nothing."""
+    """Returns for scores, before and after the mask, where a token may look. Other scores have no
+    effect."""
     return {
         name: env[node.inputs[1]] == 0
         for node in graph.nodes
@@ -279,5 +302,10 @@ def _sums(
 
 
 def decibels(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise), None without noise."""
+    """Returns 10 log10(signal / noise), None without noise.
+
+    Example:
+      >>> decibels(100.0, 1.0)
+      20.0
+    """
     return 10 * math.log10(max(float(signal), 1e-30) / float(noise)) if noise > 0 else None

@@ -1,4 +1,4 @@
-"""Commands for a phone, as lists of arguments, and what runs them."""
+"""Commands for a phone through Android's adb, as lists of arguments, and how to run them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,41 @@ from collections.abc import Callable, Sequence
 from qnpu_jax.errors import UserError
 
 TIMEOUT = 1800
-"""Seconds for one command: benchmark_model ends its runs after 150, pushes can take longer."""
+"""Seconds that a command may take. benchmark_model ends its runs after 150; a push of a large file
+can take longer."""
 RunCommand = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
-"""Runs a command; all that it says, errors included, is in `stdout`."""
+"""Runs a command. Everything that the command prints, errors included, is in `stdout`."""
 
 
 def adb(serial: str | None, *args: str) -> list[str]:
-    """An adb command, of one phone if a serial is given."""
+    """Returns an adb command, for one phone if a serial is given.
+
+    Example:
+      >>> adb("R5CT", "devices")
+      ['adb', '-s', 'R5CT', 'devices']
+    """
     return ["adb", *(["-s", serial] if serial else []), *args]
 
 
 def shell(serial: str | None, *args: str) -> list[str]:
-    """A command on the phone, quoted for its shell, which splits what it gets once more."""
+    """Returns a command that runs in the phone's shell.
+
+    The shell splits the command line once more, so arguments are quoted for it.
+
+    Example:
+      >>> shell(None, "rm", "-rf", "/data/a b")
+      ['adb', 'shell', "rm -rf '/data/a b'"]
+    """
     return adb(serial, "shell", shlex.join(args))
 
 
 def quoted(command: Sequence[str]) -> str:
-    """A command as one pastes it into a shell."""
+    """Returns a command as a line that can be pasted into a shell."""
     return shlex.join(command)
 
 
 def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """The `RunCommand` that really runs.
+    """Runs a command as a process and waits for its end.
 
     Raises:
       UserError: there is no such program, or it takes longer than TIMEOUT.
@@ -38,7 +51,7 @@ def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             command,
-            stdin=subprocess.DEVNULL,  # adb shell would swallow what the user types
+            stdin=subprocess.DEVNULL,  # otherwise adb shell reads what the user types
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -59,14 +72,19 @@ def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def pick(listing: str, serial: str | None) -> str:
-    """The serial of the phone to use.
+    """Returns the serial of the phone to use.
 
     Args:
-      listing: what `adb devices` says: a heading, then a serial, a tab and a state per line.
-      serial: what the user asks for, None for the only one.
+      listing: output of `adb devices`: a heading, then a serial, a tab and a state per line.
+      serial: the phone that the user asks for; None for the only one.
 
     Raises:
-      UserError: none is ready, several are and none is named, or it does not trust this computer.
+      UserError: no phone is connected, several are and none is named, or the phone is not ready or
+        does not trust this computer.
+
+    Example:
+      >>> pick("List of devices attached\\nR5CT\\tdevice\\n", None)
+      'R5CT'
     """
     states = dict(line.split("\t", 1) for line in listing.splitlines() if "\t" in line)
     if serial is None and len(states) > 1:

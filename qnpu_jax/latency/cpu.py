@@ -1,8 +1,8 @@
-"""How fast this machine's CPU runs an exported model, beside the same graph in float32.
+"""Latency of an exported model on this machine's CPU, beside the same graph in float32.
 
-What is timed is one call of a signature with its copies of cache and results, as an application
-makes it (`litert_backend`); the inputs are made before. Everything runs in turn, so that what else
-the machine does slows all rows alike.
+Timed is one call of a signature, with the copies of cache and results that an application makes
+(`litert_backend`). The inputs are made before. All calls run in turn, so that other work of the
+machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ INTEGERS, FLOAT = "integers", "float32"
 
 @dataclass(frozen=True)
 class TimedCall:
-    """Something to time.
+    """Call to time.
 
     Attributes:
-      reader: who runs it, for the table: a recipe, `float32`, ...
-      tokens: that one call takes.
-      call: with its inputs prepared; what it returns is ignored.
+      reader: name of the file or program in tables: a recipe, `float32`, ...
+      signature: name of the signature.
+      tokens: tokens of one call.
+      call: runs the signature on prepared inputs. Its result is ignored.
     """
 
     reader: str
@@ -40,7 +41,12 @@ class TimedCall:
 
 @dataclass(frozen=True)
 class CpuTiming:
-    """Seconds of a call, one per round."""
+    """Measured times of a call.
+
+    Attributes:
+      reader, signature, tokens: as `TimedCall`.
+      seconds: of each round.
+    """
 
     reader: str
     signature: str
@@ -49,31 +55,32 @@ class CpuTiming:
 
     @property
     def median(self) -> float:
-        """Seconds per call."""
+        """Median of the seconds of a call."""
         return float(np.median(self.seconds))
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens of a call divided by its median seconds."""
         return self.tokens / self.median
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, `median` and `tokens_per_second`."""
+        """Returns the fields, `median` and `tokens_per_second`."""
         rate = self.tokens_per_second
         return {**vars(self), "median": self.median, "tokens_per_second": rate}
 
 
 def calls(path: Path, threads: int) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Every signature of a file with a cache: its tokens, and a call of it with inputs prepared.
+    """Returns tokens and a call of every signature of a file with a KV cache, by name.
 
-    The calls are as at the end of the context: the last positions, and a mask that hides nothing.
-    Values do not change the time; they need only be ones that every table has.
+    The calls have prepared inputs, as at the end of the context: the last positions, and a mask
+    that hides nothing. Values do not change the time, but ids must be rows of every table.
 
     Args:
-      path: a .tflite that `cached.write_cached` wrote, or one of the same signatures.
-      threads: of the interpreter.
+      path: a .tflite of `cached.write_cached`, or with the same signatures.
+      threads: threads of the interpreter.
 
     Raises:
-      UserError: the file is missing, damaged, or has no cache.
+      UserError: the file is missing, damaged, or has no cache; fewer than one thread.
     """
     check_count("threads", threads)
     interpreter = open_interpreter(path, "xnn", threads=threads)
@@ -95,7 +102,7 @@ def _inputs(path: Path, key: str, details: Mapping[str, Any]) -> dict[str, np.nd
         )
     rng = np.random.default_rng(0)
     inputs = {
-        name: rng.integers(0, 64, d["shape"]).astype(d["dtype"])  # ids that any vocabulary has
+        name: rng.integers(0, 64, d["shape"]).astype(d["dtype"])  # ids in any vocabulary
         for name, d in details.items()
     }
     slots, tokens = inputs["kv_cache_k_0"].shape[1], len(inputs["ids"])
@@ -112,11 +119,11 @@ def time_calls(
     track: Callable[[Iterable[int], int], Iterable[int]] = lambda steps, _: steps,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[CpuTiming]:
-    """Runs all calls in turn, `rounds` times after one that warms up; one row each.
+    """Runs all calls in turn, once to warm up and then `rounds` times, and returns their times.
 
     Args:
-      track: wraps the iteration over all rounds, the first included: (steps, their number).
-      clock: seconds.
+      track: shows progress: wraps the iteration over all rounds, given their number.
+      clock: returns seconds.
 
     Raises:
       UserError: no rounds.
@@ -136,7 +143,7 @@ def time_calls(
 
 
 def named(reader: str, path: Path, threads: int) -> list[TimedCall]:
-    """`calls` of a file, each under the name of its reader."""
+    """Returns the calls of a file (`calls`) under a reader's name."""
     return [TimedCall(reader, key, n, call) for key, (n, call) in calls(path, threads).items()]
 
 
@@ -148,19 +155,20 @@ def time_against_float(
     rounds: int,
     track: Callable[[Iterable[int], int], Iterable[int]] = lambda steps, _: steps,
 ) -> list[CpuTiming]:
-    """Times `prefill_<N>` and `decode` of a model as integers and in float32, side by side.
+    """Times `prefill_<N>` and `decode` of a model in integers and in float32, side by side.
 
-    Both files are written to a folder that is gone afterwards. In memory at the peak are both
-    models, the float32 one at 4 bytes a weight.
+    Both files are written to a temporary folder. At the peak both models are in memory, the float32
+    one with 4 bytes a weight.
 
     Args:
       integers: the model, and how its file holds it.
       prefill, context: as `cached.write_cached`.
-      threads: of LiteRT.
-      rounds: that are timed; medians over them are what to report.
+      threads: threads of LiteRT.
+      rounds: timed rounds, whose median is the number to report.
+      track: as `time_calls`.
 
     Returns:
-      Four rows: integers, then float32, each prefill first.
+      Four timings: integers, then float32, each with the prefill first.
 
     Raises:
       UserError: as `cached.write_cached`; fewer than one thread or round.
@@ -179,7 +187,7 @@ def time_against_float(
 def speedups(
     rows: Sequence[CpuTiming], reader: str = INTEGERS, base: str = FLOAT
 ) -> dict[str, float]:
-    """How many times as fast a reader is as `base`, by signature: ratios of medians."""
+    """Returns median seconds of `base` over those of `reader`, by signature: above 1 is faster."""
     medians = {(r.reader, r.signature): r.median for r in rows}
     return {key: medians[base, key] / s for (who, key), s in medians.items() if who == reader}
 

@@ -1,12 +1,12 @@
-"""Latency on an Android phone, through `adb` and the `benchmark_model` that the user has.
+"""Latency on an Android phone, by `adb` and a `benchmark_model` that the user provides.
 
-Two programs have that name: TFLite's (CPU, NNAPI, and Qualcomm's delegate as an external one), and
-LiteRT's (CPU, and models compiled for an NPU). A delegate that cannot take a graph leaves it to the
-CPU, and the program prints that time as if nothing had happened; so a row without the log's word
+Two programs have that name: TFLite's (for CPU, NNAPI, and Qualcomm's delegate as an external one)
+and LiteRT's (for CPU, and models compiled for an NPU). A delegate that cannot take a graph leaves
+it to the CPU, and the program prints the CPU's time without a word. So a run whose log does not say
 that the delegate took nodes is an error here.
 
-Reference: LiteRT, tflite/tools/benchmark/README.md, benchmark_tflite_model.cc (what the log says);
-litert/tools/benchmark_litert_model.h.
+Reference: LiteRT, tflite/tools/benchmark/README.md and benchmark_tflite_model.cc (messages of the
+log); litert/tools/benchmark_litert_model.h.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from qnpu_jax.latency.adb import RunCommand, adb, call, pick, quoted, shell
 from qnpu_jax.latency.phone_log import PhoneTiming
 
 DELEGATES: tuple[Delegate, ...] = get_args(Delegate)
-"""XNNPACK; Android's NNAPI; Qualcomm's TFLite delegate; a file that `qnpu compile` wrote."""
+"""Delegates to choose from: XNNPACK; Android's NNAPI; Qualcomm's TFLite delegate; LiteRT's
+dispatch, for a file of `qnpu compile`."""
 FOLDER = "/data/local/tmp/qnpu"
-"""On the phone; it is emptied before and removed afterwards."""
+"""Folder on the phone, which is emptied before the runs and removed after them."""
 MODEL, BINARY = f"{FOLDER}/model.tflite", f"{FOLDER}/benchmark_model"
 QNN_DELEGATE = "libQnnTFLiteDelegate.so"
 DISPATCH = "libLiteRtDispatch_Qualcomm.so"
 LIBRARIES: dict[Delegate, str] = {"qnn": QNN_DELEGATE, "dispatch": DISPATCH}
-"""What must be among the libraries of a delegate that the phone does not have."""
+"""Library that a delegate needs and that phones do not have."""
 RANDOM = 100
-"""benchmark_model fills int32 inputs with 0 to 99 (tflite/tools/utils.cc, GetDataRangesForType), so
-the tables of ids and of positions need as many rows."""
+"""Rows that the tables of ids and of positions need: benchmark_model fills int32 inputs with 0 to
+99 (tflite/tools/utils.cc, `GetDataRangesForType`)."""
 
 
 @dataclass(frozen=True)
 class PhoneSignature:
-    """A signature of a file: its key, the index of its subgraph, and the tokens it takes."""
+    """Signature of a file: its name, the index of its subgraph, and the tokens that it takes."""
 
     key: str
     subgraph: int
@@ -51,17 +52,18 @@ class PhoneSignature:
 
 @dataclass(frozen=True)
 class PhoneRequest:
-    """What to run on a phone.
+    """Benchmark to run on a phone.
 
     Attributes:
       model: the .tflite.
       binary: `benchmark_model` for the phone's processor (android_aarch64).
-      libraries: files that are pushed beside it: for `qnn` Qualcomm's delegate and runtime
-        (libQnnTFLiteDelegate.so, libQnnHtp*.so, libQnnSystem.so), for `dispatch` LiteRT's
-        libLiteRtDispatch_Qualcomm.so with that runtime.
-      serial: of the phone; None where only one is connected.
-      threads: of the CPU.
-      runs: at least so many are timed.
+      delegates: delegates to time one after the other, of DELEGATES.
+      libraries: files to push beside the binary. `qnn` needs Qualcomm's delegate and runtime
+        (libQnnTFLiteDelegate.so, libQnnHtp*.so, libQnnSystem.so); `dispatch` needs LiteRT's
+        libLiteRtDispatch_Qualcomm.so and that runtime.
+      serial: serial of the phone; None for the only one.
+      threads: threads on the CPU.
+      runs: least number of timed runs.
     """
 
     model: Path
@@ -74,7 +76,7 @@ class PhoneRequest:
 
 
 def setup(request: PhoneRequest) -> list[list[str]]:
-    """Empties the folder on the phone and fills it."""
+    """Returns the commands that empty the folder on the phone and fill it."""
     s = request.serial
     pushed = [(request.model, MODEL), (request.binary, BINARY)]
     pushed += [(path, f"{FOLDER}/{path.name}") for path in request.libraries]
@@ -87,15 +89,15 @@ def setup(request: PhoneRequest) -> list[list[str]]:
 
 
 def cleanup(request: PhoneRequest) -> list[str]:
-    """Removes the folder from the phone."""
+    """Returns the command that removes the folder from the phone."""
     return shell(request.serial, "rm", "-rf", FOLDER)
 
 
 def benchmark(request: PhoneRequest, delegate: Delegate, key: str) -> list[str]:
-    """Times one signature with one delegate."""
+    """Returns the command that times one signature with one delegate."""
     flags: dict[Delegate, list[str]] = {
         "cpu": ["--use_xnnpack=true"],
-        # Without it NNAPI may use its own CPU reference, and the log would say NNAPI.
+        # Otherwise NNAPI may use a CPU implementation of its own, and the log would say NNAPI.
         "nnapi": ["--use_nnapi=true", "--disable_nnapi_cpu=true"],
         "qnn": [
             f"--external_delegate_path={FOLDER}/{QNN_DELEGATE}",
@@ -117,21 +119,24 @@ def benchmark(request: PhoneRequest, delegate: Delegate, key: str) -> list[str]:
 
 
 def commands(request: PhoneRequest, signatures: Sequence[PhoneSignature]) -> list[list[str]]:
-    """Returns the commands of `time_on_phone` after the first (`adb devices`): what --dry-run shows."""
+    """Returns the commands of `time_on_phone` after `adb devices`, which --dry-run shows."""
     work = [benchmark(request, d, s.key) for d in request.delegates for s in signatures]
     return [*setup(request), *work, cleanup(request)]
 
 
 def time_on_phone(request: PhoneRequest, run_command: RunCommand = call) -> Generator[PhoneTiming]:
-    """Times every signature with every delegate; one row after the other, as they are measured.
+    """Times every signature with every delegate, and yields each timing when it is measured.
 
-    What was measured before an error has been given by then. The folder on the phone is removed
-    whatever happens, also when the caller stops early; if that fails too, the next run removes it.
+    Timings before an error are yielded. The folder on the phone is removed in any case, also when
+    the caller stops early. Where even that fails, the next run removes it.
+
+    Args:
+      run_command: runs a command on this machine.
 
     Raises:
-      UserError: a file is missing; no adb, no phone or several, one that does not let us in; a
-        command fails; benchmark_model fails, says nothing that can be read, or a delegate left the
-        graph to the CPU.
+      UserError: a file is missing; adb is missing, no phone is connected, several are, or the phone
+        refuses this computer; a command fails; benchmark_model's output cannot be read; or a
+        delegate left the graph to the CPU.
     """
     check_request(request)
     found = signatures(request.model)
@@ -149,10 +154,10 @@ def time_on_phone(request: PhoneRequest, run_command: RunCommand = call) -> Gene
 
 
 def _checked(command: list[str], run_command: RunCommand) -> str:
-    """What a command said.
+    """Runs a command and returns its output.
 
     Raises:
-      UserError: it failed.
+      UserError: the command failed.
     """
     done = run_command(command)
     if done.returncode:
@@ -164,8 +169,7 @@ def _checked(command: list[str], run_command: RunCommand) -> str:
 
 
 def check_request(request: PhoneRequest) -> None:
-    """Raises UserError for a file that is missing here, or a delegate's library that is not among
-    those given."""
+    """Raises UserError for a file that does not exist, or a delegate without its library."""
     if not request.binary.is_file():
         raise UserError(
             f"{request.binary}: no such file; expected benchmark_model for Android (aarch64); get"
@@ -184,11 +188,11 @@ def check_request(request: PhoneRequest) -> None:
 
 
 def signatures(path: Path) -> list[PhoneSignature]:
-    """The signatures of a .tflite, compiled or not, in the order of their subgraphs.
+    """Reads the signatures of a .tflite, compiled or not, in the order of their subgraphs.
 
     Raises:
-      UserError: missing, not a .tflite of ours, or with a context shorter than the positions that
-        benchmark_model makes up.
+      UserError: the file is missing, has a signature without ids, or has a context shorter than the
+        positions that benchmark_model makes up (RANDOM).
     """
     try:
         data = path.read_bytes()
@@ -214,7 +218,7 @@ def signatures(path: Path) -> list[PhoneSignature]:
 
 
 def _shapes(model: Any) -> dict[tuple[int, str], dict[str, list[int]]]:
-    """Shapes of the inputs by name, by subgraph and key of the signatures."""
+    """Reads shapes of the inputs by name, for each signature's subgraph and name."""
     found = {}
     for definition in map(model.SignatureDefs, range(model.SignatureDefsLength())):
         graph = model.Subgraphs(definition.SubgraphIndex())

@@ -1,7 +1,7 @@
-"""What `benchmark_model` says of a run: times, memory, and who really ran the graph.
+"""Reader of `benchmark_model`'s output: times, memory, and which delegate ran the graph.
 
-Formats: TFLite's, old (no percentiles; `Peak memory footprint`) and new, and that of LiteRT's
-program, which gives milliseconds.
+It knows three formats: TFLite's old one (no percentiles; `Peak memory footprint`), TFLite's new
+one, and that of LiteRT's program, which has milliseconds.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ KERNELS = {
     "qnn": "TfLiteQnnDelegate",
     "dispatch": "DispatchDelegate",
 }
-"""By delegate of a request, who the log says takes nodes."""
+"""Name by which the log says that a delegate takes nodes."""
 PROVIDERS = {"cpu": "XNNPACK", "nnapi": "NNAPI", "qnn": "EXTERNAL"}
-"""What TFLite's program calls the delegate when it sums up; LiteRT's does not sum up."""
+"""Name of a delegate in the summary of TFLite's program. LiteRT's program prints no summary."""
 
 
 @dataclass(frozen=True)
 class Delegation:
-    """How much of a graph a delegate took.
+    """Share of a graph that a delegate took. Fields are None where the log does not say.
 
     Attributes:
-      whole: all of it; None where the log does not say.
-      replaced, nodes: of the graph, so many are the delegate's; None where the log does not say.
-      partitions: pieces that the graph falls into, as the log counts them.
+      whole: whether it took all of the graph.
+      replaced: number of nodes that it took.
+      nodes: number of nodes of the graph.
+      partitions: pieces that the graph falls into.
+
+    Example:
+      >>> print(Delegation(False, 120, 124, 3))
+      120 of 124 nodes
     """
 
     whole: bool | None
@@ -46,15 +51,19 @@ class Delegation:
 
 @dataclass(frozen=True)
 class PhoneTiming:
-    """One signature with one delegate, in seconds.
+    """Times of one signature with one delegate, in seconds. Optional fields are None where the log
+    does not say.
 
     Attributes:
-      runs: that were timed, after the warm-up; None where the log does not say.
-      init: loading, and compiling where the delegate does.
-      first: the first run, a part of the warm-up.
-      p5, median, p95: None from older programs and from LiteRT's.
-      memory_mb: that the tool's footprint grew by, in all.
-      delegation: what the delegate took; the rest ran on the CPU.
+      delegate, signature: names.
+      tokens: tokens of one run.
+      average: mean time of a run, after the warm-up.
+      delegation: share of the graph that the delegate took; the rest ran on the CPU.
+      runs: number of timed runs.
+      init: time to load the model, and to compile it where the delegate does.
+      first: time of the first run, which belongs to the warm-up.
+      p5, median, p95: percentiles of the timed runs; only TFLite's newer program has them.
+      memory_mb: growth of the program's memory, in MB.
     """
 
     delegate: str
@@ -72,7 +81,7 @@ class PhoneTiming:
 
     @property
     def tokens_per_second(self) -> float:
-        """By the median where there is one."""
+        """Tokens of a run divided by its median time, or by its mean where there is no median."""
         return self.tokens / (self.median or self.average)
 
 
@@ -99,18 +108,19 @@ _GONE = re.compile(
     r"Failed to create a dispatch delegate kernel|No usable Dispatch runtime"
     r"|Restored original execution plan after delegate application failure"
 )
-"""Said after `Replacing`, when the delegate failed all the same."""
+"""Messages after `Replacing`, when the delegate failed in the end."""
 
 
 def timing(log: str, delegate: str, signature: str, tokens: int, subgraph: int) -> PhoneTiming:
-    """Reads a run of one signature.
+    """Reads the output of a run of one signature.
 
     Args:
-      subgraph: index of the signature's, whose delegation counts.
+      tokens: tokens of one run.
+      subgraph: index of the signature's subgraph, whose delegation counts.
 
     Raises:
-      UserError: there are no times in it, the program ignored a flag that matters, or the delegate
-        took nothing.
+      UserError: the output has no times, the program ignored a flag that matters, or the delegate
+        took no node.
     """
     if ignored := _IGNORED.search(log):
         raise UserError(
@@ -129,14 +139,14 @@ def timing(log: str, delegate: str, signature: str, tokens: int, subgraph: int) 
 
 
 def taken(log: str, delegate: str, subgraph: int) -> Delegation:
-    """What a delegate took of a subgraph.
+    """Reads what a delegate took of a subgraph.
 
-    TFLite sums up for the signature's graph. `Replacing N out of M` comes once per subgraph, with
-    its index in newer programs; of lines without, that of the smallest share counts. `cpu` is never
-    refused: without XNNPACK it is still the CPU.
+    TFLite's program prints a summary for the signature's graph. `Replacing N out of M` appears once
+    per subgraph, with its index in newer programs. Of lines without an index, the one with the
+    smallest share counts. `cpu` never fails: without XNNPACK the CPU still ran it.
 
     Raises:
-      UserError: nothing, or nothing that the log says.
+      UserError: the log does not say that the delegate took a node.
     """
     provider, kernel = PROVIDERS.get(delegate, "no"), KERNELS[delegate]
     rows = [m.groups() for m in _REPLACED.finditer(log) if m[3] == kernel]
@@ -163,7 +173,8 @@ def taken(log: str, delegate: str, subgraph: int) -> Delegation:
 
 
 def _tflite(log: str) -> dict[str, Any]:
-    """Times in seconds; the last `count=` line is of the timed runs, that before of the warm-up."""
+    """Reads TFLite's format, in seconds. The last `count=` line is that of the timed runs; the one
+    before is that of the warm-up."""
     found: dict[str, Any] = {}
     if m := _SUMMARY.search(log):
         init, first, _, average = (float(x) / 1e6 for x in m.groups())
@@ -178,6 +189,7 @@ def _tflite(log: str) -> dict[str, Any]:
 
 
 def _litert(log: str) -> dict[str, Any]:
+    """Reads the format of LiteRT's program, in seconds."""
     matches = {name: re.search(pattern, log) for name, pattern in _LITERT.items()}
     found: dict[str, Any] = {k: float(m[1]) / 1e3 for k, m in matches.items() if m}
     if m := re.search(r"Inference \(avg\): .*\((\d+) runs\)", log):
@@ -188,7 +200,7 @@ def _litert(log: str) -> dict[str, Any]:
 
 
 def complaint(log: str) -> str:
-    """The line that says what went wrong: the first error, else the last line."""
+    """Returns the line that says what went wrong: the first error, or else the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [s for s in lines if re.search(r"\berror\b|\bfailed\b|disallowed", s, re.IGNORECASE)]
     return (errors or lines[-1:] or ["nothing"])[0][:200]

@@ -1,12 +1,14 @@
-"""How long an NPU that is not at hand would take: an ESTIMATE, and its error where it can be had.
+"""Roofline ESTIMATE of latency on an NPU that is not at hand, with the error of its fit.
 
     seconds = max(DDR bytes / bandwidth, sum_w MACs_w f_w / rate)
 
-Bandwidth (bytes/s) and rate (MACs/s) of an SoC are means over what published measurements
-achieved, so they hold what those programs lost on the way; there is no cycle model behind them.
-Few points decide: six decode and three prefill rates for SM8750, two and two for SM8650
-(`validation` predicts each from the others). All of them are 4-bit weights with 16-bit activations
-at a short context, so the less a model looks like that, the less the error of the fit says.
+where w is the number of bits of the activations. Bandwidth (bytes/s) and rate (MACs/s) of an SoC
+are means of what published measurements achieved, so they include the losses of those programs.
+There is no model of cycles.
+
+The fit has few points: six decode and three prefill rates for SM8750, two and two for SM8650
+(`validation` predicts each from the others). All are models with 4-bit weights and 16-bit
+activations at a short context. For other models the error of the fit says less.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.graph import BatchMatmul, Decoder, FullyConnected, Graph
 
 LABEL = "estimate"
-"""What every number of this module has to be shown as."""
+"""Word that must stand beside every number of this module that is shown."""
 CHUNK = 128
 """Tokens that the published prefills take at a time."""
 WIDTH_TIME = {16: 1.0, 8: 1 / 1.2}
-"""f_w: time of a MAC by the bits of its activations, against the 16 that the rates were measured
-with. The published figure is W4A8 prefilling about 20% faster than W4A16 (npu.md, section 1: the
-Quant.npu paper, where the weights also went from per block to per channel). Twice the work in the
-multiplier array would make it 1/2 in the limit; no measurement at hand shows that."""
+"""f_w: time of a MAC with w-bit activations, relative to the 16 bits of the measured rates.
+Published is that W4A8 prefills about 20% faster than W4A16 (the Quant.npu paper, where the weights
+also went from per block to per channel). A multiplier array that does twice as many 8-bit products
+would give 1/2; no measurement at hand shows that."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Published:
     """A vendor's measurement of a model with 4-bit weights and 16-bit activations.
 
     Attributes:
-      bytes_per_token: between DDR and the NPU in one decode step, by the compiler's count.
+      soc, model: names.
+      bytes_per_token: bytes between DDR and the NPU in one decode step, by the compiler's count.
       decode: tokens per second.
-      macs: per token: the weights of all matrices, the head's included; attention is left out, as
-        its context is not published.
-      prefill: tokens per second; the middle of the published range, None where none is published.
+      macs: MACs per token, one for each weight of all matrices, the head included. Attention is
+        left out, because the context is not published.
+      prefill: tokens per second, the middle of the published range; None if none is published.
     """
 
     soc: str
@@ -62,18 +65,26 @@ PUBLISHED = (
     Published("SM8650", "Llama-3.2-1B", 677e6, 59.0, _1B, 1877.0),
     Published("SM8650", "Llama-3-8B", 3907e6, 12.0, _8B, 468.0),
 )
-"""Rates: qai-hub-models, perf.yaml (genie; SM8750 in the Galaxy S25, SM8650 the 8 Gen 3). Bytes:
-npu.md, section 1, counted for SM8750 and taken for SM8650 too."""
+"""Published measurements. Rates: qai-hub-models, perf.yaml of each model (genie; SM8750 is in the
+Galaxy S25, SM8650 is the Snapdragon 8 Gen 3). Bytes were counted by Qualcomm's compiler for SM8750,
+and are taken for SM8650 too."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A quantity as each of some measurements has it; the fit is their mean."""
+    """Quantity that each measurement gives a value of, fitted by their mean.
+
+    Example:
+      >>> fit = Fit((4.0, 8.0))
+      >>> fit.mean, fit.errors
+      (6.0, (1.0, -0.5))
+    """
 
     points: tuple[float, ...]
 
     @property
     def mean(self) -> float:
+        """Mean of the points."""
         return math.fsum(self.points) / len(self.points)
 
     @property
@@ -86,20 +97,25 @@ class Fit:
 
     @property
     def errors(self) -> tuple[float, ...]:
-        """Of each point predicted by the mean of the others, relative: (others - own) / own."""
+        """Relative error (mean - own) / own of each point, predicted by the mean of the others."""
         total = math.fsum(self.points)
         others = len(self.points) - 1
         return tuple((total - x) / others / x - 1 for x in self.points) if others else (math.inf,)
 
     @property
     def worst(self) -> float:
-        """The largest of the absolute errors."""
+        """Largest absolute value of the errors."""
         return max(map(abs, self.errors))
 
 
 @dataclass(frozen=True)
 class Soc:
-    """What is fitted of an SoC: `bandwidth` in bytes/s, `rate` in MACs/s at 16-bit activations."""
+    """Fits of an SoC.
+
+    Attributes:
+      bandwidth: bytes per second.
+      rate: MACs per second with 16-bit activations.
+    """
 
     name: str
     bandwidth: Fit
@@ -108,12 +124,12 @@ class Soc:
 
 @dataclass(frozen=True)
 class RooflineEstimate:
-    """An estimate, never a measurement.
+    """Estimated time of one call. It is no measurement.
 
     Attributes:
-      limit: what takes that long: reading `memory`, or `compute`.
-      error: relative, the largest that the fit of this limit makes when it predicts a published
-        measurement from the others.
+      limit: which term of the equation is larger.
+      error: largest relative error with which the fit of that term predicts a published measurement
+        from the others.
     """
 
     seconds: float
@@ -123,11 +139,11 @@ class RooflineEstimate:
 
 @dataclass(frozen=True)
 class Validation:
-    """A published rate, and what the others of its SoC predict: tokens per second.
+    """Published rate beside the prediction from the other measurements of its SoC.
 
     Attributes:
-      points: measurements that the prediction rests on.
-      error: (predicted - measured) / measured.
+      points: number of measurements that the prediction rests on.
+      predicted, measured: tokens per second.
     """
 
     soc: str
@@ -139,12 +155,16 @@ class Validation:
 
     @property
     def error(self) -> float:
+        """(predicted - measured) / measured."""
         return self.predicted / self.measured - 1
 
 
 def fit(name: str, rows: Sequence[Published]) -> Soc:
-    """Bandwidth from decode, which is bound by memory: bytes per token times tokens per second.
-    Rate from prefill, which is bound by compute: MACs per token times tokens per second."""
+    """Fits bandwidth and rate of an SoC to measurements.
+
+    Decode is bound by memory: bandwidth = bytes per token x tokens per second. Prefill is bound by
+    compute: rate = MACs per token x tokens per second.
+    """
     bandwidth = tuple(r.bytes_per_token * r.decode for r in rows)
     rate = tuple(r.macs * r.prefill for r in rows if r.macs and r.prefill)
     return Soc(name, Fit(bandwidth), Fit(rate))
@@ -157,10 +177,10 @@ SOCS = {
 
 
 def soc(name: str) -> Soc:
-    """One of SOCS.
+    """Returns the fits of an SoC by its name.
 
     Raises:
-      UserError: nothing is published of it here.
+      UserError: no measurement of it is known.
     """
     if name not in SOCS:
         raise UserError(
@@ -171,14 +191,15 @@ def soc(name: str) -> Soc:
 
 
 def estimate(soc: Soc, ddr_bytes: float | int, macs: Mapping[int, int]) -> RooflineEstimate:
-    """The module's equation, for one call of a signature.
+    """Estimates the time of one call of a signature, by the module's equation.
 
     Args:
-      ddr_bytes: that one call moves: a compiler's count (`hexagon.Traffic`), or `least_bytes`.
-      macs: by bits of activations (`macs`).
+      ddr_bytes: bytes that one call moves: a compiler's count (`hexagon.Traffic`), or
+        `least_bytes`.
+      macs: MACs of one call, by bits of the activations (`macs`).
 
     Raises:
-      UserError: MACs of a width that nothing is known of.
+      UserError: activations of a width whose speed is not known.
     """
     if unknown := macs.keys() - WIDTH_TIME.keys():
         raise UserError(
@@ -193,9 +214,9 @@ def estimate(soc: Soc, ddr_bytes: float | int, macs: Mapping[int, int]) -> Roofl
 
 
 def validation() -> list[Validation]:
-    """Every published rate as the others of its SoC predict it (leave one out).
+    """Predicts every published rate from the others of its SoC (leave one out).
 
-    A decode step moves its bytes once per token; a prefill does as often per CHUNK tokens.
+    Weights are read once per token in decode, and once per CHUNK tokens in prefill.
     """
     rows = []
     for row in PUBLISHED:
@@ -212,10 +233,10 @@ def validation() -> list[Validation]:
 
 
 def macs(dec: Decoder) -> dict[int, int]:
-    """Multiply-accumulates of one call, all layers, by bits of activations.
+    """Counts multiply-accumulates of one call over all layers, by bits of the activations.
 
-    FULLY_CONNECTED of (T, K) and (N, K): T K N. BATCH_MATMUL of (B, M, K) and (B, K, N): B M K N.
-    Padding and masked keys count: they are computed.
+    FULLY_CONNECTED of (T, K) and (N, K) has T K N. BATCH_MATMUL of (B, M, K) and (B, K, N) has
+    B M K N. Padding and masked keys count, because they are computed.
     """
     found: Counter[int] = Counter()
     for graph in dec.graphs:
@@ -228,9 +249,12 @@ def macs(dec: Decoder) -> dict[int, int]:
 
 
 def least_bytes(dec: Decoder) -> float:
-    """A lower bound of DDR bytes of one call: each parameter and cached key or value is read once,
-    new keys and values are written once, and of the embedding table only the rows of the tokens
-    count. A compiler adds what does not fit on the chip; its count is the better input."""
+    """Returns a lower bound of the DDR bytes of one call.
+
+    Each parameter, cached key and cached value is read once, and new keys and values are written
+    once. Of the embedding table only the rows of the tokens are read. Activations that do not fit
+    on the chip come on top, so a compiler's count is better.
+    """
     total = 0.0
     for graph in dec.graphs:
         cached = [t for t in graph.named("input") if t.name.startswith("attn.cache_")]
@@ -243,6 +267,6 @@ def least_bytes(dec: Decoder) -> float:
 
 
 def _bits(graph: Graph, name: str) -> tuple[int, ...]:
-    """Of a tensor, in every layer."""
+    """Returns the bits of a tensor in every layer."""
     quant = graph[name].quant
     return quant.bits

@@ -1,5 +1,5 @@
-"""The proof of a file with a KV cache: every tensor of both signatures, run by LiteRT's kernels,
-equals the simulator's, while chunks and single steps fill a cache.
+"""Proof of a file with a KV cache: every tensor of both signatures, run by LiteRT, equals the
+simulator's while chunks and single steps fill the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from qnpu_jax.tflite import cached_decoder
 
 @runtime_checkable
 class CachedSimulator(Protocol):
-    """The simulated signatures of `cached.write_cached`."""
+    """Simulator of the signatures of `cached.write_cached`.
+
+    Attributes:
+      shape: sizes of the model.
+    """
 
     shape: Shape
 
@@ -32,8 +36,10 @@ class CachedSimulator(Protocol):
         k: Int8[np.ndarray, "l n c k"],
         v: Int8[np.ndarray, "l n k c"],
     ) -> Mapping[str, np.ndarray]:
-        """Codes of every tensor of the signature of T tokens, by global name; arguments as those of
-        `session.Backend.step`."""
+        """Runs the signature of T tokens and returns codes of every tensor, by global name.
+
+        Arguments are those of `session.Backend.step`.
+        """
         ...
 
 
@@ -51,7 +57,12 @@ class CachedProof:
 
 
 def steps(prefill: int, length: int) -> Iterator[int]:
-    """How `length` tokens are fed: a chunk, two single steps, and so on; the rest one by one."""
+    """Yields the tokens of each step: a chunk, two single tokens, and so on; the rest one by one.
+
+    Example:
+      >>> list(steps(4, 12))
+      [4, 1, 1, 4, 1, 1]
+    """
     left = length
     while left:
         for count in (prefill, 1, 1):
@@ -68,13 +79,17 @@ def prove_cached(
     kernels: KernelSet = "ref",
     logits: Positions = "last",
 ) -> CachedProof:
-    """Feeds real text through both, side by side, and compares every tensor of every step.
+    """Feeds text to a file and to the simulator, and compares every tensor of every step.
 
     Args:
-      path: that `cached.write_cached` wrote of the model.
-      simulator: of the same lengths, and of these kernels and logits.
-      ids: at most as many as the context has.
+      path: file that `cached.write_cached` wrote of the model.
+      simulator: of the same lengths, kernels and logits as the file.
+      ids: token ids of the text, no more than the context has positions.
+      kernels: kernels of LiteRT.
+      logits: positions that the file's prefill gives logits of.
 
+    Raises:
+      UserError: the file is missing, damaged, or of another model.
     """
     backend = LiteRTBackend(path, kernels, keep_tensors=True)
     session, shape = Session(backend), simulator.shape

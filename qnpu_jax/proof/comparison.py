@@ -1,4 +1,4 @@
-"""Two runs of one model compared, tensor by tensor, code by code."""
+"""Comparison of two runs of one model, tensor by tensor and code by code."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from qnpu_jax.graph import Decoder, is_identity
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two tensors of one name disagree.
+    """Disagreement of two tensors of one name.
 
     Attributes:
-      op: the operation that makes the tensor.
-      count, size: elements that differ, of how many.
-      largest: largest absolute difference (codes).
-      index: first index that differs; `expected` and `got` are the codes there.
+      tensor: global name.
+      op: the op that makes the tensor.
+      count: number of elements that differ.
+      size: number of elements.
+      largest: largest absolute difference, in codes.
+      index: first index that differs.
+      expected, got: codes there, by LiteRT and by the simulator.
     """
 
     tensor: str
@@ -42,7 +45,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tensors and elements compared, and every difference.
+    """Result of a comparison.
+
+    Attributes:
+      tensors, elements: how many were compared.
+      differences: one for each tensor that differs.
 
     Example:
       >>> print(Comparison(tensors=3, elements=1024, differences=()))
@@ -70,7 +77,7 @@ class Comparison:
 
     @property
     def differing(self) -> int:
-        """Elements that differ, over all tensors."""
+        """Number of elements that differ, over all tensors."""
         return sum(d.count for d in self.differences)
 
     @staticmethod
@@ -89,16 +96,17 @@ def compare_tensors(
     got: Mapping[str, np.ndarray],
     ops: Mapping[str, str],
 ) -> Comparison:
-    """Compares the tensors that ops make, every one of them.
+    """Compares every tensor that an op makes.
 
     Args:
-      expected: names and codes by LiteRT; names without an op (constants, inputs) are passed over.
+      expected: names and codes by LiteRT. Names that are not in `ops` (constants, inputs) are
+        passed over.
       got: codes by the simulator, by name.
-      ops: the op that makes each tensor, by name, without identities that the writer dropped.
+      ops: op of each tensor to compare, by name (`op_names`).
 
     Raises:
-      UserError: a tensor of `ops` that either lacks, or of another shape or type: the two did not
-        run the same model.
+      UserError: a tensor of `ops` that one of the runs lacks, or that has two shapes or types: the
+        runs are not of the same model.
     """
     missing = dict(ops)
     elements = 0
@@ -142,8 +150,10 @@ def _not_the_same(tensor: str, op: str, a: str, b: str) -> UserError:
 
 
 def op_names(dec: Decoder) -> dict[str, str]:
-    """The op behind every tensor of the written file, by global name; dropped identities left
-    out."""
+    """Returns the op that makes each tensor of a written file, by global name.
+
+    Ops that change nothing are left out, as the writer drops them.
+    """
     return {
         graph.global_name(i, node.output): type(node.op).__name__
         for graph in dec.graphs

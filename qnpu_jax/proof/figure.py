@@ -1,4 +1,4 @@
-"""The figure of `qnpu proof`: bits of accumulators, layer by layer (extra: figures)."""
+"""Figure of `qnpu proof`: bits of accumulators, layer by layer (extra: figures)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,23 @@ MISSING = "matplotlib is not installed; expected the extra figures: pip install 
 
 
 def installed() -> bool:
+    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(linears: Sequence[AccumulatorRow], path: Path) -> Path:
-    """log2 |acc| + 1 of every linear over the layers, a panel each: proved (widest and median
-    channel) and reached on a text. Replaces an older file; equal numbers give equal bytes."""
+    """Draws bits of accumulators over the layers, a panel for each kind of linear, as SVG.
+
+    A panel has log2 |acc| + 1 as proved for the widest and the median channel, and as reached on a
+    text. Equal numbers give equal bytes.
+
+    Args:
+      linears: rows of FULLY_CONNECTED ops, in the order of the graph.
+      path: file to write or replace.
+
+    Returns:
+      The path.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -1,7 +1,5 @@
-"""The proof of a written model: every tensor of the file, run by LiteRT, equals the simulator's,
-and no accumulator can overflow.
-
-The simulator comes in as an argument (`Simulate`): this package never imports it.
+"""Proof of a file with one prefill: every tensor, run by LiteRT, equals the simulator's, and no
+accumulator can overflow.
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ from qnpu_jax.tflite import LiteRT
 
 @dataclass(frozen=True)
 class ProvedAccumulator:
-    """An op's accumulator: what is proved of it, and what one run used.
+    """Accumulator of an op: its proved bound, and the bits that one run used.
 
     Attributes:
-      bound: largest and smallest sum that the weights allow.
+      bound: smallest and largest sum that the weights allow.
       seen: bits that the run used.
     """
 
@@ -33,17 +31,17 @@ class ProvedAccumulator:
     seen: int
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the bound, `needed` and `seen`, in bits."""
+        """Returns the fields of the bound, and `needed` and `seen` in bits."""
         return dataclasses.asdict(self.bound) | {"needed": self.bound.needed, "seen": self.seen}
 
 
 @dataclass(frozen=True)
 class PrefillProof:
-    """A file of one prefill compared with the simulator, and its accumulators.
+    """Result of `prove_prefill`.
 
     Attributes:
-      comparison: of every tensor that LiteRT computes.
-      accumulators: of every op that sums products, in the order of the graph.
+      comparison: every tensor that LiteRT computes against the simulator's.
+      accumulators: one for each op that sums products, in the order of the graph.
     """
 
     comparison: Comparison
@@ -51,11 +49,11 @@ class PrefillProof:
 
     @property
     def closest(self) -> ProvedAccumulator:
-        """The accumulator with the fewest bits to spare."""
+        """Accumulator with the fewest bits to spare."""
         return min(self.accumulators, key=lambda a: a.bound.available - a.bound.needed)
 
     def to_json(self) -> dict[str, Any]:
-        """The entries `verify` and `accumulators` of report.json."""
+        """Returns the entries `verify` and `accumulators` of report.json."""
         rows = artifacts.columns(a.to_json() for a in self.accumulators)
         return {
             "verify": self.comparison.to_json(),
@@ -64,10 +62,16 @@ class PrefillProof:
 
 
 def bound_accumulators(model: IntegerModel, tokens: int, logits: Positions) -> list[Bound]:
-    """What the accumulators of a signature can reach, from the actual weights.
+    """Bounds the accumulators of a signature by the model's weights.
+
+    Args:
+      tokens: of the signature, on which sums over keys depend.
+
+    Returns:
+      One bound for each op that sums products, in the order of the graph.
 
     Raises:
-      UserError: one can overflow, which depends on the length.
+      UserError: an accumulator can overflow at this length.
     """
     dec = model.decoder(tokens, logits=logits)
     bounds = proved_bounds(dec, model.tensors)
@@ -78,12 +82,13 @@ def bound_accumulators(model: IntegerModel, tokens: int, logits: Positions) -> l
 def prove_prefill(
     model: IntegerModel, runner: LiteRT, simulator: Simulator, ids: np.ndarray, clock: Clock
 ) -> PrefillProof:
-    """Compares every tensor of a file, in LiteRT's reference kernels, with the simulator's.
+    """Compares every tensor of a file, run by LiteRT, with the simulator's; bounds accumulators.
 
     Args:
-      runner: of the file, with its tensors kept.
-      simulator: of the same length and positions.
-      ids: (T,) real text.
+      runner: opened on the file, with its tensors kept.
+      simulator: of the same length, positions and kernels.
+      ids: (T,) token ids of some text.
+      clock: takes down the seconds of the stages `verify` and `accumulators`.
 
     Raises:
       UserError: an accumulator can overflow at this length.

@@ -1,4 +1,4 @@
-"""A .tflite file of either form compared with the simulator: one prefill, or with a KV cache."""
+"""Comparison of a .tflite with the simulator, whether it has one prefill or a KV cache."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ def verify_file(
 ) -> Comparison:
     """Compares every tensor that LiteRT computes with the simulator's.
 
+    A file with one prefill of N tokens runs the first N ids. A file with a KV cache is fed two
+    chunks of N and four single tokens, as far as ids and context reach.
+
     Args:
-      path: a file written of the model.
-      ids: of a file with one prefill of N tokens the first N are run; of one with a KV cache two
-        chunks of N and four single steps, as far as ids and context reach.
-      kernels: of LiteRT, and the simulator's rounding.
+      path: file written of the model.
+      ids: token ids of some text.
+      kernels: kernels of LiteRT, whose rounding the simulator takes on.
 
     Raises:
-      UserError: no such file, one of another model, or too few ids to run every signature.
+      UserError: no such file, a file of another model, or too few ids to run every signature.
     """
     if "decode" in open_interpreter(path, kernels).get_signature_list():
         backend = LiteRTBackend(path, kernels)

@@ -1,7 +1,5 @@
-"""How wide the accumulators of a model must be: proved from its weights, channel by channel, beside
-what a text brings them to.
-
-What a run reached comes in as a function (`Observe`): this package never imports the simulator.
+"""Widths of a model's accumulators in bits: proved from its weights, channel by channel, and
+reached on a text.
 """
 
 from __future__ import annotations
@@ -35,21 +33,22 @@ from qnpu_jax.progress import Clock
 from qnpu_jax.text import excerpts
 
 FORMAT = 1
-"""Version of accumulators.json."""
+"""Version of the layout of accumulators.json."""
 WIDTHS = (16, 20, 24, 32)
-"""Bits of accumulators that hardware has."""
+"""Widths of accumulators in hardware, in bits."""
 
 Observe = Callable[[IntegerModel, np.ndarray], Mapping[str, tuple[np.ndarray, np.ndarray]]]
-"""Smallest and largest accumulator of each channel over sequences of ids (B, T), by global name."""
+"""Runs sequences of ids (B, T) and returns the smallest and largest accumulator of each channel, by
+global name of the op's output."""
 
 
 @dataclass(frozen=True)
 class AccumulatorRow:
-    """One op of one layer.
+    """Accumulator of one op in one layer.
 
     Attributes:
-      proved: what its accumulator can reach.
-      low, high: what it reached, one per channel of `proved`.
+      proved: bounds of each channel, from the weights.
+      low, high: smallest and largest value of each channel in the run.
     """
 
     proved: ChannelBounds
@@ -58,47 +57,48 @@ class AccumulatorRow:
 
     @property
     def tensor(self) -> str:
+        """Global name of the op's output."""
         return self.proved.tensor
 
     @property
     def kind(self) -> str:
-        """The tensor's name without its layer and KV head: `attn.kv*.scores`."""
+        """Name of the tensor without its layer and KV head, such as `attn.kv*.scores`."""
         return re.sub(r"\bkv\d+\b", "kv*", re.sub(r"^layers\.\d+\.", "", self.tensor))
 
     @property
     def needed(self) -> int:
-        """Bits that the proof asks for."""
+        """Bits of the widest channel, by proof."""
         return max(self.proved.needed)
 
     @property
     def seen(self) -> int:
-        """Bits that the run used."""
+        """Bits of the widest channel, in the run."""
         return max(self.used)
 
     @cached_property
     def used(self) -> tuple[int, ...]:
-        """Bits that the run used, of each channel."""
+        """Bits of each channel, in the run."""
         return tuple(map(needed_bits, self.low, self.high))
 
     @property
     def reach(self) -> int:
-        """Largest |accumulator| that is proved possible."""
+        """Largest |accumulator| that the proof allows."""
         return max(-self.proved.bound.low, self.proved.bound.high)
 
     @property
     def reached(self) -> int:
-        """Largest |accumulator| of the run."""
+        """Largest |accumulator| in the run."""
         return max(-min(self.low), max(self.high))
 
     @property
     def holds(self) -> bool:
-        """Whether no channel passed what was proved."""
+        """Whether every channel stayed within its bounds."""
         p = self.proved
         ends = zip(p.low, self.low, self.high, p.high, strict=True)
         return all(a <= b <= c <= d for a, b, c, d in ends)
 
     def fitting(self, bits: int) -> int:
-        """How many channels provably fit an accumulator of so many bits."""
+        """Counts the channels that provably fit an accumulator of this width in bits."""
         return sum(n <= bits for n in self.proved.needed)
 
     def to_json(self) -> dict[str, Any]:
@@ -120,13 +120,15 @@ class AccumulatorRow:
 
 @dataclass(frozen=True)
 class OpKind:
-    """The rows of one op in all layers.
+    """One op in all layers.
 
     Attributes:
-      channels: of all rows together.
-      needed, typical: bits of the widest channel, and of the median one.
-      seen: bits of the widest channel of the run.
-      fitting: channels that provably fit, by bits of `WIDTHS`.
+      name: name of its tensor without layer and KV head.
+      op: LiteRT's name of the op.
+      channels: number of channels, of all layers together.
+      needed, typical: bits of the widest channel and of the median channel, by proof.
+      seen: bits of the widest channel, in the run.
+      fitting: number of channels that provably fit each of `WIDTHS`.
     """
 
     name: str
@@ -140,14 +142,14 @@ class OpKind:
 
 @dataclass(frozen=True)
 class Widths:
-    """What `measure_widths` found.
+    """Result of `measure_widths`.
 
     Attributes:
       rows: every FULLY_CONNECTED and BATCH_MATMUL of every layer.
-      intermediates: what the other ops hold before they round.
-      text: what the run read.
+      intermediates: widest values of the other ops before they round.
+      text: the text that was run.
       prefill: tokens of a sequence, on which sums over keys depend.
-      sha256: of the model's integers.
+      sha256: digest of the model's integers; empty if the report lacks it.
     """
 
     rows: tuple[AccumulatorRow, ...]
@@ -158,6 +160,7 @@ class Widths:
 
     @property
     def linears(self) -> tuple[AccumulatorRow, ...]:
+        """Rows of FULLY_CONNECTED ops."""
         return tuple(r for r in self.rows if r.proved.op == "FULLY_CONNECTED")
 
     def to_json(self) -> dict[str, Any]:
@@ -176,7 +179,7 @@ class Widths:
 
 
 def kinds(rows: Iterable[AccumulatorRow]) -> list[OpKind]:
-    """Rows by kind of op, FULLY_CONNECTED first, in the order of the graph."""
+    """Groups rows by op over all layers: FULLY_CONNECTED first, then in the order of the graph."""
     groups: dict[tuple[bool, str], list[AccumulatorRow]] = defaultdict(list)
     for row in rows:
         groups[row.proved.op != "FULLY_CONNECTED", row.kind].append(row)
@@ -198,26 +201,31 @@ def kinds(rows: Iterable[AccumulatorRow]) -> list[OpKind]:
 
 
 def widest(rows: Iterable[AccumulatorRow], count: int) -> list[AccumulatorRow]:
-    """The rows whose accumulators reach farthest, by proof."""
+    """Returns the `count` rows whose accumulators reach farthest, by proof."""
     return sorted(rows, key=lambda row: -row.reach)[:count]
 
 
 def histogram(bits: Iterable[int]) -> dict[int, int]:
-    """How often each number of bits occurs, in rising order."""
+    """Counts how often each number of bits occurs, in rising order.
+
+    Example:
+      >>> histogram([17, 16, 17])
+      {16: 1, 17: 2}
+    """
     return dict(sorted(Counter(bits).items()))
 
 
 def join(
     bounds: Sequence[ChannelBounds], observed: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> tuple[AccumulatorRow, ...]:
-    """Rows of proved bounds and observed ranges, by name."""
+    """Joins proved bounds and observed ranges into rows, by global name."""
     return tuple(
         AccumulatorRow(b, *(tuple(end.tolist()) for end in observed[b.tensor])) for b in bounds
     )
 
 
 def check_lengths(tokens: int, prefill: int) -> None:
-    """Raises UserError where there is no sequence to run, or not one whole."""
+    """Raises UserError for a sequence without tokens, or a text shorter than one sequence."""
     if prefill < 1:
         raise UserError(f"prefill: {prefill} is too short; expected at least 1; raise --prefill")
     if tokens < prefill:
@@ -235,11 +243,12 @@ def measure_widths(
     observe: Observe,
     clock: Clock,
 ) -> Widths:
-    """Proves the accumulators of a folder of `qnpu quantize`, and runs it on a text.
+    """Proves the accumulators of a folder of `qnpu quantize`, and observes them on a text.
 
     Args:
-      text: held-out, by default Python's documentation.
-      tokens: of the text that are read, in sequences of `prefill`.
+      text: held-out text; None takes `pydoc_data.topics`.
+      tokens: tokens of the text that are run, in sequences of `prefill`.
+      observe: runs sequences, such as `observe_accumulators`.
 
     Raises:
       UserError: the folder cannot be written to, the text is too short, more positions than the
@@ -264,7 +273,7 @@ def measure_widths(
 
 
 def write_widths(found: Widths, out: Path) -> Path:
-    """Writes `accumulators.json` into the folder, in place of an older one."""
+    """Writes `accumulators.json` into a folder, in place of an older one, and returns its path."""
     path = out / artifacts.ACCUMULATORS
     with artifacts.new_file(path, replace=True) as partial:
         artifacts.write_json(partial, found.to_json())

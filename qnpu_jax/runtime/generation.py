@@ -1,4 +1,4 @@
-"""Text from a session, token by token."""
+"""Generated text: token ids drawn from a session one by one, and decoded as they come."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from qnpu_jax.runtime.sampling import Sampling, sample
 from qnpu_jax.runtime.session import Session
 
 REPLACEMENT = "\ufffd"
+"""Character that decoders put in place of an incomplete one."""
 
 
 @dataclass
 class Speed:
-    """What a generation took.
+    """Time that a generation took.
 
     Attributes:
       prompt: tokens of the prompt, and seconds until the first token was drawn.
       steps: seconds of each further token.
+
+    Example:
+      >>> print(Speed((64, 0.5), [0.05, 0.05]))
+      prompt: 64 tokens, 128.0 tokens/s; then 2 tokens, 20.0 tokens/s
     """
 
     prompt: tuple[int, float] = (0, 0.0)
@@ -48,7 +53,11 @@ def generate_ids(
     Ends before one of `stops`, after `limit` ids, or where the context is full.
 
     Args:
-      speed: is told how long it takes.
+      ids: the prompt, at least one token.
+      sampling: how a token is drawn; its seed decides all draws.
+      limit: largest number of ids.
+      stops: ids that end the text, and are not yielded.
+      speed: object that takes down how long the prompt and each token took.
 
     Raises:
       UserError: the prompt does not fit the context.
@@ -74,7 +83,10 @@ def generate_ids(
 
 
 def text_pieces(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of token ids as it grows: a piece is held back while its last character is cut."""
+    """Yields the text of token ids in pieces, as it grows.
+
+    A piece is held back while its last character lacks bytes, which later tokens bring.
+    """
     seen: list[int] = []
     shown = ""
     for token in ids:

@@ -1,4 +1,4 @@
-"""`session.Backend` on LiteRT: one .tflite, its signatures `prefill_<N>` and `decode`."""
+"""Backend of a session on LiteRT: the signatures `prefill_<N>` and `decode` of one .tflite."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ PREFILL = "prefill_"
 
 
 class LiteRTBackend:
-    """An interpreter of a file that `cached.write_cached` wrote.
+    """Backend of a session that runs a file of `cached.write_cached`.
+
+    Attributes:
+      shape: sizes of the model.
+      logits: whether the prefill gives logits of all positions, or of the last only.
+      logit_scale: real value of one code of the logits.
 
     Args:
       path: the .tflite.
       kernels: `ref`, `opt` or `xnn`.
-      threads: of the interpreter.
-      keep_tensors: keep every intermediate tensor readable after a step.
+      threads: number of threads; None leaves it to LiteRT.
+      keep_tensors: keeps every intermediate tensor readable after a step.
 
     Raises:
       UserError: the file is missing, damaged, or has other signatures.
@@ -92,7 +97,11 @@ class LiteRTBackend:
         return Step(out["logits"], *new)
 
     def tensors(self, tokens: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and codes of every tensor of the last step of so many tokens, constants included."""
+        """Yields name and codes of every tensor, constants included, after a step.
+
+        Args:
+          tokens: of the step: 1, or those of the prefill.
+        """
         graph = int(tokens == 1)  # `write_cached` writes decode second
         for detail in self._interpreter.get_tensor_details(graph):
             if detail["name"]:
@@ -102,10 +111,14 @@ class LiteRTBackend:
 def mask_codes(
     seen: Bool[np.ndarray, "t s"], inputs: Mapping[str, Any]
 ) -> dict[str, Integer[np.ndarray, "1 r s"]]:
-    """Codes of `shared_inputs.masks`, those that a signature takes.
+    """Returns codes of the masks that a signature takes (`shared_inputs.masks`).
 
     Args:
-      inputs: details of its inputs by name, as LiteRT gives them.
+      seen: whether a token (row) may look at a key (column).
+      inputs: details of the signature's inputs by name, as LiteRT gives them.
+
+    Returns:
+      `mask`, and `keep` if the signature takes it, with a row for each token and query head.
     """
     codes = {}
     groups = int(inputs["mask"]["shape"][1]) // len(seen)

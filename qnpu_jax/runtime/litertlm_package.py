@@ -1,8 +1,8 @@
-"""`.litertlm`: model, tokenizer, chat template and stop tokens in one file, which LiteRT-LM runs as
-it is. Written with PyPI's litert-lm-builder, the extra `litertlm`.
+"""Packages `.litertlm`: model, tokenizer, chat template and stop tokens in one file, which
+LiteRT-LM runs as it is. PyPI's litert-lm-builder (extra `litertlm`) writes it.
 
 Reference: google-ai-edge/LiteRT-LM, schema/py/litertlm_builder.py,
-  runtime/proto/llm_metadata.proto, runtime/engine/engine_settings.cc (what the metadata becomes).
+  runtime/proto/llm_metadata.proto, runtime/engine/engine_settings.cc (how metadata is used).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qnpu_jax.tflite import Integers
 
 BUILDER = "litert-lm-builder"
 OLDEST = (0, 18)
-"""The first version whose metadata says what a model cannot do."""
+"""First version whose metadata can say that a model does not think or call functions."""
 EXTRA = "litertlm"
 
 PLAIN_CONTENT = (
@@ -32,8 +32,8 @@ PLAIN_CONTENT = (
     "{%- endfor -%}"
     "{%- set messages = plain.messages %}"
 )
-"""What goes before a chat template: LiteRT-LM gives it contents as lists of typed parts, where
-Hugging Face's templates expect text and would print the list."""
+"""Jinja code that goes before a chat template and turns contents into plain text. LiteRT-LM passes
+contents as lists of typed parts, which Hugging Face's templates would print as lists."""
 
 
 def write_package(
@@ -41,19 +41,19 @@ def write_package(
 ) -> None:
     """Writes a `.litertlm` with the signatures of `litertlm_signatures.write_signatures`.
 
-    The metadata names no start token: BOS is in the prefix, whose keys and values are constants of
-    the graph.
+    The metadata names no start token, because BOS belongs to the prefix, whose keys and values are
+    constants of the graph.
 
     Args:
       form: the model, and how the file holds it.
-      tokenizer_folder: as `Tokenizer.save` writes it.
-      path: the file; the bytes differ from call to call, as the builder puts an id and the time
-        in.
+      tokenizer_folder: folder that `Tokenizer.save` wrote.
+      path: file to write or replace. Its bytes differ from call to call, because the builder writes
+        a random id and the time.
       prefill, context: as `litertlm_signatures.write_signatures`.
 
     Raises:
-      UserError: the extra is missing or too old, a tokenizer that knows no end of a text, or as
-        `litertlm_signatures.write_signatures`.
+      UserError: the extra is missing or too old; a tokenizer without a token that ends a text; or
+        as `litertlm_signatures.write_signatures`.
     """
     builder_module = load_builder()
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -72,7 +72,7 @@ def write_package(
 
 
 def load_builder() -> Any:
-    """The module litert_lm_builder.
+    """Imports the module litert_lm_builder.
 
     Raises:
       UserError: the extra is missing or too old.
@@ -87,7 +87,11 @@ def load_builder() -> Any:
 
 
 def _metadata(tokenizer: Tokenizer, context: int) -> Any:
-    """The proto LlmMetadata."""
+    """Returns the proto LlmMetadata of a model.
+
+    Raises:
+      UserError: the tokenizer has no token that ends a text.
+    """
     if not tokenizer.eos_ids:
         raise UserError(
             f"{tokenizer.source}: names no token that ends a text; expected an eos_token, without"

@@ -1,15 +1,16 @@
-"""An `IntegerModel` as a .tflite with the signatures that LiteRT-LM's executor for CPUs drives.
+"""A .tflite with the signatures that LiteRT-LM's executor for CPUs drives.
 
-Decoder and codes are those of `cached.write_cached`, op for op. What differs is the rim, because
-LiteRT-LM keeps a cache in one buffer that is input and output, has masks only as floats or
+Decoder and codes are those of `cached.write_cached`, op for op. Inputs and outputs differ, because
+LiteRT-LM keeps a cache in one buffer that is both input and output, knows masks only as floats or
 booleans, and samples from floats:
 
-- The cache comes whole and leaves whole: SLICE gives the decoder its slots before the new tokens,
-  DYNAMIC_UPDATE_SLICE puts their rows in place.
-- No mask comes in. Its codes follow from the first position, by LESS and SELECT_V2.
-- Behind the logits is a DEQUANTIZE, the only op with floats.
+- A cache is passed whole, in and out. SLICE gives the decoder the slots before the new tokens;
+  DYNAMIC_UPDATE_SLICE writes the rows of the new tokens.
+- No mask is passed. LESS and SELECT_V2 make its codes from the first position.
+- DEQUANTIZE makes float logits. It is the only op with floats.
 
-Letters: T new tokens, S keys, N KV heads, C context, K head_dim, V vocabulary.
+Letters: T new tokens, G query heads of a KV head, S keys, N KV heads, C context, K head_dim,
+V vocabulary.
 
 Reference: google-ai-edge/LiteRT-LM, runtime/executor/llm_litert_compiled_model_executor.cc,
   litert_compiled_model_executor_utils.cc, litert/state.cc (`HeuristicBasedCreate`).
@@ -40,25 +41,32 @@ from qnpu_jax.tflite import (
 Code = schema.BuiltinOperator
 INT32: DType = "int32"
 SHORT = 16
-"""Tokens of the short prefill. LiteRT-LM refuses a prompt of which a chunk, filled up, does not fit
-what is left of the context; and a short prompt need not wait for a long chunk."""
+"""Tokens of the short prefill. LiteRT-LM refuses a prompt if one of its chunks, padded, does not
+fit in the rest of the context; short chunks fit more often. A short prompt also takes less time."""
 
 
 def write_signatures(form: Integers, path: Path, prefill: int, context: int) -> None:
     """Writes the signatures `prefill_<prefill>`, `prefill_16` if that is shorter, and `decode` (one
-    token), which share all weights that are stored alike.
+    token).
 
-    Inputs of T tokens: `tokens` (1, T) int32; `input_pos` (T,) int32, consecutive, 0 for the first
-    token after the prefix; for every layer i `kv_cache_k_<i>` (1, N, C, K) and `kv_cache_v_<i>`
-    (1, N, K, C) int8. Outputs: the caches, under the same names, with what is new from slot
-    `input_pos[0]` on; of `decode` also `logits` (1, 1, V) float32. A cache's output may be its
-    input's memory.
+    They share all weights that they hold in the same way.
 
-    What fills up a prefill that is not full may have any token and position: its rows are masked
-    until others replace them.
+    Inputs:
+      `tokens` (1, T) int32.
+      `input_pos` (T,) int32, consecutive, 0 for the first token after the prefix.
+      `kv_cache_k_<i>` (1, N, C, K) and `kv_cache_v_<i>` (1, N, K, C) int8, for every layer i.
+
+    Outputs:
+      The caches under the same names, with the rows of the new tokens from slot `input_pos[0]` on.
+        An output may have the memory of its input.
+      `logits` (1, 1, V) float32, of `decode` only.
+
+    Padding of a prefill may be any token at any position: its rows stay masked until the rows of
+    other tokens replace them.
 
     Args:
-      stored: the model, and how the file holds it.
+      form: the model, and how the file holds it.
+      path: file to write or replace.
       prefill: tokens of the longest signature.
       context: positions after the prefix, the new tokens included.
 
@@ -69,7 +77,7 @@ def write_signatures(form: Integers, path: Path, prefill: int, context: int) -> 
 
 
 def build_signatures(form: Integers, prefill: int, context: int) -> ModelWriter:
-    """The model of `write_signatures`, in memory."""
+    """Returns the file of `write_signatures`, not yet written."""
     writer = ModelWriter()
     prefills = (prefill, SHORT) if prefill > SHORT else (prefill,)
     for key, tokens in (*((f"prefill_{n}", n) for n in prefills), ("decode", 1)):
@@ -78,14 +86,15 @@ def build_signatures(form: Integers, prefill: int, context: int) -> ModelWriter:
 
 
 class _Signature:
-    """One signature, while it is written."""
+    """Signature under construction."""
 
     def __init__(self, form: Integers, graph: SubgraphWriter, tokens: int, context: int) -> None:
         self.form, self.graph, self.context = form, graph, context
         self.model, self.dec = form.model, cached_decoder(form.model, tokens, context)
 
     def emit(self, key: str) -> None:
-        """All of it; the updates come last, when every layer has read its cache."""
+        """Adds inputs, decoder and outputs. The caches are updated last, after every layer has read
+        its own."""
         graph, dec = self.graph, self.dec
         inputs = {
             "tokens": graph.add_tensor("tokens", (1, dec.tokens), "int32"),
@@ -115,9 +124,16 @@ class _Signature:
         graph.add_signature(key, inputs, outputs)
 
     def _mask(self, mask: str, start: int) -> int:
-        """Codes (1, T G, S) of `mask` or `keep` of `shared_inputs.masks`, with the cache's
-        slots before `start` visible. The prefix is seen by all, new tokens by themselves and later
-        ones."""
+        """Adds ops that make codes (1, T G, S) of a mask: every token sees the prefix, the cache's
+        slots before `start`, itself and new tokens before it.
+
+        Args:
+          mask: `mask` or `keep` (`shared_inputs.masks`).
+          start: tensor (1,) of the first new token's position, which is the number of filled slots.
+
+        Returns:
+          The tensor of the mask.
+        """
         dec = self.dec
         codes = self.model.inputs(dec)[mask]
         kind = self.form.tensor_type(dec.layer, 0, mask)
@@ -147,8 +163,11 @@ class _Signature:
         return self.form.tensor_type(self.dec.layer, layer, f"attn.cache_{letter}")
 
     def _past(self, letter: str, name: str, cache: int, kind: TensorType | DType) -> int:
-        """The slots before the new tokens, C - T: as many as the decoder was staged for, so that
-        every signature has the same S (see `cached.write_cached`)."""
+        """Slices the first C - T slots from a cache (1, N, C, K) or (1, N, K, C), and drops the
+        first axis.
+
+        So every signature has the same number of keys S (see `cached.write_cached`).
+        """
         shape = self._cache_shape(letter, self.dec.cache)
         past = self._slice(f"{name}.past", cache, shape, kind)
         return self._reshape(f"{name}.heads", past, shape[1:], kind)
@@ -156,7 +175,16 @@ class _Signature:
     def _updates(
         self, inputs: dict[str, int], rows: Sequence[Sequence[int]], start: int
     ) -> dict[str, int]:
-        """The caches with what is new in every layer, keys (N, T, K) and values (N, K, T)."""
+        """Adds ops that write new keys (N, T, K) and values (N, K, T) to the caches.
+
+        Args:
+          inputs: tensors of the caches by name.
+          rows: tensors of the new keys and values, for each layer.
+          start: tensor (1,) of the slot of the first new token.
+
+        Returns:
+          Tensors of the updated caches by name.
+        """
         zeros = {n: self._constant(f"at.{n}", np.zeros(n, np.int32)) for n in (1, 2, 3)}
         at = {
             "k": self._concat("at.k", [zeros[2], start, zeros[1]], (4,), 0, INT32),
@@ -176,7 +204,7 @@ class _Signature:
         return updated
 
     def _floats(self, logits: int) -> int:
-        """(1, V) codes to (1, 1, V) float32."""
+        """Dequantizes codes (1, V) to (1, 1, V) float32."""
         vocabulary = self.model.config.vocab_size
         real = self.graph.add_tensor("logits.real", (1, vocabulary), "float32")
         self._add(Code.DEQUANTIZE, schema.DequantizeOptionsT(), [logits], real)
@@ -190,7 +218,7 @@ class _Signature:
         return self.graph.add_tensor(name, data.shape, kind, data)
 
     def _slice(self, name: str, x: int, size: Sequence[int], kind: TensorType | DType) -> int:
-        """The first elements of every axis."""
+        """Slices the first elements of every axis."""
         operands = [
             self._constant(f"{name}/{i}", np.asarray(values, np.int32))
             for i, values in enumerate(([0] * len(size), size))

@@ -1,4 +1,4 @@
-"""A conversation with an exported model: the host keeps the KV cache and feeds the signatures
+"""Conversation with an exported model. The host keeps the KV cache and feeds the signatures
 `prefill_<N>` and `decode` of `cached.write_cached`.
 
 Letters: T new tokens, L layers, N KV heads, C context, K head_dim, V vocabulary.
@@ -17,11 +17,12 @@ from qnpu_jax.errors import UserError
 
 
 class Step(NamedTuple):
-    """What a signature gives for T new tokens: integer codes.
+    """Outputs of a signature for T new tokens, as integer codes.
 
     Attributes:
       logits: (T, V) or (1, V), int8 or int16.
-      k, v: of the new tokens, in every layer.
+      k: keys of the new tokens in every layer, (L, N, T, K).
+      v: values of the new tokens in every layer, (L, N, K, T).
     """
 
     logits: Integer[np.ndarray, "r v"]
@@ -34,9 +35,10 @@ class Shape:
     """Sizes of an exported model.
 
     Attributes:
-      prefill: tokens that the long signature takes.
-      context: positions after the prefix, at most.
-      layers, heads, width: of the cache, keys (L, N, C, K) and values (L, N, K, C).
+      prefill: tokens of the long signature.
+      context: largest number of positions after the prefix.
+      layers, heads, width: sizes L, N and K of the cache, whose keys are (L, N, C, K) and values
+        (L, N, K, C).
     """
 
     prefill: int
@@ -48,14 +50,16 @@ class Shape:
 
 @runtime_checkable
 class Backend(Protocol):
-    """Runs one signature."""
+    """Engine that runs one signature at a time: LiteRT or the simulator."""
 
     @property
-    def shape(self) -> Shape: ...
+    def shape(self) -> Shape:
+        """Sizes of the model."""
+        ...
 
     @property
     def logit_scale(self) -> float:
-        """Real value of one code of the logits; their zero point changes no probability."""
+        """Real value of one code of the logits. Their zero point changes no probability."""
         ...
 
     def step(
@@ -65,16 +69,21 @@ class Backend(Protocol):
         k: Int8[np.ndarray, "l n c k"],
         v: Int8[np.ndarray, "l n k c"],
     ) -> Step:
-        """T tokens, T = 1 or `shape.prefill`, after `filled` ones.
+        """Runs T tokens, T = 1 or `shape.prefill`.
 
         Args:
-          k, v: the cache's first context - T slots, of which `filled` count.
+          filled: tokens that the cache holds.
+          k, v: first context - T slots of the cache, of which the first `filled` are read.
         """
         ...
 
 
 class Session:
-    """The cache of one conversation, and what fills it.
+    """KV cache of one conversation, filled token by token.
+
+    Attributes:
+      k, v: keys (L, N, C, K) and values (L, N, K, C), int8 codes.
+      filled: slots that are filled.
 
     Example:
       session = Session(backend)
@@ -96,17 +105,21 @@ class Session:
 
     @property
     def room(self) -> int:
-        """Tokens that still fit."""
+        """Number of tokens that still fit."""
         return self._backend.shape.context - self.filled
 
     def feed(self, ids: Sequence[int]) -> Integer[np.ndarray, " v"]:
-        """Codes of the logits after the last of some tokens, all of which enter the cache.
+        """Feeds tokens, all of which enter the cache, and returns the logits after the last.
 
-        All but the last go through the long signature, in chunks filled up with padding that no
-        token sees, as far as the context has room for a chunk; the rest one by one.
+        All but the last go through the long signature in chunks, as long as the context has room
+        for a chunk. A chunk that is not full is padded with tokens that no other token sees. The
+        rest is fed one by one.
+
+        Returns:
+          Codes (V,), int8 or int16.
 
         Raises:
-          UserError: no tokens, or more than there is room for; nothing has changed then.
+          UserError: no tokens, or more than there is room for; the cache is unchanged then.
         """
         check_room(len(ids), self.filled, self._backend.shape.context)
         before = np.asarray(ids[:-1], np.int32)
@@ -119,9 +132,13 @@ class Session:
         return self.step(np.asarray(ids[-1:], np.int32), 1).logits[-1]
 
     def step(self, ids: Integer[np.ndarray, " t"], count: int) -> Step:
-        """Runs the signature of so many tokens; what is new of the first `count` enters the cache.
+        """Runs one signature, and puts keys and values of the first `count` tokens in the cache.
 
-        `feed` is the front door; this is for those who look at single steps.
+        `feed` is for general use; this is for callers who look at single steps.
+
+        Args:
+          ids: one token, or as many as the long signature takes.
+          count: tokens of `ids` that are no padding.
         """
         slots = self._backend.shape.context - len(ids)
         past = [np.ascontiguousarray(x) for x in (self.k[:, :, :slots], self.v[..., :slots])]
@@ -134,7 +151,7 @@ class Session:
 
 
 def check_room(tokens: int, filled: int, context: int) -> None:
-    """Raises UserError for no tokens, or more than a context has room for after the filled ones."""
+    """Raises UserError for no tokens, or for more than fit a context after the filled slots."""
     if not 0 < tokens <= context - filled:
         raise UserError(
             f"prompt: {tokens} tokens after {filled}; expected 1 to {context - filled} more, in a"

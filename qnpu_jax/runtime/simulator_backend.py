@@ -1,4 +1,4 @@
-"""A `session.Backend` by the simulator."""
+"""Backend of a session that runs the simulator instead of a file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ ROUNDING: dict[KernelSet, ProfileName] = {
     "xnn": "litert_xnn",
     "tf": "litert_ref",
 }
-"""Rounding profile of the simulator that has the bits of a LiteRT kernel set."""
+"""Rounding profile of the simulator that gives the bits of each of LiteRT's kernel sets."""
 
 
 class SimulatedBackend:
-    """`session.Backend` by the simulator, in the bits of LiteRT's kernels.
+    """Backend of a session by the simulator, in the bits of LiteRT's kernels.
 
     Args:
       prefill, context, logits: as `cached.write_cached`.
+      kernels: kernel set whose bits the simulator gives.
+
+    Raises:
+      UserError: as `cached.write_cached`.
     """
 
     def __init__(
@@ -48,7 +52,12 @@ class SimulatedBackend:
     def tensors(
         self, ids: np.ndarray, filled: int, k: np.ndarray, v: np.ndarray, every: bool = True
     ) -> Mapping[str, np.ndarray]:
-        """Codes of every tensor of a signature by global name; without `every`, of its outputs."""
+        """Runs a signature and returns codes of its tensors by global name.
+
+        Args:
+          ids, filled, k, v: as `session.Backend.step`.
+          every: keep every tensor; otherwise logits and new keys and values only.
+        """
         program = self._programs[len(ids)]
         inputs: dict[str, Any] = dict(self._model.inputs(program.decoder, filled))
         for letter, cache in (("k", k), ("v", v)):

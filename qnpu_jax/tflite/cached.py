@@ -23,21 +23,31 @@ def write_cached(
 ) -> None:
     """Writes the signatures `prefill_<prefill>` and `decode` (one token), which share all weights.
 
-    Inputs of T tokens: `ids` (T,) int32; `positions` (T,) int32, 0 for the first token after the
-    prefix; `mask` (1, T G, S) as wide as the scores, 0 where a token may look and -127 (int8) or
-    -32512 (int16, `decoder.MASK`) elsewhere, with a row for each of the G query heads of a KV head,
-    S = prefix + context; beside 16-bit probabilities `keep`, of that shape, 32767 and 0; for every
-    layer i `kv_cache_k_<i>` (N, context - T, K) and `kv_cache_v_<i>` (N, K, context - T) int8, the
-    slots before the new tokens, those not filled yet masked. Outputs: `logits`, and the new rows
-    `kv_slice_k_<i>` (N, T, K), `kv_slice_v_<i>` (N, K, T), which the host puts in the cache.
+    Letters: T new tokens, N KV heads, G query heads of each, K head_dim, S = prefix + context.
 
-    Every signature has the same S: LiteRT's int16 SOFTMAX leaves a little to each masked key, so
-    only then chunks and single steps give the bits that one long prefill gives.
+    Inputs of a signature:
+      `ids` (T,) int32.
+      `positions` (T,) int32, 0 for the first token after the prefix.
+      `mask` (1, T G, S), codes with the bits of the scores: 0 where a token may look, elsewhere
+        -127 (int8) or -32512 (int16).
+      `keep` (1, T G, S) int16, only in models with 16-bit probabilities: 32767 where a token may
+        look, 0 elsewhere.
+      `kv_cache_k_<i>` (N, context - T, K) and `kv_cache_v_<i>` (N, K, context - T) int8, for every
+        layer i: the slots before the new tokens. The mask hides those that are not filled.
+
+    Outputs:
+      `logits`, codes (T, V) or (1, V).
+      `kv_slice_k_<i>` (N, T, K) and `kv_slice_v_<i>` (N, K, T) int8: keys and values of the new
+        tokens, which the host puts in the cache.
+
+    Every signature has the same S, because LiteRT's int16 SOFTMAX gives each masked key a little
+    probability: the sum over keys depends on their number. So chunks and single steps give the same
+    bits as one long prefill.
 
     Args:
       prefill: tokens of the long signature.
       context: positions after the prefix, the new tokens included.
-      logits: of all positions of a prefill or only of the last.
+      logits: of all positions of a prefill, or of the last only.
 
     Raises:
       UserError: more positions than the model has, or a context without room for a cache.
@@ -52,7 +62,14 @@ def build_cached(
     logits: Positions = "last",
     form: FileForm | None = None,
 ) -> ModelWriter:
-    """The model of `write_cached`, in memory; as integers, if `form` does not say otherwise."""
+    """Returns the file of `write_cached`, not yet written.
+
+    Args:
+      form: how the file holds the model; None takes `Integers`.
+
+    Raises:
+      UserError: as `write_cached`.
+    """
     form = Integers(model) if form is None else form
     writer = ModelWriter()
     for key, tokens in ((f"prefill_{prefill}", prefill), ("decode", 1)):
@@ -69,8 +86,14 @@ def add_cached(
     whole: Decoder,
     emitter: type[Emitter] = Emitter,
 ) -> None:
-    """One signature of `write_cached`; `whole` takes all positions at once, for its RoPE tables.
-    An `emitter` of its own spells ops its own way."""
+    """Adds one signature of `write_cached` to a subgraph.
+
+    Args:
+      key: name of the signature.
+      dec: graphs of the signature (`cached_decoder`).
+      whole: decoder of all positions at once, whose RoPE tables the signature reads.
+      emitter: class that adds the ops of a graph.
+    """
     ids, positions = (
         subgraph.add_tensor(name, (dec.tokens,), "int32") for name in ("ids", "positions")
     )
@@ -101,7 +124,7 @@ def add_cached(
 def cached_decoder(
     model: IntegerModel, tokens: int, context: int, logits: Positions = "last"
 ) -> Decoder:
-    """The graphs of a signature of `write_cached`: as many cache slots as the new tokens leave.
+    """Returns the graphs of a signature of `write_cached`, with context - tokens cache slots.
 
     Raises:
       UserError: as `write_cached`.
@@ -117,8 +140,15 @@ def cached_decoder(
 def at_positions(
     form: FileForm, subgraph: SubgraphWriter, dec: Decoder, whole: Decoder, positions: int
 ) -> dict[str, int]:
-    """What all layers share but the mask: RoPE rows of `positions` (T,), from the tables of
-    `whole`, which takes all positions at once."""
+    """Adds what all layers share beside the mask: the RoPE rows of some positions, and eps.
+
+    Args:
+      whole: decoder of all positions at once, whose RoPE tables the rows are gathered from.
+      positions: tensor of the positions (T,) int32.
+
+    Returns:
+      Tensors by local name: `norm.eps`, `rope.cos`, `rope.sin`.
+    """
     common, every = (Emitter(form, subgraph, d.layer, 0) for d in (dec, whole))
     tables = form.inputs(whole)
     shared = {"norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps")}

@@ -1,7 +1,7 @@
-"""An `IntegerModel` written as a .tflite: every op of the graphs spelled as a LiteRT operator,
-layers unrolled.
+"""Graphs of a decoder added to a subgraph of a .tflite, layers unrolled.
 
-Tensors keep their names (`layers.3.attn.q`), scales and zero points exactly as frozen.
+Each op of a graph becomes a LiteRT operator. Tensors get their global names (`layers.3.attn.q`) and
+keep scales and zero points to the bit.
 """
 
 from __future__ import annotations
@@ -59,14 +59,21 @@ class Emitter:
         self.form, self.subgraph, self.graph, self.layer = form, subgraph, graph, layer
 
     def emit(self, env: Mapping[str, int]) -> dict[str, int]:
-        """Tensor indices by local name; `env` holds those of the inputs."""
+        """Adds the constants and ops of the graph.
+
+        Args:
+          env: tensor indices of the graph's inputs, by local name.
+
+        Returns:
+          Tensor indices of everything, by local name.
+        """
         env = dict(env)
         for name, contents in self.form.constants(self.graph, self.layer).items():
             env[name] = self.tensor(name, contents)
         return self.run(self.form.parts(self.graph), env)
 
     def run(self, parts: Iterable[Node | Composite], env: Mapping[str, int]) -> dict[str, int]:
-        """Adds ops; `env` with what they make."""
+        """Adds ops and returns `env` with the tensors that they make."""
         env = dict(env)
         for part in parts:
             if isinstance(part, Composite):
@@ -78,7 +85,11 @@ class Emitter:
         return env
 
     def wrap(self, part: Composite, env: Mapping[str, int]) -> int:
-        """Adds a composite and, as a subgraph, its nodes; the tensor that it makes."""
+        """Adds a composite, and its nodes as a subgraph of their own.
+
+        Returns:
+          The tensor that the composite makes.
+        """
         label = self.global_name(part.output)
         inner = Emitter(self.form, self.subgraph.sibling(label), self.graph, self.layer)
         known = {name: inner.tensor(name) for name in part.inputs}
@@ -98,7 +109,7 @@ class Emitter:
         return output
 
     def add(self, node: Node, env: Mapping[str, int]) -> int:
-        """Adds an op; the tensor that it makes."""
+        """Adds an op and returns the tensor that it makes."""
         output = self.tensor(node.output)
         if (block := self.block(node)) > 1:
             type_x, type_y = (self.type_of(n) for n in (node.inputs[0], node.output))
@@ -108,10 +119,10 @@ class Emitter:
         return output
 
     def block(self, node: Node) -> int:
-        """Rows per block of sums of squares (`squares`), 1 for other ops.
+        """Returns how many rows a sum of squares multiplies at a time (`square_sums`).
 
-        Also 1 in 16 bits: LiteRT's kernel for them packs nothing, and would compute all products of
-        a block.
+        1 for other ops, and for int16 rows: LiteRT's int16 kernel does not pack its operands, so a
+        block would only cost more products.
         """
         if not are_squares(self.graph, node):
             return 1
@@ -120,7 +131,13 @@ class Emitter:
         return block_size(self.graph[node.output].shape[0])
 
     def tensor(self, name: str, data: np.ndarray | None = None, label: str | None = None) -> int:
-        """Adds a tensor of the graph, by its global name or a label of its own."""
+        """Adds a tensor of the graph and returns its index.
+
+        Args:
+          name: local name, which decides shape and type.
+          data: constant contents; None for an activation.
+          label: name in the file; None takes the global name.
+        """
         shape = self.graph[name].shape
         return self.subgraph.add_tensor(
             label or self.global_name(name), shape, self.type_of(name), data

@@ -1,8 +1,8 @@
 """The .tflite container: tensors, buffers, operators and signatures, bit for bit as given.
 
-Scales and zero points are learned here, so they must land in the file unchanged; no converter does
-that. This module writes the flatbuffer directly through the schema's object API and knows nothing
-of our graphs: `qnpu_jax.tflite.emitter` spells them in its terms.
+Scales and zero points may be learned, so the file must hold exactly these, which no converter does.
+This module writes the flatbuffer through the object API of its schema. It knows nothing of graphs:
+`qnpu_jax.tflite.emitter` translates them.
 
 Reference: google-ai-edge/LiteRT, tflite/converter/schema/schema.fbs.
 """
@@ -27,19 +27,20 @@ _ALIGNMENT = 16
 """Every buffer starts at a multiple of this (schema.fbs: `data:[ubyte] (force_align: 16)`)."""
 
 DEFAULT_EMBED_LIMIT = 2**31 - 2**20
-"""Total bytes of buffers that still go inside the flatbuffer, whose 32-bit offsets end at 2 GiB."""
+"""Largest total of buffer bytes that goes inside the flatbuffer, whose 32-bit offsets end at
+2 GiB."""
 
 
 @runtime_checkable
 class ByteSink(Protocol):
-    """A binary file, or whatever else takes bytes in order."""
+    """Binary file, or anything else that takes bytes in order."""
 
     def write(self, data: Any, /) -> Any:
         """Appends bytes (any object with the buffer protocol)."""
 
 
 class SubgraphWriter:
-    """One subgraph: tensors and operators are numbered in the order in which they are added."""
+    """Subgraph under construction: tensors and operators, numbered in the order of their adding."""
 
     def __init__(self, model: ModelWriter, name: str) -> None:
         self.name = name
@@ -59,7 +60,7 @@ class SubgraphWriter:
         """Adds a tensor and returns its index in this subgraph.
 
         Args:
-          name: unique by custom, not checked.
+          name: should be unique in the subgraph, which is not checked.
           shape: static dimensions.
           kind: type and quantization; a bare dtype for a tensor without quantization.
           data: constant contents in C order; None for an activation.
@@ -90,7 +91,7 @@ class SubgraphWriter:
           code: a member of `schema.BuiltinOperator`.
           options: its options object (`schema.AddOptionsT()`...), or None.
           inputs, outputs: tensor indices; -1 stands for an optional input that is absent.
-          version: of the operator code; None takes what the converter would (`op_version`).
+          version: of the operator; None takes the lowest that will do (`op_version`).
         """
         if version is None:
             version = op_version(
@@ -112,16 +113,16 @@ class SubgraphWriter:
         self._model.add_signature(self, key, inputs, outputs)
 
     def finish(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
-        """Says what the subgraph takes and gives: tensor indices."""
+        """Sets the subgraph's inputs and outputs, as tensor indices."""
         self._inputs, self._outputs = list(inputs), list(outputs)
 
     @property
     def index(self) -> int:
-        """Of the subgraph in its model."""
+        """Number of the subgraph in its model."""
         return self._model.index(self)
 
     def sibling(self, name: str) -> SubgraphWriter:
-        """Another, empty subgraph of the same model."""
+        """Adds another, empty subgraph to the same model."""
         return self._model.add_subgraph(name)
 
     def _type(self, index: int) -> TensorInfo | None:
@@ -139,7 +140,8 @@ class SubgraphWriter:
 
 @dataclass
 class _Constants:
-    """Contents of the buffers, each kept once. Buffer 0 is empty and stands for no contents."""
+    """Contents of the buffers, equal ones kept once. Buffer 0 is empty: a tensor without
+    contents."""
 
     contents: list[memoryview] = field(default_factory=lambda: [memoryview(b"")])
     index: dict[bytes, int] = field(default_factory=dict)
@@ -178,11 +180,11 @@ class ModelWriter:
         return self._subgraphs[-1]
 
     def index(self, subgraph: SubgraphWriter) -> int:
-        """A subgraph's number."""
+        """Returns the number of a subgraph."""
         return self._subgraphs.index(subgraph)
 
     def add_buffer(self, content: np.ndarray | bytes) -> int:
-        """Index of the buffer with these bytes, which is shared by all tensors of equal contents.
+        """Returns the index of the buffer with these bytes, and adds it where there is none.
 
         The array is not copied: it must not change before the model is written.
         """
@@ -194,7 +196,7 @@ class ModelWriter:
         return self._constants.add(array.reshape(-1).view(np.uint8).data)
 
     def add_operator_code(self, code: int, version: int) -> int:
-        """Index of the operator code."""
+        """Returns the index of an operator code of this version, and adds it if there is none."""
         return self._codes.setdefault((code, version), len(self._codes))
 
     def add_signature(
@@ -204,7 +206,10 @@ class ModelWriter:
         inputs: Mapping[str, int],
         outputs: Mapping[str, int],
     ) -> None:
-        """Names a subgraph's inputs and outputs; `SubgraphWriter.add_signature` calls it."""
+        """Adds a signature of a subgraph: names of its inputs and outputs, with tensor indices.
+
+        Call `SubgraphWriter.add_signature`, which also sets the subgraph's inputs and outputs.
+        """
         signature = schema.SignatureDefT()
         signature.signatureKey = key
         signature.subgraphIndex = self.index(subgraph)
@@ -213,7 +218,7 @@ class ModelWriter:
         self._signatures.append(signature)
 
     def to_bytes(self, embed_limit: int = DEFAULT_EMBED_LIMIT) -> bytes:
-        """The file's contents; see `write`."""
+        """Returns the bytes that `write` writes."""
         file = io.BytesIO()
         self._write(file, embed_limit)
         return file.getvalue()
@@ -223,9 +228,13 @@ class ModelWriter:
     ) -> None:
         """Writes the model to a path or to an empty binary file.
 
-        Buffers live inside the flatbuffer while their bytes total at most `embed_limit`. Above,
-        they follow it, each at a multiple of 16, and `Buffer.offset`/`size` point at them: files
-        over 2 GB work, and the contents go to disk one by one without a second copy in memory.
+        Buffers whose bytes total at most `embed_limit` lie inside the flatbuffer. Larger ones
+        follow it, each at a multiple of 16 bytes, and `Buffer.offset` and `size` point at them. So
+        files over 2 GB work, and contents go to disk one by one, without a second copy in memory.
+
+        Args:
+          path: file to write or replace, or an open binary file at its start.
+          embed_limit: bytes.
         """
         if isinstance(path, (str, PathLike)):
             with open(path, "wb") as file:
@@ -236,10 +245,10 @@ class ModelWriter:
     def _write(self, file: ByteSink, embed_limit: int) -> None:
         contents = self._constants.contents
         total = sum(len(c) for c in contents)
-        # Offsets are stored at full width whatever their value: a first pass has the final length.
+        # Offsets have full width whatever their value, so a first pass gives the final length.
         length = len(self._flatbuffer([_external_buffer(c, 1) for c in contents], 2**16))
         if total <= embed_limit:
-            # Room for all of it at once: a builder that has to grow copies everything it holds.
+            # Room for everything at once, because a builder copies all it holds when it grows.
             capacity = length + total + 2 * _ALIGNMENT * len(contents)
             file.write(self._flatbuffer([_EmbeddedBuffer(c) for c in contents], capacity))
             return
@@ -269,7 +278,7 @@ class ModelWriter:
 
 
 class _EmbeddedBuffer(schema.BufferT):
-    """A buffer inside the flatbuffer, aligned to 16, which the generated `Pack` does not do."""
+    """Buffer inside the flatbuffer, aligned to 16 bytes, which the generated `Pack` does not do."""
 
     def __init__(self, content: memoryview) -> None:
         super().__init__()
@@ -289,7 +298,7 @@ class _EmbeddedBuffer(schema.BufferT):
 
 
 def _set_options(op: schema.OperatorT, options: Any) -> None:
-    """Puts an options object in the union that has its type: newer ones are in the second."""
+    """Puts an options object in the union that has its type: newer operators' are in the second."""
     name = type(options).__name__.removesuffix("T")
     if hasattr(schema.BuiltinOptions, name):
         op.builtinOptionsType = getattr(schema.BuiltinOptions, name)
@@ -307,7 +316,8 @@ def _external_buffer(content: memoryview, offset: int) -> schema.BufferT:
 
 
 def _offsets(sizes: Sequence[int], start: int) -> list[int]:
-    """File offsets of contents of these sizes, each at the next multiple of the alignment."""
+    """Returns file offsets of contents of these sizes, each at the next multiple of the
+    alignment."""
     offsets = []
     for size in sizes:
         start = -(-start // _ALIGNMENT) * _ALIGNMENT
@@ -324,7 +334,7 @@ def _tensor(info: TensorInfo) -> schema.TensorT:
     tensor.buffer = info.buffer
     tensor.hasRank = True
     if info.quantization is not None:
-        # `Pack` takes arrays as well as the lists of its annotations, and copies their bytes.
+        # `Pack` also takes arrays, beside the lists that its annotations name, and copies them.
         parameters: Any = schema.QuantizationParametersT()
         parameters.scale = info.quantization.scale
         parameters.zeroPoint = info.quantization.zero_point

@@ -24,14 +24,14 @@ DTYPES: dict[int, Literal["int4", "int8", "int16", "int32", "int64"]] = {
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A constant that an op of a file has beside the tensors of the graph: codes and one scale."""
+    """Constant of a composite op that no tensor of the graph stands for: codes, and one scale."""
 
     name: str
     codes: np.ndarray
     scale: np.float32
 
     def add_to(self, subgraph: SubgraphWriter, label: str, *, filled: bool = False) -> int:
-        """The tensor `<label>/<name>` in a subgraph, with its contents or as a place for them."""
+        """Adds the tensor `<label>/<name>`, with contents if `filled`, and returns its index."""
         data = self.codes if filled else None
         kind = TensorType(DTYPES[8 * self.codes.itemsize], self.scale)
         return subgraph.add_tensor(f"{label}/{self.name}", self.codes.shape, kind, data)
@@ -41,15 +41,16 @@ class Operand:
 class Composite:
     """Nodes of a graph that a file holds as one op, STABLEHLO_COMPOSITE.
 
-    A compiler that knows its name takes an op of its own; all else, LiteRT's CPU kernels among it,
-    runs the nodes, which are a subgraph of the file.
+    A compiler that knows the name puts an op of its own in its place. Everything else, such as
+    LiteRT's CPU kernels, runs the nodes, which the file holds as a subgraph.
 
     Attributes:
+      name: that compilers know, such as `odml.rms_norm`.
       nodes: in execution order. Only the last one's output is read elsewhere.
-      inputs: what the op reads of the graph, by local name.
-      constants: what the nodes read of it beside that, contents by local name.
-      operands: of the op alone, after its inputs.
-      attributes: what the compiler needs to know.
+      inputs: local names of the tensors that the op reads.
+      constants: contents of the graph's constants that the nodes read, by local name.
+      operands: further inputs of the op, which the nodes do not read.
+      attributes: settings of the compiler's op, such as `epsilon`.
     """
 
     name: str
@@ -66,32 +67,32 @@ class Composite:
 
 @runtime_checkable
 class FileForm(Protocol):
-    """How a file holds tensors and ops."""
+    """Form of a file: what it holds for each tensor and op of a graph."""
 
     def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
-        """Contents of the parameters of a graph in one layer, by local name."""
+        """Returns contents of a graph's parameters in one layer, by local name."""
         ...
 
     def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
-        """Contents of what all layers share, by local name."""
+        """Returns contents of what all layers share (RoPE tables, mask, eps), by local name."""
         ...
 
     def tensor_type(self, graph: Graph, layer: int, name: str) -> TensorType:
-        """Type and quantization of a tensor."""
+        """Returns type and quantization of a tensor, which has a local name."""
         ...
 
     def drops(self, graph: Graph, node: Node, layer: int) -> bool:
-        """Whether the op changes nothing and is left out."""
+        """Whether an op changes no value, so that the file leaves it out."""
         ...
 
     def parts(self, graph: Graph) -> Sequence[Node | Composite]:
-        """The ops of a graph, in execution order."""
+        """Returns the ops of a graph, in execution order."""
         ...
 
 
 @dataclass(frozen=True)
 class Integers:
-    """Codes, scales and zero points as frozen."""
+    """Form that holds codes, scales and zero points exactly as in the integer model."""
 
     model: IntegerModel
 
@@ -120,11 +121,12 @@ class Integers:
 
 @dataclass(frozen=True)
 class Unpacked(Integers):
-    """As `Integers`, with 4-bit codes in INT8 tensors: the same codes, twice the size."""
+    """Form like `Integers`, with 4-bit codes in INT8 tensors: the same codes, twice the bytes."""
 
     @staticmethod
     def differs(model: IntegerModel) -> bool:
-        """Whether any weight has 4 bits, so that this is not just as `Integers`."""
+        """Whether any tensor of the model has 4 bits: only then the file is not that of
+        `Integers`."""
         graphs = model.decoder(1).graphs
         return any(4 in t.quant.bits for g in graphs for t in g.tensors)
 
@@ -135,9 +137,11 @@ class Unpacked(Integers):
 
 @dataclass(frozen=True)
 class UnpackedPrefill(Unpacked):
-    """As `Unpacked` where several tokens come at once: products of matrices, which kernels for 8
-    bits may compute faster. A single token waits for memory, so its weights stay packed; a file of
-    both signatures holds 4-bit weights twice."""
+    """Form like `Unpacked` in prefills, like `Integers` in single steps.
+
+    A prefill multiplies matrices, which int8 kernels may do faster. A single step waits for memory,
+    so its weights stay packed. A file with both signatures holds 4-bit weights twice.
+    """
 
     def tensor_type(self, graph: Graph, layer: int, name: str) -> TensorType:
         first = graph.ids or graph[graph.nodes[0].inputs[0]]
@@ -147,13 +151,19 @@ class UnpackedPrefill(Unpacked):
 
 @dataclass(frozen=True)
 class Reals:
-    """Float32: the frozen weights times their scales, and activations that nothing rounds. What a
-    benchmark holds the integers against."""
+    """Float32 form: the dequantized weights, and activations that nothing rounds.
+
+    Benchmarks measure integers against it.
+
+    Attributes:
+      params: real values of the parameters, by global name, stacked over layers.
+    """
 
     params: Mapping[str, np.ndarray]
 
     @staticmethod
     def of(model: IntegerModel) -> Reals:
+        """Returns the float32 form of an integer model."""
         return Reals(dequantize(model))
 
     def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:

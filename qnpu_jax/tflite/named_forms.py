@@ -1,8 +1,10 @@
-"""Export profiles: which ops of an NPU's own a file asks for, and how it stores weights. Codes and
-scales stay the same, and the file runs on LiteRT's CPU kernels to the same bits.
+"""The forms of a file that a user chooses from, by the names of the option `--profile`.
 
-No profile has linears of 8-bit inputs with 16-bit outputs: Qualcomm's compiler has no such
-FULLY_CONNECTED, CONV_2D or BATCH_MATMUL (benchmarks/README.md, Deployment).
+A form decides how weights lie in the file and which of an NPU's own ops it asks for. Codes and
+scales are the same in all forms, and on LiteRT's CPU kernels all give the same bits.
+
+No form has linears of 8-bit inputs with 16-bit outputs: Qualcomm's compiler has no such
+FULLY_CONNECTED, CONV_2D or BATCH_MATMUL (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ from qnpu_jax.tflite.forms import Composite, Integers, Operand, UnpackedPrefill
 
 RMS_NORM = "odml.rms_norm"
 GAMMA_CODE = 2**14
-"""A power of two, so that gamma is as exact as its float32 scale; Hexagon wants 16 bits of it."""
+"""Code of gamma, int16 because Hexagon's op takes no narrower one. A power of two, so that the code
+times its float32 scale has no rounding beyond that of the scale."""
 
 
 @dataclass(frozen=True)
 class NormsTogether(Integers):
-    """Codes, scales and zero points as frozen; each norm is a composite.
+    """Form in which each norm is one composite op, `odml.rms_norm`.
 
-    odml.rms_norm(x, gamma) = gamma x / sqrt(mean(x^2) + epsilon). `decoder.rms_norm` is the one
-    with gamma = 1 / sqrt(D) for all channels.
+        rms_norm(x, gamma) = gamma x / sqrt(mean(x^2) + epsilon)
+
+    Folding has moved the learned gains into the weights: gamma = 1 / sqrt(D) for all D channels.
 
     Reference: google-ai-edge/LiteRT, litert/vendors/qualcomm/core/builders/rms_norm_op_builder.cc.
     """
@@ -61,7 +65,8 @@ class NormsTogether(Integers):
 
 
 def _scope(name: str) -> str | None:
-    """The norm that a tensor belongs to: what stands before the tensor's own name."""
+    """Returns the norm that a tensor belongs to, the part of its name up to `norm.`; None without
+    one."""
     found = re.match(r"(?:.*\.)?norm\.", name)
     return found and found[0]
 
@@ -71,8 +76,8 @@ FORMS: dict[FormName, type[Integers]] = {
     "unpacked": UnpackedPrefill,
     "hexagon": NormsTogether,
 }
-"""How a file of a profile holds a model. `unpacked` is for CPUs whose int8 kernels prefill faster
-than their int4 ones: with static activations, XNNPACK has AMX kernels for int8 weights alone. In
-`hexagon` norms of 16 bits are the NPU's own op."""
+"""Form of each name. `plain` packs 4-bit weights two to a byte. `unpacked` gives each a byte in
+prefills, which is faster on CPUs with AMX: for static activations, XNNPACK has AMX kernels for int8
+weights only. In `hexagon` 16-bit norms are the NPU's own op."""
 HEXAGON_FORM: FormName = "hexagon"
-"""Of what is compiled for Hexagon."""
+"""Form that is compiled for Hexagon by default."""

@@ -1,7 +1,8 @@
 """Versions of operator codes, as the converter writes them.
 
-A kernel set registers a range of versions per operator and refuses a file outside it; the reference
-set takes only low ones. So each operator gets the lowest version that covers its types, no more.
+A kernel set registers a range of versions for each operator and refuses files outside it. The
+reference set takes only low versions. So each operator gets the lowest version that covers its
+types.
 
 Reference: google-ai-edge/LiteRT, tflite/tools/versioning/op_version.cc,
   `GetBuiltinOperatorVersion`.
@@ -36,7 +37,12 @@ class Quantization:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the writer remembers of a tensor: enough to choose operator versions."""
+    """Tensor of a subgraph under construction.
+
+    Attributes:
+      buffer: index of the buffer with its contents; 0 for an activation.
+      quantization: None for a tensor without.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -61,8 +67,8 @@ _BY_INPUT_TYPE: dict[int, dict[str, int]] = {
     Code.PAD: {"int8": 2, "int16": 3, "bool": 5},
     Code.DEQUANTIZE: {"int8": 2, "int16": 3},
 }
-"""Version by the type of the first input; other types have version 1, as have operators that are
-not listed."""
+"""Version by the type of the first input. Other types, and operators that are not listed, have
+version 1."""
 
 _BY_RANK: dict[int, tuple[tuple[int, int], ...]] = {
     Code.SLICE: ((4, 5),),
@@ -75,9 +81,12 @@ _BY_RANK: dict[int, tuple[tuple[int, int], ...]] = {
 def op_version(
     code: int, inputs: Sequence[TensorInfo | None], output: TensorInfo, options: Any
 ) -> int:
-    """Version of the operator code for these tensors (None: an optional input that is absent).
+    """Returns the lowest version of an operator that covers its tensors.
 
-    `options` is the operator's options object: FULLY_CONNECTED depends on it.
+    Args:
+      code: a member of `schema.BuiltinOperator`.
+      inputs: None stands for an optional input that is absent.
+      options: options object of the operator, which FULLY_CONNECTED's version depends on.
     """
     first = inputs[0]
     assert first is not None, "the first input of an operator is never optional"

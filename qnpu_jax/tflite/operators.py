@@ -1,6 +1,6 @@
-"""Every op of our graphs as an operator of LiteRT.
+"""Operators of LiteRT, one for each op of a graph.
 
-Reference: google-ai-edge/LiteRT, tflite/converter/schema/schema.fbs; litert.md, section 1.
+Reference: google-ai-edge/LiteRT, tflite/converter/schema/schema.fbs.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ Code = schema.BuiltinOperator
 
 
 def add_op(subgraph: SubgraphWriter, op: Op, inputs: Sequence[int], output: int) -> None:
-    """Adds an op that makes a tensor.
+    """Adds the operator of an op to a subgraph.
 
     Args:
       inputs: tensor indices, in the order of `graph.Node.inputs`.
-      output: its index; the op's constant operands are named after it.
+      output: index of the tensor that the op makes. Constant operands of the operator (a shape, a
+        permutation) are named after it.
     """
     bias = subgraph.tensors[inputs[2]].dtype if isinstance(op, FullyConnected) else None
     name = subgraph.tensors[output].name

@@ -1,4 +1,4 @@
-"""What a tensor of a .tflite holds: contents and quantization, checked and packed."""
+"""Type, quantization and contents of a tensor of a .tflite, checked and packed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,11 @@ def checked_quantization(
 
 
 def packed(name: str, shape: tuple[int, ...], dtype: DType, data: np.ndarray) -> np.ndarray:
-    """Contents as the file has them; arguments and errors of `SubgraphWriter.add_tensor`."""
+    """Returns contents as the file has them: checked, and int4 codes two to a byte.
+
+    Raises:
+      UserError: as `SubgraphWriter.add_tensor`.
+    """
     if data.shape != shape or data.dtype != _NUMPY[dtype]:
         raise UserError(
             f"{name}: a {dtype} tensor expects data of shape {shape} and dtype {_NUMPY[dtype]};"
@@ -74,7 +78,7 @@ def packed(name: str, shape: tuple[int, ...], dtype: DType, data: np.ndarray) ->
 
 
 def pack_int4(codes: np.ndarray, name: str = "codes") -> np.ndarray:
-    """Two codes to a byte: element 2i in the low nibble of byte i, element 2i + 1 in the high one.
+    """Packs int4 codes: element 2i in the low nibble of byte i, element 2i + 1 in the high one.
 
     Args:
       codes: int8 array of any shape, read in C order, in [-8, 7].
@@ -85,6 +89,10 @@ def pack_int4(codes: np.ndarray, name: str = "codes") -> np.ndarray:
 
     Raises:
       UserError: a code lies outside [-8, 7].
+
+    Example:
+      >>> pack_int4(np.array([1, 2, -1], np.int8)).tolist()  # 0x21, 0x0f
+      [33, 15]
 
     Reference: LiteRT tflite/kernels/internal/portable_tensor_utils.cc, `UnpackDenseInt4IntoInt8`.
     """

@@ -1,10 +1,12 @@
-"""Sums of squares, the first step of a norm, spelled for GEMM kernels.
+"""Sums of squares, the first step of a norm, as products that GEMM kernels are good at.
 
-In the graph they are a product of each row with itself. A kernel packs the second operand of every
-product anew, and in tiles: of 64 columns in XNNPACK's int8 kernels for AMX, of which a single row
-fills one. On such a CPU that took longer than all linears of an int8 prefill (benchmarks/README.md,
-Latency). So rows are multiplied block by block, and the squares are the diagonals of the blocks:
-the same sums, rounded the same.
+In the graph each row x (1, D) is multiplied with itself: x x^T. A GEMM kernel packs the second
+operand of every product in tiles, and one row fills one column of a tile: of 64 in XNNPACK's int8
+kernels for AMX. On such a CPU this took longer than all linears of an int8 prefill
+(benchmarks/README.md).
+
+So a block X (block, D) of rows is multiplied at once, and the sums are the diagonal of X X^T. Each
+is the same sum, rounded the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from qnpu_jax.tflite.operators import add_op
 from qnpu_jax.tflite.packing import TensorType
 
 BLOCK = 64
-"""Rows of a block, at most: the columns of the widest tile."""
+"""Largest number of rows in a block: the columns of the widest tile."""
 
 
 def are_squares(graph: Graph, node: Node) -> bool:
@@ -28,13 +30,27 @@ def are_squares(graph: Graph, node: Node) -> bool:
 
 
 def block_size(rows: int) -> int:
-    """The largest divisor of the number of rows that is at most BLOCK: what divides badly (a prime)
-    is spelled row by row, and as slow."""
+    """Returns the largest divisor of the number of rows that is at most BLOCK.
+
+    A prime number of rows above BLOCK gives 1: row by row, as slow as without blocks.
+
+    Example:
+      >>> block_size(128), block_size(70), block_size(67)
+      (64, 35, 1)
+    """
     return max(n for n in range(1, min(rows, BLOCK) + 1) if rows % n == 0)
 
 
 def places(rows: int, block: int) -> np.ndarray:
-    """Where the diagonals lie in the flat products (rows / block, block, block), (rows,) int32."""
+    """Returns where the diagonals lie in the flattened products (rows / block, block, block).
+
+    Returns:
+      (rows,) int32.
+
+    Example:
+      >>> places(4, 2).tolist()
+      [0, 3, 4, 7]
+    """
     row = np.arange(rows, dtype=np.int32)
     return row * block + row % block
 
@@ -47,9 +63,10 @@ def add_diagonals(
     type_x: TensorType,
     type_y: TensorType,
 ) -> None:
-    """Adds ops that make `y` (T, 1, 1), the squares of the rows `x` (T, 1, D).
+    """Adds ops that make `y` (T, 1, 1), the sums of squares of the rows `x` (T, 1, D).
 
     Args:
+      x, y: tensor indices.
       block: rows of a product, a divisor of T.
       type_x, type_y: types and quantizations of `x` and `y`.
     """

@@ -19,11 +19,14 @@ def write_prefill(
     tokens: int,
     logits: Positions = "all",
 ) -> None:
-    """Writes the signature `prefill_<tokens>`: ids int32 (tokens,) to logits (tokens or 1, V).
+    """Writes a model as a .tflite with the signature `prefill_<tokens>`.
+
+    Input: `ids`, int32 (tokens,), without the prefix. Output: `logits`, int8 or int16 codes
+    (tokens, V), or (1, V) with `logits="last"`.
 
     Args:
       tokens: static length of the prefill.
-      logits: of every position, or only the last.
+      logits: of every position, or of the last only.
 
     Raises:
       UserError: more positions than the model has.
@@ -34,7 +37,11 @@ def write_prefill(
 def build_prefill(
     model: IntegerModel, tokens: int, logits: Positions = "all", form: FileForm | None = None
 ) -> ModelWriter:
-    """The model of `write_prefill`, in memory; as integers, if `form` does not say otherwise."""
+    """Returns the file of `write_prefill`, not yet written.
+
+    Args:
+      form: how the file holds the model; None takes `Integers`.
+    """
     form = Integers(model) if form is None else form
     dec = model.decoder(tokens, logits=logits)
     writer = ModelWriter()
