@@ -101,7 +101,7 @@ def export(
       prefill: tokens of the prefill.
       logits: positions that the prefill gives logits of.
       context: positions of a KV cache, for a file with `prefill_<N>` and `decode`
-        (`cached.write_cached`); None writes one prefill without a cache.
+        (`cached.build_cached`); None writes one prefill without a cache.
       form: how the file holds the model.
 
     Raises:

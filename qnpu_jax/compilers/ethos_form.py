@@ -100,7 +100,7 @@ class ArmEmitter(Emitter):
 def build_signature(
     model: IntegerModel, form: ArmForm, tokens: int, context: int, key: str
 ) -> ModelWriter:
-    """Returns a file with one signature of `cached.write_cached`.
+    """Returns a file with one signature of `cached.build_cached`.
 
     Args:
       tokens: tokens of the signature.
@@ -108,7 +108,7 @@ def build_signature(
       key: name of the signature.
 
     Raises:
-      UserError: as `cached.write_cached`.
+      UserError: as `cached.build_cached`.
     """
     dec, writer = cached_decoder(model, tokens, context), ModelWriter()
     whole = model.decoder(context)

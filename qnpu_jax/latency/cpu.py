@@ -76,7 +76,7 @@ def calls(path: Path, threads: int) -> dict[str, tuple[int, Callable[[], Any]]]:
     that hides nothing. Values do not change the time, but ids must be rows of every table.
 
     Args:
-      path: a .tflite of `cached.write_cached`, or with the same signatures.
+      path: a .tflite of `cached.build_cached`, or with the same signatures.
       threads: threads of the interpreter.
 
     Raises:
@@ -162,7 +162,7 @@ def time_against_float(
 
     Args:
       integers: the model, and how its file holds it.
-      prefill, context: as `cached.write_cached`.
+      prefill, context: as `cached.build_cached`.
       threads: threads of LiteRT.
       rounds: timed rounds, whose median is the number to report.
       track: as `time_calls`.
@@ -171,7 +171,7 @@ def time_against_float(
       Four timings: integers, then float32, each with the prefill first.
 
     Raises:
-      UserError: as `cached.write_cached`; fewer than one thread or round.
+      UserError: as `cached.build_cached`; fewer than one thread or round.
     """
     check_count("threads", threads)
     check_count("rounds", rounds)

@@ -21,7 +21,7 @@ from qnpu_jax.tflite import cached_decoder
 
 @runtime_checkable
 class CachedSimulator(Protocol):
-    """Simulator of the signatures of `cached.write_cached`.
+    """Simulator of the signatures of `cached.build_cached`.
 
     Attributes:
       shape: sizes of the model.
@@ -82,7 +82,7 @@ def prove_cached(
     """Feeds text to a file and to the simulator, and compares every tensor of every step.
 
     Args:
-      path: file that `cached.write_cached` wrote of the model.
+      path: file that `cached.build_cached` wrote of the model.
       simulator: of the same lengths, kernels and logits as the file.
       ids: token ids of the text, no more than the context has positions.
       kernels: kernels of LiteRT.

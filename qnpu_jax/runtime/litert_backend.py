@@ -19,7 +19,7 @@ PREFILL = "prefill_"
 
 
 class LiteRTBackend:
-    """Backend of a session that runs a file of `cached.write_cached`.
+    """Backend of a session that runs a file of `cached.build_cached`.
 
     Attributes:
       shape: sizes of the model.
@@ -102,7 +102,7 @@ class LiteRTBackend:
         Args:
           tokens: of the step: 1, or those of the prefill.
         """
-        graph = int(tokens == 1)  # `write_cached` writes decode second
+        graph = int(tokens == 1)  # `build_cached` writes decode second
         for detail in self._interpreter.get_tensor_details(graph):
             if detail["name"]:
                 yield detail["name"], self._interpreter.get_tensor(detail["index"], graph)

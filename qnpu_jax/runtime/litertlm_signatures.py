@@ -1,6 +1,6 @@
 """A .tflite with the signatures that LiteRT-LM's executor for CPUs drives.
 
-Decoder and codes are those of `cached.write_cached`, op for op. Inputs and outputs differ, because
+Decoder and codes are those of `cached.build_cached`, op for op. Inputs and outputs differ, because
 LiteRT-LM keeps a cache in one buffer that is both input and output, knows masks only as floats or
 booleans, and samples from floats:
 
@@ -166,7 +166,7 @@ class _Signature:
         """Slices the first C - T slots from a cache (1, N, C, K) or (1, N, K, C), and drops the
         first axis.
 
-        So every signature has the same number of keys S (see `cached.write_cached`).
+        So every signature has the same number of keys S (see `cached.build_cached`).
         """
         shape = self._cache_shape(letter, self.dec.cache)
         past = self._slice(f"{name}.past", cache, shape, kind)

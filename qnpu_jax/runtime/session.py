@@ -1,5 +1,5 @@
 """Conversation with an exported model. The host keeps the KV cache and feeds the signatures
-`prefill_<N>` and `decode` of `cached.write_cached`.
+`prefill_<N>` and `decode` of `cached.build_cached`.
 
 Letters: T new tokens, L layers, N KV heads, C context, K head_dim, V vocabulary.
 """

@@ -26,11 +26,11 @@ class SimulatedBackend:
     """Backend of a session by the simulator, in the bits of LiteRT's kernels.
 
     Args:
-      prefill, context, logits: as `cached.write_cached`.
+      prefill, context, logits: as `cached.build_cached`.
       kernels: kernel set whose bits the simulator gives.
 
     Raises:
-      UserError: as `cached.write_cached`.
+      UserError: as `cached.build_cached`.
     """
 
     def __init__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Decoder, Embedding, Positions
@@ -14,14 +13,16 @@ from qnpu_jax.tflite.forms import FileForm, Integers
 from qnpu_jax.tflite.operators import add_op
 
 
-def write_cached(
+def build_cached(
     model: IntegerModel,
-    path: Path,
     prefill: int,
     context: int,
     logits: Positions = "last",
-) -> None:
-    """Writes the signatures `prefill_<prefill>` and `decode` (one token), which share all weights.
+    form: FileForm | None = None,
+) -> ModelWriter:
+    """Builds a file with the signatures `prefill_<prefill>` and `decode` (one token).
+
+    They share all weights that they hold in the same way.
 
     Letters: T new tokens, N KV heads, G query heads of each, K head_dim, S = prefix + context.
 
@@ -48,27 +49,13 @@ def write_cached(
       prefill: tokens of the long signature.
       context: positions after the prefix, the new tokens included.
       logits: of all positions of a prefill, or of the last only.
+      form: how the file holds the model; None takes `Integers`.
+
+    Returns:
+      The file, not yet written.
 
     Raises:
       UserError: more positions than the model has, or a context without room for a cache.
-    """
-    build_cached(model, prefill, context, logits).write(path)
-
-
-def build_cached(
-    model: IntegerModel,
-    prefill: int,
-    context: int,
-    logits: Positions = "last",
-    form: FileForm | None = None,
-) -> ModelWriter:
-    """Returns the file of `write_cached`, not yet written.
-
-    Args:
-      form: how the file holds the model; None takes `Integers`.
-
-    Raises:
-      UserError: as `write_cached`.
     """
     form = Integers(model) if form is None else form
     writer = ModelWriter()
@@ -86,7 +73,7 @@ def add_cached(
     whole: Decoder,
     emitter: type[Emitter] = Emitter,
 ) -> None:
-    """Adds one signature of `write_cached` to a subgraph.
+    """Adds one signature of `build_cached` to a subgraph.
 
     Args:
       key: name of the signature.
@@ -124,10 +111,10 @@ def add_cached(
 def cached_decoder(
     model: IntegerModel, tokens: int, context: int, logits: Positions = "last"
 ) -> Decoder:
-    """Returns the graphs of a signature of `write_cached`, with context - tokens cache slots.
+    """Returns the graphs of a signature of `build_cached`, with context - tokens cache slots.
 
     Raises:
-      UserError: as `write_cached`.
+      UserError: as `build_cached`.
     """
     if tokens >= context:
         raise UserError(

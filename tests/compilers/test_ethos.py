@@ -60,7 +60,7 @@ def dtypes(interpreter: Interpreter) -> set[str]:
 @pytest.mark.parametrize("key", SIGNATURES)
 def test_both_forms_give_the_same_bits(tmp_path, key, plan, respell):
     model, paths = tiny.quantized("gqa_llama3", plan), [tmp_path / "a", tmp_path / "b"]
-    cached.write_cached(model, paths[0], PREFILL, CONTEXT)
+    cached.build_cached(model, PREFILL, CONTEXT).write(paths[0])
     form = ethos_form.arm_form(model, respell=respell)
     ethos_form.build_signature(model, form, SIGNATURES[key], CONTEXT, key).write(paths[1])
     ours, arms = (open_interpreter(p, "ref") for p in paths)

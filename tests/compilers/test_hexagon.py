@@ -74,7 +74,7 @@ def test_without_the_extra_it_is_named(no_packages):
 
 def test_an_uncompiled_file_is_refused(tmp_path):
     path = tmp_path / "m.tflite"
-    cached.write_cached(tiny.quantized("gqa_llama3", "w8a8"), path, 4, 24)
+    cached.build_cached(tiny.quantized("gqa_llama3", "w8a8"), 4, 24).write(path)
     assert hexagon_file.signatures(path) == ("prefill_4", "decode")
     with pytest.raises(UserError, match=r"prefill_4 has \d+ ops, 0 of them compiled"):
         hexagon_file.read(path)

@@ -18,7 +18,7 @@ CHUNK, CONTEXT = 4, 24
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("host") / "m.tflite"
-    cached.write_cached(tiny.quantized("gqa_llama3", "w8a8"), path, CHUNK, CONTEXT)
+    cached.build_cached(tiny.quantized("gqa_llama3", "w8a8"), CHUNK, CONTEXT).write(path)
     return path
 
 

@@ -57,7 +57,7 @@ def test_phones_that_cannot_be_used(rows, serial, message):
 @pytest.fixture
 def request_(tmp_path):
     model = tmp_path / "my model.tflite"
-    cached.write_cached(tiny.quantized("gqa_llama3", "w8a8"), model, CHUNK, CONTEXT)
+    cached.build_cached(tiny.quantized("gqa_llama3", "w8a8"), CHUNK, CONTEXT).write(model)
     binary = tmp_path / "android_aarch64_benchmark_model"
     binary.write_bytes(b"\x7fELF")
     return PhoneRequest(model, binary)
@@ -83,7 +83,7 @@ def test_a_file_without_a_cache_has_one_signature(tmp_path):
 
 def test_a_context_below_the_positions_that_are_made_up_is_refused(tmp_path):
     path = tmp_path / "m.tflite"
-    cached.write_cached(tiny.quantized("gqa_llama3", "w8a8"), path, CHUNK, CONTEXT - 1)
+    cached.build_cached(tiny.quantized("gqa_llama3", "w8a8"), CHUNK, CONTEXT - 1).write(path)
     with pytest.raises(UserError, match="prefill_4 has a context of 99; expected at least 100"):
         phone.signatures(path)
 

@@ -1,4 +1,4 @@
-"""Packages for LiteRT-LM: the signatures give the bits of `cached.write_cached`'s, the package
+"""Packages for LiteRT-LM: the signatures give the bits of `cached.build_cached`'s, the package
 holds what the runtime needs, and the runtime, where it is installed, says what `qnpu generate`
 says."""
 
@@ -87,7 +87,7 @@ def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels,
     model = tiny.quantized(name, plan)
     paths = tmp_path / "lm.tflite", tmp_path / "cached.tflite"
     litertlm_signatures.write_signatures(Integers(model), paths[0], CHUNK, CONTEXT)
-    cached.write_cached(model, paths[1], CHUNK, CONTEXT)
+    cached.build_cached(model, CHUNK, CONTEXT).write(paths[1])
     host, backend = Host(paths[0], kernels), LiteRTBackend(paths[1], kernels)
     session = Session(backend)
     zero_point = int(model.tensors["head.logits"].zero_point)

@@ -34,7 +34,7 @@ PLANS = ("w8a8", "w4a8", "w4a8s8", "w8a8i8", "w4a16")
 def file(folder: Path, plan: str, name: str, prefill: int = CHUNK) -> Path:
     path = folder / f"{name}-{plan}-{prefill}.tflite"
     if not path.exists():
-        cached.write_cached(tiny.quantized(name, plan), path, prefill, CONTEXT, "all")
+        cached.build_cached(tiny.quantized(name, plan), prefill, CONTEXT, "all").write(path)
     return path
 
 
@@ -151,7 +151,7 @@ def test_files_without_a_cache_are_refused(tmp_path):
 def test_a_context_needs_room_for_a_cache(tmp_path, prefill):
     model = tiny.quantized("gqa_llama3", "w8a8")
     with pytest.raises(UserError, match=f"context: 24 positions for {prefill} new tokens"):
-        cached.write_cached(model, tmp_path / "m.tflite", prefill, CONTEXT)
+        cached.build_cached(model, prefill, CONTEXT).write(tmp_path / "m.tflite")
     assert not list(tmp_path.iterdir())
 
 
