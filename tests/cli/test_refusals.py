@@ -76,7 +76,10 @@ def test_missing_and_unknown_arguments(refused):
         ({"seeds": 1}, "recipe.json: unknown key 'seeds'; expected one of ["),
         ({"rotation": "givens"}, "recipe.json: rotation must be one of ['hadamard', 'none']; got"),
         ({"calibration_tokens": -1}, "recipe.json: calibration_tokens must be an integer from 1"),
-        ({"bits": [["*", 5]]}, 'recipe.json: key "bits" must be a list of [pattern, bits]'),
+        (
+            {"bits": [["*", 5]]},
+            "recipe.json: bits must be a list of [pattern, bits] with bits in 2, 4, 8,",
+        ),
         ({"bits": [["layers.9.*", 8], *RULES]}, "bit plan rule 'layers.9.*': 8: matches no"),
         ({"calibration_length": 512}, "calibration_length: 512 tokens after a prefix of up to 6;"),
     ],
