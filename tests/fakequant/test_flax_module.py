@@ -59,7 +59,7 @@ def test_float_and_fake_quantized_logits_equal_forward(prepared):
     found = [np.asarray(logits(module_of(params, s))) for s in (None, scales)]
     for got, s in zip(found, (None, scales), strict=True):
         assert np.array_equal(got, logits_of_forward(DECODER, params, s))
-    assert not np.array_equal(*found)
+    assert not np.array_equal(found[0], found[1])
 
 
 def loss(x: jax.Array) -> jax.Array:
