@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.typing import ArrayLike
+from jax import Array
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
@@ -17,7 +17,7 @@ from qnpu_jax.progress import Observer, Told
 from qnpu_jax.recipes import Effort, Recipe, load_effort, load_recipe
 from qnpu_jax.text import token_ids
 
-Ids = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
+Ids = np.ndarray | Array | Sequence[int] | Sequence[Sequence[int]]
 """Token ids: a NumPy or JAX array of integers, or lists."""
 
 
