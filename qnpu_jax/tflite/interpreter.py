@@ -90,7 +90,7 @@ def _engine(kernels: KernelSet) -> tuple[Any, Any]:
 
 def open_interpreter(
     path: Path, kernels: KernelSet, keep_tensors: bool = False, threads: int | None = None
-) -> Interpreter:
+) -> Any:
     """Opens a .tflite and allocates its tensors.
 
     Args:
@@ -118,7 +118,9 @@ def open_interpreter(
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         name = "TensorFlow" if kernels == "tf" else "LiteRT"
-        way_out = "choose --kernels ref" if kernels == "tf" else "write it again"
+        # TensorFlow 2.21 has no QUANTIZE from int8 to int16.
+        other = "choose --kernels ref, or a recipe of 8 bits everywhere, such as w8a8i8"
+        way_out = other if kernels == "tf" else "write it again"
         raise UserError(f"{path}: {name} cannot load it ({reason}); {way_out}") from None
     return interpreter
 

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import tiny
+from extras import needs
 from workspace import PREFILL, VOCAB, workspace
 
+from qnpu_jax import extras
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer import storage
+from qnpu_jax.proof.verified import verify_file
 from qnpu_jax.tflite import writer
 from qnpu_jax.tflite.interpreter import LiteRT
 
@@ -64,3 +68,33 @@ def test_another_file(tmp_path):
     (tmp_path / "m.tflite").write_text("a text, not a model" * 100)
     with pytest.raises(UserError, match="LiteRT cannot load it"):
         LiteRT(tmp_path / "m.tflite")
+
+
+# TensorFlow's own interpreter.
+
+
+def test_without_tensorflow(out, monkeypatch):
+    def missing(name: str) -> str:
+        raise extras.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(extras.metadata, "version", missing)
+    with pytest.raises(UserError, match=r'tensorflow: not installed; .*"qnpu\[tensorflow\]"'):
+        LiteRT(out / "model.tflite", "tf")
+
+
+tensorflow = needs(lambda: extras.version("tensorflow", "tensorflow"))
+
+
+@tensorflow
+def test_tensorflow_has_the_bits_of_the_simulator(tmp_path):
+    model = tiny.quantized("gqa_llama3", "w8a8i8")
+    writer.write_prefill(model, tmp_path / "m.tflite", PREFILL)
+    found = verify_file(tmp_path / "m.tflite", model, tiny.random_ids((PREFILL,)), "tf")
+    assert found.elements > 50_000 and found.differing == 0
+
+
+@tensorflow
+def test_tensorflow_refuses_what_it_has_no_kernel_for(out):
+    message = r"TensorFlow cannot load it \(.*QUANTIZE.*\); choose --kernels ref, or a recipe"
+    with pytest.raises(UserError, match=message):
+        LiteRT(out / "model.tflite", "tf")
