@@ -264,8 +264,11 @@ def narrow_biases(bounds: list[Bound]) -> dict[str, int]:
 
 
 def wider_linear(tensor: str, input_bits: int) -> str:
-    """What gives a linear a 64-bit accumulator: its bias is as wide as that, and LiteRT reads a
-    64-bit bias beside a 16-bit input only, which a 16-bit output brings about."""
+    """Says how to give a linear a 64-bit accumulator, for the end of an error.
+
+    The bias is as wide as the accumulator. LiteRT reads a 64-bit bias beside a 16-bit input only;
+    with a 16-bit output the input has 16 bits too.
+    """
     wide = f"give {tensor} 16 bits and" if input_bits <= 8 else "give"
     return f"{wide} {_bias(tensor)} 64 bits"
 
