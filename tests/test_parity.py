@@ -26,11 +26,7 @@ from qnpu_jax.tflite.interpreter import KernelSet, LiteRT
 from qnpu_sim.program import compile_model, run
 from qnpu_sim.run_graph import run_graph
 
-few = pytest.mark.parametrize(
-    ("name", "plan"),
-    [("mha_tied", "w8a8"), ("gqa_llama3", "w4a16"), ("mqa_linear_bias", "mixed")],
-)
-profiles = pytest.mark.parametrize("profile", ["litert_ref", "npu"])
+FEW = (("mha_tied", "w8a8"), ("gqa_llama3", "w4a16"), ("mqa_linear_bias", "mixed"))
 KERNELS: dict[str, KernelSet] = {"litert_ref": "ref", "litert_opt": "opt", "litert_xnn": "xnn"}
 IDS = tiny.random_ids((tiny.TOKENS,), 3)
 
@@ -259,14 +255,14 @@ def assert_fake_quant_is_simulator(model: IntegerModel, ids: np.ndarray, codes: 
 MOVEMENT = ("Embedding", "Reshape", "Transpose", "Slice", "Concat")
 
 
-@profiles
-@few
-def test_fake_quant_is_within_one_code_of_the_simulator(name, plan, profile):
+@pairwise.parametrize(("case", "profile"), FEW, ("litert_ref", "npu"), choose=pairwise.levels)
+def test_fake_quant_is_within_one_code_of_the_simulator(case, profile):
+    name, plan = case
     model = tiny.quantized(name, plan)
     assert_fake_quant_is_simulator(model, IDS, tiny_run(name, plan, profile))
 
 
-@few
+@pytest.mark.parametrize(("name", "plan"), FEW)
 def test_rounding_profiles_differ_less_than_quantization_does(name, plan):
     """A fixed-point FULLY_CONNECTED or SQRT differs by one code from the floating-point one, and
     what follows is rounded anew: differences spread like quantization noise. So they must stay
@@ -292,7 +288,7 @@ def test_rounding_profiles_differ_less_than_quantization_does(name, plan):
 # P5: integers only.
 
 
-@pytest.mark.parametrize("plan", tiny.PLANS)
+@pytest.mark.parametrize("plan", tiny.OFTEN)
 def test_npu_profile_of_whole_layers_holds_no_float(plan):
     model = tiny.quantized("gqa_llama3", plan)
     dec = model.decoder(5)

@@ -2,6 +2,7 @@
 
 from importlib import metadata
 
+import pairwise
 import pytest
 from extras import needs
 
@@ -107,7 +108,7 @@ def test_a_layer_that_there_is_not_is_refused(refused):
     assert said == "--layers 2: expected 0 to 1; choose others"
 
 
-@pytest.mark.parametrize("kernels", ["ref", "opt", "xnn"])
+@pytest.mark.parametrize("kernels", pairwise.often(["ref", "opt", "xnn"], ["xnn"]))
 def test_verify_proves_the_signatures_over_a_cache(qnpu, here, kernels):
     arguments = "verify out --prefill 4 --context 32 --kernels"
     status, out, err = qnpu(*arguments.split(), kernels)

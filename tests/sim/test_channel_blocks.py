@@ -15,11 +15,17 @@ from qnpu_sim.rounding import PROFILES
 T, K = 3, 16
 
 
+def few(sizes, profiles, types) -> list[pairwise.Row]:
+    """Every size, and every pair of profile and types."""
+    return [(size, *row) for size, row in zip(sizes, pairwise.pairs(profiles, types), strict=True)]
+
+
 @pairwise.parametrize(
     ("size", "profile", "types"),
     (31, 32, 35, 64),
     ("litert_ref", "npu"),
     (("int8", "int32"), ("int16", "int64")),
+    choose=few,
 )
 def test_blocks_give_the_bits_of_the_whole(monkeypatch, size, profile, types):
     """Sizes below, at and above the limit, with and without a rest; alone and in a batch."""
