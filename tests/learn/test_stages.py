@@ -305,7 +305,7 @@ def test_the_frozen_model_computes_the_learned_one(runs):
     head = model.tensors["head.logits"]
     scale, zero = head.scale, head.zero_point
     after = {n: jnp.asarray(x) for n, x in made.params.items()}
-    windows = np.concatenate([TEXT.held_out, TEXT.learning])
+    windows = np.concatenate([TEXT.held_out, TEXT.learning[:4]])
     fake, exact = (
         np.rint(np.stack([learnable.logits_of(dec, r, ids) for ids in windows]) / scale)
         for r in (Reading(after, resolve(dec, made.free)), Reading(params, {}))
