@@ -149,7 +149,8 @@ def tf_decoder(tf: Any, dec: Decoder, params: Params) -> Any:
                 values = {"input.residual": env[graph.outputs[0]]}
         return tf.identity(env[graph.outputs[0]], "logits")
 
-    return tf.function(forward, [tf.TensorSpec((dec.tokens,), tf.int32, "ids")])
+    ids = tf.TensorSpec((dec.tokens,), tf.int32, "ids")
+    return tf.function(forward, [ids], autograph=False)
 
 
 def converted(tf: Any, function: Any, samples: np.ndarray, widths: Widths) -> bytes:
