@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,16 @@ from qnpu_jax.api.arguments import (
     text_of,
 )
 from qnpu_jax.choices import Positions
+from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
+from qnpu_jax.graph import Params
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.learn import learns
 from qnpu_jax.models import Checkpoint
 from qnpu_jax.progress import Observer
 from qnpu_jax.proof import bound_accumulators
 from qnpu_jax.recipes import Effort, Recipe
-from qnpu_jax.text import excerpts
+from qnpu_jax.text import Excerpt, excerpts
 from qnpu_jax.tflite import build_cached, build_prefill
 
 
@@ -50,14 +53,12 @@ def quantize(
       recipe: a name of `RECIPES`, a JSON file, or a `Recipe`.
       effort: how much is learned: a name of `EFFORTS` or an `Effort`. With "none" the recipe's
         stages calibrate and round only.
-      text: what ranges are set by and what is learned from. None: the model writes it, as often as
-        not in answer to questions. A path: a file of plain text or JSON lines. A list of strings:
-        documents. (N, T) token ids without BOS: the windows to calibrate with, as they are.
+      text: calibrated with and learned from. None: the model writes it. A path: plain text or JSON
+        lines. A list of strings: documents. (N, T) token ids without BOS: windows as they are.
       progress: called with (what runs, how much is done, how much there is; 0 where that is not
         known), or an `Observer`. By default nothing is shown.
 
-    Returns:
-      The integers. Nothing is written.
+    Returns: the integers; nothing is written.
 
     Raises:
       UserError: no such recipe, effort or file; text that is too short or not of this vocabulary; a
@@ -74,23 +75,34 @@ def quantize(
     config, watch = checkpoint.config, observer_of(progress)
     taught = effort if learns(recipe, effort) else None
     given = None if text is None else text_of(text, config)
-    length = given.shape[1] if isinstance(given, np.ndarray) else recipe.calibration_length
-    asked = {"calibration_length" if given is None else "text": length}
-    pipeline.check_model(config, recipe, asked | ({"effort": taught.length} if taught else {}))
+    _check_lengths(config, recipe, given, taught)
     held_out = excerpts.judged(checkpoint, taught) if taught else None
     found = None if given is None else excerpts.given(given, checkpoint, recipe, taught)
     with watch.stage("fold, rotate"):
         params = pipeline.prepare(config, checkpoint.params, recipe)
     if found is None:
-        with watch.stage("calibration text"):
-            found = excerpts.written(
-                checkpoint, params, recipe, taught,
-                lambda steps, length: watch.track(steps, length, "calibration text"),
-            )  # fmt: skip
-    windows = excerpts.windows_of(*found, held_out)
-    return pipeline.quantize(
-        config, params, recipe, windows, checkpoint.tokenizer.bos_id, effort=effort, watch=watch
-    ).model  # fmt: skip
+        found = _written(checkpoint, params, recipe, taught, watch)
+    windows, bos = excerpts.windows_of(*found, held_out), checkpoint.tokenizer.bos_id
+    made = pipeline.quantize(config, params, recipe, windows, bos, effort=effort, watch=watch)
+    return made.model
+
+
+def _check_lengths(
+    config: ModelConfig, recipe: Recipe, given: object, taught: Effort | None
+) -> None:
+    """Refuses windows that are longer than the model has positions for."""
+    length = given.shape[1] if isinstance(given, np.ndarray) else recipe.calibration_length
+    asked = {"calibration_length" if given is None else "text": length}
+    pipeline.check_model(config, recipe, asked | ({"effort": taught.length} if taught else {}))
+
+
+def _written(
+    checkpoint: Checkpoint, params: Params, recipe: Recipe, taught: Effort | None, watch: Observer
+) -> tuple[Excerpt, Excerpt | None]:
+    """Calibration and learning text that the model writes itself."""
+    with watch.stage("calibration text"):
+        steps = partial(watch.track, what="calibration text")
+        return excerpts.written(checkpoint, params, recipe, taught, steps)
 
 
 def write_tflite(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,7 @@ from qnpu_jax.integer import IntegerModel
 from qnpu_jax.models import Tokenizer
 from qnpu_jax.proof import Comparison, verify_file
 from qnpu_jax.runtime import (
+    Backend,
     LiteRTBackend,
     Sampling,
     Session,
@@ -154,14 +156,19 @@ def generate(
     ids = tokenizer.chat(prompt, bos=False) if chat else tokenizer.encode(prompt)
     ids_of(ids, model.config, "prompt", None, ranks=(1,))
     check_room(len(ids), 0, context)
-    prefill = min(PREFILL, context - 1)
     stops, sampling = tokenizer.eos_ids, sampling or Sampling()
-    with tempfile.TemporaryDirectory() as folder:
-        if backend == "sim":
-            runner = SimulatedBackend(model, prefill, context)
-        else:
-            file = Path(folder) / "model.tflite"
-            write_tflite(model, file, prefill, "last", context)
-            runner = LiteRTBackend(file)
+    with _runner(model, min(PREFILL, context - 1), context, backend) as runner:
         made = generate_ids(Session(runner), ids, sampling, max_tokens, stops)
         return "".join(text_pieces(made, tokenizer))
+
+
+@contextmanager
+def _runner(model: IntegerModel, prefill: int, context: int, backend: str) -> Iterator[Backend]:
+    """Opens a backend over a KV cache; LiteRT's file lives as long as the block."""
+    if backend == "sim":
+        yield SimulatedBackend(model, prefill, context)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.tflite"
+        write_tflite(model, file, prefill, "last", context)
+        yield LiteRTBackend(file)
