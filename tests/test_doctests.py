@@ -5,6 +5,7 @@ import doctest
 import importlib.util
 import inspect
 import pkgutil
+import re
 import shutil
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_the_face_is_documented(name):
     if inspect.isclass(thing):
         return
     signature = inspect.signature(thing)
-    sections = {line.rstrip(":") for line in text.splitlines() if line.endswith(":")}
+    sections = re.findall(r"^(\w+):", text, re.MULTILINE)
     assert "Raises" in sections and MARK in text
     assert ("Args" in sections) == bool(signature.parameters)
     assert ("Returns" in sections) == (signature.return_annotation not in (None, "None"))
