@@ -14,6 +14,8 @@ from qnpu_jax import artifacts, job
 from qnpu_jax.cli import report_table
 from qnpu_jax.cli.display import Display
 from qnpu_jax.integer import storage
+from qnpu_jax.proof.comparison import Comparison, Difference
+from qnpu_jax.proof.prefill import PrefillProof
 from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.recipes import RECIPES, load_recipe
 from qnpu_jax.tflite.interpreter import LiteRT
@@ -210,9 +212,11 @@ def test_verify_finds_one_changed_weight(qnpu, here):
 
 
 def test_verify_names_the_first_differences(qnpu, here, monkeypatch):
-    lines = [*"abcdefghijklmnopqrstuvwxy"]
-    found = {"tensors": 30, "elements": 300, "differing": 50, "differences": lines}
-    monkeypatch.setattr(job, "check", lambda *_: {"verify": found})
+    names = "abcdefghijklmnopqrstuvwxy"
+    differences = tuple(Difference(x, "Mul", 2, 10, 1, (0,), 3, 4) for x in names)
+    lines = [*map(str, differences)]
+    proof = PrefillProof(Comparison(30, 300, differences), ())
+    monkeypatch.setattr(job, "verify_folder", lambda *_: proof)
     status, out, err = qnpu("verify", "out")
     assert status == 1
     assert err.splitlines() == [*lines[:20], "... and 5 more"]

@@ -69,6 +69,10 @@ class Counting(Session):
         self.left, self.fed = room, []
 
     @property
+    def logit_scale(self) -> float:
+        return 1.0
+
+    @property
     def room(self) -> int:
         return self.left
 
