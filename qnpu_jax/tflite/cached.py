@@ -23,7 +23,6 @@ def build_cached(
     """Builds a file with the signatures `prefill_<prefill>` and `decode` (one token).
 
     They share all weights that they hold in the same way.
-
     Letters: T new tokens, N KV heads, G query heads of each, K head_dim, S = prefix + context.
 
     Inputs of a signature:
