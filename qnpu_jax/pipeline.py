@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
 
 from qnpu_jax.calibrate import calibrate_activations, collect_statistics, weight_scales
 from qnpu_jax.config import ModelConfig
@@ -118,15 +120,7 @@ def quantize(
     """
     check_folded(params)
     watch = watch or Observer()
-    params = dict(params)
-    found = None
-    if recipe.prefix == "auto":
-        with watch.stage("prefix"):
-            found = find_prefix(
-                config, recipe.bits, params, text.calibration, bos, recipe.max_prefix
-            )
-            if found.tokens:
-                params = add_prefix(config, recipe.bits, params, found.tokens)
+    params, found = _with_prefix(config, dict(params), recipe, text.calibration, bos, watch)
     tokens, tame = (found.tokens, found.ok) if found else ((), False)
     dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
     with watch.stage("calibrate"):
@@ -143,3 +137,21 @@ def quantize(
     with watch.stage("freeze"):
         model = freeze(dec, made.params, made.free, tokens)
     return Quantized(model, made.params, params, found, ranges, made.histories)
+
+
+def _with_prefix(
+    config: ModelConfig,
+    params: Params,
+    recipe: Recipe,
+    windows: Int[np.ndarray, "n t"],
+    bos: int | None,
+    watch: Observer,
+) -> tuple[Params, PrefixReport | None]:
+    """Parameters with the K and V of the prefix that was found, if any, and how it was chosen."""
+    if recipe.prefix == "none":
+        return params, None
+    with watch.stage("prefix"):
+        found = find_prefix(config, recipe.bits, params, windows, bos, recipe.max_prefix)
+        if found.tokens:
+            params = add_prefix(config, recipe.bits, params, found.tokens)
+    return params, found
