@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -233,9 +232,11 @@ def measure() -> int:
             windows = given.first(args.tokens, args.samples * args.tokens).windows
         else:
             folded = pipeline.prepare(checkpoint.config, checkpoint.params, recipe)
-            windows = excerpts.written(
-                checkpoint, folded, recipe, None, lambda steps, length: steps
-            )[0].windows.reshape(-1)[: args.samples * args.tokens].reshape(-1, args.tokens)
+            windows = (
+                excerpts.written(checkpoint, folded, recipe, None, lambda steps, length: steps)[0]
+                .windows.reshape(-1)[: args.samples * args.tokens]
+                .reshape(-1, args.tokens)
+            )
         params, prefix = prepared(checkpoint, kind, windows)
         dec = stage_decoder(checkpoint.config, recipe.bits, args.tokens, prefix)
         function = tf_decoder(tf, dec, params)
