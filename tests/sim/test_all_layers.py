@@ -7,9 +7,10 @@ import tiny
 
 from qnpu_sim import program as sim_run
 from qnpu_sim.program import compile_model, run
+from qnpu_sim.rounding import Profile
 
 
-def compare(monkeypatch, plan: str, profile: str, batches: tuple[slice | int, ...]) -> None:
+def compare(monkeypatch, plan: str, profile: Profile, batches: tuple[slice | int, ...]) -> None:
     """Batches that fill the parts they are computed in or do not, and one sequence (0)."""
     monkeypatch.setattr(sim_run, "sequences_at_once", lambda batch, tokens: min(batch, 3))
     model = tiny.quantized("gqa_llama3", plan)
