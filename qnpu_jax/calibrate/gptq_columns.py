@@ -1,6 +1,6 @@
-"""Columns of weights rounded one after the other, those still to come making up for each error: the
-inner loop of GPTQ (`weights` has the equations).
+"""The inner loop of GPTQ: columns of weights rounded one after the other.
 
+After column j is rounded, those still to come compensate its error (`gptq` has the equations).
 Letters: N output channels, K inputs.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Float64, Int
 
 BLOCK = 64
-"""Columns fed back at once to those after them: (BLOCK, N) should fit a CPU's cache."""
+"""Columns whose errors later blocks compensate at once: (BLOCK, N) should fit a CPU's cache."""
 
 Rows = Float64[np.ndarray, "n k"]
 Channels = Float64[np.ndarray, " n"]
@@ -23,16 +23,29 @@ Square = Float64[np.ndarray, "k k"]
 
 
 def inverse_factor(h: Square) -> Square:
-    """Upper triangular U with U^T U = H^-1.
+    """Returns the upper triangular U with U^T U = H^-1.
 
-    H = R R^T, R upper triangular: Cholesky from the last row to the first; U = R^-1.
+    Cholesky from the last row to the first gives H = R R^T with R upper triangular; U = R^-1.
+
+    Args:
+      h: symmetric, positive definite.
+
+    >>> inverse_factor(np.asarray([[4.0, 0.0], [0.0, 1.0]]))
+    array([[0.5, 0. ],
+           [0. , 1. ]])
     """
     r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     return np.triu(np.linalg.inv(r))
 
 
 class Rounded(NamedTuple):
-    """Codes, the compensated weights (in codes) that were rounded to them, and the scales."""
+    """Weights after rounding.
+
+    Attributes:
+      codes: integers.
+      real: the compensated weights that were rounded to them, in codes.
+      scale: chosen scale of each row, real units per code.
+    """
 
     codes: Rows
     real: Rows
@@ -46,8 +59,18 @@ def round_columns(
     h: Square,
     factors: tuple[float, ...] = (1.0,),
 ) -> Rounded:
-    """What GPTQ makes of w under the damped Hessian h, per row at the best of scale * factors."""
-    order = np.argsort(-np.diag(h), kind="stable")  # last is what nothing makes up for
+    """Rounds w by GPTQ under the Hessian h, each row with the best of scale * factors.
+
+    A row's best scale leaves the least (w_q - w) H (w_q - w)^T. Columns go by falling H_jj
+    (act-order): the largest H_jj first, because the last column's error is not compensated.
+
+    Args:
+      w: real weights.
+      scale: real units per code of each row.
+      qmax: largest code of each row; the least is -qmax.
+      h: damped E[x x^T], positive definite.
+    """
+    order = np.argsort(-np.diag(h), kind="stable")
     u = inverse_factor(h[np.ix_(order, order)])
     real = [jnp.asarray(x, jnp.float32) for x in (w, scale, qmax, factors, u)]
     found = _round_columns(*real, jnp.asarray(order, jnp.int32))
@@ -63,7 +86,11 @@ def _round_columns(
     u: Float32[Array, "k k"],
     order: Int[Array, " k"],
 ) -> tuple[Float32[Array, "n k"], Float32[Array, "n k"], Float32[Array, " n"]]:
-    """`Rounded`. Rows do not touch each other: those of all factors are rounded side by side."""
+    """The fields of `Rounded`; rows are independent, so those of all factors run side by side.
+
+    Args:
+      u: `inverse_factor` of h in the order of `order`.
+    """
     n, k = w.shape
     scales = factors[:, None] * scale[None]
     columns = (w[None, :, order] / scales[:, :, None]).reshape(-1, k).T
@@ -79,10 +106,14 @@ def _feed_back(
 ) -> tuple[Float32[Array, "k n"], Float32[Array, "k n"], Float32[Array, " n"]]:
     """Codes, weights when they were rounded, and (w_q - w) H (w_q - w)^T, all in codes.
 
-    Columns of W lie in rows here, where they are contiguous. A block of them is fed back within,
-    then to all that follow.
+    For j = 0 .. K-1:  e_j = (w_j - code_j) / U_jj,  w_k <- w_k - e_j U_jk for k > j;  the loss of a
+    row is sum_j e_j^2. Inside a block this is done column by column, and for all columns after the
+    block at once, w <- w - U_block^T e.
+
+    Columns of W lie in rows here, where they are contiguous.
     """
     k = w.shape[0]
+    # Zero weights, with a 1 on U's diagonal, fill the last block: they round to 0 without error.
     pad = -k % BLOCK
     w = jnp.pad(w, ((0, pad), (0, 0)))
     ends = jnp.where(jnp.arange(k + pad) < k, jnp.float32(0), jnp.float32(1))
@@ -104,7 +135,7 @@ def _feed_back(
         corner = jax.lax.dynamic_slice_in_dim(wide, start, BLOCK, axis=1)
         none = jnp.zeros_like(rows)
         rows, code, errors, _ = jax.lax.fori_loop(0, BLOCK, column, (rows, none, none, corner))
-        # What this does to the block itself and to those before it is never read.
+        # This also changes the block itself and those before it, which nothing reads again.
         w = w - jnp.matmul(wide.T, errors, precision=jax.lax.Precision.HIGHEST)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return w, put(codes, code), put(real, rows), loss + jnp.sum(jnp.square(errors), axis=0)

@@ -1,9 +1,4 @@
-"""Ranges of activations from calibration text, chosen by tensor class; ranges of weights by row.
-
-Statistics are streamed: one batch of windows at a time through the float layers, and per tensor
-only minimum, maximum, moments and a histogram are kept, so memory does not grow with the amount of
-text.
-"""
+"""Ranges: of activations from statistics of a text, by tensor class; of weights from their rows."""
 
 from __future__ import annotations
 
@@ -26,15 +21,21 @@ from qnpu_jax.graph import (
 def calibrate_activations(
     dec: Decoder, stats: Statistics, method: str, tame: bool
 ) -> tuple[Scales, list[dict[str, object]]]:
-    """Scales of every free activation from its statistics, and one report row per tensor and layer.
+    """Sets the range of every free activation from its statistics.
 
-    16 bits: min-max. Attention probabilities: [0, 1]. Others by `method`; `class` means the MSE
-    grid where massive tokens are out of the graph or the tensor is rotated, and min-max otherwise:
-    clipping an attention sink destroys the model (SmolLM2-135M: perplexity 19,752).
+    Tensors of 16 bits take min-max, attention probabilities [0, 1], all others `method`. `class`
+    takes the range of least squared error where the tensor is rotated or massive tokens are out of
+    the graph, and min-max elsewhere: clipping an attention sink destroys the model (SmolLM2-135M:
+    perplexity 19,752).
 
     Args:
+      stats: of `collect_statistics`.
       method: as `recipes.Recipe.activation_init`.
       tame: a prefix keeps massive tokens out of the graph.
+
+    Returns:
+      QParams by global name, and one row per tensor and layer: its class, the method that was taken
+      and the observed bounds.
     """
     scales: Scales = {}
     report: list[dict[str, object]] = []
@@ -83,9 +84,16 @@ def _range(s: Stats, method: str, bits: int, symmetric: bool) -> tuple[float, fl
 
 
 def mse_range(s: Stats, bits: int, symmetric: bool) -> tuple[float, float]:
-    """The bounds of least mean squared quantization error on the histogram.
+    """Returns the bounds of least mean squared quantization error on the histogram.
 
-    Both bounds are shrunk together first, then each alone, in 2% steps of the observed range.
+    Both bounds are shrunk together first, then each alone, twice, in 2% steps of the observed
+    range. Symmetric ranges have one bound, which is shrunk alone.
+
+    Args:
+      s: statistics with a histogram.
+
+    Returns:
+      (low, high), real values; low <= 0 <= high.
     """
     assert s.bins is not None
     used = np.nonzero(s.bins)[0]
@@ -117,8 +125,16 @@ def _least(x, weight, lo, hi, bits: int, symmetric: bool) -> int:
 
 
 def weight_scales(dec: Decoder, params: Params, method: str) -> Scales:
-    """Symmetric scales of every weight: per output channel for linears, per tensor for the
-    embedding table."""
+    """Sets symmetric scales of every weight: per output channel for linears, per tensor for the
+    embedding table.
+
+    Args:
+      params: folded float parameters.
+      method: as `recipes.Recipe.weight_init`.
+
+    Returns:
+      QParams by global name, zero points 0.
+    """
     scales: Scales = {}
     for graph in dec.graphs:
         for spec in graph.named("param"):
@@ -140,7 +156,7 @@ def weight_scales(dec: Decoder, params: Params, method: str) -> Scales:
 def _weight_bound(
     w: Float[np.ndarray, "rows k"], bits: int, method: str
 ) -> Float[np.ndarray, " rows"]:
-    """max |w| that the code range shall cover, per row of w (rows, K)."""
+    """Largest |w| that the code range covers, per row."""
     peak = np.abs(w).max(axis=1)
     match method:
         case "minmax":
@@ -159,7 +175,7 @@ def _weight_bound(
 def _mse_bound(
     w: Float[Array, "rows k"], peak: Float[Array, " rows"], qmax: Float[Array, ""]
 ) -> Float[Array, " rows"]:
-    """The shrink of `peak` in 1% steps from 30% that minimises sum (w_q - w)^2 of each row."""
+    """peak * shrink of least sum (w_q - w)^2 per row, shrink from 0.30 to 1.00 in steps of 0.01."""
 
     def error(shrink: jax.Array) -> jax.Array:
         scale = jnp.maximum(peak * shrink, 1e-30)[:, None] / qmax

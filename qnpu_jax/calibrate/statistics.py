@@ -1,4 +1,8 @@
-"""Streamed statistics of every activation: moments, extremes and histograms."""
+"""Streamed statistics of every activation: moments, extremes and histograms.
+
+One batch of windows at a time goes through the layers, and per tensor only minimum, maximum,
+moments and a histogram are kept, so that memory does not grow with the amount of text.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,21 @@ observed one."""
 
 @dataclass
 class Stats:
-    """What is kept of one tensor: bounds, moments, and counts of bins of width `width` centred on
-    0."""
+    """Statistics of one tensor.
+
+    Attributes:
+      low, high: smallest and largest value.
+      count: number of values.
+      total, squares: their sum, and the sum of their squares.
+      width: width of a bin, a power of two.
+      bins: counts of BINS bins centred on 0; None where no histogram is kept.
+
+    Example:
+      >>> s = Stats()
+      >>> s.add(np.asarray([-1.0, 3.0]), histogram=False)
+      >>> s.low, s.high, s.mean, s.std
+      (-1.0, 3.0, 1.0, 2.0)
+    """
 
     low: float = np.inf
     high: float = -np.inf
@@ -34,8 +51,7 @@ class Stats:
     bins: np.ndarray | None = None
 
     def add(self, x: np.ndarray, histogram: bool) -> None:
-        """Takes values in; the histogram's width is a power of two that doubles when a value falls
-        outside."""
+        """Adds values; the histogram's bins double in width when a value falls outside."""
         x = np.asarray(x, np.float32).ravel()
         low, high, total, squares = x.min(), x.max(), x.sum(dtype=np.float64), np.dot(x, x)
         self.merge(x.size, [low, high, total, squares])
@@ -45,7 +61,7 @@ class Stats:
             bins += np.bincount(index, minlength=BINS)
 
     def merge(self, count: int, moments: Any) -> None:
-        """Takes in smallest, largest, sum and sum of squares of `count` values."""
+        """Adds `count` values by their smallest, largest, sum and sum of squares."""
         low, high, total, squares = (float(m) for m in moments)
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.count += count
@@ -53,7 +69,7 @@ class Stats:
         self.squares += squares
 
     def widen(self, bound: float) -> np.ndarray:
-        """The histogram, with room for values up to `bound` on either side."""
+        """Makes room in the histogram for values up to `bound` on either side, and returns it."""
         if self.bins is None:
             self.bins = np.zeros(BINS, np.int64)
             self.width = 2.0 ** np.ceil(np.log2(max(bound, 1e-30) * 2.0 / BINS) + 1e-9)
@@ -74,7 +90,7 @@ class Stats:
 
 
 Statistics = dict[str, list[Stats]]
-"""Per free tensor (global name) one `Stats` per layer, a list of one outside the layer graph."""
+"""By global name of a free tensor: one `Stats` per layer, a list of one outside the layer graph."""
 
 
 def collect_statistics(
@@ -85,16 +101,17 @@ def collect_statistics(
     track: Track = untracked,
     scales: Scales | None = None,
 ) -> Statistics:
-    """Statistics of every free activation over the windows, prefix K/V included in those of the
-    caches.
+    """Collects statistics of every free activation over the windows.
+
+    Those of the KV caches include the prefix's keys and values.
 
     Args:
       dec: staged for windows of T tokens.
       params: folded float parameters, with prefix K/V if dec has a prefix.
       windows: (N, T) token ids.
       batch: windows per pass.
-      track: wraps the iteration, for a progress bar: (items, length, what).
-      scales: what is quantized meanwhile (resolved), nothing by default.
+      track: wraps the iteration, for a progress bar.
+      scales: resolved QParams of the tensors that are fake-quantized meanwhile; by default none.
     """
     stats: Statistics = {}
     starts = range(0, len(windows), batch)
@@ -112,10 +129,10 @@ def collect_statistics(
 
 @lru_cache(maxsize=64)
 def free_activations(graph: Graph) -> dict[str, list[str]]:
-    """Free activations and the tensors whose values their range must cover.
+    """Maps each free activation to the tensors whose values its range must cover, by local names.
 
-    Movement ops only copy, so the members that count are those that another op produces (the heads
-    of `mixed`).
+    Tied tensors share a range (the heads of `mixed`). Those that a movement op makes are left out:
+    it only copies values of the others.
     """
     copies = {n.output for n in graph.nodes if tied_inputs(n.op, n.inputs)}
     out: dict[str, list[str]] = {}
@@ -131,8 +148,10 @@ def _produced(graph: Graph) -> tuple[str, ...]:
 
 
 def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
-    """Takes a layer's tensors in. They are summed and counted where they are: to fetch them would
-    take most of the time."""
+    """Adds a layer's tensors to the statistics.
+
+    Sums and counts are made on the device: fetching the tensors would take most of the time.
+    """
     rows: dict[str, Stats] = {}  # by member
     narrow: dict[str, jax.Array] = {}
     moments = jax.device_get(_moments({name: env[name] for name in _produced(graph)}))
@@ -154,7 +173,7 @@ def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
 
 @jax.jit
 def _moments(tensors: Tensors) -> Tensors:
-    """Smallest, largest, sum and sum of squares of each."""
+    """Smallest, largest, sum and sum of squares of each tensor."""
     return jax.tree.map(
         lambda x: jnp.stack([x.min(), x.max(), x.sum(), jnp.square(x).sum()]), tensors
     )
@@ -162,7 +181,7 @@ def _moments(tensors: Tensors) -> Tensors:
 
 @jax.jit
 def _counts(tensors: Tensors, widths: Tensors) -> Tensors:
-    """Values of each tensor in each of BINS bins of its width, centred on 0."""
+    """Histogram of each tensor: BINS bins of the given width, centred on 0."""
 
     def count(x: Array, width: Array) -> Array:
         index = jnp.floor(x.ravel() * (1 / width)).astype(jnp.int32) + BINS // 2

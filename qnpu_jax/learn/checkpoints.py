@@ -216,7 +216,7 @@ def _manager(folder: Path) -> Any:
 
 @contextmanager
 def _orbax_errors(path: Path) -> Iterator[None]:
-    """Turns whatever orbax raises over a folder into a UserError."""
+    """Turns any error of orbax about a folder into a UserError."""
     try:
         yield
     except Exception as error:  # it documents none: ValueError, KeyError, OSError and others come
@@ -258,7 +258,7 @@ def _restore(path: Path, stored: Mapping[str, Any], like: TrainState) -> TrainSt
 
 
 def _restore_leaf(path: Path, name: str, stored: Any, like: Any) -> Any:
-    """One array, of the kind of `like`: the compiled step takes no other, and may overwrite it."""
+    """Checks one array, and makes it of the kind of `like`, as the compiled step takes it."""
     found = np.asarray(stored)
     if (found.shape, found.dtype) != (np.shape(like), like.dtype):
         raise UserError(
@@ -275,7 +275,7 @@ def _partial(name: str) -> str:
 
 
 def _write(path: Path, data: Any) -> None:
-    """JSON that appears whole or not at all."""
+    """Writes JSON that appears whole or not at all."""
     partial = path.with_name(_partial(path.name))
     artifacts.write_json(partial, data)
     partial.replace(path)
@@ -296,7 +296,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Leaves of JSON by path: recipe.stages[0].share."""
+    """Leaves of JSON by path, as in `recipe.stages[0].share`."""
     if isinstance(value, Mapping):
         parts = {f"{name}.{k}" if name else str(k): v for k, v in value.items()}
     elif isinstance(value, list | tuple):

@@ -1,15 +1,15 @@
 """Learning on the orthogonal group, as optax transformations of the rotations themselves.
 
-A learned rotation merges into the weights only while it is orthogonal: what |R R^T - I| is above
-float32 rounding changes the model. Two ways to stay there, for any pytree of matrices with any
-leading axes:
+A learned rotation merges into the weights only while it is orthogonal: where |R R^T - I| exceeds
+float32 rounding, the merge changes the model. Two ways to stay orthogonal, for any pytree of
+matrices with any leading axes:
 
-- `cayley_sgd`, the optimizer of SpinQuant and Quant.npu: momentum in the tangent space, one
-  approximate Cayley step at a time, for baselines that must be theirs;
+- `cayley_sgd`, the optimizer of SpinQuant and Quant.npu, for their recipes as baselines: momentum
+  in the tangent space, one approximate Cayley step at a time;
 - `on_orthogonal_group`: R = R0 cayley(A), A skew, learned by any optax optimizer.
 
-Products are float32 in full: the TF32 in which an NVIDIA GPU multiplies by default keeps 10 bits of
-each factor, and no product of rotations is more orthogonal than its factors are exact.
+Products are float32 in full: an NVIDIA GPU multiplies in TF32 by default, which keeps 10 bits of
+each factor, and a product of rotations is no more orthogonal than its factors are exact.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def _skew(a: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
 
 
 def orthogonality_error(r: Float[Any, "*b p n"]) -> Float[Array, ""]:
-    """max |R R^T - I| over all entries and leading axes; R's rows should be orthonormal."""
+    """Returns max |R R^T - I| over all entries and leading axes: 0 where the rows are orthonormal.
+
+    >>> float(orthogonality_error(jnp.eye(2)))
+    0.0
+    """
     r = jnp.asarray(r)
     gram = _matmul(r, r.mT)
     return jnp.abs(gram - jnp.broadcast_to(jnp.eye(r.shape[-2], dtype=r.dtype), gram.shape)).max()
@@ -47,16 +51,16 @@ def orthogonality_error(r: Float[Any, "*b p n"]) -> Float[Array, ""]:
 
 
 def cayley(a: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
-    """(I - A)^-1 (I + A), the rotation of a skew matrix A: I + 2A for small A.
+    """Maps a skew matrix A to the rotation (I - A)^-1 (I + A), which is I + 2A for small A.
 
-    Its inverse is A = (R - I) (R + I)^-1, so it reaches every rotation without the eigenvalue -1: a
-    turn by t in a plane is |A| = tan(t/2). Differentiable.
+    The inverse map is A = (R - I) (R + I)^-1, so every rotation without the eigenvalue -1 is
+    reached; a turn by t in a plane has |A| = tan(t/2). Differentiable.
 
     Args:
       a: A = -A^T, to the last bit (the result is as orthogonal as A is skew); |A| below about 100,
-        for I - A loses log10 |A| digits.
+        because I - A loses log10 |A| digits.
 
-    Returns: R, |R R^T - I| about 1e-6 in float32.
+    Returns: R, with |R R^T - I| about 1e-6 in float32.
 
     Reference: Cayley, Sur quelques propriétés des déterminants gauches (1846).
     """
@@ -76,19 +80,18 @@ class OrthogonalGroupState(NamedTuple):
 def on_orthogonal_group(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Any optax optimizer on the orthogonal group: R = R0 cayley(A), A skew, A = 0 at the start.
+    """Runs any optax optimizer on the orthogonal group: R = R0 cayley(A), A skew, A = 0 at first.
 
-    The gradient of the loss with respect to R is pulled back to A and projected on skew matrices;
-    `inner` steps A, and the update is R0 cayley(A_new) - R. R is orthogonal by construction and
-    cannot drift: it is computed from R0 each time, not from the last R.
+    The gradient by R is pulled back to A and projected on skew matrices; `inner` steps A, and the
+    update is R0 cayley(A_new) - R. R cannot drift from orthogonality: it is computed from R0 each
+    time, not from the last R. Values set in R from outside are lost at the next update.
 
     Turns near half a circle are out of reach in practice: a turn by t needs |A| = tan(t/2), and the
-    gradient of A shrinks as 1 / (1 + |A|^2). Values set in R from outside are lost at the next
-    update, which returns to R0 cayley(A).
+    gradient of A shrinks as 1 / (1 + |A|^2).
 
     Args:
-      inner: steps A, in halves of an angle (cayley(A) is I + 2A for small A). Optimizers that treat
-        entries alike (SGD, Adam) keep A skew to the last bit; for others it is projected.
+      inner: steps A, whose entries are halves of angles. Optimizers that treat entries alike (SGD,
+        Adam) keep A skew to the last bit; for others it is projected.
 
     Returns: a transformation whose `update` needs `params`.
 
@@ -126,8 +129,8 @@ def on_orthogonal_group(
 
 
 def _library_promotion() -> Any:
-    """Promotion for optax, whose schedules and Adam mix the step count (int32) with floats: strict
-    promotion, a setting of tests, forbids that."""
+    """Allows dtype promotion for optax, whose schedules and Adam mix the step count (int32) with
+    floats; strict promotion, a setting of the tests, forbids that."""
     return jax.numpy_dtype_promotion("standard")
 
 
@@ -149,7 +152,7 @@ def cayley_sgd(
     corrections: int = 2,
     eps: float = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    """Cayley-SGD with momentum on matrices X (p x n, p <= n) with orthonormal rows.
+    """Builds Cayley-SGD with momentum, for matrices X (p x n, p <= n) with orthonormal rows.
 
     One step, G = dL/dX, V and Y (n x p), W (n x n, skew):
 
@@ -165,9 +168,9 @@ def cayley_sgd(
     Args:
       learning_rate: lr > 0, a number or a schedule of the step count; Quant.npu: 0.1, cosine.
       momentum: m in [0, 1).
-      iterations: of the loop; 5 in the authors' code, 2 in the paper.
+      iterations: of the loop over Y; 5 in the authors' code, 2 in the paper.
       corrections: Newton-Schulz steps; 2 bring 0.014 to float32 rounding.
-      eps: keeps the bound on a finite.
+      eps: keeps the bound on a finite where W is 0.
 
     Returns: a transformation whose `update` needs `params`, and returns X_new - X.
 
@@ -194,7 +197,11 @@ def _at_rest(params: Tree) -> CayleySGDState:
 def _stepwise(
     step: Callable[..., tuple[Array, Array]], learning_rate: float | Callable[[Any], Any]
 ) -> Callable[..., tuple[Tree, CayleySGDState]]:
-    """`update` of `cayley_sgd`; (X, G, V, lr) -> (X_new - X, V_new) is the step of one matrix."""
+    """Builds the `update` of `cayley_sgd` from the step of one matrix.
+
+    Args:
+      step: (X, G, V, lr) -> (X_new - X, V_new).
+    """
 
     def update(
         updates: Tree, state: Any, params: Tree | None = None, **_: Any
@@ -223,10 +230,10 @@ def _cayley_sgd_step(
     """X_new (uncorrected) and the projected V, from X and m V - G^T: `cayley_sgd`'s equations.
 
     The loop's fixed point is the Cayley transform (I - aW/2)^-1 (I + aW/2) X^T, orthogonal; the
-    bound on a makes each iteration at least halve the distance to it. V is projected before it
-    starts the loop, as in the paper's Algorithm 1. The authors' code (and SpinQuant's) projects it
-    after: the same fixed point from a start whose distance nothing bounds, for it grows with the
-    part of the gradient off the tangent space.
+    bound on a makes each iteration at least halve the distance to it. V is projected before the
+    loop starts from it, as in the paper's Algorithm 1. The authors' code (and SpinQuant's) projects
+    V after the loop: that has the same fixed point, but starts at a distance without a bound, which
+    grows with the part of the gradient off the tangent space.
     """
     xt = x.mT
     m = _matmul(v, x)
@@ -241,7 +248,7 @@ def _cayley_sgd_step(
 
 
 def _newton_schulz(x: Float[Array, "p n"], times: int) -> Float[Array, "p n"]:
-    """X <- (3I - X X^T) X / 2: singular values 1 + e become 1 - 3 e^2 / 2 - e^3 / 2.
+    """Newton-Schulz, X <- (3I - X X^T) X / 2: singular values 1 + e become 1 - 3 e^2/2 - e^3/2.
 
     The loop of `_cayley_sgd_step` leaves singular values up to 0.014 off 1 after five iterations,
     which would add up over the steps (the authors' code normalizes rows each step and takes a QR in

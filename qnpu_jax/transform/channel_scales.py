@@ -1,8 +1,8 @@
 """Diagonal scales that merge into the weights: same function, channels of more equal range.
 
-Between two linears that only channelwise or linear steps separate, a channel can be multiplied on
-the one side and divided on the other. Per-tensor quantization then serves every channel with more
-of its codes, at the price of the weights that take the factor:
+Where only channelwise or linear steps lie between two linears, a channel can be multiplied by a
+factor in the first and divided by it in the second. Per-tensor quantization then gives every
+channel more codes, and the weights that take the factor fewer:
 
   up -> down  up' = D up, down' = down D^-1
   v -> o      v' = D v, o' = o D^-1, for each KV head; every query head of it mixes the same values
@@ -38,7 +38,13 @@ from qnpu_jax.transform.fold import A, by_layer, check_folded
 
 @struct.dataclass(kw_only=True)
 class Diagonal:
-    """Factors, all positive: of up's rows, of v's rows, and of k's rows (one per RoPE pair)."""
+    """Channel factors, all positive.
+
+    Attributes:
+      up_down: of the rows of up.
+      v_o: of the rows of v.
+      q_k: of the rows of k, one per RoPE pair.
+    """
 
     up_down: Float[Array | np.ndarray, "L F"]
     v_o: Float[Array | np.ndarray, "L N K"]
@@ -49,7 +55,7 @@ class Diagonal:
 
 
 def identity_diagonal(config: ModelConfig) -> Diagonal:
-    """Factors of 1, float64."""
+    """Makes factors of 1, float64, which change nothing."""
     layers, n, k = config.num_layers, config.num_kv_heads, config.head_dim
     return Diagonal(
         up_down=np.ones((layers, config.intermediate_size)),
@@ -65,14 +71,15 @@ def scale_parameter(
     v_o: Float[A, "N K"],
     q_k: Float[A, "N half"],
 ) -> Float[A, "*out n"]:
-    """One parameter of the graph after the scales, as the module says: of one layer in `layers.*`.
+    """Scales one parameter of the graph, by this module's equations; one layer of `layers.*`.
 
-    NumPy float64 or JAX float32, traced or not: arrays of one kind in, one of that kind out.
+    Arrays are all NumPy float64 or all JAX float32 (traced or not), and so is the result.
 
     Args:
       name: global, `layers.attn.q.weight`.
-      x: a weight (out, in), a bias (out,) `layers.attn.prefix_k` (N, P, K) or
+      x: a weight (out, in), a bias (out,), `layers.attn.prefix_k` (N, P, K) or
         `prefix_v` (N, K, P).
+      up_down, v_o, q_k: this layer's part of `Diagonal`.
 
     Raises:
       UserError: no parameter of the graph has this name.
@@ -107,7 +114,7 @@ def scale_parameter(
 def scale_channels(
     config: ModelConfig, params: Params, diagonal: Diagonal, dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
-    """The parameters of the same function with every scaled channel times its factor.
+    """Scales all parameters: the same function, with every scaled channel times its factor.
 
     Args:
       params: the output of `fold_norms` or `rotate`, with the prefix's K and V or without.
@@ -156,13 +163,14 @@ def _checked(config: ModelConfig, diagonal: Diagonal) -> list[np.ndarray]:
 
 @dataclass(frozen=True, eq=False)
 class ChannelPeaks:
-    """max |x| per channel, over tokens and over what shares a factor: the query heads of a KV head,
-    the two channels of a RoPE pair.
+    """max |x| per channel, over tokens and over channels that share a factor.
+
+    The query heads of a KV head share one, and so do the two channels of a RoPE pair.
 
     Attributes:
-      act: of the input of down, gate*up.
-      mixed: of the input of o.
-      q, k: after RoPE, the prefix's keys included.
+      act: input of down, gate*up.
+      mixed: input of o.
+      q, k: queries and keys after RoPE, the prefix's keys included.
     """
 
     act: Float[np.ndarray, "L F"]
@@ -174,7 +182,7 @@ class ChannelPeaks:
 def channel_peaks(
     dec: Decoder, params: Params, windows: Int[np.ndarray, "n t"], batch: int = 8
 ) -> ChannelPeaks:
-    """Peaks of the float model's channels over the windows.
+    """Measures the peaks of the float model's channels over the windows.
 
     Args:
       dec: staged for windows of T tokens.
@@ -214,12 +222,12 @@ def _layer_peaks(config: ModelConfig, env: Tensors, keys: str) -> list[np.ndarra
 
 
 def smoothquant(config: ModelConfig, params: Params, peaks: ChannelPeaks, alpha: float) -> Diagonal:
-    """D_j = max|W_j|^(1-alpha) / max|x_j|^alpha of up->down and v->o; sqrt(max|q| / max|k|) of q_k.
+    """Balances peaks: D_j = max|W_j|^(1-alpha) / max|x_j|^alpha, and sqrt(max|q| / max|k|) of q_k.
 
-    x_j is a channel of the input of down (of o) and W_j the weights that read it; D multiplies what
-    makes x_j and divides W_j, so alpha 0 gives all W_j one peak and alpha 1 all x_j, at the expense
-    of the other. Only ratios within a layer matter: the geometric mean of D is 1 there. The factors
-    of q and k give both the same peak. A channel that is all zero on either side gets 1.
+    x_j is a channel of the input of down (of o), and W_j are the weights that read it. D multiplies
+    the rows that make x_j and divides W_j: alpha 0 gives all W_j the same peak, alpha 1 all x_j.
+    Only ratios within a layer matter, so D is divided by its geometric mean there. The factors of q
+    and k give both the same peak. A channel that is all zero on either side gets 1.
 
     Args:
       params: those that `peaks` were taken with.

@@ -14,9 +14,8 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Params
 
 A = TypeVar("A", Array, np.ndarray)
-"""Of one kind throughout a call: float64 of NumPy (merging) or traced float32 of JAX (learning)."""
+"""Arrays of one kind throughout a call: NumPy float64 (merging) or JAX float32 (learning)."""
 
-# Each linear of a layer, with the norm whose gamma scales its input.
 _LINEARS = {
     "layers.attn.q": "layers.attn.norm",
     "layers.attn.k": "layers.attn.norm",
@@ -26,19 +25,24 @@ _LINEARS = {
     "layers.mlp.up": "layers.mlp.norm",
     "layers.mlp.down": None,
 }
+"""Each linear of a layer, with the norm whose gamma scales its input."""
 _NORMS = ("layers.attn.norm", "layers.mlp.norm", "head.norm")
 TABLES = ("embed.weight", "head.weight")
 _PREFIX = ("layers.attn.prefix_k", "layers.attn.prefix_v")
-_ROWS = 8192  # rows of the embedding and the head that are float64 at a time
-
-
-# --- parameters: fold, then rotate ---
+_ROWS = 8192
+"""Rows of the embedding and the head that are float64 at a time."""
 
 
 def by_layer(
     stack: Array | np.ndarray, merge: Callable[[int, np.ndarray], np.ndarray], dtype: DTypeLike
 ) -> np.ndarray:
-    """merge(i, stack[i]) for every layer i, in float64, stored as `dtype`. Shapes do not change."""
+    """Computes merge(i, stack[i]) for every layer i, in float64.
+
+    Args:
+      stack: (L, ..).
+      merge: keeps the shape.
+      dtype: stored type.
+    """
     source = np.asarray(stack)
     out = np.empty(source.shape, dtype)
     for i, x in enumerate(source):
@@ -49,7 +53,12 @@ def by_layer(
 def by_rows(
     table: Array | np.ndarray, merge: Callable[[np.ndarray], np.ndarray], dtype: DTypeLike
 ) -> np.ndarray:
-    """merge(rows) for blocks of rows of a (V, D) table, in float64, stored as `dtype`."""
+    """Computes merge(rows) for blocks of rows of a (V, D) table, in float64.
+
+    Args:
+      merge: keeps the shape.
+      dtype: stored type.
+    """
     source = np.asarray(table)
     out = np.empty(source.shape, dtype)
     for i in range(0, len(source), _ROWS):
@@ -58,7 +67,7 @@ def by_rows(
 
 
 def _check_names(params: Params, required: set[str], optional: set[str], way_out: str) -> None:
-    """Raises UserError unless the merge knows every parameter: one left out changes the logits."""
+    """Raises UserError for a missing or unknown parameter: one left out changes the logits."""
     if missing := required - params.keys():
         raise UserError(f"{min(missing)}: missing; expected {sorted(required)}; {way_out}")
     if unknown := params.keys() - required - optional:
@@ -68,8 +77,11 @@ def _check_names(params: Params, required: set[str], optional: set[str], way_out
 
 
 def check_folded(params: Params) -> None:
-    """Raises UserError unless these are the parameters of `fold_norms`, with or without prefix
-    K/V."""
+    """Checks that these are the parameters of `fold_norms`, with or without prefix K/V.
+
+    Raises:
+      UserError: a parameter is missing or unknown.
+    """
     linears = {f"{name}.{suffix}" for name in _LINEARS for suffix in ("weight", "bias")}
     required = {*linears, *TABLES, "head.bias"}
     _check_names(params, required, set(_PREFIX), "call `fold_norms` first")
@@ -85,10 +97,10 @@ def _check_checkpoint(config: ModelConfig, params: Params) -> None:
 def fold_norms(
     config: ModelConfig, params: Params, dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
-    """Parameters of the graph from a checkpoint's: W <- W diag(gamma sqrt(D)); q also times K^-1/2.
+    """Folds norms into weights: W <- W diag(gamma sqrt(D)), and q's times K^-1/2 too.
 
     The graph's norm is x / sqrt(sum(x^2) + D eps), which is RMSNorm without gamma divided by
-    sqrt(D), and its scores are q k^T without the factor K^-1/2: both factors live in the weights.
+    sqrt(D), and its scores are q k^T without the factor K^-1/2: the weights hold both factors.
 
     Args:
       params: a checkpoint: `embed.weight` (V, D), `layers.{attn,mlp}.norm.gamma` (L, D),
@@ -98,8 +110,8 @@ def fold_norms(
       dtype: stored type; products are float64.
 
     Returns:
-      No gammas; `head.weight` of its own; a bias for every linear and the head, zero where the
-      checkpoint has none.
+      Weights without gammas; `head.weight` also where embeddings are tied; a bias for every linear
+      and the head, zero where the checkpoint has none.
 
     Raises:
       UserError: a parameter is missing or unknown.

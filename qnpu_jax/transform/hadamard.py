@@ -57,19 +57,27 @@ def _paley_two(q: int) -> Int[np.ndarray, "n n"]:
 
 
 def _core(order: int) -> int | None:
-    """The one of 1, 12, 20, 28, 36 that times a power of two gives `order`, or None."""
+    """Returns the c of 1, 12, 20, 28, 36 with order = c 2^k, or None."""
     odd = order // (order & -order) if order > 0 else 0
     core = {1: 1, 3: 12, 5: 20, 7: 28, 9: 36}.get(odd)
     return core if core is not None and order % core == 0 else None
 
 
 def has_hadamard(order: int) -> bool:
-    """True for the orders that `hadamard` constructs: 2^k and 12, 20, 28, 36 times 2^k."""
+    """Tells whether `hadamard` constructs this order: 2^k, or 12, 20, 28, 36 times 2^k.
+
+    >>> has_hadamard(576), has_hadamard(100)
+    (True, False)
+    """
     return _core(order) is not None
 
 
 def hadamard(order: int) -> Int[np.ndarray, "n n"]:
-    """A matrix of +1 and -1 with H H^T = order I, exactly.
+    """Constructs a matrix of +1 and -1 with H H^T = order I, exactly.
+
+    >>> hadamard(2)
+    array([[ 1,  1],
+           [ 1, -1]])
 
     Sylvester's doubling [[H, H], [H, -H]] of a core of order 1, 12 (Paley I, q = 11), 20 (Paley I,
     19), 28 (Paley II, 13) or 36 (Paley II, 17). 576 = 36 * 16, 1536 = 12 * 128, 64 = 2^6.
@@ -100,16 +108,28 @@ def hadamard(order: int) -> Int[np.ndarray, "n n"]:
 
 
 def random_hadamard(order: int, seed: Seed) -> Matrix64:
-    """R = H diag(signs) / sqrt(order), signs drawn from the seed: the same on every platform."""
+    """Draws R = H diag(signs) / sqrt(order), orthogonal; the same bits on every platform.
+
+    Args:
+      order: one that `has_hadamard`.
+      seed: of the signs.
+
+    Raises:
+      UserError: as `hadamard`.
+    """
     signs = 2 * np.random.default_rng(seed).integers(0, 2, order) - 1
     return hadamard(order) * signs / np.sqrt(order)
 
 
 def random_orthogonal(order: int, seed: Seed) -> Matrix64:
-    """Q of a Gaussian matrix's QR, columns signed so that R's diagonal is positive: Haar's measure.
+    """Draws an orthogonal matrix, uniformly (Haar measure).
 
-    Platforms agree up to the rounding of their LAPACK: merge one and the same array wherever bits
-    must match.
+    It is Q of a Gaussian matrix's QR, columns signed so that R's diagonal is positive. Platforms
+    agree up to the rounding of their LAPACK: where bits must match, merge one and the same array.
+
+    >>> q = random_orthogonal(3, seed=0)
+    >>> bool(np.allclose(q @ q.T, np.eye(3)))
+    True
 
     Reference: F. Mezzadri, How to generate random matrices from the classical compact groups
     (2007), section 5.

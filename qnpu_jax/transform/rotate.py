@@ -3,7 +3,7 @@
 A decoder without norm gammas computes the same logits when its residual stream x (a row vector) is
 replaced by x R1 and each head's values v by v R2_i, R1 and R2_i orthogonal: the unit L2 norm
 commutes with R1, and attention mixes tokens, not channels. Both merge into the weights, so that no
-rotation runs in the model; the graph never hears of them. A random rotation spreads an outlier
+rotation runs in the model, and the graph has no op for them. A random rotation spreads an outlier
 channel over all channels, which narrows the ranges that static quantization must cover.
 
 Two steps, in this order: `fold_norms` turns a checkpoint into the graph's parameters, `rotate`
@@ -45,9 +45,9 @@ class Rotation:
 
 
 def random_rotation(config: ModelConfig, seed: int) -> Rotation:
-    """R1 (D, D) and R2 (L, K, K), float64: random Hadamard, or orthogonal at orders without one.
+    """Draws R1 (D, D) and R2 (L, K, K), float64: random Hadamard, or orthogonal at orders without.
 
-    R1 depends on (seed, D) and R2_i on (seed, i, K) only.
+    R1 depends on (seed, D) only, and R2_i on (seed, i, K).
     """
 
     def draw(order: int, index: int) -> Matrix64:
@@ -79,9 +79,9 @@ def _orthogonal(name: str, r: np.ndarray, order: int) -> Matrix64:
 def rotate_parameter(
     name: str, x: Float[A, "*out n"], r1: Float[A, "D D"], r2: Float[A, "K K"] | None = None
 ) -> Float[A, "*out n"]:
-    """One parameter of the graph after the rotation, as `rotate` says: of one layer in `layers.*`.
+    """Rotates one parameter of the graph, by the equations of `rotate`; one layer of `layers.*`.
 
-    NumPy float64 or JAX float32, traced or not: arrays of one kind in, one of that kind out.
+    Arrays are all NumPy float64 or all JAX float32 (traced or not), and so is the result.
 
     Args:
       name: global, `layers.attn.q.weight`.
@@ -111,7 +111,7 @@ def rotate_parameter(
 def _rotated_values(
     name: str, x: Float[A, "*out n"], r1: Float[A, "D D"], r2: Float[A, "K K"]
 ) -> Float[A, "*out n"]:
-    """`rotate_parameter` of what makes values or reads them."""
+    """`rotate_parameter` for the parameters that make values or read them."""
     k = len(r2)
     match name.removeprefix("layers.attn."):
         case "v.weight":
@@ -128,7 +128,7 @@ def _rotated_values(
 def rotate(
     config: ModelConfig, params: Params, rotation: Rotation, dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
-    """The parameters of the same function with residual stream x R1 and values v R2_i.
+    """Rotates all parameters: the same function, with residual stream x R1 and values v R2_i.
 
     E <- E R1; q, k, gate, up, head: W <- W R1; v: W <- R2_i^T W R1, b <- R2_i^T b for each KV head;
     o: W <- R1^T W blockdiag(R2_i), b <- R1^T b; down: W <- R1^T W, b <- R1^T b; values of a prefix:
