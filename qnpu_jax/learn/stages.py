@@ -174,7 +174,7 @@ def _calibrate_and_round(
 
 @dataclass(frozen=True)
 class _Run:
-    """What all stages of a run share."""
+    """Settings, text, teacher and callbacks that all stages of a run share."""
 
     effort: Effort
     seed: int

@@ -25,7 +25,7 @@ from qnpu_jax.learn.train import (
 )
 
 BYTES_PER_TOKEN = 8
-"""Of one likely token: its log-probability in float32 and its id in int32."""
+"""Bytes of one likely token: its log-probability in float32 and its id in int32."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The same function in easier parameters: folding, rotations, channel scales, prefix."""
+"""Transforms of parameters that keep the function: folding, rotations, channel scales, prefix."""
 
 from qnpu_jax.transform.channel_scales import (
     Diagonal,
