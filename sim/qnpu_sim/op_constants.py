@@ -179,8 +179,9 @@ def prepare_add(
     left = 20 if x.narrow else 15
     twice_max = 2.0 * np.float64(max(x.scale, y.scale))
     total = twice_max / np.float64(np.float32(1 << left) * out.scale)
-    factors = (rules.elementwise(np.float64(t.scale) / twice_max) for t in (x, y))
-    made = AddConstants(*zero_points, *factors, rules.elementwise(total), _int32(out.zero_point))
+    x_factor, y_factor = (rules.elementwise(np.float64(t.scale) / twice_max) for t in (x, y))
+    factors = (x_factor, y_factor, rules.elementwise(total))
+    made = AddConstants(zero_points[0], zero_points[1], *factors, _int32(out.zero_point))
     return elementwise.LaneAdd(made) if rules.lanes else made
 
 

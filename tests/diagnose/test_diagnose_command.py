@@ -61,7 +61,7 @@ def test_the_heat_map_shows_layers_and_tensors(diagnosed):
     names, grid = heat_map.table(found.rows, lambda r: r.own_sqnr)
     rows = {r.tensor: r.own_sqnr for r in found.rows}
     assert grid.shape == (len(names), 2)
-    assert grid[names.index("mlp.act"), 1] == rows[RUINED]
+    assert grid[names.index("mlp.act"), 1] == rows["layers.1.mlp.act"]
 
 
 @pytest.mark.filterwarnings("ignore")
