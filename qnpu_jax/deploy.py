@@ -53,7 +53,7 @@ class CachedFile:
 
 @dataclass(frozen=True)
 class EmulationRequest:
-    """What is compared with the emulated NPU.
+    """Request to compare a model with the emulated NPU.
 
     Attributes:
       soc: one of `hexagon.SOCS`.
