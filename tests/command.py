@@ -20,8 +20,9 @@ STAGES = (
     *("score LiteRT", "compile", r"layer \d+", "perplexity", "measure", "compare", "original"),
     *("replace", "prove", "observe"),
 )
-STAGE = re.compile(rf"qnpu: ({'|'.join(STAGES)})(; \d+ s so far)?\n")
-"""What stderr says, where it is no terminal, when a stage begins."""
+PASSED = r"; \d+ s so far|: \d+ of \d+, (\d+ s left|\.\.\.)"
+STAGE = re.compile(rf"qnpu: ({'|'.join(STAGES)})({PASSED})?\n")
+"""Lines on stderr, where it is no terminal: when a stage begins, and now and then how far it is."""
 
 
 def without_stages(err: str) -> str:
