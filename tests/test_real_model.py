@@ -1,5 +1,5 @@
-"""SmolLM2-135M, on one output folder of the README's first command (with less text): what the
-command says, and what is proved of the model in it."""
+"""SmolLM2-135M, on one output folder of the README's first command (on an eighth of the text): what
+the command says, and what is proved of the model in it. The whole command: `test_same_bytes`."""
 
 import hashlib
 import json
@@ -23,6 +23,7 @@ from qnpu_jax.measure.task_files import CHOICES, CONTEXTS, LAST_WORD, Item, Task
 from qnpu_jax.measure.tasks import Scoring
 from qnpu_jax.models.checkpoint import Checkpoint, load, resolve
 from qnpu_jax.models.llama import expected_tensors
+from qnpu_jax.recipes import RECIPES
 from qnpu_jax.text.files import default_text
 from qnpu_jax.text.self_written import QUESTIONS, Drawing, Writer, calibration_windows, sample
 from qnpu_jax.transform.fold import fold_norms
@@ -31,7 +32,7 @@ from qnpu_jax.transform.prefix import OUTLIER_RATIO
 pytestmark = pytest.mark.slow
 
 NAME = "smollm2-135m"
-COMMAND = ["quantize", NAME, "--recipe", "w8a8", "--out", "out/"]
+COMMAND = ["quantize", NAME, "--recipe", "recipe.json", "--out", "out/"]
 LESS = ["--effort", "none", "--calibration", "text.txt", "--eval-tokens", "128", "--prefill", "64"]
 
 
@@ -39,6 +40,8 @@ LESS = ["--effort", "none", "--calibration", "text.txt", "--eval-tokens", "128",
 def said(tmp_path_factory) -> tuple[Path, str]:
     """The output folder, and what was printed."""
     folder = tmp_path_factory.mktemp("real")
+    recipe = RECIPES["w8a8"].to_json() | {"calibration_tokens": 1024, "calibration_length": 128}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
     (folder / "text.txt").write_text(default_text()[200_000:])
     process = start(*COMMAND, *LESS, cwd=folder)
     try:
