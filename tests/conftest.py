@@ -6,6 +6,8 @@ package: the hook sees only later imports.
 """
 
 import functools
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,6 +57,24 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [i for i in items if i not in set(left_out)]
+
+
+MOST_BYTES = 2**31
+"""Of compiled programs that are kept from run to run."""
+
+
+def pytest_configure(config):
+    """What one process has compiled, no other compiles again, nor the next run.
+
+    The key is the program, its compiler and the processor. JAX does not write a file at one stroke:
+    who reads half of one warns, and compiles (pyproject.toml lets that warning pass).
+    """
+    folder = config.cache.mkdir("compiled")
+    first = "PYTEST_XDIST_WORKER" not in os.environ
+    if first and sum(p.stat().st_size for p in folder.iterdir()) > MOST_BYTES:
+        shutil.rmtree(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 MAPS = Path("/proc/self/maps")

@@ -136,6 +136,7 @@ def test_another_text_gives_other_integers(made, checkpoint, model, ids):
         assert_same(other, model)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_it_learns_as_the_command_line_does_on_text_that_the_model_writes(
     made, checkpoint, tmp_path, monkeypatch

@@ -120,7 +120,7 @@ def test_same_seed_same_bytes_another_seed_others(folder, out, tmp_path):
     assert files[0].read_bytes() != files[1].read_bytes()
 
 
-@pytest.mark.parametrize("name", pairwise.often(["w4a8", "w8a16", "w4a16"], ["w4a16"]))
+@pytest.mark.parametrize("name", pairwise.often(["w4a8", "w8a16", "w4a16"], []))
 def test_every_recipe_is_proved(folder, tmp_path, name):
     recipe = dataclasses.replace(request(folder).recipe, name=name, bits=RECIPES[name].bits)
     report = job.run(

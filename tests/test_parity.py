@@ -100,13 +100,12 @@ WEIGHTS, ACTIVATIONS = slice(2), slice(2, None)
 
 
 def covering(names, plans, kernels) -> list[pairwise.Row]:
-    """Every pair of model, weight width, activation width and kernel set; `mixed` in each model and
-    kernel set."""
+    """Every pair of model, weight width, activation width and kernel set; and `mixed` once."""
     plain = [plan for plan in plans if plan != "mixed"]
     weights, activations = ([*dict.fromkeys(p[at] for p in plain)] for at in (WEIGHTS, ACTIVATIONS))
     rows = pairwise.pairs(names, weights, activations, kernels)
     made = [(name, w + a, k) for name, w, a, k in rows]
-    return [*made, *((n, "mixed", k) for n, k in zip(names, kernels, strict=True))]
+    return [*made, (names[1], "mixed", kernels[0])]
 
 
 @pairwise.parametrize(
@@ -262,7 +261,7 @@ def test_fake_quant_is_within_one_code_of_the_simulator(case, profile):
     assert_fake_quant_is_simulator(model, IDS, tiny_run(name, plan, profile))
 
 
-@pytest.mark.parametrize(("name", "plan"), FEW)
+@pytest.mark.parametrize(("name", "plan"), pairwise.often(FEW, FEW[:1]))
 def test_rounding_profiles_differ_less_than_quantization_does(name, plan):
     """A fixed-point FULLY_CONNECTED or SQRT differs by one code from the floating-point one, and
     what follows is rounded anew: differences spread like quantization noise. So they must stay

@@ -304,6 +304,7 @@ def test_generate_is_the_same_text_on_the_simulator(qnpu, here):
     artifacts.check_writable(here / "out", overwrite=True)  # and ours to replace
 
 
+@pytest.mark.nightly
 def test_unpacked_weights_say_the_same(qnpu, here):
     recipe = RECIPES["w4a8"].to_json() | {"calibration_tokens": 128, "calibration_length": 32}
     (here / "recipe.json").write_text(json.dumps(recipe))

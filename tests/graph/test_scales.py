@@ -11,7 +11,7 @@ from qnpu_jax.graph.graph import is_identity
 from qnpu_jax.graph.ops import Requantize
 from qnpu_jax.graph.scales import is_free, resolve
 
-plans = pytest.mark.parametrize("plan", tiny.PLANS)
+plans = pytest.mark.parametrize("plan", tiny.OFTEN)
 
 
 def resolved(plan: str):

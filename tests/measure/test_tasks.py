@@ -309,6 +309,7 @@ def test_batched_and_padded_scores_equal_those_of_single_texts():
     compare(perplexity.float_logits(config, tiny.PLANS["w8a8"], params), True, 1e-4)
 
 
+@pytest.mark.nightly
 def test_simulated_scores_do_not_depend_on_the_batch():
     """Codes are equal; 1e-4 as above. Of equal length: masked keys keep a weight (`tasks`)."""
     model = tiny.quantized("gqa_llama3", "w8a8")

@@ -138,7 +138,7 @@ def test_products_of_intervals_are_reached_and_not_passed(ends):
     assert product(x, x, square=True) == (0, max(v * v for v in x))
 
 
-@pytest.mark.parametrize("plan", tiny.PLANS)
+@pytest.mark.parametrize("plan", tiny.OFTEN)
 def test_channels_of_a_model_make_up_the_bounds_of_its_ops(plan):
     model = tiny.quantized("mqa_linear_bias", plan)
     dec = model.decoder(8)

@@ -81,7 +81,11 @@ def test_every_profile_says_the_same(tmp_path):
 
 
 @pairwise.parametrize(
-    ("name", "kernels", "plan"), tiny.NAMES, [*RESOLVERS], ["w8a8", "w4a8s8", "w8a8i8", "w4a16"]
+    ("name", "kernels", "plan"),
+    tiny.NAMES,
+    [*RESOLVERS],
+    ["w8a8", "w4a8s8", "w8a8i8", "w4a16"],
+    choose=pairwise.levels,
 )
 def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels, plan):
     model = tiny.quantized(name, plan)

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairwise
 import pytest
 import tokenizers
 from model_files import GOLDEN, NAMES
@@ -41,7 +42,7 @@ def folded(config: ModelConfig, params: dict[str, np.ndarray]) -> Writer:
     return Writer(config, PLAN, {k: jnp.asarray(x) for k, x in fold_norms(config, params).items()})
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=pairwise.often(NAMES, NAMES[:2]))
 def model(request) -> Writer:
     return folded(*load_params(GOLDEN / request.param))
 
