@@ -261,11 +261,12 @@ def test_fake_quant_is_within_one_code_of_the_simulator(case, profile):
     assert_fake_quant_is_simulator(model, IDS, tiny_run(name, plan, profile))
 
 
-@pytest.mark.parametrize(("name", "plan"), pairwise.often(FEW, FEW[:1]))
-def test_rounding_profiles_differ_less_than_quantization_does(name, plan):
+@pytest.mark.parametrize("case", pairwise.often(FEW, FEW[:1]))
+def test_rounding_profiles_differ_less_than_quantization_does(case):
     """A fixed-point FULLY_CONNECTED or SQRT differs by one code from the floating-point one, and
     what follows is rounded anew: differences spread like quantization noise. So they must stay
     below it, and the npu profile must lie as near to the float model."""
+    name, plan = case
     model = tiny.quantized(name, plan)
     dec, params, _ = tiny.calibrated(name, plan)
     x = np.asarray(float_logits(dec.config, dec.plan, params)(IDS))
