@@ -112,6 +112,7 @@ def assert_same(got: IntegerModel, expected: IntegerModel) -> None:
                 np.testing.assert_array_equal(a, b, err_msg=f"{name} {field}", strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["file", "documents", "windows", "lists"])
 def test_every_form_of_a_text_gives_the_integers_of_the_command_line(
     made, checkpoint, model, ids, form
@@ -178,6 +179,7 @@ def test_the_file_is_that_of_the_command_line(made, model, tmp_path):
 # --- what it runs ---
 
 
+@pytest.mark.slow
 def test_simulate(model, ids):
     ids = ids[:PREFILL]
     simulator = Simulated(model, PREFILL)
@@ -197,6 +199,7 @@ def test_simulate(model, ids):
     np.testing.assert_array_equal(both[0], logits)
 
 
+@pytest.mark.slow
 def test_simulate_in_another_profile(model, ids):
     codes = [
         qnpu.simulate(model, ids[:PREFILL], profile=profile)
@@ -206,6 +209,7 @@ def test_simulate_in_another_profile(model, ids):
     assert not np.array_equal(*codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [{}, {"logits": "last"}, {"context": 40}, {"context": 40, "logits": "last"}],
@@ -246,6 +250,7 @@ def test_a_checkpoint_is_scored_as_by_the_command_line(made, checkpoint, model, 
     assert got == pytest.approx(report["perplexity"]["float"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_reads_bos_before_each_window(checkpoint, held_out):
     """Against all logits of BOS and window in one sequence, and log p by NumPy."""
     config, bos = checkpoint.config, checkpoint.tokenizer.bos_id
@@ -265,6 +270,7 @@ def test_a_checkpoint_reads_bos_before_each_window(checkpoint, held_out):
     assert abs(got / without - 1) > 1e-3
 
 
+@pytest.mark.slow
 def test_divergence(checkpoint, model, held_out):
     assert qnpu.divergence(model, model, held_out) == readings.Divergence(0.0, 1.0)
     found = qnpu.divergence(checkpoint, model, held_out)
@@ -284,6 +290,7 @@ def command(request):
     return request.getfixturevalue("qnpu")
 
 
+@pytest.mark.slow
 def test_generate_is_the_command(here, command, checkpoint, model):
     prompt = "The statement"
     text = qnpu.generate(

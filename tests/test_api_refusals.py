@@ -242,6 +242,7 @@ def said(made) -> dict[str, str]:
     return dict(zip([m for m, _ in MISTAKES], json.loads(found.stdout), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mistake", "expected"), MISTAKES, ids=[m for m, _ in MISTAKES])
 def test_a_mistake_is_one_line(said, mistake, expected):
     assert said[mistake].startswith(expected)

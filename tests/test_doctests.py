@@ -73,6 +73,7 @@ def test_there_are_examples():
     assert {"qnpu_jax.api.making", "qnpu_jax.recipes.recipe", "qnpu_sim.fixedpoint"} <= {*EXAMPLES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(name, request):
     module = importlib.import_module(name)

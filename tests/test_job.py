@@ -109,6 +109,7 @@ def test_every_op_of_the_graphs_is_compared(out):
     assert len(op_names(model.decoder(PREFILL, logits="last"))) == total + 1
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_another_seed_others(folder, out, tmp_path):
     again = request(folder, out=tmp_path / "again")
     job.run(again, Simulated, progress.Observer())
@@ -130,6 +131,7 @@ def test_every_recipe_is_proved(folder, tmp_path, name):
     assert report["perplexity"]["LiteRT"] == report["perplexity"]["simulator"]
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_position(folder, tmp_path):
     report = job.run(
         request(folder, out=tmp_path / "out", logits="last"), Simulated, progress.Observer()
@@ -145,6 +147,7 @@ def test_logits_of_the_last_position(folder, tmp_path):
     assert job.verify_folder(made, None, Simulated, progress.Observer()).comparison.differing == 0
 
 
+@pytest.mark.slow
 def test_without_rotation_and_prefix_on_text_of_its_own(folder, tmp_path):
     recipe = dataclasses.replace(
         request(folder).recipe, rotation="none", prefix="none", calibration_tokens=64
@@ -176,6 +179,7 @@ def test_check_on_other_text(folder, out):
     assert found.comparison.to_json() == read(out / "report.json")["verify"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prefill", "logits"), [(40, "all"), (7, "last")])
 def test_export(folder, out, tmp_path, prefill, logits):
     file = tmp_path / "m.tflite"
@@ -266,6 +270,7 @@ def test_refused_before_the_model_is_touched(folder, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
 
+@pytest.mark.slow
 def test_tokenizer_of_another_model(folder, tmp_path):
     write_tiny_model(tmp_path / "model", vocab_size=VOCAB + 10)
     said = refused(request(folder, model=str(tmp_path / "model"), out=tmp_path / "out"))

@@ -61,6 +61,7 @@ class Watch(progress.Observer):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_learned(folder, learned):
     _, out = learned
     report = read(out / "report.json")
@@ -84,6 +85,7 @@ def test_learned(folder, learned):
     assert [p.name for p in out.parent.iterdir()] == ["out"]  # no checkpoints
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(learned, tmp_path):
     asked, out = learned
     request = asked(tmp_path / "out")

@@ -108,6 +108,7 @@ def covering(names, plans, kernels) -> list[pairwise.Row]:
     return [*made, (names[1], "mixed", kernels[0])]
 
 
+@pytest.mark.slow
 @pairwise.parametrize(
     ("name", "plan", "profile"), tiny.NAMES, [*tiny.PLANS], [*KERNELS], choose=covering
 )
@@ -117,6 +118,7 @@ def test_simulator_equals_litert_in_every_tensor(tmp_path, name, plan, profile):
     assert len(np.unique(got["head.logits"])) > 30, "a model that says nothing proves nothing"
 
 
+@pytest.mark.slow
 def test_last_logits_equal_litert_and_the_last_row(tmp_path):
     name = "gqa_llama3"
     model = tiny.quantized(name, "w8a8")
@@ -126,12 +128,14 @@ def test_last_logits_equal_litert_and_the_last_row(tmp_path):
     np.testing.assert_array_equal(got["head.logits"], every[-1:])
 
 
+@pytest.mark.slow
 def test_without_a_prefix_simulator_equals_litert(tmp_path):
     model = tiny.quantized("gqa_llama3", "w4a8", ())
     assert "layers.attn.prefix_k" not in model.codes
     assert_same_as_litert(model, IDS, simulated(model, IDS), tmp_path / "m.tflite")
 
 
+@pytest.mark.slow
 def test_a_batch_equals_its_sequences():
     name, plan = "mqa_linear_bias", "mixed"
     model = tiny.quantized(name, plan)
@@ -145,6 +149,7 @@ def test_a_batch_equals_its_sequences():
         np.testing.assert_array_equal(batch[tensor][2], codes, err_msg=tensor)
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_not_change_the_logits():
     model = tiny.quantized("gqa_llama3", "w8a8")
     program = compile_model(model, model.decoder(tiny.TOKENS))
@@ -254,6 +259,7 @@ def assert_fake_quant_is_simulator(model: IntegerModel, ids: np.ndarray, codes: 
 MOVEMENT = ("Embedding", "Reshape", "Transpose", "Slice", "Concat")
 
 
+@pytest.mark.slow
 @pairwise.parametrize(("case", "profile"), FEW, ("litert_ref", "npu"), choose=pairwise.levels)
 def test_fake_quant_is_within_one_code_of_the_simulator(case, profile):
     name, plan = case
@@ -261,6 +267,7 @@ def test_fake_quant_is_within_one_code_of_the_simulator(case, profile):
     assert_fake_quant_is_simulator(model, IDS, tiny_run(name, plan, profile))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", pairwise.often(FEW, FEW[:1]))
 def test_rounding_profiles_differ_less_than_quantization_does(case):
     """A fixed-point FULLY_CONNECTED or SQRT differs by one code from the floating-point one, and
@@ -288,6 +295,7 @@ def test_rounding_profiles_differ_less_than_quantization_does(case):
 # P5: integers only.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", tiny.OFTEN)
 def test_npu_profile_of_whole_layers_holds_no_float(plan):
     model = tiny.quantized("gqa_llama3", plan)
@@ -319,6 +327,7 @@ COMMON = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", tiny.PLANS)
 def test_the_file_holds_no_float_and_only_the_ops_it_should(tmp_path, plan):
     model = tiny.quantized("mqa_linear_bias", plan)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M, on one output folder of the README's first command (on an eighth of the text): what
+"""SmolLM2-135M, on one output folder of the README's first command (on a little text): what
 the command says, and what is proved of the model in it. The whole command: `test_same_bytes`."""
 
 import hashlib
@@ -40,7 +40,7 @@ LESS = ["--effort", "none", "--calibration", "text.txt", "--eval-tokens", "128",
 def said(tmp_path_factory) -> tuple[Path, str]:
     """The output folder, and what was printed."""
     folder = tmp_path_factory.mktemp("real")
-    recipe = RECIPES["w8a8"].to_json() | {"calibration_tokens": 1024, "calibration_length": 128}
+    recipe = RECIPES["w8a8"].to_json() | {"calibration_tokens": 512, "calibration_length": 128}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     (folder / "text.txt").write_text(default_text()[200_000:])
     process = start(*COMMAND, *LESS, cwd=folder)

@@ -51,6 +51,7 @@ def forms(model: IntegerModel) -> dict[str, Any]:
     return out
 
 
+@pytest.mark.slow
 @recipes
 def test_the_writer_gives_the_same_bytes(recipe):
     """From stored integers, so on every machine."""
@@ -74,6 +75,7 @@ def machine() -> str:
     return "-".join([*numbers, f"{os.cpu_count()} cpus", f"jaxlib {version('jaxlib')}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", pairwise.often([*SHA256], ["w4a8"]))
 def test_quantizing_gives_the_same_integers(recipe):
     """To the bit on a machine of known hashes. On another, a float may round another way: then

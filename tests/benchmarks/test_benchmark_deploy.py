@@ -59,6 +59,7 @@ def test_a_quick_run_has_no_goal(capsys):
     assert "short of" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "unpacked"), [("w8a8i8", False), ("w4a8i8", True)])
 def test_four_bits_are_written_twice(tmp_path, plan, unpacked):
     args = Namespace(prefill=4, context=24)

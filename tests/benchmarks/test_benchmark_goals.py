@@ -151,6 +151,7 @@ def test_a_shallow_model_is_the_first_layers_of_it():
     assert shapes == {(8, 96)}
 
 
+@pytest.mark.slow
 def test_bfloat16_is_the_float_model_in_bfloat16():
     model = tiny.quantized("gqa_llama3", "w8a8")
     dec, ids = model.decoder(8), jnp.asarray(tiny.random_ids((2, 8)))

@@ -71,6 +71,7 @@ def residuals(params, scales) -> list[np.ndarray]:
     return [np.asarray(env["mlp.residual"]) for g, _, env in found if g is dec.layer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"factors": (1.0, 0.8, 0.9)}, {"asymmetric": 1.0}])
 def test_the_layers_lose_less_than_by_rounding_to_nearest(settings):
     _, params, _, scales, _ = model()
@@ -82,6 +83,7 @@ def test_the_layers_lose_less_than_by_rounding_to_nearest(settings):
         assert np.square(b - x).sum() < np.square(a - x).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"factors": (1.0, 0.8, 0.9)}])
 def test_freezing_and_fake_quantization_find_the_codes_again(settings):
     dec, _, free, _, _ = model()
@@ -114,6 +116,7 @@ def test_bits_are_those_of_the_tensor_in_its_layer():
         assert (np.abs(own).max() > 7) == wide, (at.layer, name)
 
 
+@pytest.mark.slow
 def test_only_what_is_chosen_changes():
     dec, params, _, scales, windows = model()
     down = "layers.mlp.down"
@@ -158,6 +161,7 @@ def mean_errors(params, scales, reference) -> list[float]:
     return out
 
 
+@pytest.mark.slow
 def test_biases_take_the_mean_error_of_the_outputs():
     _, params, _, scales, _ = model()
     assert min(mean_errors(params, scales, params)) > 0.01, "rounded to nearest"

@@ -1,6 +1,7 @@
 """Columns rounded one after the other: the algebra, small cases by hand, and less error."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,6 +54,7 @@ def test_correlated_inputs_lose_less_than_half_as_much(seed):
     assert after.sum() < 0.5 * before.sum()
 
 
+@pytest.mark.slow
 @given(SEEDS, st.sampled_from([1, 5, 64, 150]))  # a program each
 @settings(max_examples=10)
 def test_uncorrelated_inputs_leave_the_nearest_codes(seed, k):
@@ -84,6 +86,7 @@ def test_the_column_of_most_curvature_is_rounded_first():
     np.testing.assert_array_equal(codes, [[1, 0]])
 
 
+@pytest.mark.slow
 @given(SEEDS)
 @settings(max_examples=10)
 def test_each_row_takes_the_factor_of_least_error(seed):

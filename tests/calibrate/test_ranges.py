@@ -80,6 +80,7 @@ def test_zeros_first_leave_room_for_what_follows():
     assert (stats.low, stats.high) == (-3, 2)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text():
     def kept(stats) -> int:
         return sum(0 if s.bins is None else s.bins.nbytes for rows in stats.values() for s in rows)
@@ -93,6 +94,7 @@ def test_memory_does_not_grow_with_the_text():
     assert long["layers.mlp.act"][0].count == 6 * short["layers.mlp.act"][0].count
 
 
+@pytest.mark.slow
 def test_collect_sees_every_value_of_its_tensors():
     dec, params, _ = tiny.calibrated("gqa_llama3", "w8a8")
     ids = tiny.random_ids((3, tiny.TOKENS))

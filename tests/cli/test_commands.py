@@ -36,6 +36,7 @@ def test_help(qnpu):
     assert qnpu()[0] == 2
 
 
+@pytest.mark.slow
 def test_quantize_prints_one_table(qnpu, here):
     status, out, err = qnpu(*QUANTIZE, "--out", "new")
     assert (status, err) == (0, "")
@@ -52,6 +53,7 @@ def test_quantize_prints_one_table(qnpu, here):
     assert out.endswith("wrote new\n")
 
 
+@pytest.mark.slow
 def test_overwrite_replaces(qnpu, here):
     before = (here / "out" / "model.tflite").read_bytes()
     status, _, err = qnpu(*QUANTIZE, "--overwrite", "--prefill", "8")
@@ -175,6 +177,7 @@ def rehash(out: Path) -> None:
     (out / "report.json").write_text(json.dumps(report))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernels", "name"), [("opt", "optimized kernels"), ("xnn", "XNNPACK")])
 def test_verify_against_what_runs(qnpu, here, kernels, name):
     status, out, err = qnpu("verify", "out", "--kernels", kernels)
@@ -263,6 +266,7 @@ def test_text_too_short_to_verify(refused, here):
 # export.
 
 
+@pytest.mark.slow
 def test_export(qnpu, here):
     status, out, err = qnpu("export", "out", "m.tflite", "--prefill", "24", "--logits", "last")
     assert (status, out, err) == (0, "wrote m.tflite, 0.1 MB\n", "")
@@ -292,6 +296,7 @@ GENERATE = ["generate", "out", "--raw", "--prompt", "def", "--max-tokens", "6"]
 GENERATE += ["--prefill", "4", "--context", "32"]
 
 
+@pytest.mark.slow
 def test_generate_is_the_same_text_on_the_simulator(qnpu, here):
     status, text, err = qnpu(*GENERATE, "--kernels", "ref")
     assert status == 0 and text.strip()

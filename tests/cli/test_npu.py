@@ -108,6 +108,7 @@ def test_a_layer_that_there_is_not_is_refused(refused):
     assert said == "--layers 2: expected 0 to 1; choose others"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", pairwise.often(["ref", "opt", "xnn"], ["xnn"]))
 def test_verify_proves_the_signatures_over_a_cache(qnpu, here, kernels):
     arguments = "verify out --prefill 4 --context 32 --kernels"
@@ -126,6 +127,7 @@ def test_bench_measures_here_and_estimates(qnpu, here, profile):
         assert text in out
 
 
+@pytest.mark.slow
 def test_bench_prints_the_commands_for_a_phone(qnpu, here):
     (here / "benchmark_model").touch()
     arguments = "bench out --prefill 4 --context 128 --dry-run --binary benchmark_model"

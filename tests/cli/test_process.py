@@ -40,6 +40,7 @@ def wait_for(condition: Callable[[], object], process) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bytes(tmp_path, tmp_path_factory):
     made = workspace(tmp_path_factory.getbasetemp() / "tiny")
     with running(*QUANTIZE, "--out", str(tmp_path / "new"), cwd=made) as process:
@@ -55,6 +56,7 @@ def test_another_process_gives_the_same_bytes(tmp_path, tmp_path_factory):
         assert (tmp_path / "new" / name).read_bytes() == (made / "out" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes(tmp_path):
     write_inputs(tmp_path)
     with running(*QUANTIZE, cwd=tmp_path) as process:
@@ -71,6 +73,7 @@ def test_killed_while_it_writes(tmp_path):
     assert job.verify_folder(made, None, Simulated, progress.Observer()).comparison.differing == 0
 
 
+@pytest.mark.slow
 def test_interrupted(tmp_path):
     """Ctrl-C on a terminal, where the running stage is shown."""
     write_inputs(tmp_path)

@@ -55,6 +55,7 @@ def dtypes(interpreter: Interpreter) -> set[str]:
     return {str(np.dtype(d["dtype"])) for d in interpreter.get_tensor_details()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("respell", [True, False])
 @pytest.mark.parametrize("plan", ["w8a8", "w4a8", "w4a16", "w4a8s8", "w8a8i8"])
 @pytest.mark.parametrize("key", SIGNATURES)

@@ -43,6 +43,7 @@ def real(model: IntegerModel, codes: np.ndarray, name: str, layer: int) -> np.nd
 # One tensor.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "inputs", "op"),
     [
@@ -165,6 +166,7 @@ def test_masked_keys_do_not_count():
 # The KL and whom it is charged to.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_simulator_is_the_float_pass_with_the_errors_added(plan):
     constants, _, found = measured(plan)
@@ -179,6 +181,7 @@ def test_the_simulator_is_the_float_pass_with_the_errors_added(plan):
         assert exact == pytest.approx(np.asarray(found.float_logits), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_charges_add_up_to_the_kl(plan):
     """And gradients at the simulator to about twice that."""
@@ -206,6 +209,7 @@ def test_a_slope_is_a_difference():
     assert slope == pytest.approx((f(1.1) - f(0.9)) / 0.2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_fake_quant_with_nothing_replaced():
     constants = measured("w8a8")[0]
     model = tiny.quantized("gqa_llama3", "w8a8")

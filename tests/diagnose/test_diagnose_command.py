@@ -29,6 +29,7 @@ def diagnosed(made, tmp_path_factory):
     return out, found
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_tensor(diagnosed):
     out, found = diagnosed
     report = json.loads((out / "diagnosis.json").read_text())
@@ -103,6 +104,7 @@ def test_overlay_colours_rise():
     assert data["thresholds"][0] == {"value": 10, "bgColor": "#a50026"}
 
 
+@pytest.mark.slow
 def test_diagnose_prints_the_worst_and_writes_a_folder(qnpu, here):
     status, out, err = qnpu(*DIAGNOSE, "--top", "3", "--model", "model")
     assert (status, err) == (0, "")
@@ -135,6 +137,7 @@ def test_without_the_original_or_matplotlib(qnpu, here, monkeypatch):
     assert report["kl"]["constants"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -232,6 +232,7 @@ def test_gradients_are_summed_over_what_broadcasts(scale_shape, zero_shape, mask
     assert got[3] == 0 and got[4] == 0
 
 
+@pytest.mark.slow
 def test_transformations_agree_with_a_loop():
     """vmap (x alone, then all), scan and checkpoint: the same value and gradients as one by one."""
     rng = np.random.default_rng(1)

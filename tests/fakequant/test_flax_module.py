@@ -54,6 +54,7 @@ def equal(a, b) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_float_and_fake_quantized_logits_equal_forward(prepared):
     params, scales = prepared
     found = [np.asarray(logits(module_of(params, s))) for s in (None, scales)]
@@ -66,6 +67,7 @@ def loss(x: jax.Array) -> jax.Array:
     return jnp.mean(token_nll(x, IDS))
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_forward(prepared):
     params, scales = prepared
     scales = {name: q for name, q in scales.items() if name.startswith("layers.mlp.")}
@@ -79,6 +81,7 @@ def test_gradients_equal_those_of_forward(prepared):
         assert any(np.any(np.asarray(x)) for x in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_the_example_moves_scales_alone(prepared):
     params, scales = prepared
     module = module_of(params, scales)
@@ -102,6 +105,7 @@ def test_state_to_and_from_plain_dicts(prepared):
     assert np.array_equal(logits(other), logits(module))
 
 
+@pytest.mark.slow
 def test_a_prefix_is_among_the_parameters(prepared):
     params = add_prefix(CONFIG, RECIPE.bits, prepared[0], (1, 5, 7))
     dec = decoder(CONFIG, RECIPE.bits, 12, prefix=3)

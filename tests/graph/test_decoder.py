@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairwise
 import pytest
 import tiny
 
@@ -27,6 +28,7 @@ from qnpu_jax.transform.rotate import Rotation, rotate
 
 PLAN = RECIPES["w8a8"].bits
 names = pytest.mark.parametrize("name", tiny.NAMES)
+often = pytest.mark.parametrize("name", pairwise.often(tiny.NAMES, ["gqa_llama3"]))
 
 
 @functools.cache
@@ -49,6 +51,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(got - expected).max() / np.ptp(expected))
 
 
+@pytest.mark.slow
 @names
 def test_float_graph_equals_the_reference_implementation(name):
     config, params = folded(name)
@@ -58,7 +61,8 @@ def test_float_graph_equals_the_reference_implementation(name):
     assert relative_error(logits_of(config, params, ids), expected) <= 1e-4
 
 
-@names
+@pytest.mark.slow
+@often
 def test_a_batch_equals_its_sequences(name):
     config, params = folded(name)
     ids = tiny.random_ids((3, 11))
@@ -87,7 +91,8 @@ def test_rotations_leave_the_logits_alone(name, make):
     assert error <= 1e-4
 
 
-@names
+@pytest.mark.slow
+@often
 def test_last_logits_are_the_last_row(name):
     config, params = folded(name)
     params = {n: jnp.asarray(x) for n, x in params.items()}
@@ -100,7 +105,8 @@ def test_last_logits_are_the_last_row(name):
     assert relative_error(last[0], every[-1]) <= 1e-5  # a product of one row may sum otherwise
 
 
-@names
+@pytest.mark.slow
+@often
 def test_logits_after_a_prefix_are_those_of_the_whole_sequence(name):
     config, params = folded(name)
     prefix = (1, 7, 3)
@@ -120,7 +126,8 @@ def test_a_new_prefix_replaces_the_old_one():
     np.testing.assert_array_equal(twice["layers.attn.prefix_k"], once["layers.attn.prefix_k"])
 
 
-@pytest.mark.parametrize("name", ["gqa_llama3", "mqa_linear_bias"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pairwise.often(["gqa_llama3", "mqa_linear_bias"], ["gqa_llama3"]))
 def test_decode_with_a_cache_equals_prefill(name):
     """Prefill 6 tokens, then 2 steps of one token whose cache of 9 slots is filled so far."""
     config, params = folded(name)

@@ -157,6 +157,7 @@ def test_bounds_of_attention_products():
         assert (squares.low, squares.high) == (0, 48 * 32768**2) and squares.available == 64
 
 
+@pytest.mark.slow
 @plans
 def test_what_is_observed_stays_inside_what_is_proved(plan):
     model = tiny.quantized("gqa_llama3", plan)

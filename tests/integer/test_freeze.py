@@ -29,6 +29,7 @@ def rows(graph: Graph, array: np.ndarray) -> np.ndarray:
     return array if graph.layered else array[None]
 
 
+@pytest.mark.slow
 @plans
 def test_weights_and_prefix_are_within_half_a_step(plan):
     dec, params, _ = tiny.calibrated("mqa_linear_bias", plan)
@@ -86,6 +87,7 @@ def test_biases_are_as_wide_as_their_layer_has_them():
         np.testing.assert_array_equal(model.constants(layer, i)["mlp.down.bias"], stored)
 
 
+@pytest.mark.slow
 def test_scores_that_an_8_bit_mask_does_not_hide_are_refused():
     dec, params, free = tiny.calibrated("gqa_llama3", "w8a8s8")
     name = "layers.attn.kv1.scores"
@@ -106,6 +108,7 @@ def test_64_bit_biases_are_narrowed_where_the_proof_allows():
     assert "*.bias" not in dict(model.plan.rules)  # left without a tensor
 
 
+@pytest.mark.slow
 @plans
 def test_freezing_the_dequantized_model_gives_the_same_codes(plan):
     dec, _, free = tiny.calibrated("gqa_llama3", plan)

@@ -114,6 +114,7 @@ def teacher_logits(base) -> list[np.ndarray]:
     return [learnable.logits_of(learnable.made()[0], Reading(base.teacher, {}), x) for x in IDS]
 
 
+@pytest.mark.slow
 def test_cross_entropy_is_that_of_the_next_token():
     _, base, theta = setting()
     stage = dataclasses.replace(KL, loss="ce")
@@ -122,6 +123,7 @@ def test_cross_entropy_is_that_of_the_next_token():
     assert loss(stage, base, theta) == pytest.approx(np.mean(nll), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_kl_is_from_the_float_teacher_to_the_student():
     dec, base, theta = setting()
     pairs = zip(teacher_logits(base), student_logits(KL, base, theta), strict=True)
@@ -135,6 +137,7 @@ def test_kl_is_from_the_float_teacher_to_the_student():
     )
 
 
+@pytest.mark.slow
 def test_the_cached_teacher_is_the_teacher():
     _, base, theta = setting()
     stage = dataclasses.replace(KL, top_k=4)
@@ -145,6 +148,7 @@ def test_the_cached_teacher_is_the_teacher():
     assert expected != pytest.approx(loss(KL, base, theta), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_is_the_mean_of_its_sequences():
     _, base, theta = setting()
     for stage, warm in (
@@ -174,6 +178,7 @@ def float_student(monkeypatch):
     monkeypatch.setattr(losses, "student_reading", unquantized)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float_student")
 def test_a_rotated_float_student_makes_no_error():
     """Its residual stream is x B R1, where B is what earlier stages have merged."""
@@ -195,6 +200,7 @@ def test_a_rotated_float_student_makes_no_error():
 # --- Gradients ---
 
 
+@pytest.mark.slow
 def test_local_errors_reach_scales_only():
     dec, params, free = learnable.made()
     stage = dataclasses.replace(KL, warmup=0.5)
@@ -216,6 +222,7 @@ def test_local_errors_reach_scales_only():
     assert added > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "cached"])
 def test_a_batch_in_parts_has_the_gradient_of_the_batch(monkeypatch, parts, kept):

@@ -49,6 +49,7 @@ def every_group(**settings: Any) -> tuple[Stage, Theta]:
     return Stage(learn=learnable.ALL, **settings), kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotation", ["adam", "cayley_sgd"])
 def test_rotations_stay_orthogonal_beside_all_else(rotation):
     stage, theta = every_group(rotation_optimizer=rotation)
@@ -60,6 +61,7 @@ def test_rotations_stay_orthogonal_beside_all_else(rotation):
             assert float(orthogonality_error(x)) <= 1e-5  # the issue's bound
 
 
+@pytest.mark.slow
 def test_each_group_has_its_own_rate_and_a_cosine_to_zero():
     """Adam's step along a gradient that never changes is its rate."""
     stage, theta = every_group()
@@ -76,6 +78,7 @@ def test_each_group_has_its_own_rate_and_a_cosine_to_zero():
         np.testing.assert_allclose(-np.diff(at), rates[group] * cosine, rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_sgd_steps_by_rate_times_gradient():
     stage, theta = every_group(optimizer="sgd")
     g = noise(theta, 0)

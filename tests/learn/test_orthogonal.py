@@ -81,6 +81,7 @@ def test_cayley_is_orthogonal_to_float32(n, size):
     assert abs(float(orthogonality_error(r)) - error(r)) <= 3e-6
 
 
+@pytest.mark.slow
 def test_cayley_batches_and_differentiates():
     a = np.stack([skew(5, 0.4, seed) for seed in range(6)]).reshape(2, 3, 5, 5)
     r = cayley(jnp.asarray(a))
@@ -103,6 +104,7 @@ def test_orthogonality_error_is_the_largest():
 # --- Both optimizers ---
 
 
+@pytest.mark.slow
 @each_optimizer
 def test_2000_noisy_steps_do_not_drift(name):
     """A pull that lasts (so that R goes far) under noise four times as large."""
@@ -117,6 +119,7 @@ def test_2000_noisy_steps_do_not_drift(name):
     assert error(r) <= 1e-5
 
 
+@pytest.mark.slow
 @each_optimizer
 def test_large_matrices_stay_orthogonal(name):
     r, _ = run(
@@ -145,6 +148,7 @@ def test_procrustes_converges_to_its_solution(name):
     np.testing.assert_allclose(x, u @ vt, atol=2e-6)
 
 
+@pytest.mark.slow
 @each_optimizer
 def test_a_pytree_with_leading_axes_is_each_matrix_alone(name):
     """As a training step has them: R1 and the layers' R2, under multi_transform beside a scale."""
@@ -165,6 +169,7 @@ def test_a_pytree_with_leading_axes_is_each_matrix_alone(name):
     np.testing.assert_allclose(last[1], alone, atol=1e-6)
 
 
+@pytest.mark.slow
 @each_optimizer
 def test_schedules_count_the_steps(name):
     """A rate that is 0 from the second step on: the second step stands still."""
@@ -252,6 +257,7 @@ def test_the_worst_step_is_corrected():
 # --- R0 cayley(A) ---
 
 
+@pytest.mark.slow
 def test_adam_keeps_the_skew_matrix_skew_to_the_last_bit():
     """Its moments of an antisymmetric gradient are antisymmetric and symmetric; A starts at 0."""
     optimizer = on_orthogonal_group(optax.adamw(1e-2))
@@ -264,6 +270,7 @@ def test_adam_keeps_the_skew_matrix_skew_to_the_last_bit():
     np.testing.assert_array_equal(adam.nu, adam.nu.mT)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_skew_matrix_is_that_of_the_loss():
     """SGD's first step on A is -lr times the skew gradient, at A = 0: R0^T G - G^T R0."""
     r0, g = orthogonal(6, 6), np.random.default_rng(1).normal(size=(6, 6)).astype(np.float32)

@@ -68,6 +68,7 @@ def prepared(dec, student: Reading) -> dict[str, np.ndarray]:
 # --- What there is to learn ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", pairwise.often(["w4a8", "mixed"], ["w4a8"]))
 def test_initial_changes_nothing(plan):
     dec, params, free = learnable.made(plan)
@@ -190,6 +191,7 @@ def test_only_rotated_tensors_are_quantized_where_the_stage_says_so():
 # --- What is learned is what is frozen ---
 
 
+@pytest.mark.slow
 @plans
 @optimizers
 def test_merged_is_what_the_student_computes_with(plan, stage):
@@ -270,6 +272,7 @@ def gradients():
     return gradient(dataclasses.replace(ADAM, hidden_mse=0.1), theta)
 
 
+@pytest.mark.slow
 def test_the_loss_reaches_every_parameter(gradients):
     dec, _, free = learnable.made()
     assert gradients.keys() == initial_theta(dec, free, GROUPS).keys()
@@ -286,6 +289,7 @@ def test_the_loss_reaches_every_parameter(gradients):
     assert all(g.any() for key in stacked for g in gradients[key]), "both layers"
 
 
+@pytest.mark.slow
 def test_what_is_not_quantized_learns_no_scale():
     dec, _, free = learnable.made()
     stage = dataclasses.replace(ADAM, quantized="rotated")
@@ -305,6 +309,7 @@ def published(x, q, s, z, qmin, qmax) -> tuple[float, float]:
     return float((q * ds).sum()), float((q * np.where(inside, 0, -s)).sum())
 
 
+@pytest.mark.slow
 def test_sgd_steps_scale_and_zero_point_as_published():
     dec, _, free = learnable.made()
     name, layer, rate = "layers.mlp.gate", 1, 5e-6
@@ -330,6 +335,7 @@ def test_sgd_steps_scale_and_zero_point_as_published():
     assert all(not g.any() for key, g in found.items() if key.tensor != name)
 
 
+@pytest.mark.slow
 def test_sgd_steps_a_weights_scale_by_its_input_features():
     dec, params, free = learnable.made()
     name, layer, channel = "layers.mlp.down.weight", 0, 5

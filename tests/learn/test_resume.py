@@ -65,6 +65,7 @@ def assert_same(made: Learned, expected: Learned) -> None:
     assert made.histories == expected.histories
 
 
+@pytest.mark.slow
 def test_something_is_learned(reference):
     _, params, _ = tiny.calibrated("mha_tied", "w8a8")
     for history in reference.histories:
@@ -87,6 +88,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", pairwise.often(KILLS, [[(0, 2)], SEVERAL]), ids=str)
 def test_killed_and_resumed_is_as_never_killed(tmp_path, reference, kills):
     for at in kills:
@@ -96,6 +98,7 @@ def test_killed_and_resumed_is_as_never_killed(tmp_path, reference, kills):
     assert_same(run(Checkpoints(tmp_path, INPUTS)), reference)
 
 
+@pytest.mark.slow
 def test_what_is_finished_compiles_nothing(tmp_path, reference, monkeypatch):
     run(Checkpoints(tmp_path, INPUTS))
 
@@ -106,6 +109,7 @@ def test_what_is_finished_compiles_nothing(tmp_path, reference, monkeypatch):
     assert_same(run(Checkpoints(tmp_path, INPUTS)), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["loss", "parameter"])
 def test_what_diverges_stops_at_the_last_good_checkpoint(tmp_path, reference, monkeypatch, where):
     """As the loss of step 7, or in what step 8 learned, which is evaluated before it is saved."""

@@ -111,6 +111,7 @@ def fits(monkeypatch) -> list[Fit]:
 # --- Order ---
 
 
+@pytest.mark.slow
 def test_stages_learn_in_order_for_their_share_of_the_steps(fits):
     watch = Listener()
     made = learned(ROTATION, UNROTATED, SCALES, watch=watch)
@@ -254,6 +255,7 @@ def runs():
         return [learned(learnable.ROTATED, UNROTATED) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(runs):
     a, b = runs
     same(dict(a.params), dict(b.params))
@@ -295,6 +297,7 @@ def test_the_frozen_parameters_are_the_learned_ones(runs):
             assert np.abs(codes - nearest).max() <= 0.5, name
 
 
+@pytest.mark.slow
 def test_the_frozen_model_computes_the_learned_one(runs):
     """Each node to a code (test_parity). Half a code of a bias is enough for other codes after it:
     about one of every logit, two layers later. So first choices that lead by a few codes may differ

@@ -44,6 +44,7 @@ def kept(effort: Effort = KEPT, stage: Stage = STAGE, steps: int = STEPS) -> tra
 # --- What is kept ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [2, 5, 7], ids="in parts of {}".format)
 def test_each_window_has_its_own_teacher(batch):
     """16 windows: the last part is short where it does not divide them."""
@@ -185,6 +186,8 @@ def assert_same(a: Learned, b: Learned) -> None:
     assert a.histories == b.histories
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
 def test_learning_from_what_was_kept_is_learning(cached, monkeypatch):
     """Compiled by itself, the teacher may round otherwise than within the step (here it does not):
     losses differ by float32's error, parameters by less than a tenth of a step of 0.01."""

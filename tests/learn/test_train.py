@@ -156,6 +156,7 @@ def same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quadratic")
 def test_the_best_on_held_out_text_is_what_comes_back():
     patient = dataclasses.replace(EFFORT, patience=100)
@@ -317,6 +318,7 @@ def learned():
     patch.undo()
 
 
+@pytest.mark.slow
 def test_a_model_learns(learned):
     best, _, history = learned
     kls = [kl for _, kl in history.held_out]

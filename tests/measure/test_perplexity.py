@@ -48,6 +48,7 @@ def test_progress_counts_batches():
     assert seen == [3, 5]
 
 
+@pytest.mark.slow
 def test_a_model_does_not_diverge_from_itself():
     config, params = tiny.prepared("gqa_llama3")
     logits = float_logits(config, tiny.PLANS["w8a8"], params)

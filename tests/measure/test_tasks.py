@@ -303,6 +303,7 @@ def compare(logits, exact_length, tolerance):
     assert any(greedy for _, greedy in found.values())
 
 
+@pytest.mark.slow
 def test_batched_and_padded_scores_equal_those_of_single_texts():
     """1e-4: up to 13 float32 terms of size 5, of sums in another order (1.5e-5 measured)."""
     config, params = tiny.prepared("gqa_llama3")

@@ -210,6 +210,7 @@ print((peak() - before) / sum(x.nbytes for x in params.values()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_peak_memory(tmp_path, dtype):
     sizes = {

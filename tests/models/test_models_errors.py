@@ -233,6 +233,7 @@ def test_gguf_tensors(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["m.gguf", "model.safetensors"])
 def test_damaged_headers_never_leak_another_exception(tmp_path, model):
     folder = write_model(tmp_path, *read_model("mha_tied"))

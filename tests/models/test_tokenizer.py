@@ -60,6 +60,7 @@ def test_import_is_light():
 # Ids.
 
 
+@pytest.mark.slow
 def test_encode_equals_llama_cpp(tokenizer):
     assert tokenizer.encode(TEXT) == [int(i) for i in IDS.split()]
 

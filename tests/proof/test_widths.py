@@ -8,6 +8,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairwise
 import pytest
 import tiny
 from hypothesis import given
@@ -103,6 +104,7 @@ def test_no_input_passes_an_end_nor_does_a_sum_on_its_way(linear, seed):
             assert acc == folded
 
 
+@pytest.mark.slow
 @given(linears())
 def test_the_simulators_kernel_reaches_the_ends(linear):
     """Scales of 1 make the accumulator the code, and a zero point moves its end to code 0."""
@@ -154,7 +156,8 @@ def test_channels_of_a_model_make_up_the_bounds_of_its_ops(plan):
                     assert max(own.needed) == own.bound.needed
 
 
-@pytest.mark.parametrize("plan", tiny.OFTEN)
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", pairwise.often([*tiny.PLANS], ["w8a8", "mixed"]))
 def test_what_runs_reach_lies_within_what_is_proved(plan):
     model = tiny.quantized("gqa_llama3", plan)
     dec = model.decoder(8)
@@ -202,6 +205,7 @@ def test_kinds_join_layers_and_heads():
 # What other ops hold before they round.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", tiny.PLANS)
 def test_every_op_is_proved_or_said_to_sum_nothing(plan):
     """By TFLite's names of all that the written file holds."""
@@ -276,6 +280,7 @@ def test_proof_prints_tables_and_writes_all_rows(qnpu, here):
     assert (here / "out" / "accumulators.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_proof_replaces_what_it_wrote_and_the_folder_can_be_made_again(qnpu, here):
     proof = ("proof", "out", "--prefill", "4", "--tokens", "4", "--widest", "0")
     assert qnpu(*proof)[0] == 0

@@ -80,6 +80,7 @@ def test_every_profile_says_the_same(tmp_path):
         np.testing.assert_array_equal(others, logits[0])
 
 
+@pytest.mark.slow
 @pairwise.parametrize(
     ("name", "kernels", "plan"),
     tiny.NAMES,

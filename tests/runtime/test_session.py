@@ -53,6 +53,7 @@ def fed(backend, parts) -> tuple[Session, np.ndarray]:
     return session, np.concatenate(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kernels", ["ref", "opt", "xnn"])
 @pytest.mark.parametrize("parts", MIXES.values(), ids=list(MIXES))
@@ -72,6 +73,7 @@ def few(plans, names) -> list[pairwise.Row]:
     return [*zip(("w8a8", "w4a8s8", "w4a16"), names, strict=True)]
 
 
+@pytest.mark.slow
 @pairwise.parametrize(("plan", "name"), PLANS, tiny.NAMES, choose=few)
 def test_every_tensor_of_both_signatures_is_simulated(folder, plan, name):
     model = tiny.quantized(name, plan)
@@ -88,6 +90,7 @@ def test_every_tensor_of_both_signatures_is_simulated(folder, plan, name):
         assert found.differing == 0 and found.tensors == len(ops) > 100
 
 
+@pytest.mark.slow
 def test_a_prompt_is_fed_in_padded_chunks(folder):
     reference = LiteRTBackend(file(folder, "w8a8", "gqa_llama3"), "ref")
     _, expected = fed(reference, MIXES["single steps"])
@@ -160,6 +163,7 @@ def test_a_context_needs_room_for_a_cache(tmp_path, prefill):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_float_export_is_the_dequantized_model(folder):
     model = tiny.quantized("gqa_llama3", "w8a8")
     path = folder / "float.tflite"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pairwise
+import pytest
 
 from qnpu_sim import channel_blocks, kernels, op_constants
 from qnpu_sim.channel_blocks import by_channels
@@ -20,6 +21,7 @@ def few(sizes, profiles, types) -> list[pairwise.Row]:
     return [(size, *row) for size, row in zip(sizes, pairwise.pairs(profiles, types), strict=True)]
 
 
+@pytest.mark.slow
 @pairwise.parametrize(
     ("size", "profile", "types"),
     (31, 32, 35, 64),

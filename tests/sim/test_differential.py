@@ -90,6 +90,7 @@ def save(name: str, model: bytes, feeds: dict[str, np.ndarray], expected: Any, g
     np.savez(FOLDER / f"{name}.npz", **arrays)
 
 
+@pytest.mark.slow
 @profiles
 @ops
 def test_equals_the_interpreter(op, profile):

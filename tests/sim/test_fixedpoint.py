@@ -58,6 +58,7 @@ def test_srdhm(a, b):
     assert evaluate(fixedpoint.srdhm, a, b) == srdhm(a, b)
 
 
+@pytest.mark.slow
 @given(INT32, st.integers(0, 31))
 def test_rounding_divide_by_pot(x, exponent):
     expected = half_away(Fraction(x, 2**exponent))
@@ -184,6 +185,7 @@ def test_inverse_sqrt(value):
     assert abs(root[0] * 2.0 ** (int(shift[0]) - 31) * math.sqrt(value) - 1) < 1e-5
 
 
+@pytest.mark.slow
 @given(st.integers(-(2**15), 2**15 - 1))
 def test_lut_lookup(x):
     table = np.random.default_rng(0).integers(-(2**14), 2**14, 513, np.int16)

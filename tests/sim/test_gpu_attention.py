@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pairwise
+import pytest
 import tiny
 
 from qnpu_jax.config import ModelConfig
@@ -75,6 +76,7 @@ def few(numbers, profiles) -> list[pairwise.Row]:
     return [*zip(numbers[::2], profiles, strict=True)]
 
 
+@pytest.mark.slow
 @pairwise.parametrize(("keys", "profile"), NUMBERS, PROFILES, choose=few)
 def test_the_codes_are_those_of_the_ops(keys, profile):
     """With zero points; alone and in a batch."""
@@ -127,6 +129,7 @@ def found(
     return list(chains(dec.layer, 1, program.constants[1][1]))
 
 
+@pytest.mark.slow
 def test_where_it_serves():
     """8-bit attention with 16-bit scores, in profiles that treat every element alike."""
     both = ["attn.kv0.mixed", "attn.kv1.mixed"]
@@ -157,6 +160,7 @@ def test_not_where_something_else_reads_between():
     assert list(chains(graph, 0, own)) == ["attn.kv1.mixed"]
 
 
+@pytest.mark.slow
 def test_random_models_have_scores():
     """Widened codes at a scale that is not exact made all of them 0, and every speed that of one
     repeated exponential."""
@@ -177,6 +181,7 @@ def gpu() -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh)
 
 
+@pytest.mark.slow
 def test_it_is_made_for_a_gpu(monkeypatch):
     """Lowered to Triton, once per group of heads, inside the one program of all layers."""
     model = random_model.random_model("w8a8", CONFIG)

@@ -55,6 +55,7 @@ def represented(case: Case, profile: ProfileName) -> tuple | None:
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", pairwise.often([ELEMENTS, MORE], [ELEMENTS]))
 @pytest.mark.parametrize("profile", list(KERNELS))
 @variants
@@ -114,6 +115,7 @@ def test_npu_profile_is_within_one_code_of_litert_ref(variant):
     assert compared >= ELEMENTS
 
 
+@pytest.mark.slow
 @variants
 def test_vmaps_over_codes_and_constants(variant):
     drawn = list(cases(variant, 2 * int(np.prod(next(cases(variant, 1)).output.shape))))
@@ -137,6 +139,7 @@ def test_without_64_bits_the_kernels_raise():
             jax.jit(lambda x, c: elementwise.quantize(x, c, dtype=np.int8))(x, constants)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [511, 512, 600, 4000])
 def test_int8_softmax_of_many_equal_keys(keys):
     """From 512 on no probability is above half a code; LiteRT's reference ends the process."""

@@ -78,6 +78,7 @@ def test_ties_are_hit(odd, exponent, ties):
     assert int(got) == rounded(Fraction(x, 2 ** (1 - shift)), ties)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", pairwise.often(["w8a8", "w8a16"], ["w8a16"]))
 def test_the_shortcuts_of_the_default_are_its_general_form(plan, monkeypatch):
     """MBQM where no option asks for more: fewer operations, the same bits."""
@@ -154,6 +155,7 @@ def test_table_entries_of_8_bits_are_exact_from_257_on():
     assert 0 < np.abs(coarse.astype(int) - exact).max() <= 2
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([1, 2, 6]).flatmap(lambda n: st.tuples(*[st.integers(-(2**20), 2**20)] * n)),
     st.integers(16, 40),
@@ -226,6 +228,7 @@ def one(plans, overflows) -> list[pairwise.Row]:
     return [(plans[0], overflows[0])]
 
 
+@pytest.mark.slow
 @pairwise.parametrize(("plan", "overflow"), ("w8a8", "w8a16"), ("wrap", "saturate"), choose=one)
 def test_an_accumulator_as_wide_as_its_sums_changes_nothing(plan, overflow):
     """Not proved to fit, and so limited, but wide enough for this text: the bits of no limit."""
@@ -237,6 +240,7 @@ def test_an_accumulator_as_wide_as_its_sums_changes_nothing(plan, overflow):
         np.testing.assert_array_equal(codes, limited[name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overflow", pairwise.often(["wrap", "saturate"], ["saturate"]))
 def test_a_narrow_accumulator_changes_the_model(overflow):
     model = tiny.quantized("gqa_llama3", "w8a8")
@@ -247,6 +251,7 @@ def test_a_narrow_accumulator_changes_the_model(overflow):
     assert (np.asarray(run(program, IDS)["head.logits"]) != plain).any()
 
 
+@pytest.mark.slow
 def test_saturation_costs_less_than_wrapping():
     """One FULLY_CONNECTED whose sums pass 16 bits: clipped ones stay near, wrapped ones do not."""
     rng = np.random.default_rng(0)
@@ -318,6 +323,7 @@ def few(options, plans) -> list[pairwise.Row]:
     return [*zip(options[1::2] + options[-1:], plans, strict=True)]
 
 
+@pytest.mark.slow
 @pairwise.parametrize(("options", "plan"), OPTIONS, ("w8a8", "w4a16", "w8a8i8"), choose=few)
 def test_every_option_runs_a_model_near_the_plain_one(options, plan):
     """Rounding noise moves codes; it must not move the answer away by more than quantization."""

@@ -69,6 +69,7 @@ def compare(folder: Path, plan: str, profile: str, batches: list[int]) -> None:
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "profile"), [("w8a8", "litert_ref"), ("w4a8i8", "npu")])
 def test_eight_devices_give_the_bits_of_one(plan, profile, tmp_path):
     """Every tensor; a batch that divides, one that does not, and one sequence alone (0)."""

@@ -21,6 +21,7 @@ def program():
     return compile_model(model, model.decoder(len(IDS)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["layers.1.attn.*", "*.down", "layers.[01].attn.q", "head.*"])
 def test_a_pattern_keeps_what_its_predicate_keeps(program, pattern):
     """The logits beside it, whatever it says."""
@@ -34,6 +35,7 @@ def test_a_pattern_keeps_what_its_predicate_keeps(program, pattern):
         np.testing.assert_array_equal(got[name], codes, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_pattern_of_the_logits_keeps_nothing_else(program, monkeypatch):
     """So all layers still run in one program, where that is faster."""
     expected = run(program, IDS)["head.logits"]

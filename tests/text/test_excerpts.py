@@ -97,6 +97,7 @@ def test_written(checkpoint, recipe, monkeypatch, tokens):
     assert learning is None
 
 
+@pytest.mark.slow
 def test_written_by_a_model(checkpoint, recipe):
     params = pipeline.prepare(checkpoint.config, checkpoint.params, recipe)
     calibration, learning = excerpts.written(checkpoint, params, recipe, EFFORT, lambda s, _: s)
@@ -107,6 +108,7 @@ def test_written_by_a_model(checkpoint, recipe):
     assert learning.source == "written by the model"
 
 
+@pytest.mark.slow
 def test_scored_and_judged(checkpoint):
     ids = ids_of(checkpoint, files.default_text())
     scored, held_out = excerpts.scored_and_judged(None, checkpoint, 16, 40, EFFORT)

@@ -18,6 +18,7 @@ def test_a_wrong_result_is_still_wrong(name):
     assert got != expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(bugs.FATAL))
 def test_a_fatal_one_still_kills_the_process(name):
     assert bugs.dies(name) < 0, "by a signal"

@@ -40,6 +40,7 @@ def test_plain_is_what_export_writes(tmp_path):
     assert plain.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["ref", "opt", "xnn"])
 @pytest.mark.parametrize("plan", ["w8a8", "w4a8s8", "w8a8i8", "w4a16", "mixed"])
 def test_no_profile_changes_a_bit_on_a_cpu(tmp_path, plan, kernels):

@@ -79,6 +79,7 @@ def peaks_of(dec: Decoder, params: Params) -> ChannelPeaks:
     return channel_peaks(dec, params, tiny.random_ids((3, dec.tokens)), batch=2)
 
 
+@pytest.mark.slow
 @models
 @with_and_without_prefix
 def test_scales_leave_the_logits_as_they_are(name, prefix):
@@ -144,6 +145,7 @@ def with_outlier() -> tuple[Decoder, dict[str, jax.Array]]:
     return dec, params
 
 
+@pytest.mark.slow
 def test_smoothquant_lowers_an_outlier_channel():
     dec, params = with_outlier()
     before = peaks_of(dec, params)
@@ -167,6 +169,7 @@ def weight_peaks(config: ModelConfig, params: Params) -> tuple[np.ndarray, np.nd
     return down.max(axis=1), o.reshape(*o.shape[:2], *heads).max(axis=(1, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gqa_llama3", "mqa_linear_bias"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_the_ends_of_alpha_equalise_one_side(name, alpha):
@@ -185,6 +188,7 @@ def test_the_ends_of_alpha_equalise_one_side(name, alpha):
         np.testing.assert_allclose(log_mean, 0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_dead_channels_are_left_alone():
     dec, params = model("gqa_llama3")
     for n in ("layers.mlp.up.weight", "layers.mlp.up.bias"):
@@ -246,6 +250,7 @@ def test_parameters_must_be_known():
         )
 
 
+@pytest.mark.slow
 def test_alpha_is_a_share():
     dec, params = model("mha_tied")
     peaks = peaks_of(dec, params)

@@ -70,6 +70,7 @@ def sink_windows(*, sinks: bool = True) -> np.ndarray:
     return windows
 
 
+@pytest.mark.slow
 def test_the_search_picks_the_sink_among_more_frequent_outliers():
     found = find_prefix(CONFIG, PLAN, sink_model(), sink_windows(), None, 4)
     assert found.tokens == (SINK,)
@@ -86,6 +87,7 @@ def test_where_there_is_a_bos_it_comes_first():
     assert found.tokens == (SINK,)
 
 
+@pytest.mark.slow
 def test_a_prefix_that_does_not_help_is_not_taken():
     """BOS is no sink here, and there is no place for one after it."""
     bos = int(ORDINARY[0])
@@ -96,6 +98,7 @@ def test_a_prefix_that_does_not_help_is_not_taken():
     assert (found.after, found.peak_after) == (found.before, found.peak_before)
 
 
+@pytest.mark.slow
 def test_outliers_that_no_prefix_tames_are_told():
     params = dict(sink_model())
     row = params["embed.weight"].at[DECOY].multiply(1000.0)
@@ -133,6 +136,7 @@ def test_text_without_outliers_needs_no_prefix():
     assert found.tokens == () and found.before == found.after
 
 
+@pytest.mark.slow
 def test_places_that_a_prefix_does_not_fill_are_not_seen():
     config, params = load_params(tiny.GOLDEN / "gqa_llama3")
     params, windows = fold_norms(config, params), tiny.random_ids((2, tiny.TOKENS))
