@@ -57,13 +57,23 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [i for i in items if i not in set(left_out)]
+    items.sort(key=lambda item: item.path.name != LONGEST)  # or one process waits for it at the end
 
 
 MOST_BYTES = 2**31
 """Of compiled programs that are kept from run to run."""
 
 
+LONGEST = "test_real_model.py"
+
+
 def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist: by number of tests, longest last
+        config.option.loadscopereorder = False
+    _keep_compiled(config)
+
+
+def _keep_compiled(config):
     """What one process has compiled, no other compiles again, nor the next run.
 
     The key is the program, its compiler and the processor. JAX does not write a file at one stroke:

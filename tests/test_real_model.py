@@ -126,6 +126,7 @@ def test_no_massive_activations_after_the_prefix(report):
 # The model of the folder.
 
 
+@pytest.mark.nightly
 def test_fake_quant_is_within_one_code_of_the_simulator_in_every_layer(real_run):
     assert_fake_quant_is_simulator(*real_run)
 

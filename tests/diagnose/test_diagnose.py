@@ -52,7 +52,7 @@ def real(model: IntegerModel, codes: np.ndarray, name: str, layer: int) -> np.nd
         ("attn.rope.q_cos", ("attn.rope.q",), None),
     ],
 )
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("layer", pairwise.often([0, 1], [1]))
 def test_an_op_alone_by_hand(name, inputs, op, layer):
     model = tiny.quantized("gqa_llama3", "w8a8")
     _, tensors, found = measured("w8a8")
@@ -210,6 +210,7 @@ def test_a_slope_is_a_difference():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_fake_quant_with_nothing_replaced():
     constants = measured("w8a8")[0]
     model = tiny.quantized("gqa_llama3", "w8a8")

@@ -6,6 +6,7 @@ import json
 
 import jax
 import numpy as np
+import pairwise
 import pytest
 import safetensors.numpy
 import tiny
@@ -21,7 +22,7 @@ from qnpu_jax.integer.freeze import check_bits, freeze
 from qnpu_jax.integer.model import activation_scales, dequantize
 from qnpu_jax.integer.storage import load, save
 
-plans = pytest.mark.parametrize("plan", tiny.OFTEN)
+plans = pytest.mark.parametrize("plan", pairwise.often([*tiny.PLANS], ["w8a8", "mixed"]))
 FILES = ("integer_model.json", "integer_model.safetensors")
 
 

@@ -115,6 +115,7 @@ def teacher_logits(base) -> list[np.ndarray]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_cross_entropy_is_that_of_the_next_token():
     _, base, theta = setting()
     stage = dataclasses.replace(KL, loss="ce")
@@ -149,6 +150,7 @@ def test_the_cached_teacher_is_the_teacher():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_loss_of_a_batch_is_the_mean_of_its_sequences():
     _, base, theta = setting()
     for stage, warm in (
@@ -201,6 +203,7 @@ def test_a_rotated_float_student_makes_no_error():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_local_errors_reach_scales_only():
     dec, params, free = learnable.made()
     stage = dataclasses.replace(KL, warmup=0.5)

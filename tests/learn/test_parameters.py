@@ -290,6 +290,7 @@ def test_the_loss_reaches_every_parameter(gradients):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_not_quantized_learns_no_scale():
     dec, _, free = learnable.made()
     stage = dataclasses.replace(ADAM, quantized="rotated")

@@ -54,10 +54,9 @@ def fed(backend, parts) -> tuple[Session, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("kernels", ["ref", "opt", "xnn"])
-@pytest.mark.parametrize("parts", MIXES.values(), ids=list(MIXES))
-def test_any_mix_gives_the_bits_of_one_prefill(folder, plan, kernels, parts):
+@pairwise.parametrize(("mix", "kernels", "plan"), list(MIXES), ["ref", "opt", "xnn"], PLANS)
+def test_any_mix_gives_the_bits_of_one_prefill(folder, mix, kernels, plan):
+    parts = MIXES[mix]
     whole = LiteRTBackend(file(folder, plan, "gqa_llama3", LENGTH), kernels)
     long, expected = fed(whole, (LENGTH,))
     session, logits = fed(LiteRTBackend(file(folder, plan, "gqa_llama3"), kernels), parts)
