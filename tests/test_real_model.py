@@ -33,14 +33,14 @@ pytestmark = pytest.mark.slow
 
 NAME = "smollm2-135m"
 COMMAND = ["quantize", NAME, "--recipe", "recipe.json", "--out", "out/"]
-LESS = ["--effort", "none", "--calibration", "text.txt", "--eval-tokens", "128", "--prefill", "64"]
+LESS = ["--effort", "none", "--calibration", "text.txt", "--eval-tokens", "64", "--prefill", "32"]
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> tuple[Path, str]:
     """The output folder, and what was printed."""
     folder = tmp_path_factory.mktemp("real")
-    recipe = RECIPES["w8a8"].to_json() | {"calibration_tokens": 512, "calibration_length": 128}
+    recipe = RECIPES["w8a8"].to_json() | {"calibration_tokens": 256, "calibration_length": 128}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     (folder / "text.txt").write_text(default_text()[200_000:])
     process = start(*COMMAND, *LESS, cwd=folder)
@@ -99,7 +99,7 @@ def test_values_are_those_of_the_gguf_package(checkpoint):
 def test_first_command_of_the_readme(said, report):
     out, text = said
     assert report["verify"]["differing"] == 0
-    assert report["verify"]["elements"] > 50_000_000
+    assert report["verify"]["elements"] > 25_000_000
     scores = report["perplexity"]
     assert scores["LiteRT"] == pytest.approx(scores["simulator"], rel=1e-6)
     assert scores["simulator"] < 2 * scores["float"]
@@ -147,6 +147,7 @@ def folded(checkpoint):
     return jax.device_put(fold_norms(checkpoint.config, dict(checkpoint.params)))
 
 
+@pytest.mark.nightly
 def test_it_names_paris(checkpoint, folded):
     tokenizer = checkpoint.tokenizer
     plan = tiny.PLANS["w8a8"]

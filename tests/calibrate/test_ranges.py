@@ -81,6 +81,7 @@ def test_zeros_first_leave_room_for_what_follows():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_text():
     def kept(stats) -> int:
         return sum(0 if s.bins is None else s.bins.nbytes for rows in stats.values() for s in rows)

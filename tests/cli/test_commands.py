@@ -54,6 +54,7 @@ def test_quantize_prints_one_table(qnpu, here):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_overwrite_replaces(qnpu, here):
     before = (here / "out" / "model.tflite").read_bytes()
     status, _, err = qnpu(*QUANTIZE, "--overwrite", "--prefill", "8")

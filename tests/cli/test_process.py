@@ -41,6 +41,7 @@ def wait_for(condition: Callable[[], object], process) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_another_process_gives_the_same_bytes(tmp_path, tmp_path_factory):
     made = workspace(tmp_path_factory.getbasetemp() / "tiny")
     with running(*QUANTIZE, "--out", str(tmp_path / "new"), cwd=made) as process:

@@ -106,6 +106,7 @@ def test_orthogonality_error_is_the_largest():
 
 @pytest.mark.slow
 @each_optimizer
+@pytest.mark.nightly
 def test_2000_noisy_steps_do_not_drift(name):
     """A pull that lasts (so that R goes far) under noise four times as large."""
     pull = jax.random.normal(jax.random.key(1), (3, 16, 16))

@@ -70,6 +70,7 @@ def prepared(dec, student: Reading) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", pairwise.often(["w4a8", "mixed"], ["w4a8"]))
+@pytest.mark.nightly
 def test_initial_changes_nothing(plan):
     dec, params, free = learnable.made(plan)
     base = learnable.base_of(dec, params, free)

@@ -319,6 +319,7 @@ def learned():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_learns(learned):
     best, _, history = learned
     kls = [kl for _, kl in history.held_out]

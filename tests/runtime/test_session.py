@@ -68,8 +68,8 @@ def test_any_mix_gives_the_bits_of_one_prefill(folder, mix, kernels, plan):
 
 
 def few(plans, names) -> list[pairwise.Row]:
-    """Every model, in plans of every width."""
-    return [*zip(("w8a8", "w4a8s8", "w4a16"), names, strict=True)]
+    """Two models, in the plans of fewest and most tensors."""
+    return [*zip(("w8a8", "w4a16"), names[1:], strict=True)]
 
 
 @pytest.mark.slow

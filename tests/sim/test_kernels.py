@@ -116,7 +116,7 @@ def test_npu_profile_is_within_one_code_of_litert_ref(variant):
 
 
 @pytest.mark.slow
-@variants
+@pytest.mark.parametrize("variant", pairwise.often(VARIANTS, VARIANTS[::3]), ids=str)
 def test_vmaps_over_codes_and_constants(variant):
     drawn = list(cases(variant, 2 * int(np.prod(next(cases(variant, 1)).output.shape))))
     arguments = [(*c.arrays, *c.constants("litert_ref")) for c in drawn]
@@ -141,6 +141,7 @@ def test_without_64_bits_the_kernels_raise():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [511, 512, 600, 4000])
+@pytest.mark.nightly
 def test_int8_softmax_of_many_equal_keys(keys):
     """From 512 on no probability is above half a code; LiteRT's reference ends the process."""
     x = np.concatenate([np.zeros(keys), np.full(90, -128)]).astype(np.int8)[None]

@@ -249,6 +249,7 @@ TEMPLATE = "{{ bos_token }}U:{{ messages[0].content }}A:"
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_half_of_the_windows_begin_as_chats(tiny: Writer):
     tokenizer = characters(True, TEMPLATE)
     windows = calibration_windows(tiny, tokenizer, 2500, 100, 0)
@@ -266,6 +267,7 @@ def test_half_of_the_windows_begin_as_chats(tiny: Writer):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_windows_hold_at_least_the_tokens_asked_for(tiny: Writer):
     tokenizer = characters(True, None)
     for tokens, length, count in ((64, 32, 2), (65, 32, 3), (1, 32, 1)):
