@@ -136,6 +136,7 @@ def test_without_a_prefix_simulator_equals_litert(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_batch_equals_its_sequences():
     name, plan = "mqa_linear_bias", "mixed"
     model = tiny.quantized(name, plan)

@@ -30,6 +30,7 @@ def diagnosed(made, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_report_holds_every_tensor(diagnosed):
     out, found = diagnosed
     report = json.loads((out / "diagnosis.json").read_text())
@@ -53,6 +54,7 @@ def test_the_report_holds_every_tensor(diagnosed):
     assert sum(found.kinds().values()) == pytest.approx(charged / kl["simulator"], rel=1e-3)
 
 
+@pytest.mark.nightly
 def test_the_heat_map_shows_layers_and_tensors(diagnosed):
     out, found = diagnosed
     root = ET.fromstring((out / "heat_map.svg").read_text())
@@ -66,6 +68,7 @@ def test_the_heat_map_shows_layers_and_tensors(diagnosed):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.nightly
 def test_model_explorer_finds_every_tensor(diagnosed, made):
     """By its own loader of .tflite files and its own classes of node data."""
     adapter = pytest.importorskip("model_explorer.builtin_tflite_flatbuffer_adapter")

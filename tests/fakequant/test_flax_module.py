@@ -68,6 +68,7 @@ def loss(x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_gradients_equal_those_of_forward(prepared):
     params, scales = prepared
     scales = {name: q for name, q in scales.items() if name.startswith("layers.mlp.")}

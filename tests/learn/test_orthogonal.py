@@ -151,6 +151,7 @@ def test_procrustes_converges_to_its_solution(name):
 
 @pytest.mark.slow
 @each_optimizer
+@pytest.mark.nightly
 def test_a_pytree_with_leading_axes_is_each_matrix_alone(name):
     """As a training step has them: R1 and the layers' R2, under multi_transform beside a scale."""
     params = {

@@ -298,6 +298,7 @@ def test_the_frozen_parameters_are_the_learned_ones(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_frozen_model_computes_the_learned_one(runs):
     """Each node to a code (test_parity). Half a code of a bias is enough for other codes after it:
     about one of every logit, two layers later. So first choices that lead by a few codes may differ

@@ -304,6 +304,7 @@ def compare(logits, exact_length, tolerance):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_batched_and_padded_scores_equal_those_of_single_texts():
     """1e-4: up to 13 float32 terms of size 5, of sums in another order (1.5e-5 measured)."""
     config, params = tiny.prepared("gqa_llama3")
