@@ -56,12 +56,19 @@ print("equal")
 """
 
 
+TIMEOUT = 600
+"""Seconds that a collective waits for all devices: eight threads on few and busy cores may be late
+by more than XLA's 40."""
+
+
 def compare(folder: Path, plan: str, profile: str, batches: list[int]) -> None:
     storage.save(tiny.quantized("gqa_llama3", plan), folder)
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "sim")]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8"
+        f" --xla_cpu_collective_call_warn_stuck_timeout_seconds={TIMEOUT}"
+        f" --xla_cpu_collective_call_terminate_timeout_seconds={TIMEOUT}",
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, "-c", COMPARE, str(folder), profile, *map(str, batches)]
