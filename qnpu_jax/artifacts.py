@@ -68,6 +68,21 @@ MODELS = Kind(
 )
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Reads JSON: `json.loads`, with a ValueError for too deep a nesting too.
+
+    >>> parse_json('{"a": [1]}')
+    {'a': [1]}
+
+    Raises:
+      ValueError: not valid JSON.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def deployment(use: str, model: str, prefill: int, context: int, signature: str = "") -> str:
     """Names a file that is made of a folder's model and kept in the folder.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,7 +80,7 @@ class OutputFolder:
 
 def _read_report(path: Path) -> dict[str, Any]:
     try:
-        report = json.loads(path.read_text())
+        report = artifacts.parse_json(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}: missing; expected an output folder of `qnpu quantize`; run it first"

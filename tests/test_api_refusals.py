@@ -39,6 +39,13 @@ print(json.dumps(said))
 """
 
 MISTAKES = [
+    ("qnpu.load(3)", "load: int 3; expected a folder, a .gguf file or a name"),
+    ("qnpu.load(None)", "load: NoneType None; expected a folder"),
+    ("tokenizer.encode('a' + chr(0xD800))", "text 'a\\ud800': holds half of a surrogate pair"),
+    (
+        "qnpu.write_tflite(model, None, tokens=16)",
+        "path: expected a string or a Path; got NoneType; name a file",
+    ),
     # Recipes, built in code.
     (
         "qnpu.Recipe('mine', plan, rotation='hadamrd')",

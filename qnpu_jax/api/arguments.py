@@ -40,6 +40,13 @@ def unexpected(name: str, expected: str, value: Any, way_out: str) -> UserError:
     return UserError(f"{name}: expected {expected}; got {got}; {way_out}")
 
 
+def path_of(value: Any) -> Path:
+    """A path that is given as a string or a Path."""
+    if not isinstance(value, str | Path):
+        raise unexpected("path", "a string or a Path", value, "name a file")
+    return Path(value)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UserError(f"{name}: expected one of {list(choices)}; got {value!r}; choose one")

@@ -17,6 +17,7 @@ from qnpu_jax.api.arguments import (
     check_model,
     effort_of,
     observer_of,
+    path_of,
     recipe_of,
     room,
     text_of,
@@ -133,7 +134,7 @@ def write_tflite(
       >>> qnpu.write_tflite(model, "chat.tflite", tokens=16, logits="last", context=64)
     """
     check_model(model)
-    path = Path(path)
+    path = path_of(path)
     check_choice("logits", logits, ("all", "last"))
     check_integer("tokens", tokens, 2, room(model) if context is None else room(model) - 1)
     if context is not None:

@@ -17,6 +17,7 @@ from qnpu_jax.api.arguments import (
     check_integer,
     check_model,
     ids_of,
+    path_of,
     room,
     unexpected,
 )
@@ -105,7 +106,7 @@ def verify(
     """
     check_model(model)
     check_choice("kernels", kernels, get_args(KernelSet))
-    path = Path(path)
+    path = path_of(path)
     ids = ids_of(ids, model.config, "ids", None, ranks=(1,))
     return verify_file(path / artifacts.MODEL if path.is_dir() else path, model, ids, kernels)
 

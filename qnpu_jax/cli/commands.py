@@ -4,6 +4,7 @@ recipe.
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,7 +36,7 @@ from qnpu_jax.cli.options import (
     Threads,
     check_unused,
 )
-from qnpu_jax.errors import UserError
+from qnpu_jax.errors import UserError, is_text
 
 PACKAGED_CONTEXT = 512
 """Positions of the KV cache of a `.litertlm`."""
@@ -285,6 +286,8 @@ def call() -> int:
     Raises:
       KeyboardInterrupt: nothing is left behind.
     """
+    if unreadable := [a for a in sys.argv[1:] if not is_text(a)]:
+        return complain(f"argument {unreadable[0]!r}: not UTF-8; expected text; correct it")
     try:
         status = app(standalone_mode=False, prog_name="qnpu")
     except Interrupted as interrupted:

@@ -5,7 +5,6 @@ The simulator is an argument (`integer.simulator.Simulate`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -248,7 +247,7 @@ def original(source: str, folder: Path, model: IntegerModel) -> tuple[str, Logit
     """
     checkpoint = load(source)
     try:
-        recipe = json.loads((folder / artifacts.RECIPE).read_text())
+        recipe = artifacts.parse_json((folder / artifacts.RECIPE).read_text())
         expected = recipe.get("inputs", {}).get("model", {}).get("sha256", checkpoint.sha256)
     except (OSError, ValueError, AttributeError):
         expected = checkpoint.sha256

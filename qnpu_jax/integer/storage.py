@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from qnpu_jax import artifacts
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer.model import IntegerModel, QTensor
@@ -50,7 +51,7 @@ def load(folder: Path) -> IntegerModel:
                 f"{file}: missing; expected an output folder of `qnpu quantize`; run it again"
             )
     try:
-        meta = json.loads(path.read_text())
+        meta = artifacts.parse_json(path.read_text())
         arrays = safetensors.numpy.load_file(tensors)
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged ({error}); run `qnpu quantize` again") from None

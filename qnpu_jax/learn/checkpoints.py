@@ -12,7 +12,6 @@ and `_restore_leaf` turn both into errors.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -283,7 +282,7 @@ def _write(path: Path, data: Any) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = artifacts.parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); expected JSON; {_way_out(path)}"

@@ -18,11 +18,11 @@ Reference: llm-foundry, llmfoundry/eval/datasets/in_context_learning_evaluation.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
 
 ANSWER = "\nAnswer:"
@@ -117,7 +117,7 @@ def _parse(where: str, line: str) -> tuple[tuple[str, ...], Item]:
     """Reads a line: the keys that say its kind, and its item."""
     expected = "expected an object with the keys " + " or ".join(str(list(k)) for k in KINDS)
     try:
-        value = json.loads(line)
+        value = artifacts.parse_json(line)
     except ValueError as error:
         raise UserError(
             f"{where}: not valid JSON ({error}); {expected}; correct the line"

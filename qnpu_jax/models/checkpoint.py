@@ -133,6 +133,11 @@ def resolve(source: str | Path) -> Path:
     Raises:
       UserError: there is no such source, or it cannot be downloaded.
     """
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"load: {type(source).__name__} {source!r}; expected a folder, a .gguf file or a name;"
+            " pass a string or a Path"
+        )
     path = Path(source).absolute()  # so that "." has a name
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

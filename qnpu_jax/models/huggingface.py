@@ -6,7 +6,6 @@ MistralConfig.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qnpu_jax import artifacts
 from qnpu_jax.config import ModelConfig, RopeScaling
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.file_tensors import (
@@ -220,7 +220,7 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
         check_room(path.name, "the header", 8, length, size)
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = artifacts.parse_json(text)
         header.pop("__metadata__", None)
         return {name: _entry(path, name, e, 8 + length, size) for name, e in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

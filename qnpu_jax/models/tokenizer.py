@@ -15,7 +15,8 @@ from typing import Any
 
 import tokenizers
 
-from qnpu_jax.errors import UserError
+from qnpu_jax import artifacts
+from qnpu_jax.errors import UserError, is_text
 from qnpu_jax.models.chat import render_chat
 
 TOKENIZER = "tokenizer.json"
@@ -126,7 +127,16 @@ class Tokenizer:
             (folder / TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """Encodes plain text; no BOS or EOS is added, and "<|im_end|>" in it is only text."""
+        """Encodes plain text; no BOS or EOS is added, and "<|im_end|>" in it is only text.
+
+        Raises:
+          UserError: text that is no UTF-8.
+        """
+        if not is_text(text):
+            raise UserError(
+                f"text {text[:40]!r}: holds half of a surrogate pair; expected what UTF-8 can"
+                " write; remove it"
+            )
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -224,7 +234,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(_read_text(path))
+        data = artifacts.parse_json(_read_text(path))
     except ValueError as error:
         raise UserError(f"{path.name}: not valid JSON ({error}); download it again") from None
     if not isinstance(data, dict):

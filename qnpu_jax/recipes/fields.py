@@ -94,8 +94,8 @@ def _value(hint: Any, limits: Mapping[str, Any], value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return _tuple(typing.get_args(hint)[0], limits, value, where)
     if hint is str or hint is bool:
-        if not isinstance(value, hint):
-            raise _refused(where, "a string" if hint is str else "true or false", value)
+        if not isinstance(value, hint) or (isinstance(value, str) and not value.isprintable()):
+            raise _refused(where, "printable text" if hint is str else "true or false", value)
         return value
     whole = hint is int
     low, high = limits["low"], limits["high"]

@@ -6,10 +6,10 @@ They differ in nothing but their values: no method has code of its own.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from qnpu_jax import artifacts
 from qnpu_jax.config import bit_plan
 from qnpu_jax.errors import UserError
 from qnpu_jax.recipes.recipe import EFFORTS, Effort, Recipe, Stage
@@ -127,7 +127,7 @@ def load_recipe(name: str | Path) -> Recipe:
             " these (quarot-w4a8), or a JSON file that exists"
         )
     try:
-        data = json.loads(path.read_text())
+        data = artifacts.parse_json(path.read_text())
     except ValueError as error:
         raise UserError(f"{name}: not valid JSON ({error}); correct the file") from None
     if not isinstance(data, dict):

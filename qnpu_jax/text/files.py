@@ -5,12 +5,12 @@ Every fault of a file is reported when it is read, before any model runs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
 from qnpu_jax.models import Tokenizer, sha256
 
@@ -117,7 +117,7 @@ def _documents(path: Path, text: str) -> list[str]:
 def _document(where: str, line: str) -> str:
     expected = 'expected an object with a string "text", or a string'
     try:
-        value = json.loads(line)
+        value = artifacts.parse_json(line)
     except ValueError as error:
         raise UserError(
             f"{where}: not valid JSON ({error}); {expected}, one per line; correct the line, or"

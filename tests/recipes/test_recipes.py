@@ -162,7 +162,9 @@ def test_missing_key(key):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"name": 8}, "name must be a string; got 8"),
+        ({"name": 8}, "name must be printable text; got 8"),
+        ({"name": "a\nb"}, r"name must be printable text; got 'a\nb'"),
+        ({"name": "a\ud800"}, "name must be printable text"),
         ({"rotation": "hadamrd"}, "rotation must be one of ['hadamard', 'none']; got 'hadamrd'"),
         ({"prefix": True}, "prefix must be one of ['auto', 'none']; got True"),
         ({"activation_init": "max"}, "activation_init must be one of"),
@@ -256,7 +258,10 @@ def test_a_method_alone_is_no_recipe():
     assert message(load_recipe, "quarot").startswith("quarot: no such recipe; expected one of")
 
 
-@pytest.mark.parametrize(("data", "expected"), [(b"{", "not valid JSON"), (b"[]", "got list")])
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [(b"{", "not valid JSON"), (b"[" * 100_000, "nested too deeply"), (b"[]", "got list")],
+)
 def test_not_a_recipe(tmp_path, data, expected):
     path = tmp_path / "own.json"
     path.write_bytes(data)
