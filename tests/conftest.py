@@ -62,9 +62,8 @@ def pytest_collection_modifyitems(config, items):
 
 MOST_BYTES = 2**31
 """Of compiled programs that are kept from run to run."""
-
-
 LONGEST = "test_real_model.py"
+"""Runs first: with whole files per process, the others share what is left evenly."""
 
 
 def pytest_configure(config):

@@ -81,7 +81,6 @@ def compare(folder: Path, plan: str, profile: str, batches: list[int]) -> None:
     ("plan", "profile"),
     [("w8a8", "litert_ref"), pytest.param("w4a8i8", "npu", marks=pytest.mark.nightly)],
 )
-@pytest.mark.nightly
 def test_eight_devices_give_the_bits_of_one(plan, profile, tmp_path):
     """Every tensor; a batch that divides, one that does not, and one sequence alone (0)."""
     compare(tmp_path, plan, profile, [16, 11, 0])
