@@ -17,8 +17,8 @@ Folder = Annotated[Path, typer.Argument(help="Output folder of `qnpu quantize`."
 RecipeName = Annotated[
     str,
     typer.Option(
-        help="w8a8, w4a8, w8a16 or w4a16, one of these after a method (quarot-w4a8), or a JSON file"
-        " (see `qnpu recipe`)."
+        help="w8a8, w4a8, w8a16 or w4a16, w8a8 or w4a8 followed by s8 or i8, one of these after a"
+        " method (quarot-w4a8), or a JSON file (see `qnpu recipe`)."
     ),
 ]
 Prefill = Annotated[

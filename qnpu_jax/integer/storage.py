@@ -38,12 +38,13 @@ def save(model: IntegerModel, folder: Path) -> None:
     (folder / "integer_model.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def load(folder: Path) -> IntegerModel:
+def load(folder: str | Path) -> IntegerModel:
     """Reads what `save` wrote.
 
     Raises:
       UserError: a missing, truncated or foreign file.
     """
+    folder = Path(folder)
     path, tensors = folder / "integer_model.json", folder / "integer_model.safetensors"
     for file in (path, tensors):
         if not file.is_file():

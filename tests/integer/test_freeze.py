@@ -172,7 +172,7 @@ def test_save_and_load_give_the_same_bytes(tmp_path, plan):
     for folder in (first, second):
         folder.mkdir()
     save(model, first)
-    loaded = load(first)
+    loaded = load(str(first))  # as the documentation has it
     save(loaded, second)
     for name in FILES:
         assert (first / name).read_bytes() == (second / name).read_bytes()
