@@ -52,7 +52,9 @@ def write_gguf(
     writer.add_head_count_kv(cfg.num_kv_heads)
     writer.add_key_length(cfg.head_dim)
     writer.add_layer_norm_rms_eps(cfg.rms_norm_eps)
-    writer.add_rope_freq_base(cfg.rope_theta)
+    theta, scaling = cfg.kinds[0].rope_theta, cfg.kinds[0].rope_scaling
+    assert theta is not None
+    writer.add_rope_freq_base(theta)
     tensors = {}
     for tensor in expected_tensors(cfg):
         for i in range(cfg.num_layers if tensor.per_layer else 1):
@@ -60,11 +62,11 @@ def write_gguf(
             if tensor.param.startswith(("layers.attn.q.", "layers.attn.k.")):
                 x = permute(x, cfg.num_heads if ".q." in tensor.param else cfg.num_kv_heads)
             tensors[tensor.gguf.format(i=i)] = x
-    if cfg.rope_scaling and cfg.rope_scaling.kind == "linear":
+    if scaling and scaling.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(cfg.rope_scaling.factor)
-    elif cfg.rope_scaling:
-        factors = llama3_factors(cfg.rope_scaling, cfg.head_dim, cfg.rope_theta)
+        writer.add_rope_scaling_factor(scaling.factor)
+    elif scaling:
+        factors = llama3_factors(scaling, cfg.head_dim, theta)
         tensors["rope_freqs.weight"] = factors.astype(np.float32)
     extra(writer)
     change(tensors)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int
 
-from qnpu_jax.config import ModelConfig
+from qnpu_jax.config import LayerKind, ModelConfig
 from qnpu_jax.graph.decoder import MASK, Decoder
 
 
-def rope_frequencies(cfg: ModelConfig) -> Float64[np.ndarray, " half"]:
+def rope_frequencies(cfg: ModelConfig, kind: LayerKind) -> Float64[np.ndarray, " half"]:
     """Rotary angles per position, (K/2,) float64: theta^(-2i/K), scaled as the config says.
 
     Linear scaling divides every frequency by its factor. llama3 scaling divides low frequencies
@@ -18,9 +18,11 @@ def rope_frequencies(cfg: ModelConfig) -> Float64[np.ndarray, " half"]:
     Reference: transformers/modeling_rope_utils.py, `_compute_linear_scaling_rope_parameters`,
     `_compute_llama3_parameters`.
     """
-    exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
-    frequency = cfg.rope_theta**-exponent
-    scaling = cfg.rope_scaling
+    if kind.rope_theta is None:
+        return np.zeros(cfg.rotated // 2)
+    exponent = np.arange(0, cfg.rotated, 2, dtype=np.float64) / cfg.rotated
+    frequency = kind.rope_theta**-exponent
+    scaling = kind.rope_scaling
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
@@ -33,13 +35,13 @@ def rope_frequencies(cfg: ModelConfig) -> Float64[np.ndarray, " half"]:
 
 
 def rope_tables(
-    cfg: ModelConfig, positions: Int[np.ndarray, " t"]
+    cfg: ModelConfig, kind: LayerKind, positions: Int[np.ndarray, " t"]
 ) -> tuple[Float32[np.ndarray, "t 1 k"], Float32[np.ndarray, "t 1 k"]]:
     """RoPE tables cos and signed sin of the positions, (T, 1, K) float32.
 
     The first half of sin is negative, so that RoPE is x cos + swap(x) sin.
     """
-    angle = positions[:, None] * rope_frequencies(cfg)[None, :]
+    angle = positions[:, None] * rope_frequencies(cfg, kind)[None, :]
     cos, sin = np.cos(angle), np.sin(angle)
     cos = np.concatenate([cos, cos], axis=1)[:, None, :]
     sin = np.concatenate([-sin, sin], axis=1)[:, None, :]
@@ -88,7 +90,7 @@ def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
       filled: cache slots that hold keys; new positions follow them.
     """
     start = dec.prefix + filled
-    cos, sin = rope_tables(dec.config, np.arange(start, start + dec.tokens))
+    cos, sin = rope_tables(dec.config, dec.config.kinds[0], np.arange(start, start + dec.tokens))
     eps = np.full((1, 1, 1), dec.config.hidden_size * dec.config.rms_norm_eps, np.float32)
     seen = visible(dec.tokens, dec.prefix, dec.cache, filled)
     every = {"rope.cos": cos, "rope.sin": sin, "norm.eps": eps}

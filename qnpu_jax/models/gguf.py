@@ -15,7 +15,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from qnpu_jax.config import ModelConfig, RopeScaling
+from qnpu_jax.config import LayerKind, ModelConfig, RopeScaling
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.file_tensors import (
     BLOCK,
@@ -26,7 +26,7 @@ from qnpu_jax.models.file_tensors import (
     fill_params,
 )
 from qnpu_jax.models.gguf_file import GgufFile
-from qnpu_jax.models.llama import HEAD
+from qnpu_jax.models.llama import ATTENTION, HEAD, MLP
 from qnpu_jax.models.rope_factors import llama3_from_factors
 
 ROPE_FREQS = "rope_freqs.weight"
@@ -82,11 +82,12 @@ def read_config(file: GgufFile) -> ModelConfig:
         head_dim=head_dim,
         max_positions=_count(file, "context_length"),
         rms_norm_eps=_real(file, "attention.layer_norm_rms_epsilon", 1e-5),
-        rope_theta=theta,
-        rope_scaling=_rope_scaling(file, head_dim, theta),
+        kinds=(LayerKind(theta, _rope_scaling(file, head_dim, theta)),),
         tie_embeddings=HEAD[1] not in file.tensors,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        biases=(
+            *(ATTENTION if "blk.0.attn_q.bias" in file.tensors else ()),
+            *(MLP if "blk.0.ffn_gate.bias" in file.tensors else ()),
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qnpu_jax import artifacts
-from qnpu_jax.config import ModelConfig, RopeScaling
+from qnpu_jax.config import LayerKind, ModelConfig, RopeScaling
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.file_tensors import (
     BLOCK,
@@ -24,7 +24,7 @@ from qnpu_jax.models.file_tensors import (
     check_room,
     fill_params,
 )
-from qnpu_jax.models.llama import HEAD
+from qnpu_jax.models.llama import ATTENTION, HEAD, MLP
 from qnpu_jax.models.tokenizer import read_json
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
@@ -125,11 +125,12 @@ def read_config(folder: Path) -> ModelConfig:
         head_dim=head_dim,
         max_positions=_count(data, POSITIONS, where),
         rms_norm_eps=_real(data, "rms_norm_eps", where),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        kinds=(LayerKind(theta, scaling),),
         tie_embeddings=bool(data["tie_word_embeddings"]),
-        attention_bias=bool(data.get("attention_bias")),
-        mlp_bias=bool(data.get("mlp_bias")),
+        biases=(
+            *(ATTENTION if data.get("attention_bias") else ()),
+            *(MLP if data.get("mlp_bias") else ()),
+        ),
     )
 
 

@@ -36,23 +36,25 @@ def expected_tensors(cfg: ModelConfig) -> tuple[ExpectedTensor, ...]:
     """Lists all tensors of a model of this configuration."""
     v, d, f = cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size
     q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    attn, mlp = cfg.attention_bias, cfg.mlp_bias
     return (
         ExpectedTensor("embed.weight", (v, d), "model.embed_tokens.weight", "token_embd.weight"),
         _norm("attn", d, "input_layernorm", "attn_norm"),
-        *_linear("attn.q", (q, d), "self_attn.q_proj", "attn_q", attn),
-        *_linear("attn.k", (kv, d), "self_attn.k_proj", "attn_k", attn),
-        *_linear("attn.v", (kv, d), "self_attn.v_proj", "attn_v", attn),
-        *_linear("attn.o", (d, q), "self_attn.o_proj", "attn_output", attn),
+        *_linear("attn.q", (q, d), "self_attn.q_proj", "attn_q", "attn.q" in cfg.biases),
+        *_linear("attn.k", (kv, d), "self_attn.k_proj", "attn_k", "attn.k" in cfg.biases),
+        *_linear("attn.v", (kv, d), "self_attn.v_proj", "attn_v", "attn.v" in cfg.biases),
+        *_linear("attn.o", (d, q), "self_attn.o_proj", "attn_output", "attn.o" in cfg.biases),
         _norm("mlp", d, "post_attention_layernorm", "ffn_norm"),
-        *_linear("mlp.gate", (f, d), "mlp.gate_proj", "ffn_gate", mlp),
-        *_linear("mlp.up", (f, d), "mlp.up_proj", "ffn_up", mlp),
-        *_linear("mlp.down", (d, f), "mlp.down_proj", "ffn_down", mlp),
+        *_linear("mlp.gate", (f, d), "mlp.gate_proj", "ffn_gate", "mlp.gate" in cfg.biases),
+        *_linear("mlp.up", (f, d), "mlp.up_proj", "ffn_up", "mlp.up" in cfg.biases),
+        *_linear("mlp.down", (d, f), "mlp.down_proj", "ffn_down", "mlp.down" in cfg.biases),
         ExpectedTensor("head.norm.gamma", (d,), "model.norm.weight", "output_norm.weight"),
         *(() if cfg.tie_embeddings else (ExpectedTensor("head.weight", (v, d), *HEAD),)),
     )
 
 
+ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
+MLP = ("mlp.gate", "mlp.up", "mlp.down")
+"""Linears of the two blocks of a layer."""
 HEAD = ("lm_head.weight", "output.weight")
 """Names of the head's weight, which tied embeddings leave out: Hugging Face's, GGUF's."""
 

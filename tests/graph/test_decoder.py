@@ -11,7 +11,7 @@ import pairwise
 import pytest
 import tiny
 
-from qnpu_jax.config import RopeScaling
+from qnpu_jax.config import LayerKind, RopeScaling
 from qnpu_jax.fakequant.evaluate import evaluate
 from qnpu_jax.fakequant.forward import forward
 from qnpu_jax.graph.decoder import decoder
@@ -173,8 +173,8 @@ def test_decode_with_a_cache_equals_prefill(name):
 
 def direct_frequency(i: int, config) -> float:
     """Of pair i of a head, by scalar arithmetic from the definition."""
-    frequency = config.rope_theta ** (-2 * i / config.head_dim)
-    s = config.rope_scaling
+    frequency = config.kinds[0].rope_theta ** (-2 * i / config.head_dim)
+    s = config.kinds[0].rope_scaling
     if s is None:
         return frequency
     if s.kind == "linear":
@@ -200,11 +200,13 @@ SCALINGS = [
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 def test_rope_tables_follow_the_definition(scaling):
-    config = dataclasses.replace(tiny.SMOLLM2, rope_scaling=scaling, rope_theta=500000.0)
+    config = dataclasses.replace(tiny.SMOLLM2, kinds=(LayerKind(500000.0, scaling),))
     expected = [direct_frequency(i, config) for i in range(32)]
-    np.testing.assert_allclose(rope_frequencies(config), expected, rtol=1e-12)  # float64 rounding
+    np.testing.assert_allclose(
+        rope_frequencies(config, config.kinds[0]), expected, rtol=1e-12
+    )  # float64 rounding
     positions = np.asarray([0, 1, 2, 77, 8191])
-    cos, sin = rope_tables(config, positions)
+    cos, sin = rope_tables(config, config.kinds[0], positions)
     assert cos.shape == sin.shape == (5, 1, 64) and cos.dtype == sin.dtype == np.float32
     for t, position in enumerate(positions):
         for j in range(64):
@@ -216,9 +218,9 @@ def test_rope_tables_follow_the_definition(scaling):
 
 
 def test_llama3_scaling_has_all_three_bands():
-    config = dataclasses.replace(tiny.SMOLLM2, rope_scaling=SCALINGS[2], rope_theta=500000.0)
-    plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
-    ratio = rope_frequencies(config) / plain
+    config = dataclasses.replace(tiny.SMOLLM2, kinds=(LayerKind(500000.0, SCALINGS[2]),))
+    plain = rope_frequencies(config, LayerKind(500000.0))
+    ratio = rope_frequencies(config, config.kinds[0]) / plain
     np.testing.assert_array_equal(ratio[:4], 1)
     np.testing.assert_allclose(ratio[-4:], 1 / 8, rtol=1e-15)
     assert np.any((ratio > 0.13) & (ratio < 0.99))
@@ -262,7 +264,7 @@ def test_positions_go_on_after_prefix_and_filled_slots():
     config, _ = folded("gqa_llama3")
     dec = decoder(config, PLAN, 4, 2, 5)
     inputs = layer_inputs(dec, filled=3)
-    cos, sin = rope_tables(config, np.arange(5, 9))
+    cos, sin = rope_tables(config, config.kinds[0], np.arange(5, 9))
     np.testing.assert_array_equal(inputs["rope.cos"], cos)
     np.testing.assert_array_equal(inputs["rope.sin"], sin)
     np.testing.assert_array_equal(inputs["mask"], masks(visible(4, 2, 5, 3), 2, 16)["mask"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from qnpu_jax.config import ModelConfig
+from qnpu_jax.config import LayerKind, ModelConfig
 from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.recipes import RECIPES
 from qnpu_jax.transform import prefix
@@ -19,7 +19,7 @@ PLAN = RECIPES["w8a8"].bits
 ORDINARY, SINK, DECOY = range(3, 32), 1, 2
 CONFIG = ModelConfig(
     family="llama", vocab_size=32, hidden_size=16, intermediate_size=8, num_layers=1, num_heads=1,
-    num_kv_heads=1, head_dim=4, max_positions=128, rope_theta=100.0,
+    num_kv_heads=1, head_dim=4, max_positions=128, kinds=(LayerKind(100.0),),
 )  # fmt: skip
 CONSTANT, IS_SINK, TRIGGER = 0, 1, 2
 """Coordinates of the residual stream: 1 for every token; 1 for the sink; 1 for what grows a

@@ -3,6 +3,7 @@ forward alone.
 """
 
 import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
+from qnpu_jax.models.llama import ATTENTION, MLP
 from qnpu_jax.transform import fold
 from qnpu_jax.transform.hadamard import hadamard, has_hadamard, random_hadamard, random_orthogonal
 from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotate_parameter
@@ -22,7 +24,7 @@ from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotate_
 ORDERS = [core << k for core in (1, 12, 20, 28, 36) for k in range(8) if core << k <= 1600]
 CONFIG = ModelConfig(
     family="llama", vocab_size=50, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=4,
-    num_kv_heads=2, head_dim=8, max_positions=32, attention_bias=True, mlp_bias=True,
+    num_kv_heads=2, head_dim=8, max_positions=32, biases=(*ATTENTION, *MLP),
 )  # fmt: skip
 IDS = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 9)
 
@@ -67,7 +69,7 @@ def rope(x, theta):
 def attention(config, linear, x, scale):
     t = len(x)
     split = lambda y: y.reshape(t, -1, config.head_dim).transpose(1, 0, 2)  # noqa: E731
-    q, k = (rope(split(linear(n, x)), config.rope_theta) for n in ("attn.q", "attn.k"))
+    q, k = (rope(split(linear(n, x)), config.kinds[0].rope_theta) for n in ("attn.q", "attn.k"))
     k, v = (np.repeat(y, config.queries_per_kv_head, 0) for y in (k, split(linear("attn.v", x))))
     scores = q @ k.transpose(0, 2, 1) * scale + np.triu(np.full((t, t), -np.inf), 1)
     p = np.exp(scores - scores.max(-1, keepdims=True))
@@ -157,14 +159,14 @@ def test_random_rotation():
     np.testing.assert_array_equal(a.r2, again.r2)
     assert not np.array_equal(a.r1, other.r1)
     assert not np.array_equal(a.r2[0], a.r2[1])
-    odd = random_rotation(ModelConfig(**{**CONFIG.to_json(), "hidden_size": 44}), 0)
+    odd = random_rotation(replace(CONFIG, hidden_size=44), 0)
     np.testing.assert_allclose(odd.r1 @ odd.r1.T, np.eye(44), atol=1e-12)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("biases", [False, True])
 def test_folding_and_rotation_keep_the_logits(tied, biases):
-    config = ModelConfig(**{**CONFIG.to_json(), "tie_embeddings": tied})
+    config = replace(CONFIG, tie_embeddings=tied)
     raw = checkpoint(config, biases, tied)
     expected = forward(config, raw, IDS)
     rotation = random_rotation(config, 5)
