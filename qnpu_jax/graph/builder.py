@@ -34,6 +34,11 @@ _UNIFORM = (FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax, Logistic, S
 """Ops whose kernels take activations of one type and give that type (LiteRT tflite/kernels)."""
 
 
+def _is_weight(x: TensorSpec) -> bool:
+    """Whether a linear's kernel takes the parameter at a width of its own."""
+    return x.name.rpartition(".")[2] in ("weight", "bias")
+
+
 @dataclass
 class Builder:
     """Stages a graph: each method appends a tensor or a node, and returns the tensor's spec.
@@ -95,6 +100,10 @@ class Builder:
         quant = QuantSpec(self.bits(name) if bits is None else bits, True, axis)
         return self._register(TensorSpec(name, shape, "param", quant))
 
+    def constant(self, name: str, shape: tuple[int, ...], like: TensorSpec) -> TensorSpec:
+        """Stages a parameter that is an operand of ADD or MUL beside `like`, at its bits."""
+        return self.param(name, shape, bits=like.quant.bits)
+
     def gather(self, name: str, ids: TokenIds, table: TensorSpec) -> TensorSpec:
         """Appends `name = table[ids]`; the output has the table's scale."""
         quant = QuantSpec(table.quant.bits, table.quant.symmetric)
@@ -149,8 +158,10 @@ class Builder:
                 )
 
     def _widen(self, x: TensorSpec, bits: tuple[int, ...], consumer: str) -> TensorSpec:
-        if x.kind == "param" or x.quant.bits == bits:
+        if x.quant.bits == bits or (x.kind == "param" and _is_weight(x)):
             return x
+        # No op may widen a parameter, and a kernel would read one of another width wrongly.
+        assert x.kind != "param", f"{consumer}: {x.name} has {x.quant.bits} bits, not {bits}"
         if any(have > want for have, want in zip(x.quant.bits, bits, strict=True)):
             raise UserError(
                 f"{self.prefix}{consumer}: the plan gives it fewer bits than its input"

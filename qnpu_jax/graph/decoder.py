@@ -41,14 +41,11 @@ from qnpu_jax.graph.ops import (
 
 TABLE_SCALE = {8: 1 / 127, 16: 1 / 32767}
 """Scale of the RoPE tables by their bits: cos and sin use the whole code range."""
-MASK = {8: -254.0, 16: -2032.0}
-"""Value added to the score of a masked position, by the mask's bits: code -127 or -32512."""
-MASK_SCALE = {8: 2.0, 16: 1 / 16}
-"""Scale of the mask by its bits.
-
-A power of two keeps the ADD's rescaling of 16-bit scores exact to 1/200 of a code. An 8-bit mask is
-no lower than scores need (`freeze.check_mask`), which keeps Hexagon's ADD precise.
-"""
+MASK = -1e9
+"""Value that float evaluation adds to the score of a masked position: lower than any score."""
+MASK_CODE = {8: -127, 16: -32512}
+"""Code of a masked position by the mask's bits; its scale follows from the scores
+(`scales.mask_scale`)."""
 KEEP_SCALE = {16: 1 / 32767}
 """Scale of the tensor that multiplies probabilities: 1 where a token may look, 0 elsewhere.
 
@@ -148,12 +145,16 @@ def decoder(
 
 
 def _shared(
-    g: Builder, name: str, shape: tuple[int, ...], like: str, scales: Mapping[int, float]
+    g: Builder,
+    name: str,
+    shape: tuple[int, ...],
+    like: str,
+    scales: Mapping[int, float] | None = None,
 ) -> TensorSpec:
     """Stages an input that all layers share.
 
     Its kernel combines it with the tensor `like`, so it has that tensor's bits, which must be the
-    same in all layers.
+    same in all layers. Without `scales` its scale is derived from others (`scales.resolve`).
     """
     bits = g.bits(like)
     if len(set(bits)) > 1:
@@ -161,6 +162,8 @@ def _shared(
             f"layers.*.{like}: bits {list(bits)}; expected the same in all layers, which"
             f" share one {name}; change the bit plan's rule"
         )
+    if scales is None:
+        return g.input(name, shape, bits=bits)
     if bits[0] not in scales:
         raise UserError(
             f"{g.prefix}{like}: the bit plan gives it {bits[0]} bits; expected"
@@ -184,7 +187,7 @@ def _layer(g: Builder, cfg: ModelConfig, tokens: int, prefix: int, cache: int) -
     env = LayerInputs(
         cos=_shared(g, "rope.cos", table, "attn.rope.q", TABLE_SCALE),
         sin=_shared(g, "rope.sin", table, "attn.rope.q", TABLE_SCALE),
-        mask=_shared(g, "mask", square, "attn.kv0.scores", MASK_SCALE),
+        mask=_shared(g, "mask", square, "attn.kv0.scores"),
         keep=_shared(g, "keep", square, "attn.kv0.probs", KEEP_SCALE) if 16 in probs else None,
         eps=_eps(g, cfg, "attn.norm.sum"),
     )
@@ -253,15 +256,22 @@ def rms_norm(g: Builder, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
         return g.add("flat", Reshape((tokens, hidden)), out)
 
 
-def rope(g: Builder, name: str, x: TensorSpec, env: LayerInputs) -> TensorSpec:
+def rope(g: Builder, name: str, x: TensorSpec, env: LayerInputs, bias: bool = False) -> TensorSpec:
     """Stages rotary positions: x cos + swap(x) sin, for x (T, heads, K).
 
     `swap` exchanges the halves of each head. The minus sign of its first half is in the sin table.
+
+    Args:
+      bias: add the linear's bias here, at RoPE's width: Qwen2's biases are a hundred times what
+        the linear itself puts out, and would take its 8 bits.
     """
     tokens, heads, width = x.shape
     half = (tokens, heads, width // 2)
     with g.scope("rope"):
         x = g.add(name, Requantize(), x, symmetric=True)
+        if bias:
+            offset = g.constant(f"{name}_offset", (1, heads, width), like=x)
+            x = g.add(f"{name}_biased", Add(), x, offset, symmetric=True)
         left = g.add(f"{name}_left", Slice((0, 0, 0), half), x)
         right = g.add(f"{name}_right", Slice((0, 0, width // 2), half), x)
         swap = g.add(f"{name}_swap", Concat(2), right, left)
@@ -283,8 +293,13 @@ def attention(
     q = g.fully_connected("q", x, cfg.num_heads * k)
     key = g.fully_connected("k", x, n * k)
     value = g.fully_connected("v", x, n * k, symmetric=True)
-    q = rope(g, "q", g.add("q_heads", Reshape((tokens, cfg.num_heads, k)), q), env)
-    key = rope(g, "k", g.add("k_heads", Reshape((tokens, n, k)), key), env)
+    q = g.add("q_heads", Reshape((tokens, cfg.num_heads, k)), q)
+    q = rope(g, "q", q, env, "attn.q" in cfg.biases)
+    key = rope(g, "k", g.add("k_heads", Reshape((tokens, n, k)), key), env, "attn.k" in cfg.biases)
+    if cfg.centred_keys:
+        with g.scope("rope"):
+            centre = g.constant("k_centre", (1, n, k), like=key)
+            key = g.add("k_centred", Add(), key, centre, symmetric=True)
     value = g.add("v_heads", Reshape((tokens, n, k)), value)
     q = g.add("q_pos", Requantize(), q)
     key = g.add("k_cache", Requantize(), key, symmetric=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int
+from jaxtyping import Bool, Float32, Float64, Int, Integer
 
 from qnpu_jax.config import LayerKind, ModelConfig
-from qnpu_jax.graph.decoder import MASK, Decoder
+from qnpu_jax.graph.decoder import MASK, MASK_CODE, Decoder
 
 
 def rope_frequencies(cfg: ModelConfig, kind: LayerKind) -> Float64[np.ndarray, " half"]:
@@ -65,9 +65,7 @@ def visible(
     return seen
 
 
-def masks(
-    seen: Bool[np.ndarray, "t s"], groups: int, bits: int
-) -> dict[str, Float32[np.ndarray, "1 r s"]]:
+def masks(seen: Bool[np.ndarray, "t s"], groups: int) -> dict[str, Float32[np.ndarray, "1 r s"]]:
     """Real values of the inputs `mask` and `keep`, (1, T G, S) float32.
 
     `mask` is added to scores: 0 where a key is seen, MASK elsewhere. `keep` multiplies
@@ -76,11 +74,16 @@ def masks(
     Args:
       seen: from `visible`.
       groups: G.
-      bits: of the mask.
     """
     rows = np.repeat(seen, groups, axis=0)[None]
-    mask = np.where(rows, np.float32(0), np.float32(MASK[bits]))
+    mask = np.where(rows, np.float32(0), np.float32(MASK))
     return {"mask": mask, "keep": rows.astype(np.float32)}
+
+
+def mask_codes(mask: Float32[np.ndarray, "*shape"], bits: int) -> Integer[np.ndarray, "*shape"]:
+    """Integer codes of `mask`, int8 or int16: 0 where a key is seen, MASK_CODE elsewhere."""
+    codes = np.where(mask == 0, 0, MASK_CODE[bits])
+    return codes.astype(np.int8 if bits == 8 else np.int16)
 
 
 def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
@@ -94,6 +97,6 @@ def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
     eps = np.full((1, 1, 1), dec.config.hidden_size * dec.config.rms_norm_eps, np.float32)
     seen = visible(dec.tokens, dec.prefix, dec.cache, filled)
     every = {"rope.cos": cos, "rope.sin": sin, "norm.eps": eps}
-    every |= masks(seen, dec.config.queries_per_kv_head, dec.layer["mask"].quant.bits[0])
+    every |= masks(seen, dec.config.queries_per_kv_head)
     named = {t.name for t in dec.layer.named("input")}
     return {name: x for name, x in every.items() if name in named}

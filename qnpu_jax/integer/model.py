@@ -16,8 +16,12 @@ from qnpu_jax.graph import (
     Scales,
     decoder,
     layer_inputs,
+    mask_codes,
     quantize,
 )
+
+DTYPES = {16: np.int16, 32: np.int32, 64: np.int64}
+"""Types of codes by their bits; int8 for narrower ones."""
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -74,13 +78,13 @@ class IntegerModel:
     def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
         """Codes of a graph's parameters in one layer, by local name.
 
-        Weights and prefix are int8. A bias is as wide as the plan has it in this layer; the
-        stack of all layers is as wide as its widest.
+        Weights and prefix are int8. A bias or a constant is as wide as the plan has it in this
+        layer; the stack of all layers is as wide as its widest.
         """
         codes = {}
         for spec in graph.named("param"):
             own = graph.at(self.tensors[graph.prefix + spec.name].codes, layer)
-            codes[spec.name] = own.astype(np.int32) if spec.quant.bits[layer] == 32 else own
+            codes[spec.name] = own.astype(DTYPES.get(spec.quant.bits[layer], np.int8))
         return codes
 
     def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
@@ -93,6 +97,9 @@ class IntegerModel:
         codes = {}
         for name, x in real.items():
             spec = dec.layer[name]
+            if name == "mask":
+                codes[name] = mask_codes(x, spec.quant.bits[0])
+                continue
             assert spec.fixed is not None
             dtype = np.int8 if spec.quant.bits[0] == 8 else np.int16
             codes[name] = quantize(x, np.float64(spec.fixed[0]), np.int64(0), spec).astype(dtype)

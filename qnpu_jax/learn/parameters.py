@@ -37,6 +37,7 @@ from qnpu_jax.graph import (
     QParams,
     Scales,
     Tensors,
+    is_constant,
     is_free,
     is_rotated,
     ranges_of,
@@ -163,7 +164,9 @@ def _shapes(dec: Decoder, free: Scales) -> dict[ThetaKey, tuple[int, ...]]:
         for spec in graph.tensors:
             name = graph.prefix + spec.name
             stacked = (layers, *spec.shape) if graph.layered else spec.shape
-            if is_free(graph, spec.name):
+            if is_constant(spec):
+                shapes[ThetaKey("bias", name)] = stacked
+            elif is_free(graph, spec.name):
                 weight = spec.kind == "param"
                 scale = free[name].scale.shape
                 shapes[ThetaKey("weight_scale" if weight else "scale", name)] = scale
@@ -194,7 +197,8 @@ def code_ranges(dec: Decoder) -> dict[str, Bounds]:
 def theta_units(dec: Decoder, free: Scales) -> dict[ThetaKey, np.ndarray]:
     """Returns the real value of one unit of each bias and prefix parameter, s 2^(bits - 1).
 
-    s and bits are those of the tensor that a bias is added to, or of the cache that holds a prefix.
+    s and bits are those of the tensor that a bias is added to, of the cache that holds a prefix, or
+    a constant's own.
 
     Returns:
       float32 (L, 1, ..), broadcastable to the parameter.
@@ -210,7 +214,9 @@ def theta_units(dec: Decoder, free: Scales) -> dict[ThetaKey, np.ndarray]:
 
     for node in dec.layer.nodes:
         for name in node.inputs:
-            if name.endswith("bias"):
+            if is_constant(dec.layer[name]):
+                out[ThetaKey("bias", f"layers.{name}")] = unit_of(name, name)
+            elif name.endswith("bias"):
                 out[ThetaKey("bias", f"layers.{name}")] = unit_of(name, node.output)
             elif ".prefix_" in name:
                 out[ThetaKey("prefix", f"layers.{name}")] = unit_of(name, name)

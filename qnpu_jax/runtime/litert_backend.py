@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int8, Integer
 
 from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import KEEP_SCALE, MASK_SCALE, masks, visible
+from qnpu_jax.graph import KEEP_SCALE, masks, visible
+from qnpu_jax.graph import mask_codes as graph_codes
 from qnpu_jax.runtime.session import Shape, Step
 from qnpu_jax.tflite import open_interpreter
 
@@ -120,12 +121,9 @@ def mask_codes(
     Returns:
       `mask`, and `keep` if the signature takes it, with a row for each token and query head.
     """
-    codes = {}
     groups = int(inputs["mask"]["shape"][1]) // len(seen)
-    bits = 8 * np.dtype(inputs["mask"]["dtype"]).itemsize
-    for name, x in masks(seen, groups, bits).items():
-        if name in inputs:
-            dtype = np.dtype(inputs[name]["dtype"])
-            scale = {"mask": MASK_SCALE, "keep": KEEP_SCALE}[name][8 * dtype.itemsize]
-            codes[name] = np.rint(x / scale).astype(dtype)
+    real = masks(seen, groups)
+    codes = {"mask": graph_codes(real["mask"], 8 * np.dtype(inputs["mask"]["dtype"]).itemsize)}
+    if "keep" in inputs:
+        codes["keep"] = np.rint(real["keep"] / KEEP_SCALE[16]).astype(np.int16)
     return codes

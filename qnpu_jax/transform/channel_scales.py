@@ -8,9 +8,10 @@ channel more codes, and the weights that take the factor fewer:
   v -> o      v' = D v, o' = o D^-1, for each KV head; every query head of it mixes the same values
   k, q        k' = D k, q' = D^-1 q, with D_i = D_{i+K/2}: RoPE turns each such pair, and commutes
 
-Biases and the prefix's K and V are scaled like the rows that make them. Rotations come first
-(`rotate`): these are the channels of the rotated values v R2. `scale_parameter` scales one
-parameter, traced in float32 while learning; `scale_channels` scales all of them, in float64.
+Biases, the centre of keys and the prefix's K and V are scaled like the rows that make them.
+Rotations come first (`rotate`): these are the channels of the rotated values v R2.
+`scale_parameter` scales one parameter, traced in float32 while learning; `scale_channels` scales
+all of them, in float64.
 
 Letters as in `rotate`; G = H/N query heads share a KV head, half = K/2, P prefix tokens.
 
@@ -100,6 +101,10 @@ def scale_parameter(
             return (x.reshape(n, 2, half, -1) * q_k[:, None, :, None]).reshape(x.shape)
         case "attn.prefix_k":
             return (x.reshape(n, -1, 2, half) * q_k[:, None, None]).reshape(x.shape)
+        case "attn.rope.k_offset" | "attn.rope.k_centre":
+            return (x.reshape(n, 2, half) * q_k[:, None]).reshape(x.shape)
+        case "attn.rope.q_offset":
+            return (x.reshape(n, -1, 2, half) / q_k[:, None, None]).reshape(x.shape)
         case "attn.q.weight" | "attn.q.bias":
             groups = len(x) // (2 * n * half)
             rows = x.reshape(n, groups, 2, half, -1)

@@ -28,7 +28,13 @@ _LINEARS = {
 """Each linear of a layer, with the norm whose gamma scales its input."""
 _NORMS = ("layers.attn.norm", "layers.mlp.norm", "head.norm")
 TABLES = ("embed.weight", "head.weight")
-_PREFIX = ("layers.attn.prefix_k", "layers.attn.prefix_v")
+OFFSETS = {
+    "layers.attn.q": "layers.attn.rope.q_offset",
+    "layers.attn.k": "layers.attn.rope.k_offset",
+}
+"""Parameters that hold the biases of linears whose biases the graph adds at RoPE's width."""
+CENTRE = "layers.attn.rope.k_centre"
+_OPTIONAL = {"layers.attn.prefix_k", "layers.attn.prefix_v", CENTRE, *OFFSETS.values()}
 _ROWS = 8192
 """Rows of the embedding and the head that are float64 at a time."""
 
@@ -77,14 +83,15 @@ def _check_names(params: Params, required: set[str], optional: set[str], way_out
 
 
 def check_folded(params: Params) -> None:
-    """Checks that these are the parameters of `fold_norms`, with or without prefix K/V.
+    """Checks that these are the parameters of `fold_norms`, with or without the prefix's K and V
+    and the centre of keys.
 
     Raises:
       UserError: a parameter is missing or unknown.
     """
     linears = {f"{name}.{suffix}" for name in _LINEARS for suffix in ("weight", "bias")}
     required = {*linears, *TABLES, "head.bias"}
-    _check_names(params, required, set(_PREFIX), "call `fold_norms` first")
+    _check_names(params, required, _OPTIONAL, "call `fold_norms` first")
 
 
 def _check_checkpoint(config: ModelConfig, params: Params) -> None:
@@ -111,7 +118,8 @@ def fold_norms(
 
     Returns:
       Weights without gammas; `head.weight` also where embeddings are tied; a bias for every linear
-      and the head, zero where the checkpoint has none.
+      and the head, zero where the checkpoint has none. Biases of q and k are not in their linears
+      but in `layers.attn.rope.{q,k}_offset` (L, 1, heads, K), which the graph adds before RoPE.
 
     Raises:
       UserError: a parameter is missing or unknown.
@@ -127,8 +135,13 @@ def fold_norms(
         columns = np.full(config.num_layers, scale) if norm is None else gamma[norm] * scale
         weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
         out[f"{name}.weight"] = by_layer(weight, lambda i, w, c=columns: w * c[i], dtype)
-        bias = np.zeros(weight.shape[:2]) if bias is None else bias
-        out[f"{name}.bias"] = by_layer(bias, lambda _, b, s=scale: b * s, dtype)
+        folded = np.zeros(weight.shape[:2], dtype)
+        if bias is not None:
+            folded = by_layer(bias, lambda _, b, s=scale: b * s, dtype)
+        if bias is not None and name in OFFSETS:
+            shape = (config.num_layers, 1, -1, config.head_dim)
+            out[OFFSETS[name]], folded = folded.reshape(shape), np.zeros_like(folded)
+        out[f"{name}.bias"] = folded
     head = params["embed.weight" if config.tie_embeddings else "head.weight"]
     out["head.weight"] = by_rows(head, lambda w: w * gamma["head.norm"], dtype)
     out["head.bias"] = np.zeros(config.vocab_size, dtype)

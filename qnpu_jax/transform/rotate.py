@@ -101,6 +101,10 @@ def rotate_parameter(
             return r1.T @ x
         case "layers.attn.q.bias" | "layers.attn.k.bias" | "layers.attn.prefix_k" | "head.bias":
             return x
+        case (
+            "layers.attn.rope.q_offset" | "layers.attn.rope.k_offset" | "layers.attn.rope.k_centre"
+        ):
+            return x
         case "layers.mlp.gate.bias" | "layers.mlp.up.bias":
             return x
     if r2 is None:
