@@ -53,10 +53,8 @@ def prompt_ids(
     Raises:
       UserError: as `Tokenizer.encode` and `Tokenizer.chat`.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
-    else:
-        ids = tokenizer.chat(prompt, bos=bos)
+    text = isinstance(prompt, str)
+    ids = tokenizer.encode(prompt) if text else tokenizer.chat(prompt, bos=bos)
     if not tokenizer.adds_bos or tokenizer.bos_id is None:
         return ids
     rest = ids[1:] if ids[:1] == [tokenizer.bos_id] else ids

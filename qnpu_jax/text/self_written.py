@@ -180,8 +180,9 @@ def calibration_windows(
     Every other window begins as a chat with one of QUESTIONS, on FIXED_DATE where the template
     prints the date. The rest are free text after BOS, or after a random token where texts do not
     begin with BOS by the model's own rule; without a chat template, or with one that refuses plain
-    questions, all are free text. BOS itself stands in no window where a document begins: the quantized model puts its prefix there,
-    and a BOS behind the prefix would be an outlier that ordinary text does not have.
+    questions, all are free text. BOS itself stands in no window where a document begins: the
+    quantized model puts its prefix there, and a BOS behind the prefix would be an outlier that
+    ordinary text does not have.
 
     Args:
       tokenizer: the model's own.
