@@ -26,6 +26,7 @@ HUB_FILES = (
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
 )
 HUB_DUPLICATES = ("consolidated*", "*/*")

@@ -130,8 +130,9 @@ def run(
       batch axis of `ids`.
 
     Raises:
-      UserError: the pattern matches no computed tensor.
+      UserError: the pattern matches no computed tensor; ids outside the vocabulary, or no integers.
     """
+    _check_ids(ids, program.decoder.config.vocab_size)
     if not callable(keep):
         keep = _matching(program.decoder, keep)
     if program.at_once and keep is nothing and not inputs:
@@ -146,6 +147,23 @@ def run(
             }
         )
     return {n: x for n, x in out.items() if n == "head.logits" or keep(n)}
+
+
+def _check_ids(ids: Any, size: int) -> None:
+    """Refuses what indexing inside a program would silently turn into other ids.
+
+    Raises:
+      UserError: as `run`.
+    """
+    given = np.asarray(ids)
+    if given.dtype.kind not in "iu":
+        raise UserError(f"ids: of type {given.dtype}; expected integers; pass token ids")
+    outside = given[(given < 0) | (given >= size)]
+    if outside.size:
+        raise UserError(
+            f"ids: token {outside.flat[0]} is outside the vocabulary; expected 0 to {size - 1};"
+            " take model and tokenizer of the same checkpoint"
+        )
 
 
 def _matching(dec: Any, pattern: str) -> Callable[[str], bool]:
