@@ -27,7 +27,7 @@ from qnpu_jax.recipes import RECIPES
 from qnpu_jax.text.files import default_text
 from qnpu_jax.text.self_written import QUESTIONS, Drawing, Writer, calibration_windows, sample
 from qnpu_jax.transform.fold import fold_norms
-from qnpu_jax.transform.prefix import OUTLIER_RATIO
+from qnpu_jax.transform.prefix_trials import OUTLIER_RATIO
 
 pytestmark = pytest.mark.slow
 

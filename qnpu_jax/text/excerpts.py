@@ -213,8 +213,8 @@ def scored_and_judged(
     if eval_text is None and scored.windows.size > free:
         raise UserError(
             f"eval-tokens: {scored.windows.size:,} tokens of {text.where} reach into its end, by"
-            f" which prefix and learning are judged; expected at most {free:,}; lower --eval-tokens, or give"
-            " --eval-text"
+            f" which prefix and learning are judged; expected at most {free:,};"
+            " lower --eval-tokens, or give --eval-text"
         )
     return scored, judges
 

@@ -245,11 +245,11 @@ def test_a_token_sees_prefix_filled_slots_and_itself_and_what_came_before(prefix
 
 def test_masks_have_a_row_for_every_query_head_of_a_token():
     seen = visible(2, 1)
-    made = masks(seen, groups=3, bits=16)
+    made = masks(seen, groups=3)
     assert all(x.shape == (1, 6, 3) and x.dtype == np.float32 for x in made.values())
     for row in range(6):
         for s in range(3):
-            expected = (0.0, 1.0) if seen[row // 3, s] else (-2032.0, 0.0)
+            expected = (0.0, 1.0) if seen[row // 3, s] else (MASK, 0.0)
             assert (made["mask"][0, row, s], made["keep"][0, row, s]) == expected
 
 
@@ -267,7 +267,7 @@ def test_positions_go_on_after_prefix_and_filled_slots():
     cos, sin = rope_tables(config, config.kinds[0], np.arange(5, 9))
     np.testing.assert_array_equal(inputs["rope.cos"], cos)
     np.testing.assert_array_equal(inputs["rope.sin"], sin)
-    np.testing.assert_array_equal(inputs["mask"], masks(visible(4, 2, 5, 3), 2, 16)["mask"])
+    np.testing.assert_array_equal(inputs["mask"], masks(visible(4, 2, 5, 3), 2)["mask"])
     assert inputs["norm.eps"].item() == np.float32(config.hidden_size * config.rms_norm_eps)
 
 
