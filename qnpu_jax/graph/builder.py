@@ -19,6 +19,7 @@ from qnpu_jax.graph.ops import (
     BatchMatmul,
     Embedding,
     FullyConnected,
+    Gelu,
     Logistic,
     Mul,
     Op,
@@ -30,7 +31,10 @@ from qnpu_jax.graph.ops import (
     tied_inputs,
 )
 
-_UNIFORM = (FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax, Logistic, Sqrt, Rsqrt)
+_UNIFORM = (
+    *(FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax),
+    *(Logistic, Gelu, Sqrt, Rsqrt),
+)
 """Ops whose kernels take activations of one type and give that type (LiteRT tflite/kernels)."""
 
 
