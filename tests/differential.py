@@ -249,7 +249,7 @@ def unary(draw: Draw, dtype: str, op: Any) -> Example:
     elif op == "gelu":
         y = draw(outputs(dtype, shape, float(scale)))
         # x^3 and the largest code times the scale fit float32.
-        assume(2.0**-60 < scale < 2**20 and 2.0**-60 < y.scale)
+        assume(2.0**-60 < scale < 2**20 and y.scale > 2.0**-60)
     else:
         fit = float(scale) ** (0.5 if op == "sqrt" else -0.5)
         y = draw(outputs(dtype, shape, fit))
