@@ -126,7 +126,7 @@ def _least(x, weight, lo, hi, bits: int, symmetric: bool) -> int:
 
 def weight_scales(dec: Decoder, params: Params, method: str) -> Scales:
     """Sets symmetric scales of every weight: per output channel for linears, per tensor for the
-    embedding table.
+    embedding table and for gammas, whose range is their largest.
 
     Args:
       params: folded float parameters.
@@ -141,12 +141,12 @@ def weight_scales(dec: Decoder, params: Params, method: str) -> Scales:
             if not is_free(graph, spec.name):
                 continue
             w = np.asarray(params[graph.prefix + spec.name])
-            per_tensor = spec.quant.axis is None
+            per_tensor, gamma = spec.quant.axis is None, spec.name.endswith("gamma")
             rows = []
             for i, bits in enumerate(spec.quant.bits):
                 layer = graph.at(w, i)
                 layer = layer.reshape(1, -1) if per_tensor else layer
-                bound = _weight_bound(layer, bits, method)
+                bound = _weight_bound(layer, bits, "minmax" if gamma else method)
                 q = from_range(-bound, bound, np.asarray(bits), symmetric=True, narrow=True)
                 rows.append(jax.tree.map(lambda a: a[0], q) if per_tensor else q)
             scales[graph.prefix + spec.name] = graph.stack(rows)

@@ -122,6 +122,8 @@ class Builder:
             inputs = tuple(self._widen(t, quant.bits, name) for t in inputs)
         if isinstance(op, FullyConnected):
             self._check_bias(inputs[0], inputs[2])
+        if isinstance(op, Add | Mul):
+            self._check_constants(inputs, quant.bits)
         return self._append(name, op, inputs, quant)
 
     def _append(
@@ -151,6 +153,18 @@ class Builder:
                     f"{global_name(self.prefix, i, bias.name)}: the plan gives it {wide} bits;"
                     f" expected 32 beside an input of {bits}; correct the rule that matches it"
                 )
+
+    def _check_constants(self, operands: Sequence[TensorSpec], bits: tuple[int, ...]) -> None:
+        """Raises UserError for a constant operand that has not the output's bits: kernels of ADD
+        and MUL take one type, and a constant is not widened."""
+        for x in (t for t in operands if t.kind == "param"):
+            for i, (have, want) in enumerate(zip(x.quant.bits, bits, strict=True)):
+                if have != want:
+                    raise UserError(
+                        f"{global_name(self.prefix, i, x.name)}: the plan gives it {have} bits;"
+                        f" expected {want}, as its sum or product has; correct the rule that"
+                        " matches it"
+                    )
 
     def _widen(self, x: TensorSpec, bits: tuple[int, ...], consumer: str) -> TensorSpec:
         if x.kind == "param" or x.quant.bits == bits:

@@ -43,8 +43,9 @@ from qnpu_jax.integer.model import IntegerModel, QTensor
 def check_bits(dec: Decoder) -> None:
     """Raises UserError for a tensor whose bits no kernel has.
 
-    Kernels take 4 or 8-bit weights, 32 or 64-bit biases and 8 or 16-bit activations. Constants that
-    become activations (embedding table, prefix K/V) have 8 bits.
+    Kernels take 4 or 8-bit weights, 32 or 64-bit biases and 8 or 16-bit activations. Gammas are
+    operands like activations, with the bits of their product. Constants that become activations
+    (embedding table, prefix K/V) have 8 bits.
     """
     for graph in dec.graphs:
         for spec in graph.tensors:
@@ -63,6 +64,8 @@ def _allowed_bits(prefix: str, spec: TensorSpec) -> tuple[int, ...]:
     match spec.kind, spec.name.rpartition(".")[2]:
         case "param", "bias":
             return (32, 64)
+        case "param", "gamma":
+            return (8, 16)
         case "param", "weight" if prefix != "embed.":
             return (4, 8)
         case "param", _:
@@ -178,7 +181,7 @@ def _finite(name: str, x: np.ndarray) -> np.ndarray:
 def _freeze_weights(
     graph: Graph, params: Params, tensors: Mapping[str, QTensor]
 ) -> dict[str, QTensor]:
-    """Rounds weights and prefix K/V: tensors with codes, by stacked global name."""
+    """Rounds weights, gammas and prefix K/V: tensors with codes, by stacked global name."""
     frozen = {}
     for spec in graph.named("param"):
         name = graph.prefix + spec.name
@@ -189,7 +192,7 @@ def _freeze_weights(
         for i in range(graph.layers):
             layer, scale = _finite(name, graph.at(real, i)), graph.at(tensor.scale, i)
             codes = quantize(layer, expand(scale, spec), np.int64(0), spec, i)
-            rows.append(codes.astype(np.int8))
+            rows.append(codes.astype(np.int16 if max(spec.quant.bits) > 8 else np.int8))
         zero_point = tensor.zero_point if spec.quant.axis is None else tensor.zero_point[..., 0]
         frozen[name] = replace(tensor, codes=graph.stack(rows), zero_point=zero_point)
     return frozen

@@ -20,6 +20,10 @@ from qnpu_jax.graph import (
 )
 
 
+HELD = {4: np.int8, 8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+"""Type that holds codes of so many bits."""
+
+
 @flax.struct.dataclass(kw_only=True)
 class QTensor:
     """A quantized tensor whole: real value = (codes - zero_point) scale.
@@ -29,8 +33,8 @@ class QTensor:
     Attributes:
       scale: float32, real units per code, > 0: () for a tensor, (channels,) for per-channel scales.
       zero_point: int32, the code of real 0: ().
-      codes: of a parameter: int8 weights (4-bit codes too) and prefix K/V, int32 or int64 biases;
-        None for a tensor that the graph computes or is fed.
+      codes: of a parameter: int8 weights (4-bit codes too) and prefix K/V, int8 or int16 gammas,
+        int32 or int64 biases; None for a tensor that the graph computes or is fed.
     """
 
     scale: Any
@@ -74,13 +78,13 @@ class IntegerModel:
     def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
         """Codes of a graph's parameters in one layer, by local name.
 
-        Weights and prefix are int8. A bias is as wide as the plan has it in this layer; the
-        stack of all layers is as wide as its widest.
+        Weights and prefix are int8. A bias or a gamma is as wide as the plan has it in this layer;
+        the stack of all layers is as wide as its widest.
         """
         codes = {}
         for spec in graph.named("param"):
             own = graph.at(self.tensors[graph.prefix + spec.name].codes, layer)
-            codes[spec.name] = own.astype(np.int32) if spec.quant.bits[layer] == 32 else own
+            codes[spec.name] = own.astype(HELD[spec.quant.bits[layer]], copy=False)
         return codes
 
     def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
