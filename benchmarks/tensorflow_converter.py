@@ -35,6 +35,7 @@ from qnpu_jax.graph.ops import (
     Concat,
     Embedding,
     FullyConnected,
+    Gelu,
     Keep,
     Logistic,
     Mul,
@@ -109,6 +110,8 @@ def tf_op(tf: Any, op: Op, *x: Any) -> Any:
             return tf.nn.softmax(x[0])
         case Logistic():
             return tf.sigmoid(x[0])
+        case Gelu():
+            return tf.nn.gelu(x[0], approximate=True)
         case Sqrt():
             return tf.sqrt(x[0])
         case Rsqrt():

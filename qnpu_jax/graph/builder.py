@@ -19,6 +19,7 @@ from qnpu_jax.graph.ops import (
     BatchMatmul,
     Embedding,
     FullyConnected,
+    Gelu,
     Logistic,
     Mul,
     Op,
@@ -30,7 +31,10 @@ from qnpu_jax.graph.ops import (
     tied_inputs,
 )
 
-_UNIFORM = (FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax, Logistic, Sqrt, Rsqrt)
+_UNIFORM = (
+    *(FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax),
+    *(Logistic, Gelu, Sqrt, Rsqrt),
+)
 """Ops whose kernels take activations of one type and give that type (LiteRT tflite/kernels)."""
 
 
@@ -127,6 +131,8 @@ class Builder:
             inputs = tuple(self._widen(t, quant.bits, name) for t in inputs)
         if isinstance(op, FullyConnected):
             self._check_bias(inputs[0], inputs[2])
+        if isinstance(op, Add | Mul):
+            self._check_constants(inputs, quant.bits)
         return self._append(name, op, inputs, quant)
 
     def _append(
@@ -156,6 +162,18 @@ class Builder:
                     f"{global_name(self.prefix, i, bias.name)}: the plan gives it {wide} bits;"
                     f" expected 32 beside an input of {bits}; correct the rule that matches it"
                 )
+
+    def _check_constants(self, operands: Sequence[TensorSpec], bits: tuple[int, ...]) -> None:
+        """Raises UserError for a constant operand that has not the output's bits: kernels of ADD
+        and MUL take one type, and a constant is not widened."""
+        for x in (t for t in operands if t.kind == "param"):
+            for i, (have, want) in enumerate(zip(x.quant.bits, bits, strict=True)):
+                if have != want:
+                    raise UserError(
+                        f"{global_name(self.prefix, i, x.name)}: the plan gives it {have} bits;"
+                        f" expected {want}, as its sum or product has; correct the rule that"
+                        " matches it"
+                    )
 
     def _widen(self, x: TensorSpec, bits: tuple[int, ...], consumer: str) -> TensorSpec:
         if x.quant.bits == bits or (x.kind == "param" and _is_weight(x)):

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int, Integer
 
 from qnpu_jax.config import LayerKind, ModelConfig
-from qnpu_jax.graph.decoder import MASK, MASK_CODE, Decoder
+from qnpu_jax.graph.decoder import MASK, MASK_CODE, Decoder, normed_width
 
 
 def rope_frequencies(cfg: ModelConfig, kind: LayerKind) -> Float64[np.ndarray, " half"]:
@@ -94,9 +94,15 @@ def layer_inputs(dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
     """
     start = dec.prefix + filled
     cos, sin = rope_tables(dec.config, dec.config.kinds[0], np.arange(start, start + dec.tokens))
-    eps = np.full((1, 1, 1), dec.config.hidden_size * dec.config.rms_norm_eps, np.float32)
+    cfg = dec.config
+    widths = {
+        "norm.eps": cfg.hidden_size,
+        "q_norm.eps": normed_width(cfg, cfg.num_heads),
+        "k_norm.eps": normed_width(cfg, cfg.num_kv_heads),
+    }
+    eps = {n: np.full((1, 1, 1), w * cfg.rms_norm_eps, np.float32) for n, w in widths.items()}
     seen = visible(dec.tokens, dec.prefix, dec.cache, filled)
-    every = {"rope.cos": cos, "rope.sin": sin, "norm.eps": eps}
-    every |= masks(seen, dec.config.queries_per_kv_head)
+    every = {"rope.cos": cos, "rope.sin": sin, **eps}
+    every |= masks(seen, cfg.queries_per_kv_head)
     named = {t.name for t in dec.layer.named("input")}
     return {name: x for name, x in every.items() if name in named}

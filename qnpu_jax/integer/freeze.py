@@ -153,7 +153,7 @@ def _finite(name: str, x: np.ndarray) -> np.ndarray:
 def _freeze_weights(
     graph: Graph, params: Params, tensors: Mapping[str, QTensor]
 ) -> dict[str, QTensor]:
-    """Rounds weights and prefix K/V: tensors with codes, by stacked global name."""
+    """Rounds weights, gammas and prefix K/V: tensors with codes, by stacked global name."""
     frozen = {}
     for spec in graph.named("param"):
         name = graph.prefix + spec.name

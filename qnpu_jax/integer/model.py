@@ -20,8 +20,8 @@ from qnpu_jax.graph import (
     quantize,
 )
 
-DTYPES = {16: np.int16, 32: np.int32, 64: np.int64}
-"""Types of codes by their bits; int8 for narrower ones."""
+HELD = {4: np.int8, 8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+"""Type that holds codes of so many bits."""
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -33,8 +33,8 @@ class QTensor:
     Attributes:
       scale: float32, real units per code, > 0: () for a tensor, (channels,) for per-channel scales.
       zero_point: int32, the code of real 0: ().
-      codes: of a parameter: int8 weights (4-bit codes too) and prefix K/V, int32 or int64 biases;
-        None for a tensor that the graph computes or is fed.
+      codes: of a parameter: int8 weights (4-bit codes too) and prefix K/V, int8 or int16 gammas,
+        int32 or int64 biases; None for a tensor that the graph computes or is fed.
     """
 
     scale: Any
@@ -84,7 +84,7 @@ class IntegerModel:
         codes = {}
         for spec in graph.named("param"):
             own = graph.at(self.tensors[graph.prefix + spec.name].codes, layer)
-            codes[spec.name] = own.astype(DTYPES.get(spec.quant.bits[layer], np.int8))
+            codes[spec.name] = own.astype(HELD[spec.quant.bits[layer]], copy=False)
         return codes
 
     def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:

@@ -133,11 +133,11 @@ def at_positions(
       positions: tensor of the positions (T,) int32.
 
     Returns:
-      Tensors by local name: `norm.eps`, `rope.cos`, `rope.sin`.
+      Tensors by local name: `rope.cos`, `rope.sin`, and `norm.eps` with every other eps.
     """
     common, every = (Emitter(form, subgraph, d.layer, 0) for d in (dec, whole))
     tables = form.inputs(whole)
-    shared = {"norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps")}
+    shared = {n: common.tensor(n, x, n) for n, x in tables.items() if n.endswith(".eps")}
     for name in ("rope.cos", "rope.sin"):
         table = every.tensor(name, tables[name], f"{name}.table")
         shared[name] = common.tensor(name, label=name)
