@@ -33,6 +33,7 @@ from qnpu_jax.graph.ops import (
 from qnpu_jax.graph.qparams import Array, QParams, Scales, code_range, expand, from_range, quantize
 from qnpu_jax.graph.scales import is_free, mask_scale, resolve
 from qnpu_jax.graph.shared_inputs import layer_inputs, mask_codes, masks, visible
+from qnpu_jax.graph.shared_names import mask_name, shared_names
 from qnpu_jax.graph.tensor_classes import is_constant, is_rotated, tensor_class
 
 __all__ = [
@@ -88,11 +89,13 @@ __all__ = [
     "layer_inputs",
     "local",
     "mask_codes",
+    "mask_name",
     "mask_scale",
     "masks",
     "quantize",
     "ranges_of",
     "resolve",
+    "shared_names",
     "split_name",
     "tensor_class",
     "tied_inputs",

@@ -18,6 +18,7 @@ from qnpu_jax.graph import (
     layer_inputs,
     mask_codes,
     quantize,
+    shared_names,
 )
 
 HELD = {4: np.int8, 8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
@@ -88,16 +89,17 @@ class IntegerModel:
         return codes
 
     def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
-        """Codes of the inputs that all layers share, by local name: int8 or int16 by their bits.
+        """Codes of the inputs that layers share, by shared name (`graph.shared_names`): int8 or
+        int16 by their bits.
 
         Args:
           filled: slots of the cache that hold keys.
         """
-        real = layer_inputs(dec, filled)
+        real, local = layer_inputs(dec, filled), shared_names(dec.config, dec.layer)
         codes = {}
         for name, x in real.items():
-            spec = dec.layer[name]
-            if name == "mask":
+            spec = dec.layer[local[name]]
+            if local[name] == "mask":
                 codes[name] = mask_codes(x, spec.quant.bits[0])
                 continue
             assert spec.fixed is not None

@@ -147,8 +147,7 @@ class Bench:
         self, tokens: tuple[int, ...], keep: tuple[str, ...], edge: Edge | None = None
     ) -> Iterator[tuple[Graph, int, dict[str, Array]]]:
         dec = self._decoder
-        past = decoder(self.config, self.plan, self.windows.shape[1], cache=self.slots)
-        tables = shared_inputs(past, filled=len(tokens))
+        tables = shared_inputs(dec, held=len(tokens))
         rows = prefix_rows(self.config, self.plan, self.params, tokens, self.slots)
         ids = jnp.asarray(self.windows, jnp.int32)
 
