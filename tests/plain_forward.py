@@ -36,9 +36,7 @@ def linear(layer: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray
     return x @ layer[f"{name}.weight"].T + layer.get(f"{name}.bias", 0.0)
 
 
-def mlp(
-    cfg: ModelConfig, layer: dict[str, np.ndarray], x: np.ndarray, _: LayerKind
-) -> np.ndarray:
+def mlp(cfg: ModelConfig, layer: dict[str, np.ndarray], x: np.ndarray, _: LayerKind) -> np.ndarray:
     gate = linear(layer, "mlp.gate", x)
     if cfg.activation == "silu":
         gate = gate / (1.0 + np.exp(-gate))

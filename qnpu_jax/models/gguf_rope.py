@@ -65,10 +65,12 @@ def rope_scaling(
             read_tensor(file, FREQS), rotated, theta, original, file.path.name
         )
     if divisors or attention != 1.0:
+        trained = meta.count("context_length")
+        original = meta.count(ORIGINAL, trained)
         return RopeScaling(
             "longrope",
-            factor,
-            original_max_positions=meta.count(ORIGINAL, meta.count("context_length")),
+            trained / original,
+            original_max_positions=original,
             attention_factor=attention,
             divisors=tuple(d * factor for d in divisors or (1.0,) * (rotated // 2)),
         )
