@@ -1,0 +1,210 @@
+"""Families: facts and parameters as loaded give the logits of transformers, through the graph too.
+
+Tolerances are in parts of the range of a model's logits. transformers computes in float32, where
+rounding made 1.05e-6 of it at most here (SmolLM3); a departure left out makes 3e-3 and more.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from model_files import FAMILIES, GOLDEN, NAMES, read_model, write_gguf
+from plain_forward import forward
+
+from qnpu_jax.config import LayerKind, ModelConfig
+from qnpu_jax.models.checkpoint import load_params
+from qnpu_jax.models.fields import Fields
+from qnpu_jax.models.gemma3 import gguf_facts
+
+ROUNDING = 3e-6
+
+
+def golden(name: str, kind: str = "") -> tuple[np.ndarray, np.ndarray]:
+    data = np.load(GOLDEN / f"{name}.npz")
+    return data[f"{kind}tokens"], data[f"{kind}logits"]
+
+
+def distance(logits: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(logits - expected).max() / np.ptp(expected))
+
+
+# Facts and parameters.
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(f"{f}_tiny" for f in FAMILIES)])
+def test_facts_give_transformers_logits(name):
+    tokens, expected = golden(name)
+    assert distance(forward(*load_params(GOLDEN / name), tokens), expected) < ROUNDING
+
+
+def test_long_factors_beyond_the_original_context():
+    tokens, expected = golden("phi3_tiny", "long_")
+    cfg, params = load_params(GOLDEN / "phi3_tiny", context=len(tokens))
+    assert cfg.max_positions == 40
+    assert distance(forward(cfg, params, tokens), expected) < ROUNDING
+    short = load_params(GOLDEN / "phi3_tiny")[0]
+    assert short.max_positions == 24
+    assert distance(forward(short, params, tokens), expected) > 0.01
+    assert load_params(GOLDEN / "phi3_tiny", context=20)[0] == dataclasses.replace(
+        short, max_positions=20
+    )
+
+
+def without_windows(cfg: ModelConfig) -> ModelConfig:
+    kinds = tuple(dataclasses.replace(kind, window=None) for kind in cfg.kinds)
+    return dataclasses.replace(cfg, kinds=kinds)
+
+
+DEPARTURES = {
+    "qwen2": [without_windows, {"biases": ()}],
+    "qwen3": [{"qk_norm": None}],
+    "gemma3": [
+        without_windows,
+        {"norms": "before"},
+        {"qk_norm": None},
+        {"activation": "silu"},
+        {"embed_scale": 1.0},
+        {"query_scale": None},
+        {"kind_of_layer": (0, 0, 0, 0)},
+        {"kind_of_layer": (1, 1, 1, 1)},
+    ],
+    "smollm3": [{"kind_of_layer": ()}],
+    "granite": [
+        {"embed_scale": 1.0},
+        {"query_scale": None},
+        {"residual_scale": 1.0},
+        {"logits_scale": 1.0},
+    ],
+    "phi3": [without_windows, {"rotary_dim": None}, {"kinds": (LayerKind(100.0, window=20),)}],
+    "olmo2": [{"qk_norm": None}],
+    "mistral": [without_windows],
+    "yarn": [{"kinds": (LayerKind(100.0),)}],
+}
+"""Facts of each family, with what Llama has in their place."""
+
+
+@pytest.mark.parametrize(
+    ("family", "llama"), [(f, d) for f, departures in DEPARTURES.items() for d in departures]
+)
+def test_every_departure_shows(family, llama):
+    tokens, expected = golden(f"{family}_tiny")
+    cfg, params = load_params(GOLDEN / f"{family}_tiny")
+    other = llama(cfg) if callable(llama) else dataclasses.replace(cfg, **llama)
+    if other.rotary_dim != cfg.rotary_dim:  # longrope has a divisor for each pair
+        other = dataclasses.replace(other, kinds=(LayerKind(100.0, window=20),))
+    if other.biases != cfg.biases:
+        params = {name: x for name, x in params.items() if not name.endswith(".bias")}
+    # A thousand times what rounding does.
+    assert distance(forward(other, params, tokens), expected) > 1000 * ROUNDING
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_params_are_the_stored_tensors(family):
+    cfg, params = load_params(GOLDEN / f"{family}_tiny")
+    _, stored = read_model(f"{family}_tiny")
+    assert all(x.dtype == np.float32 for x in params.values())
+    assert sum(x.size for x in params.values()) == sum(x.size for x in stored.values())
+    layer, one = "model.layers.1.", np.float32(1.0 if family == "gemma3" else 0.0)
+    names = {
+        "attn.o.weight": "self_attn.o_proj.weight",
+        "mlp.down.weight": "mlp.down_proj.weight",
+        "attn.norm.gamma": "input_layernorm.weight",
+        "mlp.norm.gamma": "post_attention_layernorm.weight",
+    }
+    if cfg.norms != "before":
+        names |= {
+            "attn.post_norm.gamma": "post_attention_layernorm.weight",
+            "mlp.norm.gamma": "pre_feedforward_layernorm.weight",
+            "mlp.post_norm.gamma": "post_feedforward_layernorm.weight",
+        }
+    if cfg.norms == "after":
+        names = {k: v for k, v in names.items() if not k.endswith("norm.gamma") or "post" in k}
+    if cfg.qk_norm:
+        names |= {f"attn.{x}_norm.gamma": f"self_attn.{x}_norm.weight" for x in "qk"}
+    for name, file_name in names.items():
+        offset = one if name.endswith("gamma") else np.float32(0.0)
+        expected = stored[layer + file_name] + offset
+        np.testing.assert_array_equal(params[f"layers.{name}"][1], expected, err_msg=name)
+    gammas = {n.removeprefix("layers.") for n in params if n.endswith(".gamma")}
+    assert gammas == {n for n in names if n.endswith(".gamma")} | {"head.norm.gamma"}
+
+
+def test_fused_linears_are_split():
+    cfg, params = load_params(GOLDEN / "phi3_tiny")
+    _, stored = read_model("phi3_tiny")
+    qkv = stored["model.layers.2.self_attn.qkv_proj.weight"]
+    assert qkv.shape == (48 + 24 + 24, 48)
+    np.testing.assert_array_equal(params["layers.attn.q.weight"][2], qkv[:48])
+    np.testing.assert_array_equal(params["layers.attn.k.weight"][2], qkv[48:72])
+    np.testing.assert_array_equal(params["layers.attn.v.weight"][2], qkv[72:])
+    gate_up = stored["model.layers.0.mlp.gate_up_proj.weight"]
+    np.testing.assert_array_equal(params["layers.mlp.gate.weight"][0], gate_up[:64])
+    np.testing.assert_array_equal(params["layers.mlp.up.weight"][0], gate_up[64:])
+    assert cfg.biases == ()
+
+
+# GGUF.
+
+
+def as_gguf(family: str, cfg: ModelConfig) -> ModelConfig:
+    """What of a configuration GGUF can say."""
+    match family:
+        case "mistral" | "qwen2":  # llama.cpp knows no window there
+            cfg = without_windows(cfg)
+            kinds = tuple(dict.fromkeys(cfg.kinds))
+            return dataclasses.replace(
+                cfg, family=family.replace("mistral", "llama"), kinds=kinds, kind_of_layer=()
+            )
+        case "gemma3":  # llama.cpp knows the scale by the model's size
+            return dataclasses.replace(cfg, query_scale=cfg.head_dim**-0.5)
+    return cfg
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_equals_huggingface(tmp_path, family):
+    name = f"{family}_tiny"
+    cfg, params = load_params(GOLDEN / name)
+    got_cfg, got = load_params(write_gguf(tmp_path / "m.gguf", name))
+    cfg = as_gguf(family, cfg)
+    if family == "phi3":  # attn_factor is float32 there
+        scaling, kind = cfg.kinds[0].rope_scaling, got_cfg.kinds[0]
+        assert scaling and kind.rope_scaling
+        factor = kind.rope_scaling.attention_factor
+        assert math.isclose(factor, scaling.attention_factor, rel_tol=1e-7)
+        scaling = dataclasses.replace(scaling, attention_factor=factor)
+        kinds = (dataclasses.replace(cfg.kinds[0], rope_scaling=scaling),)
+        cfg = dataclasses.replace(cfg, kinds=kinds)
+    assert got_cfg == cfg
+    assert got.keys() == params.keys()
+    for key, x in params.items():
+        np.testing.assert_array_equal(got[key], x, err_msg=key)
+
+
+def test_gguf_long_factors(tmp_path):
+    tokens, expected = golden("phi3_tiny", "long_")
+    path = write_gguf(tmp_path / "m.gguf", "phi3_tiny")
+    cfg, params = load_params(path, context=len(tokens))
+    assert distance(forward(cfg, params, tokens), expected) < ROUNDING
+    assert load_params(path)[0].max_positions == 24
+
+
+def test_gguf_gemma3_layers(tmp_path):
+    def kinds(extra) -> tuple[int, ...]:
+        path = write_gguf(tmp_path / "m.gguf", "gemma3_tiny", extra)
+        cfg = load_params(path)[0]
+        return tuple(cfg.kinds[k].window or 0 for k in cfg.layer_kinds)
+
+    key = "gemma3.attention.sliding_window_pattern"
+    assert kinds(lambda w: w.add_uint32(key, 6)) == (6, 6, 6, 6)
+    assert kinds(lambda w: w.add_array(key, [False, True, True, False])) == (0, 6, 6, 0)
+    assert kinds(lambda w: w.add_sliding_window(0)) == (0, 0, 0, 0)
+
+
+def test_gguf_gemma3_27b_has_another_query_scale(tmp_path):
+
+    sizes = {"attention.head_count": 32, "embedding_length": 5376, "attention.key_length": 128}
+    facts = gguf_facts(Fields({**sizes, "block_count": 62}, "m"))
+    assert facts["query_scale"] == 168**-0.5
+    facts = gguf_facts(Fields({**sizes, "block_count": 48}, "m"))
+    assert facts["query_scale"] == 128**-0.5
