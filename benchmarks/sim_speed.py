@@ -45,6 +45,7 @@ from qnpu_jax.models.checkpoint import load
 from qnpu_jax.output import OutputFolder
 from qnpu_jax.recipes import RECIPES, load_recipe
 from qnpu_jax.text.files import default_text, tokenize
+from qnpu_jax.text.starts import starts_of
 from qnpu_jax.text.windows import Windows, cut
 from qnpu_jax.tflite import writer
 from qnpu_jax.tflite.interpreter import LiteRT
@@ -133,7 +134,8 @@ def quantize(recipes: list[str], quick: bool) -> tuple[dict[str, IntegerModel], 
     windows = cut(ids, 128, 4, "default text")
     params = pipeline.prepare(config, checkpoint.params, chosen[0])
     made = [
-        pipeline.quantize(config, params, r, Windows.of(windows), tokenizer.bos_id) for r in chosen
+        pipeline.quantize(config, params, r, Windows.of(windows), starts_of(tokenizer))
+        for r in chosen
     ]
     return {r.name: q.model for r, q in zip(chosen, made, strict=True)}, made[0].params
 

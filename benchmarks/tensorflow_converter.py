@@ -50,7 +50,7 @@ from qnpu_jax.graph.ops import (
 )
 from qnpu_jax.graph.shared_inputs import layer_inputs
 from qnpu_jax.recipes import RECIPES
-from qnpu_jax.text import excerpts
+from qnpu_jax.text import excerpts, starts_of
 from qnpu_jax.transform import add_prefix, find_prefix
 
 Widths = Literal["int8", "int16x8"]
@@ -199,8 +199,8 @@ def prepared(checkpoint: models.Checkpoint, kind: str, windows: np.ndarray) -> t
     params = pipeline.prepare(config, checkpoint.params, recipe)
     if kind == "plain":
         return params, 0
-    bos = checkpoint.tokenizer.bos_id
-    found = find_prefix(config, recipe.bits, params, windows, bos, recipe.max_prefix)
+    starts = starts_of(checkpoint.tokenizer)
+    found = find_prefix(config, recipe.bits, params, (windows,), starts, recipe.max_prefix)
     return add_prefix(config, recipe.bits, params, found.tokens), len(found.tokens)
 
 

@@ -15,6 +15,7 @@ from qnpu_jax.measure import perplexity as readings
 from qnpu_jax.models import Checkpoint
 from qnpu_jax.proof import Simulated
 from qnpu_jax.recipes import RECIPES
+from qnpu_jax.text import starts_of
 from qnpu_jax.transform import add_prefix, fold_norms
 
 

@@ -21,5 +21,5 @@ def starts_of(tokenizer: Tokenizer) -> Starts:
         added = tokenizer.backend.get_added_tokens_decoder()
         likely += [t for t in tokenizer.chat(ASKED, bos=False) if t in added and added[t].special]
     likely += tokenizer.encode("\n")[-1:]
-    adds = bos is not None and tokenizer.adds_bos
-    return Starts((bos,) if adds else (), tuple(dict.fromkeys(likely)))
+    first = (bos,) if bos is not None and tokenizer.adds_bos else ()
+    return Starts(first, tuple(dict.fromkeys(likely)))

@@ -14,7 +14,7 @@ import tiny
 from qnpu_jax.config import LayerKind, RopeScaling
 from qnpu_jax.fakequant.evaluate import evaluate
 from qnpu_jax.fakequant.forward import forward
-from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.decoder import MASK, decoder
 from qnpu_jax.graph.layered import local
 from qnpu_jax.graph.ops import Rsqrt, Sqrt, eval_op
 from qnpu_jax.graph.shared_inputs import layer_inputs, masks, rope_frequencies, rope_tables, visible

@@ -103,7 +103,7 @@ def test_kinds_share_what_is_equal_and_name_what_is_not():
         own = dec.shared(dec.layer, inputs, layer)
         cos, sin = rope_tables(kinds.THREE, kind, np.arange(5, 13))
         seen = visible(8, 2, 4, 3, kind.window)
-        expected = {"rope.cos": cos, "rope.sin": sin, **masks(seen, 2, 16)}
+        expected = {"rope.cos": cos, "rope.sin": sin, **masks(seen, 2)}
         assert own.keys() == {*expected, "norm.eps"}
         for name, x in expected.items():
             np.testing.assert_array_equal(own[name], x, err_msg=name)

@@ -19,6 +19,7 @@ from qnpu_jax.runtime.simulator_backend import SimulatedBackend
 from qnpu_jax.text.windows import Windows
 from qnpu_jax.tflite import cached, writer
 from qnpu_jax.tflite.interpreter import open_interpreter
+from qnpu_jax.transform import Starts
 from qnpu_sim import compile_model, run
 
 CHUNK, CONTEXT, LENGTH = 4, 24, 18
@@ -106,7 +107,7 @@ def test_a_whole_quantization_ends_in_an_equal_file(tmp_path, name):
     config, ids = kinds.CONFIGS[name], tiny.random_ids((8, tiny.TOKENS), 5)
     recipe, params = RECIPES["w4a8"], kinds.checkpoint(config)
     prepared = pipeline.prepare(config, params, recipe)
-    model = pipeline.quantize(config, prepared, recipe, Windows.of(ids), 1).model
+    model = pipeline.quantize(config, prepared, recipe, Windows.of(ids), Starts()).model
     writer.write_prefill(model, tmp_path / "m.tflite", LENGTH)
     assert verify_file(tmp_path / "m.tflite", model, IDS, "ref").differing == 0
 
