@@ -236,9 +236,9 @@ def bit_plan(weights: int, activations: int, scores: int = 16, stream: int = 16)
     with 8 bits everywhere.
 
     8-bit activations except attention scores with their softmax (`scores`), and the residual
-    stream, norms with their gammas and RoPE (`stream`); KV cache, embedding and head weights always 8. With
-    16-bit activations all of these are of 16 bits too, and FULLY_CONNECTED accumulates in 64,
-    because 32 can overflow.
+    stream, norms with their gammas, and RoPE (`stream`); KV cache, embedding and head weights
+    always 8. With 16-bit activations all of these are of 16 bits too, and FULLY_CONNECTED
+    accumulates in 64, because 32 can overflow.
     """
     kinds = {
         ("*.residual", "*norm.*", "*.rope.*"): stream,

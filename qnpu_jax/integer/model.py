@@ -19,7 +19,6 @@ from qnpu_jax.graph import (
     quantize,
 )
 
-
 HELD = {4: np.int8, 8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 """Type that holds codes of so many bits."""
 

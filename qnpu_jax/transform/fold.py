@@ -1,9 +1,13 @@
-"""Norm gammas folded into the linears that follow them."""
+"""A checkpoint's gammas and factors folded into the parameters of the graph.
+
+A norm's gamma goes into the linears that read it. Where none does (norms after a block, norms of
+queries and keys), it stays a parameter of the graph, with the factors that the graph leaves out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jax import Array
@@ -16,17 +20,10 @@ from qnpu_jax.graph import Params
 A = TypeVar("A", Array, np.ndarray)
 """Arrays of one kind throughout a call: NumPy float64 (merging) or JAX float32 (learning)."""
 
-_LINEARS = {
-    "layers.attn.q": "layers.attn.norm",
-    "layers.attn.k": "layers.attn.norm",
-    "layers.attn.v": "layers.attn.norm",
-    "layers.attn.o": None,
-    "layers.mlp.gate": "layers.mlp.norm",
-    "layers.mlp.up": "layers.mlp.norm",
-    "layers.mlp.down": None,
-}
-"""Each linear of a layer, with the norm whose gamma scales its input."""
-_NORMS = ("layers.attn.norm", "layers.mlp.norm", "head.norm")
+LINEARS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+"""Linears of a layer."""
+_ENDS = ("attn.o", "mlp.down")
+"""Linears that end a block."""
 TABLES = ("embed.weight", "head.weight")
 _PREFIX = ("layers.attn.prefix_k", "layers.attn.prefix_v")
 _ROWS = 8192
@@ -76,60 +73,145 @@ def _check_names(params: Params, required: set[str], optional: set[str], way_out
         )
 
 
-def check_folded(params: Params) -> None:
+def kept_gammas(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes, for one layer, of the gammas that stay parameters, by name in the layer graph."""
+    shapes = {}
+    if config.norms != "before":
+        shapes |= dict.fromkeys(
+            (f"{block}.post_norm.gamma" for block in ("attn", "mlp")), (1, config.hidden_size)
+        )
+    heads = {"q": config.num_heads, "k": config.num_kv_heads}
+    for letter, count in heads.items():
+        if config.qk_norm == "head":
+            shapes[f"attn.{letter}_norm.gamma"] = (1, 1, config.head_dim)
+        elif config.qk_norm == "all":
+            shapes[f"attn.{letter}_norm.gamma"] = (1, count * config.head_dim)
+    return shapes
+
+
+def check_folded(config: ModelConfig, params: Params) -> None:
     """Checks that these are the parameters of `fold_norms`, with or without prefix K/V.
 
     Raises:
       UserError: a parameter is missing or unknown.
     """
-    linears = {f"{name}.{suffix}" for name in _LINEARS for suffix in ("weight", "bias")}
-    required = {*linears, *TABLES, "head.bias"}
+    own = {f"layers.{name}.{suffix}" for name in LINEARS for suffix in ("weight", "bias")}
+    own |= {f"layers.{name}" for name in kept_gammas(config)}
+    required = {*own, *TABLES, "head.bias"}
     _check_names(params, required, set(_PREFIX), "call `fold_norms` first")
 
 
 def _check_checkpoint(config: ModelConfig, params: Params) -> None:
-    required = {f"{name}.weight" for name in _LINEARS} | {f"{norm}.gamma" for norm in _NORMS}
+    required = {f"layers.{name}.weight" for name in LINEARS} | {"head.norm.gamma"}
+    required |= {f"layers.{name}" for name in kept_gammas(config)}
+    if config.norms != "after":
+        required |= {f"layers.{block}.norm.gamma" for block in ("attn", "mlp")}
     required |= {"embed.weight"} if config.tie_embeddings else {"embed.weight", "head.weight"}
-    way_out = "this is no Llama checkpoint, or its loader misnames a tensor"
-    _check_names(params, required, {f"{name}.bias" for name in _LINEARS}, way_out)
+    way_out = "the checkpoint is of another model, or its loader misnames a tensor"
+    _check_names(params, required, {f"layers.{name}.bias" for name in LINEARS}, way_out)
 
 
 def fold_norms(
-    config: ModelConfig, params: Params, dtype: DTypeLike = np.float32
+    config: ModelConfig,
+    params: Params,
+    dtype: DTypeLike = np.float32,
+    *,
+    consume: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Folds norms into weights: W <- W diag(gamma sqrt(D)), and q's times K^-1/2 too.
+    """Folds gammas and factors: W <- W diag(gamma sqrt(D)), and q's times the query scale too.
 
     The graph's norm is x / sqrt(sum(x^2) + D eps), which is RMSNorm without gamma divided by
-    sqrt(D), and its scores are q k^T without the factor K^-1/2: the weights hold both factors.
+    sqrt(D), and its scores are q k^T without a factor: the weights hold both. A gamma that no
+    linear reads stays, times the sqrt of the channels that its norm goes over; that of queries
+    holds the query scale. The residual scale is in what ends a block: `o` and `down`, or the gamma
+    of the norm after it. The scale of embeddings is in their table alone, that of logits in the
+    head alone, so that tied tables come apart.
 
     Args:
-      params: a checkpoint: `embed.weight` (V, D), `layers.{attn,mlp}.norm.gamma` (L, D),
-        `layers.attn.{q,k,v,o}.weight`, `layers.mlp.{gate,up,down}.weight` (L, out, in), any of
-        their biases (L, out), `head.norm.gamma` (D,) and, where embeddings are not tied,
-        `head.weight` (V, D).
+      params: a checkpoint: `embed.weight` (V, D), `layers.{attn,mlp}.norm.gamma` (L, D) of norms
+        before blocks, `layers.{attn,mlp}.post_norm.gamma` (L, D) of norms after them,
+        `layers.attn.{q,k}_norm.gamma` (L, K) or (L, heads K), `layers.attn.{q,k,v,o}.weight`,
+        `layers.mlp.{gate,up,down}.weight` (L, out, in), any of their biases (L, out),
+        `head.norm.gamma` (D,) and, where embeddings are not tied, `head.weight` (V, D).
       dtype: stored type; products are float64.
+      consume: remove each tensor from `params`, a dict, once its result exists.
 
     Returns:
-      Weights without gammas; `head.weight` also where embeddings are tied; a bias for every linear
-      and the head, zero where the checkpoint has none.
+      Weights, and the gammas that stay, each of the shape that it has in the graph; `head.weight`
+      also where embeddings are tied; a bias for every linear and the head, zero where the
+      checkpoint has none.
 
     Raises:
       UserError: a parameter is missing or unknown.
     """
     _check_checkpoint(config, params)
-    gamma = {
-        norm: np.asarray(params[f"{norm}.gamma"]).astype(np.float64) * config.hidden_size**0.5
-        for norm in _NORMS
-    }
-    out = {"embed.weight": np.asarray(params["embed.weight"]).astype(dtype)}
-    for name, norm in _LINEARS.items():
-        scale = config.head_dim**-0.5 if name == "layers.attn.q" else 1.0
-        columns = np.full(config.num_layers, scale) if norm is None else gamma[norm] * scale
-        weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
-        out[f"{name}.weight"] = by_layer(weight, lambda i, w, c=columns: w * c[i], dtype)
-        bias = np.zeros(weight.shape[:2]) if bias is None else bias
-        out[f"{name}.bias"] = by_layer(bias, lambda _, b, s=scale: b * s, dtype)
-    head = params["embed.weight" if config.tie_embeddings else "head.weight"]
-    out["head.weight"] = by_rows(head, lambda w: w * gamma["head.norm"], dtype)
+    left: Any = params if consume else dict(params)
+    head_gamma = _real(left.pop("head.norm.gamma")) * config.hidden_size**0.5 * config.logits_scale
+    table = left["embed.weight" if config.tie_embeddings else "head.weight"]
+    out = {"head.weight": by_rows(table, lambda w: w * head_gamma, dtype)}
     out["head.bias"] = np.zeros(config.vocab_size, dtype)
+    left.pop("head.weight", None)
+    del table
+    out["embed.weight"] = _embedding(config, left.pop("embed.weight"), dtype)
+    for name, shape in kept_gammas(config).items():
+        gamma = _real(left.pop(f"layers.{name}")) * _gamma_factor(config, name, shape)
+        out[f"layers.{name}"] = gamma.astype(dtype).reshape(-1, *shape)
+    gammas = {n: _real(left.pop(n)) for n in list(left) if n.endswith(".gamma")}
+    for name in LINEARS:
+        gamma = None if name in _ENDS else gammas.get(f"layers.{name.split('.')[0]}.norm.gamma")
+        out |= _fold_linear(config, left, name, gamma, dtype)
     return out
+
+
+def _fold_linear(
+    config: ModelConfig, left: Any, name: str, gamma: np.ndarray | None, dtype: DTypeLike
+) -> dict[str, np.ndarray]:
+    """Weight and bias of a linear of the layers, which are removed from `left`.
+
+    Args:
+      gamma: (L, D) of the norm before it, if there is one.
+    """
+    weight, bias = f"layers.{name}.weight", f"layers.{name}.bias"
+    shape, factor = np.shape(left[weight]), _linear_factor(config, name)
+    columns = np.full(config.num_layers, factor)
+    if gamma is not None:
+        columns = gamma * config.hidden_size**0.5 * factor
+    own = left.pop(bias) if bias in left else np.zeros(shape[:2])
+    return {
+        weight: by_layer(left.pop(weight), lambda i, w: w * columns[i], dtype),
+        bias: by_layer(own, lambda _, b: b * factor, dtype),
+    }
+
+
+def _real(x: Array | np.ndarray) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+def _embedding(config: ModelConfig, table: Array | np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """The table times the scale of embeddings."""
+    if config.embed_scale == 1:
+        return np.asarray(table).astype(dtype)
+    return by_rows(table, lambda w: w * config.embed_scale, dtype)
+
+
+def query_scale(config: ModelConfig) -> float:
+    """Factor of the scores, K^-1/2 unless the model says otherwise."""
+    return config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+
+
+def _linear_factor(config: ModelConfig, name: str) -> float:
+    """What multiplies a linear's weights and bias. A norm that follows would erase it."""
+    if name == "attn.q" and config.qk_norm is None:
+        return query_scale(config)
+    if name in _ENDS and config.norms == "before":
+        return config.residual_scale
+    return 1.0
+
+
+def _gamma_factor(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float:
+    """What multiplies a gamma that stays: the sqrt of its norm's channels, and the factor that a
+    linear would have."""
+    factor = shape[-1] ** 0.5
+    if name == "attn.q_norm.gamma":
+        return factor * query_scale(config)
+    return factor * config.residual_scale if "post_norm" in name else factor
