@@ -120,6 +120,12 @@ class ModelConfig:
         return self.rotary_dim or self.head_dim
 
     @property
+    def late_biases(self) -> tuple[str, ...]:
+        """Which of q and k have a bias that the graph adds at RoPE's width, not in the linear: all
+        that have one, unless a norm stands between."""
+        return tuple(x for x in "qk" if f"attn.{x}" in self.biases and self.qk_norm is None)
+
+    @property
     def merges_r1(self) -> bool:
         """Whether a rotation of the residual stream merges into the weights: not where a norm's
         gamma stands between a block and the residual sum."""
@@ -236,9 +242,9 @@ def bit_plan(weights: int, activations: int, scores: int = 16, stream: int = 16)
     with 8 bits everywhere.
 
     8-bit activations except attention scores with their softmax (`scores`), and the residual
-    stream, norms with their gammas and RoPE (`stream`); KV cache, embedding and head weights always 8. With
-    16-bit activations all of these are of 16 bits too, and FULLY_CONNECTED accumulates in 64,
-    because 32 can overflow.
+    stream, norms with their gammas, and RoPE (`stream`); KV cache, embedding and head weights
+    always 8. With 16-bit activations all of these are of 16 bits too, and FULLY_CONNECTED
+    accumulates in 64, because 32 can overflow.
     """
     kinds = {
         ("*.residual", "*norm.*", "*.rope.*"): stream,

@@ -109,7 +109,7 @@ def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
         if job.calibration is not None:
             found = excerpts.given(job.calibration, checkpoint, recipe, job.learning())
     with watch.stage("fold, rotate"):
-        params = pipeline.prepare(config, checkpoint.params, recipe)
+        params = pipeline.prepare(config, checkpoint.params, recipe, consume=True)
     if found is None:
         with watch.stage("calibration text"):
             found = excerpts.written(

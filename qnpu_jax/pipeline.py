@@ -58,11 +58,15 @@ class Quantized:
     histories: list[History] = field(default_factory=list)
 
 
-def prepare(config: ModelConfig, params: Params, recipe: Recipe) -> Params:
+def prepare(
+    config: ModelConfig, params: Params, recipe: Recipe, *, consume: bool = False
+) -> Params:
     """Folds norms into weights, and rotates them where the recipe says so.
 
     Args:
       params: a checkpoint's, as `fold_norms` takes them.
+      consume: remove each tensor from `params`, a dict, once its result exists. Memory then never
+        holds more than all parameters once and one of them a second time.
 
     Returns:
       Parameters of the float model that is quantized, float32 on the device.
@@ -70,10 +74,10 @@ def prepare(config: ModelConfig, params: Params, recipe: Recipe) -> Params:
     Raises:
       UserError: a parameter is missing or unknown.
     """
-    folded = fold_norms(config, dict(params))
+    made = fold_norms(config, params, consume=consume)
     if recipe.rotation == "hadamard":
-        folded = rotate(config, folded, random_rotation(config, recipe.seed))
-    return {name: jnp.asarray(x) for name, x in folded.items()}
+        made = rotate(config, made, random_rotation(config, recipe.seed), consume=True)
+    return {name: jnp.asarray(made.pop(name)) for name in list(made)}
 
 
 def check_model(config: ModelConfig, recipe: Recipe, asked: Mapping[str, int]) -> None:
@@ -122,7 +126,7 @@ def quantize(
       UserError: parameters that are not prepared, an accumulator can overflow, non-finite values,
         learning diverged.
     """
-    check_folded(params)
+    check_folded(config, params)
     watch = watch or Observer()
     if recipe.centre_keys:
         with watch.stage("centre keys"):

@@ -239,7 +239,7 @@ def with_rule(asked: job.Job, pattern: str, bits: int) -> job.Job:
 
 
 def test_refused_before_the_model_is_touched(folder, tmp_path, monkeypatch):
-    def prepare(*_):
+    def prepare(*_, **__):
         raise AssertionError("the work has begun")
 
     monkeypatch.setattr("qnpu_jax.pipeline.prepare", prepare)

@@ -3,8 +3,8 @@
 Gamma, rotations and the attention scale are in the parameters already (`qnpu_jax.transform`): a
 norm here is x / sqrt(sum x^2 + D eps), scores are q k^T. Attention is staged per KV head, with the
 keys [prefix | cache | new], because NPU compilers refuse the batched form at decode. Values are
-kept transposed, (N, K, S): CPU kernels pack the second operand of a BATCH_MATMUL at every call, which is
-several times as fast where adj_y is set.
+kept transposed, (N, K, S): CPU kernels pack the second operand of a BATCH_MATMUL at every call,
+which is several times as fast where adj_y is set.
 
 Letters: T tokens, S keys, D hidden, H heads, N KV heads, G = H/N, K head_dim, F intermediate, V
 vocabulary.
@@ -306,8 +306,8 @@ def attention(
     q = g.fully_connected("q", x, cfg.num_heads * k)
     key = g.fully_connected("k", x, n * k)
     value = g.fully_connected("v", x, n * k, symmetric=True)
-    q = rope(g, "q", split_heads(g, cfg, "q", q, env.q_eps), env, "attn.q" in cfg.biases)
-    key = rope(g, "k", split_heads(g, cfg, "k", key, env.k_eps), env, "attn.k" in cfg.biases)
+    q = rope(g, "q", split_heads(g, cfg, "q", q, env.q_eps), env, "q" in cfg.late_biases)
+    key = rope(g, "k", split_heads(g, cfg, "k", key, env.k_eps), env, "k" in cfg.late_biases)
     if cfg.centred_keys:
         with g.scope("rope"):
             centre = g.constant("k_centre", (1, n, k), like=key)

@@ -11,8 +11,9 @@ from qnpu_jax.graph.ops import Add, BatchMatmul, Mul, Reshape, Rsqrt, Sqrt
 
 
 def rms_norm(g: Builder, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
-    """Stages x / sqrt(sum(x^2) + D eps), rows of unit length; the factor sqrt(D) is in what follows:
-    weights, or the gamma of `scaled_norm`.
+    """Stages x / sqrt(sum(x^2) + D eps), rows of unit length.
+
+    The factor sqrt(D) is in what follows: weights, or the gamma of `scaled_norm`.
 
     A BATCH_MATMUL sums the squares in 64 bits and rounds once. SQRT before RSQRT halves the dynamic
     range that the RSQRT table must cover: the error stays below 0.6% for rows 128 times smaller

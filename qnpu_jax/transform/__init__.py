@@ -3,6 +3,7 @@
 from qnpu_jax.transform.channel_scales import (
     Diagonal,
     channel_peaks,
+    identity_diagonal,
     scale_channels,
     scale_parameter,
     smoothquant,
@@ -24,6 +25,7 @@ __all__ = [
     "check_folded",
     "find_prefix",
     "fold_norms",
+    "identity_diagonal",
     "key_centres",
     "prefix_length",
     "random_rotation",
