@@ -12,6 +12,7 @@ from qnpu_jax.calibrate.ranges import calibrate_activations, weight_scales
 from qnpu_jax.calibrate.statistics import collect_statistics
 from qnpu_jax.config import LayerKind, ModelConfig, RopeScaling
 from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.layered import Params
 from qnpu_jax.graph.qparams import Scales
 from qnpu_jax.integer.freeze import freeze
 from qnpu_jax.integer.model import IntegerModel
@@ -82,42 +83,23 @@ def frequencies(config: ModelConfig, kind: LayerKind) -> list[float]:
     assert kind.rope_theta is not None
     dim, base, s = config.rotated, kind.rope_theta, kind.rope_scaling
     plain = [base ** (-2 * i / dim) for i in range(dim // 2)]
-    match s.kind if s else None:
-        case None:
-            return plain
-        case "linear":
-            return [x / s.factor for x in plain]
-        case "llama3":
-            return [_llama3(x, s) for x in plain]
-        case "longrope":
-            return [x / divisor for x, divisor in zip(plain, s.divisors, strict=True)]
-
-    def correction(turns: float) -> float:
-        length = s.original_max_positions
-        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = correction(s.beta_fast), correction(s.beta_slow)
+    if s is None:
+        return plain
+    if s.kind == "longrope":
+        return [x / divisor for x, divisor in zip(plain, s.divisors, strict=True)]
+    assert s.kind == "yarn"  # tests/graph/test_decoder.py defines the others
+    low, high = (_correction(turns, dim, base, s) for turns in (s.beta_fast, s.beta_slow))
     if s.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 if low == high else 0
-    out = []
-    for i, x in enumerate(plain):
-        ramp = min(max((i - low) / (high - low), 0), 1)
-        out.append(x / s.factor * ramp + x * (1 - ramp))
-    return out
+    ramps = [min(max((i - low) / (high - low), 0), 1) for i in range(dim // 2)]
+    return [x / s.factor * r + x * (1 - r) for x, r in zip(plain, ramps, strict=True)]
 
 
-def _llama3(frequency: float, s: RopeScaling) -> float:
-    wavelength = 2 * math.pi / frequency
-    if wavelength < s.original_max_positions / s.high_freq_factor:
-        return frequency
-    if wavelength > s.original_max_positions / s.low_freq_factor:
-        return frequency / s.factor
-    smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / (
-        s.high_freq_factor - s.low_freq_factor
-    )
-    return (1 - smooth) * frequency / s.factor + smooth * frequency
+def _correction(turns: float, dim: int, base: float, s: RopeScaling) -> float:
+    length = s.original_max_positions
+    return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
 def logits(
@@ -180,10 +162,10 @@ def _rope(config: ModelConfig, kind: LayerKind, x: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def prepared(name: str, plan: str = "w8a8") -> dict[str, np.ndarray]:
+def prepared(name: str, plan: str = "w8a8") -> Params:
     """Folded, rotated parameters of a model of CONFIGS."""
     config = CONFIGS[name]
-    return {**pipeline.prepare(config, checkpoint(config), tiny.recipe(plan))}
+    return pipeline.prepare(config, checkpoint(config), tiny.recipe(plan))
 
 
 @functools.cache

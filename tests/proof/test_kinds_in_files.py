@@ -1,6 +1,7 @@
 """Models whose layers are of several kinds, from quantization to the file: LiteRT's reference
 kernels and the simulator agree on every element, with one prefill and with a cache."""
 
+import jax.numpy as jnp
 import kinds
 import numpy as np
 import pairwise
@@ -34,7 +35,7 @@ def test_every_element_of_a_prefill_is_simulated(tmp_path, name, plan):
     model, path = kinds.quantized(name, plan), tmp_path / "m.tflite"
     writer.write_prefill(model, path, LENGTH)
     found = verify_file(path, model, IDS, "ref")
-    assert found.differing == 0 and found.elements > 100_000
+    assert found.differing == 0 and found.elements > 50_000
 
 
 @pytest.mark.slow
@@ -44,7 +45,7 @@ def test_every_element_with_a_cache_is_simulated(tmp_path, name, plan):
     model, path = kinds.quantized(name, plan), tmp_path / "m.tflite"
     cached.build_cached(model, CHUNK, CONTEXT).write(path)
     found = verify_file(path, model, IDS, "ref")
-    assert found.differing == 0 and found.elements > 100_000
+    assert found.differing == 0 and found.elements > 50_000
 
 
 def fed(backend, parts) -> tuple[Session, np.ndarray]:
@@ -93,7 +94,8 @@ def test_fake_quantization_is_near_the_integers(name):
     dec = model.decoder(LENGTH)
     codes = np.asarray(run(compile_model(model, dec), IDS)["head.logits"]).astype(np.float64)
     head = model.tensors["head.logits"]
-    got = np.asarray(forward(dec, dequantize(model), IDS, activation_scales(model)))
+    params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
+    got = np.asarray(forward(dec, params, jnp.asarray(IDS), activation_scales(model)))
     expected = (codes - head.zero_point) * head.scale
     # Kernels round intermediate values that fake-quantization does not: a few codes of 255.
     assert np.abs(got - expected).mean() <= 2 * head.scale
