@@ -6,9 +6,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 import safetensors.numpy
 
 from qnpu_jax.config import RopeScaling
+from qnpu_jax.errors import UserError
+from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.models.rope_factors import llama3_factors
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -156,3 +159,19 @@ def write_scaling(writer: gguf.GGUFWriter, config: dict, tensors: dict) -> None:
             for kind in ("short", "long"):
                 factors = np.array(rope[f"{kind}_factor"], np.float32)
                 tensors[f"rope_factors_{kind}.weight"] = factors
+
+
+def refused(source: Path) -> str:
+    """The one line that loading raises."""
+    with pytest.raises(UserError) as error:
+        load_params(source)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def same_params(source: Path, expected: Path) -> None:
+    """Checks that two sources give the same parameters."""
+    params, other = load_params(source)[1], load_params(expected)[1]
+    assert params.keys() == other.keys()
+    for name, x in params.items():
+        np.testing.assert_array_equal(x, other[name], err_msg=name)

@@ -81,9 +81,9 @@ def rotate(cfg: ModelConfig, kind: LayerKind, x: np.ndarray) -> np.ndarray:
 def frequencies(kind: LayerKind, size: int) -> np.ndarray:
     assert kind.rope_theta is not None
     f, s = kind.rope_theta ** -(np.arange(0, size, 2) / size), kind.rope_scaling
-    match s.kind if s else None:
-        case None:
-            return f
+    if s is None:
+        return f
+    match s.kind:
         case "linear":
             return f / s.factor
         case "longrope":
@@ -93,11 +93,10 @@ def frequencies(kind: LayerKind, size: int) -> np.ndarray:
             low, high = s.low_freq_factor, s.high_freq_factor
             keep = np.clip((turns - low) / (high - low), 0, 1)
         case "yarn":
-            low, high = (
-                size * math.log(s.original_max_positions / (beta * 2 * math.pi))
-                / (2 * math.log(kind.rope_theta))
-                for beta in (s.beta_fast, s.beta_slow)
-            )  # fmt: skip
+            turns = [
+                s.original_max_positions / (b * 2 * math.pi) for b in (s.beta_fast, s.beta_slow)
+            ]
+            low, high = (size * math.log(t) / (2 * math.log(kind.rope_theta)) for t in turns)
             if s.truncate:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, size - 1)

@@ -23,8 +23,7 @@ def load_gguf(file: GgufFile, context: int | None = None) -> tuple[ModelConfig, 
       context: tokens that the model must hold, see `rope_scaling.positions`.
 
     Raises:
-      UserError: see `read_config`, `fill_params`; a tensor type that `gguf` cannot dequantize; a
-        head of zeros, which no loss can tell from another.
+      UserError: see `read_config`, `fill_params`; a tensor type that `gguf` cannot dequantize.
     """
     where, family = file.path.name, read_family(file)
     cfg = read_config(file, context)
@@ -38,5 +37,4 @@ def load_gguf(file: GgufFile, context: int | None = None) -> tuple[ModelConfig, 
         for name, tensor in file.tensors.items()
         if name not in ROPE_TENSORS
     }
-    params = fill_params(cfg, stored, "gguf", where, family)
-    return cfg, params
+    return cfg, fill_params(cfg, stored, "gguf", where, family)
