@@ -8,6 +8,7 @@ import numpy as np
 import safetensors.numpy
 
 from qnpu_jax.models.checkpoint import load_params
+from qnpu_jax.models.gguf_file import GgufFile
 from qnpu_jax.models.llama import expected_tensors
 from qnpu_jax.models.rope_factors import llama3_factors
 
@@ -34,6 +35,11 @@ def permute(x: np.ndarray, heads: int) -> np.ndarray:
         n * size + i + h * size // 2 for n in range(heads) for i in range(size // 2) for h in (0, 1)
     ]
     return x[rows]
+
+
+def gguf_metadata(metadata: dict) -> GgufFile:
+    """A GGUF file of which only the metadata are there."""
+    return GgufFile(Path("m.gguf"), 0, metadata, {})
 
 
 def write_gguf(

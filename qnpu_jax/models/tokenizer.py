@@ -97,14 +97,15 @@ class Tokenizer:
         ends = _turn_end(backend, chat_template, special)
         known_eos += [i for i in ends if i not in known_eos]
         adds_bos = _begins(backend, bos_id) if adds_bos is None else adds_bos
-        if adds_bos and bos_id is not None and not _begins(backend, bos_id):
+        adds_bos = adds_bos and bos_id is not None
+        if adds_bos:
             _begin(backend, bos_id)
         return Tokenizer(
             backend,
             plain,
             bos_id,
             tuple(known_eos),
-            adds_bos and bos_id is not None,
+            adds_bos,
             special,
             chat_template,
             size,
@@ -171,11 +172,7 @@ class Tokenizer:
         Raises:
           UserError: text that is no UTF-8.
         """
-        if not is_text(text):
-            raise UserError(
-                f"text {text[:40]!r}: holds half of a surrogate pair; expected what UTF-8 can"
-                " write; remove it"
-            )
+        _check_text(text)
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -210,7 +207,8 @@ class Tokenizer:
           now: as in `render_chat`; `chat.FIXED_DATE` where the ids must be the same every day.
 
         Raises:
-          UserError: the model has no chat template, or its template refuses the messages.
+          UserError: the model has no chat template, or its template refuses the messages; they
+            hold text that is no UTF-8.
         """
         if self.chat_template is None:
             raise UserError(
@@ -219,7 +217,19 @@ class Tokenizer:
             )
         special = {**self.special} | ({} if bos else {"bos_token": ""})
         text = render_question(self.chat_template, messages, special, self.source, now)
+        _check_text(text)
         return self.backend.encode(text, add_special_tokens=False).ids
+
+
+def _check_text(text: str) -> None:
+    """Raises UserError for text that the Rust library cannot take."""
+    if is_text(text):
+        return
+    at = next(i for i, c in enumerate(text) if not is_text(c))
+    raise UserError(
+        f"text {text[max(at - 20, 0) : at + 20]!r}: holds half of a surrogate pair; expected what"
+        " UTF-8 can write; remove it"
+    )
 
 
 def _begins(backend: tokenizers.Tokenizer, bos_id: int | None) -> bool:
@@ -227,8 +237,10 @@ def _begins(backend: tokenizers.Tokenizer, bos_id: int | None) -> bool:
     return bos_id is not None and backend.encode("").ids[:1] == [bos_id]
 
 
-def _begin(backend: tokenizers.Tokenizer, bos_id: int) -> None:
+def _begin(backend: tokenizers.Tokenizer, bos_id: int | None) -> None:
     """Makes the tokenizer put BOS before texts, for those who read what `Tokenizer.save` writes."""
+    if bos_id is None or _begins(backend, bos_id):
+        return
     bos = str(backend.id_to_token(bos_id))
     backend.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_id)]

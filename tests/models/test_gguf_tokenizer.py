@@ -1,12 +1,11 @@
 """Byte-level BPE of GGUF files: how text is cut, whether it begins with BOS, what ends a turn."""
 
-from pathlib import Path
-
 import pytest
+from model_files import gguf_metadata
 from tokenizers import decoders, pre_tokenizers
 
 from qnpu_jax.models.checkpoint import resolve
-from qnpu_jax.models.gguf_file import GgufFile, open_gguf
+from qnpu_jax.models.gguf_file import open_gguf
 from qnpu_jax.models.gguf_pre_tokenizers import PRE_TOKENIZERS
 from qnpu_jax.models.gguf_tokenizer import gguf_tokenizer
 from qnpu_jax.models.tokenizer import Tokenizer
@@ -78,7 +77,7 @@ def metadata(**change) -> dict:
 
 
 def tokenizer(**change) -> Tokenizer:
-    return gguf_tokenizer(GgufFile(Path("m.gguf"), 0, metadata(**change), {}))
+    return gguf_tokenizer(gguf_metadata(metadata(**change)))
 
 
 def test_a_composed_accent_is_qwens_alone():

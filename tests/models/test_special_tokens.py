@@ -74,7 +74,9 @@ def test_texts_begin_with_bos_as_in_transformers(tmp_path, processor, adds, bos)
         pytest.skip("BOS of a model that names none")
     folder = write_folder(tmp_path / "m", processor=processor, tokenizer_config=config)
     made, other = Tokenizer.load(folder), reference(folder)
-    assert made.adds_bos == (other("ab").input_ids[:1] == [0])
+    # transformers reads add_bos_token only where it builds tokenizer.json itself.
+    unread = adds is True and not processor
+    assert made.adds_bos == (unread or other("ab").input_ids[:1] == [0])
     made.save(tmp_path / "saved")
     assert Tokenizer.load(tmp_path / "saved").adds_bos == made.adds_bos
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -124,7 +126,8 @@ def test_all_ends_of_the_generation_config(tmp_path, ids, expected):
 TEMPLATES = {
     "chatml": (CHATML, [5]),
     "gemma": (
-        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}",
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+        "{% endfor %}",
         [7],
     ),
     "next turn": ("{% for m in messages %}<turn>{{ m.content }}{% endfor %}", [6]),
