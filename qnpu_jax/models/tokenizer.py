@@ -100,17 +100,8 @@ class Tokenizer:
         adds_bos = adds_bos and bos_id is not None
         if adds_bos:
             _begin(backend, bos_id)
-        return Tokenizer(
-            backend,
-            plain,
-            bos_id,
-            tuple(known_eos),
-            adds_bos,
-            special,
-            chat_template,
-            size,
-            source,
-        )
+        ids = bos_id, tuple(known_eos), adds_bos
+        return Tokenizer(backend, plain, *ids, special, chat_template, size, source)
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
