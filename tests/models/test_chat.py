@@ -172,7 +172,7 @@ def test_a_system_message_where_the_template_asks_for_one():
 
 
 def test_what_follows_an_answer():
-    assert after_an_answer(TEMPLATES["chatml"], SPECIAL).startswith("<|im_end|>\n<|im_start|>user")
+    assert after_an_answer(TEMPLATES["chatml"], SPECIAL).startswith("<|im_end|>\n\n<|im_start|>")
     assert after_an_answer(TEMPLATES["alternate"], SPECIAL).startswith("</s>[INST]")
     assert after_an_answer(REFUSES + TEMPLATES["chatml"], SPECIAL).startswith("<|im_end|>")
     assert after_an_answer(TEMPLATES["broken"], SPECIAL) == ""

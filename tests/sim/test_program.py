@@ -66,7 +66,6 @@ def test_a_pattern_that_matches_no_computed_tensor_is_refused(program, pattern):
 NO_PATTERN = """
 from types import SimpleNamespace
 from qnpu_jax.errors import UserError
-from qnpu_jax.runtime import Session, SimulatedBackend
 from qnpu_sim import run
 try:
     run(SimpleNamespace(decoder=None, at_once=True), [1], keep=["head.logits"])
