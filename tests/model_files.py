@@ -12,6 +12,11 @@ import safetensors.numpy
 from qnpu_jax.config import RopeScaling
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.checkpoint import load_params
+<<<<<<< HEAD
+=======
+from qnpu_jax.models.gguf_file import GgufFile
+from qnpu_jax.models.llama import expected_tensors
+>>>>>>> tokenizers
 from qnpu_jax.models.rope_factors import llama3_factors
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -39,6 +44,11 @@ def permute(x: np.ndarray, heads: int) -> np.ndarray:
         n * size + i + h * size // 2 for n in range(heads) for i in range(size // 2) for h in (0, 1)
     ]
     return x[rows]
+
+
+def gguf_metadata(metadata: dict) -> GgufFile:
+    """A GGUF file of which only the metadata are there."""
+    return GgufFile(Path("m.gguf"), 0, metadata, {})
 
 
 def write_gguf(

@@ -93,7 +93,7 @@ class Merger:
                 yield from (self.bytes[f"<0x{b:02X}>"] for b in symbol.encode())
 
 
-def trained(text: str, size: int = 700) -> list[str]:
+def trained(text: str, size: int) -> list[str]:
     """Pieces of more than one character, in the order in which BPE would merge them in `text`."""
     words = {tuple(SPACE + w): text.split().count(w) for w in set(text.split())}
     pieces: list[str] = []
@@ -116,7 +116,7 @@ def _joined(word: tuple[str, ...], piece: str) -> Iterator[str]:
         at += 2 if two == piece else 1
 
 
-def metadata(text: str, **change: Any) -> dict[str, Any]:
+def metadata(text: str, size: int = 700) -> dict[str, Any]:
     """A small vocabulary as converters write Llama's, with user-defined pieces like Gemma's."""
     rows = [("<unk>", -1000.0, UNKNOWN), ("<s>", -1000.0, CONTROL), ("</s>", -1000.0, CONTROL)]
     rows += [(f"<0x{b:02X}>", 0.0, BYTE) for b in range(256)]
@@ -124,9 +124,9 @@ def metadata(text: str, **change: Any) -> dict[str, Any]:
         (p, -1000.0, USER_DEFINED) for p in ("[INST]", "<b>", "</b>", "\n\n", "\t\t", "  ", "   ")
     ]
     rank = count()
-    rows += [(p, -float(next(rank)), NORMAL) for p in trained(text)]
+    rows += [(p, -float(next(rank)), NORMAL) for p in trained(text, size)]
     letters = sorted({*text, SPACE, *"你好é"} - {" ", "\n", "\t"})
     rows += [(p, -float(next(rank)), NORMAL) for p in letters]
     pieces, scores, types = (list(column) for column in zip(*rows, strict=True))
     given = {"model": "llama", "tokens": pieces, "scores": scores, "token_type": types}
-    return {f"tokenizer.ggml.{key}": value for key, value in (given | change).items()}
+    return {f"tokenizer.ggml.{key}": value for key, value in given.items()}

@@ -78,7 +78,7 @@ def merges_by_score(
     [('b', 'c'), ('a', 'b'), ('a', 'bc'), ('ab', 'c')]
     """
     ids = {p: i for i, p in enumerate(pieces) if types[i] in _MERGED}
-    found = []
+    found: list[tuple[float, int, int, int]] = []
     for piece, i in ids.items():
         for cut in range(1, len(piece)):
             left = ids.get(piece[:cut])

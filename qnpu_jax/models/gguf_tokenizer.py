@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, processors
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from qnpu_jax.errors import UserError
@@ -85,11 +85,6 @@ def _tokenizer(backend: Backend, meta: dict[str, Any], name: str, adds_bos: bool
         if isinstance(ids.get(kind), int) and 0 <= ids[kind] < len(pieces)
     }
     adds_bos = bool(meta.get("tokenizer.ggml.add_bos_token", adds_bos)) and "bos_token" in special
-    if adds_bos:  # for those who read what `Tokenizer.save` writes
-        bos = special["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, ids["bos"])]
-        )
     template = meta.get("tokenizer.chat_template")
     return Tokenizer.build(
         backend,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import processors
 
 from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError, is_text
@@ -92,24 +93,15 @@ class Tokenizer:
         for token_id in ([] if bos_id is None else [bos_id]) + known_eos:
             _check_id(token_id, size, "special token", source)
         if special is None:
-            ids = {"bos_token": bos_id, "eos_token": next(iter(known_eos), None)}
-            named = {k: backend.id_to_token(i) for k, i in ids.items() if i is not None}
-            special = {k: token for k, token in named.items() if token is not None}
-        if chat_template is not None:
-            end = _turn_end(backend, after_an_answer(chat_template, special))
-            known_eos += [i for i in end if i not in known_eos]
+            special = _texts(backend, {"bos_token": [bos_id], "eos_token": known_eos})
+        ends = _turn_end(backend, chat_template, special)
+        known_eos += [i for i in ends if i not in known_eos]
         adds_bos = _begins(backend, bos_id) if adds_bos is None else adds_bos
-        return Tokenizer(
-            backend,
-            plain,
-            bos_id,
-            tuple(known_eos),
-            adds_bos and bos_id is not None,
-            special,
-            chat_template,
-            size,
-            source,
-        )
+        adds_bos = adds_bos and bos_id is not None
+        if adds_bos:
+            _begin(backend, bos_id)
+        ids = bos_id, tuple(known_eos), adds_bos
+        return Tokenizer(backend, plain, *ids, special, chat_template, size, source)
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
@@ -133,7 +125,9 @@ class Tokenizer:
         bos = _special(named, "bos_token", backend, folder.name)
         eos = _special(named, "eos_token", backend, folder.name)
         others = model.get("eos_token_id")
-        adds_bos = config.get("add_bos_token")
+        # A template that puts tokens around texts says all; other files may add to its silence.
+        silent = not isinstance(backend.post_processor, processors.TemplateProcessing)
+        adds_bos = True if silent and config.get("add_bos_token") is True else None
         return Tokenizer.build(
             backend,
             [bos, model.get("bos_token_id")],
@@ -141,7 +135,7 @@ class Tokenizer:
             _template(folder, config),
             folder.name,
             special=named or None,
-            adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
+            adds_bos=adds_bos,
         )
 
     def save(self, folder: str | Path) -> None:
@@ -169,11 +163,7 @@ class Tokenizer:
         Raises:
           UserError: text that is no UTF-8.
         """
-        if not is_text(text):
-            raise UserError(
-                f"text {text[:40]!r}: holds half of a surrogate pair; expected what UTF-8 can"
-                " write; remove it"
-            )
+        _check_text(text)
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -208,7 +198,8 @@ class Tokenizer:
           now: as in `render_chat`; `chat.FIXED_DATE` where the ids must be the same every day.
 
         Raises:
-          UserError: the model has no chat template, or its template refuses the messages.
+          UserError: the model has no chat template, or its template refuses the messages; they
+            hold text that is no UTF-8.
         """
         if self.chat_template is None:
             raise UserError(
@@ -217,7 +208,19 @@ class Tokenizer:
             )
         special = {**self.special} | ({} if bos else {"bos_token": ""})
         text = render_question(self.chat_template, messages, special, self.source, now)
+        _check_text(text)
         return self.backend.encode(text, add_special_tokens=False).ids
+
+
+def _check_text(text: str) -> None:
+    """Raises UserError for text that the Rust library cannot take."""
+    if is_text(text):
+        return
+    at = next(i for i, c in enumerate(text) if not is_text(c))
+    raise UserError(
+        f"text {text[max(at - 20, 0) : at + 20]!r}: holds half of a surrogate pair; expected what"
+        " UTF-8 can write; remove it"
+    )
 
 
 def _begins(backend: tokenizers.Tokenizer, bos_id: int | None) -> bool:
@@ -225,18 +228,34 @@ def _begins(backend: tokenizers.Tokenizer, bos_id: int | None) -> bool:
     return bos_id is not None and backend.encode("").ids[:1] == [bos_id]
 
 
-def _turn_end(backend: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Finds the token that ends a turn: the special one, if any, that follows an answer at once.
+def _begin(backend: tokenizers.Tokenizer, bos_id: int | None) -> None:
+    """Makes the tokenizer put BOS before texts, for those who read what `Tokenizer.save` writes."""
+    if bos_id is None or _begins(backend, bos_id):
+        return
+    bos = str(backend.id_to_token(bos_id))
+    backend.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_id)]
+    )
 
-    Args:
-      text: what the template prints after an answer.
-    """
-    added = backend.get_added_tokens_decoder()
-    text = text.lstrip()
-    ends = [
-        i for i, token in added.items() if token.content.strip() and text.startswith(token.content)
-    ]
-    return [max(ends, key=lambda i: len(added[i].content))] if ends else []
+
+def _texts(
+    backend: tokenizers.Tokenizer, ids: Mapping[str, Sequence[int | None]]
+) -> dict[str, str]:
+    """Gives the text of the first id of each name, where there is one."""
+    firsts = {name: next(iter(some), None) for name, some in ids.items()}
+    texts = {name: backend.id_to_token(i) for name, i in firsts.items() if i is not None}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _turn_end(
+    backend: tokenizers.Tokenizer, template: str | None, special: Mapping[str, str]
+) -> list[int]:
+    """Finds the token that ends a turn: the special one, if any, that a chat template prints after
+    an answer, spaces and line breaks aside."""
+    text = "" if template is None else after_an_answer(template, special).lstrip()
+    added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
+    ends = [i for i, token in added.items() if token.strip() and text.startswith(token)]
+    return [max(ends, key=lambda i: len(added[i]))] if ends else []
 
 
 def _check_id(token_id: Any, size: int, what: str, source: str) -> None:

@@ -55,8 +55,9 @@ def write_package(
       UserError: the extra is missing or too old; a tokenizer without a token that ends a text; a
         chat template that calls methods of Python; or as `litertlm_signatures.write_signatures`.
     """
-    builder_module = load_builder()
     tokenizer = Tokenizer.load(tokenizer_folder)
+    _check_template(tokenizer)
+    builder_module = load_builder()
     facts = _metadata(tokenizer, context)
     with tempfile.TemporaryDirectory() as folder:
         tflite, facts_file = Path(folder) / "model.tflite", Path(folder) / "metadata.pb"
@@ -90,7 +91,7 @@ def _metadata(tokenizer: Tokenizer, context: int) -> Any:
     """Returns the proto LlmMetadata of a model.
 
     Raises:
-      UserError: the tokenizer has no token that ends a text; as `_check_template`.
+      UserError: the tokenizer has no token that ends a text.
     """
     if not tokenizer.eos_ids:
         raise UserError(
@@ -107,7 +108,6 @@ def _metadata(tokenizer: Tokenizer, context: int) -> Any:
         supports_function_calling=False,
     )
     if tokenizer.chat_template is not None:
-        _check_template(tokenizer)
         facts.jinja_prompt_template = PLAIN_CONTENT + tokenizer.chat_template
     return facts
 

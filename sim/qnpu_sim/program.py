@@ -132,9 +132,9 @@ def run(
     Raises:
       UserError: the pattern matches no computed tensor; ids outside the vocabulary, or no integers.
     """
-    _check_ids(ids, program.decoder.config.vocab_size)
     if not callable(keep):
         keep = _matching(program.decoder, keep)
+    _check_ids(ids, program.decoder.config.vocab_size)
     if program.at_once and keep is nothing and not inputs:
         return {"head.logits": _logits(program, jnp.asarray(ids, jnp.int32))}
     out: Codes = {}

@@ -1,15 +1,14 @@
 """SentencePiece of GGUF files: the library's merges give the ids of SentencePiece's definition."""
 
 import time
-from pathlib import Path
 
 import gguf
 import pytest
 import spm_definition as spm
-from model_files import write_gguf
+from model_files import gguf_metadata, write_gguf
 
 from qnpu_jax.errors import UserError
-from qnpu_jax.models.gguf_file import GgufFile, open_gguf
+from qnpu_jax.models.gguf_file import open_gguf
 from qnpu_jax.models.gguf_sentencepiece import merges_by_score
 from qnpu_jax.models.gguf_tokenizer import gguf_tokenizer
 from qnpu_jax.models.tokenizer import Tokenizer
@@ -19,7 +18,7 @@ TEXT = default_text()
 
 
 def tokenizer(metadata: dict) -> Tokenizer:
-    return gguf_tokenizer(GgufFile(Path("m.gguf"), 0, metadata, {}))
+    return gguf_tokenizer(gguf_metadata(metadata))
 
 
 @pytest.fixture(scope="module")

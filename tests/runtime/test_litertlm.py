@@ -10,6 +10,7 @@ import numpy as np
 import pairwise
 import pytest
 import tiny
+import workspace
 
 from qnpu_jax import deploy
 from qnpu_jax.errors import UserError
@@ -153,6 +154,24 @@ def test_a_context_needs_room_for_a_cache(tmp_path):
     with pytest.raises(UserError, match="context: 4 positions for 4 new tokens"):
         litertlm_signatures.write_signatures(form, tmp_path / "lm.tflite", CHUNK, CHUNK)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("template", "called"),
+    [
+        ("{% for m in messages %}{{ m.get('role', '') }}{% endfor %}", ".get()"),
+        ("{{ messages[0].content.strip().split('x')[0] }}", ".split(), .strip()"),
+    ],
+)
+def test_methods_of_python_are_refused(tmp_path, template, called):
+    """LiteRT-LM's Jinja has none: the package would answer nothing but errors."""
+    tiny_model = workspace.write_tiny_model(tmp_path / "model")
+    (tiny_model / "chat_template.jinja").write_text(template)
+    form = Integers(tiny.quantized("gqa_llama3", "w8a8"))
+    with pytest.raises(UserError) as error:
+        litertlm_package.write_package(form, tiny_model, tmp_path / "m.litertlm", CHUNK, CONTEXT)
+    assert str(error.value).startswith(f"model: the chat template calls {called}; expected no met")
+    assert not (tmp_path / "m.litertlm").exists()
 
 
 def test_without_the_extra_it_is_named(refused, no_packages):

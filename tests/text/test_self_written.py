@@ -26,6 +26,7 @@ from qnpu_jax.text.self_written import (
     QUESTIONS,
     Drawing,
     Writer,
+    _chats,
     calibration_windows,
     sample,
 )
@@ -257,7 +258,8 @@ def characters(bos: bool, template: str | None) -> Tokenizer:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     backend.add_special_tokens(["<s>"])
     backend.decoder = tokenizers.decoders.Fuse()  # no spaces between tokens
-    return Tokenizer.build(backend, [BOS if bos else None], [EOS], template, "characters")
+    ids = [BOS if bos else None]
+    return Tokenizer.build(backend, ids, [EOS], template, "characters", adds_bos=bos)
 
 
 TEMPLATE = "{{ bos_token }}U:{{ messages[0].content }}A:"
@@ -294,6 +296,41 @@ def test_without_bos_text_begins_with_random_tokens(tiny: Writer):
     windows = calibration_windows(tiny, characters(False, None), 640, 20, 0)
     assert len(set(windows[:, 0].tolist())) > 16
     assert (calibration_windows(tiny, characters(False, None), 640, 20, 1) != windows).any()
+
+
+@pytest.mark.slow
+def test_texts_of_a_model_with_bos_begin_by_its_own_rule(tiny: Writer):
+    """Qwen's BOS is the token that ends texts: none of its texts begins with it."""
+    made = replace(characters(True, None), adds_bos=False)
+    windows = calibration_windows(tiny, made, 640, 20, 0)
+    without = calibration_windows(tiny, characters(False, None), 640, 20, 0)
+    first, others = windows[:, 0], without[:, 0]
+    assert (first == others).mean() > 0.9  # but where the random token is BOS
+    assert len({*first.tolist()}) > 16
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        ("U:{{ messages[0].content }}A:", "U:What is the capital"),
+        ("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}", "26 Jul 2024 What is the"),
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+            "{% for m in messages %}[{{ m.content }}]{% endfor %}",
+            "[You are a helpful assistant.][What is",
+        ),
+    ],
+)
+def test_chats_are_the_same_every_day_and_in_every_template(template, begins):
+    made = characters(True, template)
+    chats = _chats(made)
+    assert len(chats) == len(QUESTIONS)
+    assert made.decode(chats[0]).startswith(begins)
+
+
+def test_a_template_that_refuses_questions_leaves_free_text():
+    assert _chats(characters(True, "{{ raise_exception('tools only') }}")) == []
+    assert _chats(characters(True, None)) == []
 
 
 def test_questions_are_varied():
