@@ -12,11 +12,7 @@ import safetensors.numpy
 from qnpu_jax.config import RopeScaling
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.checkpoint import load_params
-<<<<<<< HEAD
-=======
 from qnpu_jax.models.gguf_file import GgufFile
-from qnpu_jax.models.llama import expected_tensors
->>>>>>> tokenizers
 from qnpu_jax.models.rope_factors import llama3_factors
 
 GOLDEN = Path(__file__).parent / "golden"

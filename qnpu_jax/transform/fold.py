@@ -75,6 +75,27 @@ def _check_names(params: Params, required: set[str], optional: set[str], way_out
         )
 
 
+def offset_name(letter: str) -> str:
+    """Parameter that holds the bias of q or k where the graph adds it at RoPE's width."""
+    return f"layers.attn.rope.{letter}_offset"
+
+
+def kept_gammas(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes, for one layer, of the gammas that stay parameters, by name in the layer graph."""
+    shapes = {}
+    if config.norms != "before":
+        shapes |= dict.fromkeys(
+            (f"{block}.post_norm.gamma" for block in ("attn", "mlp")), (1, config.hidden_size)
+        )
+    heads = {"q": config.num_heads, "k": config.num_kv_heads}
+    for letter, count in heads.items():
+        if config.qk_norm == "head":
+            shapes[f"attn.{letter}_norm.gamma"] = (1, 1, config.head_dim)
+        elif config.qk_norm == "all":
+            shapes[f"attn.{letter}_norm.gamma"] = (1, count * config.head_dim)
+    return shapes
+
+
 def check_folded(config: ModelConfig, params: Params) -> None:
     """Checks that these are the parameters of `fold_norms`, with or without the prefix's K and V
     and the centre of keys.
