@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import jax.numpy as jnp
+import jax
 
 from qnpu_jax.calibrate import calibrate_activations, collect_statistics, weight_scales
 from qnpu_jax.config import ModelConfig
@@ -77,7 +77,9 @@ def prepare(
     made = fold_norms(config, params, consume=consume)
     if recipe.rotation == "hadamard":
         made = rotate(config, made, random_rotation(config, recipe.seed), consume=True)
-    return {name: jnp.asarray(made.pop(name)) for name in list(made)}
+    # One by one: transfers run in the background, and each would keep its source until it is done.
+    # `jnp.asarray` would make a copy on the host first.
+    return {name: jax.device_put(made.pop(name)).block_until_ready() for name in list(made)}
 
 
 def check_model(config: ModelConfig, recipe: Recipe, asked: Mapping[str, int]) -> None:

@@ -120,7 +120,7 @@ def rotate_parameter(
             return x
         case "layers.mlp.gate.bias" | "layers.mlp.up.bias":
             return x
-        case _ if name.endswith(".gamma"):
+        case _ if name.endswith("_norm.gamma"):  # of queries, keys, or after a block
             return x
     if r2 is None:
         raise UserError(f"{name}: expected R2 of its layer, got None; pass `r2`")
