@@ -30,10 +30,9 @@ def build_cached(
       `positions` (T,) int32, 0 for the first token after the prefix.
       `mask` (1, T G, S), codes with the bits of the scores: 0 where a token may look, elsewhere
         -127 (int8) or -32512 (int16). Layers with a sliding window of W tokens read
-        `mask_window_<W>`, with keys out of the window masked too; `mask` is there if any layer has
-        no window.
+        `mask_window_<W>` (and `keep_window_<W>`) in its place.
       `keep` (1, T G, S) int16, only in models with 16-bit probabilities: 32767 where a token may
-        look, 0 elsewhere. `keep_window_<W>` beside `mask_window_<W>`.
+        look, 0 elsewhere.
       `kv_cache_k_<i>` (N, context - T, K) and `kv_cache_v_<i>` (N, K, context - T) int8, for every
         layer i: the slots before the new tokens. The mask hides those that are not filled.
 
