@@ -140,10 +140,9 @@ def tf_decoder(tf: Any, dec: Decoder, params: Params) -> Any:
         values: dict[str, Any] = {"ids": ids}
         for graph in dec.graphs:
             whole = {n: np.asarray(x) for n, x in local(params, graph.prefix).items()}
-            inputs = {t.name for t in graph.named("input")}
-            tables = {n: x for n, x in shared.items() if n in inputs}
             for layer in range(graph.layers):
                 own = {n: tf.constant(x) for n, x in graph.at(whole, layer).items()}
+                tables = dec.shared(graph, shared, layer)
                 env = run_graph(tf, graph, values | tables | own)
                 values = {"input.residual": env[graph.outputs[0]]}
         return tf.identity(env[graph.outputs[0]], "logits")

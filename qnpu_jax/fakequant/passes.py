@@ -64,12 +64,11 @@ def passes(
     for graph in dec.graphs:
         own, q = local(params, graph.prefix), local(scales or {}, graph.prefix)
         quant = (q, ranges_of(graph, q))
-        inputs = {t.name for t in graph.named("input")}
-        shared = {k: v for k, v in tables.items() if k in inputs}
         out = graph.outputs[0]
         names = tuple(dict.fromkeys((out, *keep(graph))))
         for i in range(graph.layers):
             here = graph.at((own, quant), i)
+            shared = dec.shared(graph, tables, i)
             env = graph_tensors(graph, names, values, here[0] | shared, here[1])
             yield graph, i, env
             values = {"input.residual": env[out]}

@@ -32,6 +32,7 @@ from qnpu_jax.graph.ops import (
 from qnpu_jax.graph.qparams import Array, QParams, Scales, code_range, expand, from_range, quantize
 from qnpu_jax.graph.scales import is_free, resolve
 from qnpu_jax.graph.shared_inputs import layer_inputs, masks, visible
+from qnpu_jax.graph.shared_names import mask_name, shared_names
 from qnpu_jax.graph.tensor_classes import is_rotated, tensor_class
 
 __all__ = [
@@ -84,10 +85,12 @@ __all__ = [
     "is_rotated",
     "layer_inputs",
     "local",
+    "mask_name",
     "masks",
     "quantize",
     "ranges_of",
     "resolve",
+    "shared_names",
     "split_name",
     "tensor_class",
     "tied_inputs",

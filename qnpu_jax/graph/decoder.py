@@ -21,6 +21,7 @@ from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.builder import Builder
 from qnpu_jax.graph.graph import Graph, TensorSpec, global_name
+from qnpu_jax.graph.layered import T
 from qnpu_jax.graph.ops import (
     Add,
     AddMask,
@@ -38,6 +39,7 @@ from qnpu_jax.graph.ops import (
     Sqrt,
     Transpose,
 )
+from qnpu_jax.graph.shared_names import select
 
 TABLE_SCALE = {8: 1 / 127, 16: 1 / 32767}
 """Scale of the RoPE tables by their bits: cos and sin use the whole code range."""
@@ -103,6 +105,10 @@ class Decoder:
     def keys(self) -> int:
         """Positions that attention reads, S = prefix + cache + tokens."""
         return self.prefix + self.cache + self.tokens
+
+    def shared(self, graph: Graph, values: Mapping[str, T], layer: int = 0) -> dict[str, T]:
+        """Selects the shared inputs that a graph reads in one layer (`shared_names.select`)."""
+        return select(self.config, graph, values, layer)
 
 
 @lru_cache(maxsize=32)

@@ -17,6 +17,7 @@ from qnpu_jax.graph import (
     decoder,
     layer_inputs,
     quantize,
+    shared_names,
 )
 
 
@@ -84,15 +85,16 @@ class IntegerModel:
         return codes
 
     def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
-        """Codes of the inputs that all layers share, by local name: int8 or int16 by their bits.
+        """Codes of the inputs that layers share, by shared name (`graph.shared_names`): int8 or
+        int16 by their bits.
 
         Args:
           filled: slots of the cache that hold keys.
         """
-        real = layer_inputs(dec, filled)
+        real, local = layer_inputs(dec, filled), shared_names(dec.config, dec.layer)
         codes = {}
         for name, x in real.items():
-            spec = dec.layer[name]
+            spec = dec.layer[local[name]]
             assert spec.fixed is not None
             dtype = np.int8 if spec.quant.bits[0] == 8 else np.int16
             codes[name] = quantize(x, np.float64(spec.fixed[0]), np.int64(0), spec).astype(dtype)

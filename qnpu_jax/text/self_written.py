@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import flax.struct
 import jax
@@ -23,7 +24,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.fakequant import evaluate
+from qnpu_jax.fakequant import evaluate, scanned_inputs
 from qnpu_jax.graph import Decoder, Params, Tensors, decoder, layer_inputs, local
 from qnpu_jax.models import Tokenizer
 
@@ -258,7 +259,8 @@ def _decode(
 
 
 def _tables(dec: Decoder) -> Tensors:
-    """Stacks what all layers share (RoPE rows, mask, D eps); axis 0: 0 to `cache` filled slots."""
+    """Stacks what layers share (RoPE rows, mask, D eps) by shared name; axis 0: 0 to `cache` filled
+    slots."""
     steps = [layer_inputs(dec, filled) for filled in range(dec.cache + 1)]
     return {name: jnp.asarray(np.stack([step[name] for step in steps])) for name in steps[0]}
 
@@ -317,9 +319,13 @@ def _next_logits(
         return evaluate(dec.head, inputs)["logits"][0]
 
     x = jax.vmap(embed)(at.token)
-    x, (k, v) = jax.lax.scan(
-        partial(_layer, dec, shared), x, (local(params, "layers."), at.k, at.v)
-    )
+    kinds, of_kind = scanned_inputs(dec, shared)
+
+    def layer(x: Array, values: Any) -> Any:
+        kind, *own = values
+        return _layer(dec, of_kind(kind), x, *own)
+
+    x, (k, v) = jax.lax.scan(layer, x, (kinds, local(params, "layers."), at.k, at.v))
     # Written in place for all layers at once: a cache that the scan returned would be a copy.
     every, rows = slice(None), jnp.arange(len(at.token))
     k = at.k.at[every, rows, :, at.position].set(jnp.moveaxis(k, 1, 0), mode="drop")
@@ -331,10 +337,11 @@ def _layer(
     dec: Decoder,
     shared: Tensors,
     x: Float32[Array, "b 1 d"],
-    values: tuple[Tensors, Float32[Array, "b n c h"], Float32[Array, "b n h c"]],
+    weights: Tensors,
+    k: Float32[Array, "b n c h"],
+    v: Float32[Array, "b n h c"],
 ) -> tuple[Float32[Array, "b 1 d"], tuple[Float32[Array, "b n h"], Float32[Array, "b n h"]]]:
     """Runs one layer; returns the new residual, and the token's row of keys and of values."""
-    weights, k, v = values
 
     def row(x: Array, k: Array, v: Array, shared: Mapping[str, Array]):
         inputs = {"input.residual": x, "attn.cache_k": k, "attn.cache_v": v}

@@ -147,8 +147,7 @@ def _outliers(
         prefixes of all lengths share one compiled layer.
     """
     dec = decoder(config, plan, windows.shape[1], slots)
-    past = decoder(config, plan, windows.shape[1], cache=slots)
-    tables = shared_inputs(past, filled=len(tokens))
+    tables = shared_inputs(dec, held=len(tokens))
     params = {**params, **_keys_values(config, plan, params, tokens, slots)}
     ids = jnp.asarray(windows, jnp.int32)
     ratios = np.zeros(config.num_layers)

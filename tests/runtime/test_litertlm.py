@@ -5,6 +5,7 @@ says."""
 import importlib
 from importlib import metadata
 
+import kinds
 import numpy as np
 import pairwise
 import pytest
@@ -89,7 +90,19 @@ def test_every_profile_says_the_same(tmp_path):
     choose=pairwise.levels,
 )
 def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels, plan):
-    model = tiny.quantized(name, plan)
+    compare_with_cached(tmp_path, tiny.quantized(name, plan), kernels)
+
+
+@pytest.mark.slow
+@pairwise.parametrize(
+    ("name", "kernels", "plan"), [*kinds.CONFIGS], [*RESOLVERS], ["w8a8", "w4a16"]
+)
+def test_windows_are_made_in_the_graph(tmp_path, name, kernels, plan):
+    """Of 6 positions, while PARTS move past 16."""
+    compare_with_cached(tmp_path, kinds.quantized(name, plan), kernels)
+
+
+def compare_with_cached(tmp_path, model, kernels):
     paths = tmp_path / "lm.tflite", tmp_path / "cached.tflite"
     litertlm_signatures.write_signatures(Integers(model), paths[0], CHUNK, CONTEXT)
     cached.build_cached(model, CHUNK, CONTEXT).write(paths[1])

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pairwise
 import pytest
@@ -111,6 +112,20 @@ def test_the_likeliest_tokens_are_the_argmax_of_the_full_forward(model: Writer):
     prompt = [1, 17, 5, 80, 3]
     assert greedy(model, prompt, 60) == continuation(model, prompt, 60)
     assert greedy(model, prompt, 123) == continuation(model, prompt, 123)  # the last position
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(kinds.CONFIGS))
+def test_layers_of_several_kinds_write_what_the_full_forward_says(name):
+    """Past the window, and with a prefix that stays in it."""
+    config, prompt = kinds.CONFIGS[name], [1, 17, 5, 80, 3]
+    model = folded(config, kinds.checkpoint(config))
+    params = add_prefix(config, PLAN, model.params, (9, 33))
+    model = replace(model, params={n: jnp.asarray(x) for n, x in params.items()})
+    dec = decoder(config, PLAN, 20, 2)
+    row = np.asarray([*prompt, *greedy(model, prompt, 15)], np.int32)
+    expected = full_forward(dec, model.params, jnp.asarray(row)).argmax(axis=1)
+    np.testing.assert_array_equal(row[len(prompt) :], expected[len(prompt) - 1 : -1])
 
 
 @pytest.mark.slow
