@@ -13,10 +13,12 @@ import pytest
 from model_files import FAMILIES, GOLDEN, NAMES, read_model, write_gguf
 from plain_forward import forward
 
-from qnpu_jax.config import LayerKind, ModelConfig
+from qnpu_jax.config import LayerKind, ModelConfig, bit_plan
+from qnpu_jax.measure.perplexity import float_logits
 from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.models.fields import Fields
 from qnpu_jax.models.gemma3 import gguf_facts
+from qnpu_jax.transform import fold_norms
 
 ROUNDING = 3e-6
 
@@ -210,3 +212,25 @@ def test_gguf_gemma3_27b_has_another_query_scale(tmp_path):
     assert facts["query_scale"] == 168**-0.5
     facts = gguf_facts(Fields({**sizes, "block_count": 48}, "m"))
     assert facts["query_scale"] == 128**-0.5
+
+
+# The graph.
+
+GRAPH = 1e-5
+"""The float32 graph has the rounding of two float32 computations, and its own order of sums."""
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(f"{f}_tiny" for f in FAMILIES)])
+def test_the_graph_gives_transformers_logits(name):
+    tokens, expected = golden(name)
+    cfg, params = load_params(GOLDEN / name)
+    folded = fold_norms(cfg, params)
+    logits = np.asarray(float_logits(cfg, bit_plan(8, 8), folded)(tokens))
+    assert distance(logits, expected) < GRAPH
+
+
+def test_the_graph_with_long_factors():
+    tokens, expected = golden("phi3_tiny", "long_")
+    cfg, params = load_params(GOLDEN / "phi3_tiny", context=len(tokens))
+    logits = np.asarray(float_logits(cfg, bit_plan(8, 8), fold_norms(cfg, params))(tokens))
+    assert distance(logits, expected) < GRAPH
