@@ -52,7 +52,7 @@ def write_gguf(
 ) -> Path:
     """A golden model as convert_hf_to_gguf.py would write it, names from the gguf package's map."""
     config, stored = read_model(name)
-    arch = GGUF_NAMES.get(config["model_type"], config["model_type"])
+    arch = str(GGUF_NAMES.get(config["model_type"], config["model_type"]))
     writer = gguf.GGUFWriter(path, arch)
     write_shape(writer, config)
     WRITE_FACTS.get(arch, lambda writer, config: None)(writer, config)

@@ -5,7 +5,10 @@ rounding made 1.05e-6 of it at most here (SmolLM3); a departure left out makes 3
 """
 
 import dataclasses
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,14 @@ import pytest
 from model_files import FAMILIES, GOLDEN, NAMES, read_model, write_gguf
 from plain_forward import forward
 
-from qnpu_jax.config import LayerKind, ModelConfig
+from qnpu_jax.config import LayerKind, ModelConfig, bit_plan
+from qnpu_jax.measure.perplexity import float_logits
 from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.models.fields import Fields
 from qnpu_jax.models.gemma3 import gguf_facts
+from qnpu_jax.models.huggingface import read_config
+from qnpu_jax.models.llama import ATTENTION, MLP
+from qnpu_jax.transform import fold_norms
 
 ROUNDING = 3e-6
 
@@ -146,6 +153,86 @@ def test_fused_linears_are_split():
     assert cfg.biases == ()
 
 
+# config.json as transformers 4 wrote it, which is what most models have.
+
+
+def with_config(tmp_path: Path, family: str, change: Callable[[dict], object]) -> ModelConfig:
+    config, _ = read_model(f"{family}_tiny")
+    change(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return read_config(tmp_path)
+
+
+def old_rope(config: dict, **scaling) -> None:
+    """Moves the base out of the RoPE parameters and calls them `rope_scaling`."""
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope, **scaling}
+
+
+def old_gemma3(config: dict) -> None:
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope["full_attention"]["rope_theta"]
+    config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    config["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    del config["layer_types"]
+    config["sliding_window_pattern"] = 2
+
+
+def old_phi3(config: dict) -> None:
+    config["partial_rotary_factor"] = config["rope_parameters"].pop("partial_rotary_factor")
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    old_rope(config, type="su")
+
+
+def old_layers(config: dict) -> None:
+    for key in ("layer_types", "no_rope_layers"):
+        config.pop(key, None)
+    old_rope(config)
+
+
+OLD = {"gemma3": old_gemma3, "phi3": old_phi3} | dict.fromkeys(("qwen2", "smollm3"), old_layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_4_configuration(tmp_path, family):
+    expected = load_params(GOLDEN / f"{family}_tiny")[0]
+    assert with_config(tmp_path, family, OLD.get(family, old_rope)) == expected
+
+
+def test_gemma3_defaults_are_of_the_published_models(tmp_path):
+    def bare(config):
+        config["num_hidden_layers"] = 12
+        for key in ("rope_parameters", "layer_types", "query_pre_attn_scalar", "sliding_window"):
+            del config[key]
+
+    cfg = with_config(tmp_path, "gemma3", bare)
+    # The default window of 4096 is longer than these positions, and stays as the file has it.
+    assert cfg.kinds == (LayerKind(1e4, window=4096), LayerKind(1e6))
+    assert cfg.layer_kinds == (0, 0, 0, 0, 0, 1) * 2
+    assert cfg.query_scale == 256**-0.5
+    assert cfg.embed_scale == 32**0.5
+
+
+def test_smollm3_windows_without_positions(tmp_path):
+    windows = {"use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [0, 1, 1, 0]}
+    windows["layer_types"] = None
+    cfg = with_config(tmp_path, "smollm3", lambda config: config.update(windows))
+    assert cfg.kinds == (LayerKind(None, window=5), LayerKind(2e6))
+    assert cfg.kind_of_layer == (0, 1, 1, 0)
+
+
+def test_biases_by_flag(tmp_path):
+    flags = {"attention_bias": True, "mlp_bias": True}
+    for family in ("qwen3", "gemma3", "olmo2"):
+        cfg = with_config(tmp_path, family, lambda config: config.update(attention_bias=True))
+        assert cfg.biases == ATTENTION, family
+    for family in ("granite", "smollm3"):
+        cfg = with_config(tmp_path, family, lambda config: config.update(flags))
+        assert cfg.biases == (*ATTENTION, *MLP), family
+
+
 # GGUF.
 
 
@@ -210,3 +297,25 @@ def test_gguf_gemma3_27b_has_another_query_scale(tmp_path):
     assert facts["query_scale"] == 168**-0.5
     facts = gguf_facts(Fields({**sizes, "block_count": 48}, "m"))
     assert facts["query_scale"] == 128**-0.5
+
+
+# The graph.
+
+GRAPH = 5e-6
+"""Two float32 computations differ by 1.7e-6 at most here (SmolLM3), of other orders of sums."""
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(f"{f}_tiny" for f in FAMILIES)])
+def test_the_graph_gives_transformers_logits(name):
+    tokens, expected = golden(name)
+    cfg, params = load_params(GOLDEN / name)
+    folded = fold_norms(cfg, params)
+    logits = np.asarray(float_logits(cfg, bit_plan(8, 8), folded)(tokens))
+    assert distance(logits, expected) < GRAPH
+
+
+def test_the_graph_with_long_factors():
+    tokens, expected = golden("phi3_tiny", "long_")
+    cfg, params = load_params(GOLDEN / "phi3_tiny", context=len(tokens))
+    logits = np.asarray(float_logits(cfg, bit_plan(8, 8), fold_norms(cfg, params))(tokens))
+    assert distance(logits, expected) < GRAPH
