@@ -92,8 +92,8 @@ def find_prefix(
     """Chooses the tokens whose K and V go before every sequence, by what they do to the output.
 
     Token by token: of all candidates the one after which the quantized model is nearest to the
-    original, as long as each lowers that KL by GAIN, or until the outliers are tame. No prefix
-    competes too. The original stands with its own BOS and no prefix.
+    original, until the outliers are tame. No prefix competes too, and each token must lower that
+    KL by GAIN. The original stands with its own BOS and no prefix.
 
     Candidates are those of `starts`, the most frequent tokens that are outliers, and the most
     frequent ones of the text: a common token can take a sink that rare ones compete for.
@@ -105,25 +105,17 @@ def find_prefix(
     """
     text = bench_windows(domains, WINDOWS, TOKENS)
     bench = Bench(config, plan, params, starts.bos, text, longest)
-    frequent = [t for t, _ in Counter(bench.windows.ravel().tolist()).most_common(FREQUENT)]
-    none = _tried(bench, ())
-    begun = best = last = none
-    tried = [none.trial]
+    none = _judged(bench, _tried(bench, ()))
+    best, tried = none, [none.trial]
+    last = none
     while not last.outliers.tame and len(last.trial.tokens) < longest:
-        pool = (*starts.candidates, *none.outliers.tokens[:FREQUENT])
-        pool = dict.fromkeys((*pool, *last.outliers.tokens[:FREQUENT], *frequent))
-        here = [_tried(bench, (*last.trial.tokens, token)) for token in pool]
-        here.sort(key=lambda t: (not t.outliers.tame, float(np.mean(t.trial.kl))))
-        judged = [_judged(bench, t) for t in here[:QUANTIZED]]
-        tried += [t.trial for t in (*judged, *here[QUANTIZED:])]
-        if last is none:
-            begun = best = _judged(bench, none)
-            tried[0] = begun.trial
-        last = min(judged, key=_score)
-        if _score(last) > (1 - GAIN * (best is not begun)) * _score(best):
+        here = _longer(bench, last, [*starts.candidates, *none.outliers.tokens[:FREQUENT]])
+        tried += [t.trial for t in here]
+        last = min((t for t in here if t.trial.harm is not None), key=_score)
+        if _score(last) > (1 - GAIN) * _score(best):
             break
         best = last
-    harm = best.trial.harm
+    assert best.trial.harm is not None
     return PrefixReport(
         tokens=best.trial.tokens,
         before=none.outliers.ratio,
@@ -131,9 +123,18 @@ def find_prefix(
         peak_before=none.outliers.peak,
         peak_after=best.outliers.peak,
         ok=best.outliers.tame,
-        clip=best.outliers.tame if harm is None else harm.clips,
+        clip=best.trial.harm.clips,
         trials=(best.trial, *(t for t in tried if t.tokens != best.trial.tokens)),
     )
+
+
+def _longer(bench: Bench, last: _Tried, likely: list[int]) -> list[_Tried]:
+    """Prefixes of one token more, the best in float first; those are judged."""
+    frequent = [t for t, _ in Counter(bench.windows.ravel().tolist()).most_common(FREQUENT)]
+    pool = dict.fromkeys((*likely, *last.outliers.tokens[:FREQUENT], *frequent))
+    here = [_tried(bench, (*last.trial.tokens, token)) for token in pool]
+    here.sort(key=lambda t: (not t.outliers.tame, float(np.mean(t.trial.kl))))
+    return [_judged(bench, t) for t in here[:QUANTIZED]] + here[QUANTIZED:]
 
 
 @dataclass(frozen=True)

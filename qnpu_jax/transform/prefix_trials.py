@@ -23,9 +23,11 @@ from qnpu_jax.fakequant import Edge, passes, shared_inputs
 from qnpu_jax.graph import Decoder, Graph, Params, TensorSpec, decoder
 from qnpu_jax.transform.prefix import add_prefix, prefix_rows
 
-OUTLIER_RATIO = 64.0
-"""A token is an outlier where its largest activation exceeds this multiple of the median
-token's."""
+OUTLIER_RATIO = 100.0
+"""A token is an outlier where its largest activation exceeds this multiple of the median token's.
+
+Massive activations lie far above: 2,100 in SmolLM2-135M, where 71 to 82 are left after a prefix
+that takes them; Qwen2.5-Coder-0.5B has 74 and none, and learns best as it is."""
 WATCHED = ("mlp.act", "mlp.residual")
 """Tensors where massive activations arise (input of down) and where they stay (residual stream)."""
 SHRINKS = np.asarray([1.0, 0.8, 0.63, 0.5, 0.4, 0.31, 0.25, 0.16, 0.1], np.float32)
