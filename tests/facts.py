@@ -33,6 +33,9 @@ FACTS: dict[str, ModelConfig] = {
 """By their names: OLMo-2 is `after, qk all`, Gemma 3 `both, qk head, gelu`, Qwen3 `qk head`,
 Granite `multipliers`."""
 
+TEXT = tiny.random_ids((6, tiny.TOKENS))
+"""Windows that models are calibrated on."""
+
 
 def checkpoint(config: ModelConfig, seed: int = 7) -> dict[str, np.ndarray]:
     """Random float64 parameters of a checkpoint."""
@@ -153,5 +156,4 @@ def quantized(fact: str, plan: str) -> IntegerModel:
     """Calibrated on random tokens, with nothing learned."""
     config = FACTS[fact]
     params = pipeline.prepare(config, checkpoint(config), recipe(plan))
-    text = Windows.of(tiny.random_ids((6, tiny.TOKENS)))
-    return pipeline.quantize(config, params, recipe(plan), text, None).model
+    return pipeline.quantize(config, params, recipe(plan), Windows.of(TEXT), None).model

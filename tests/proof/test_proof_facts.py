@@ -3,6 +3,7 @@ codes, in a prefill and with a KV cache."""
 
 import facts
 import numpy as np
+import pairwise
 import pytest
 import tiny
 
@@ -20,12 +21,14 @@ PLANS = {
     "gelu": ("w8a8", "w4a16", "w8a8i8"),
     "after, qk all": ("w8a8", "w4a16", "w8a8i8"),
     "both, qk head, gelu": ("w8a8", "w8a16", "w4a8i8"),
-    "qk head": ("w4a8", "w8a8i8"),
+    "qk head": ("w8a8i8", "w4a8"),
     "multipliers": ("w8a8",),
     "both, residual scale": ("w4a16",),
 }
 """Widths of gammas and GELU: 16 bits beside 8, 16 everywhere, 8 everywhere."""
-cases = pytest.mark.parametrize(("fact", "plan"), [(f, p) for f, ps in PLANS.items() for p in ps])
+CASES = [(fact, plan) for fact, plans in PLANS.items() for plan in plans]
+OFTEN = [(fact, plans[0]) for fact, plans in PLANS.items()]
+cases = pytest.mark.parametrize("case", pairwise.often(CASES, OFTEN), ids=str)
 
 
 def test_every_fact_is_here():
@@ -34,8 +37,8 @@ def test_every_fact_is_here():
 
 @pytest.mark.slow
 @cases
-def test_prefill_and_cache_have_the_simulators_codes(fact, plan, tmp_path):
-    model = facts.quantized(fact, plan)
+def test_prefill_and_cache_have_the_simulators_codes(case, tmp_path):
+    model = facts.quantized(*case)
     writer.write_prefill(model, tmp_path / "prefill.tflite", tiny.TOKENS)
     cached.build_cached(model, 6, 20, "all").write(tmp_path / "cached.tflite")
     for name in ("prefill", "cached"):
@@ -67,13 +70,14 @@ def test_every_form_gives_the_same_logits(fact, form, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fact", list(facts.FACTS))
 def test_integers_are_near_the_float_model(fact):
-    """At w8a16 the norms and tables lose a few codes of 16 bits, weights half of one of 8: logits
-    within 5% of their range. A gamma at a wrong scale moves them by half of it."""
-    config = facts.FACTS[fact]
+    """At w8a16, on a window that it was calibrated on, what is left is 8-bit weights and caches: an
+    rms error of a few hundredths of the logits' deviation. A gamma at a wrong scale gives 1."""
+    config, ids = facts.FACTS[fact], facts.TEXT[0]
     model = facts.quantized(fact, "w8a16")
-    real = float_logits(config, model.plan, fold_norms(config, facts.checkpoint(config)))(IDS)
-    got = integer_logits(model, Simulated(model, tiny.TOKENS).logits)(IDS)
-    assert np.abs(np.asarray(got) - np.asarray(real)).max() <= 0.05 * np.ptp(np.asarray(real))
+    real = float_logits(config, model.plan, fold_norms(config, facts.checkpoint(config)))(ids)
+    got = integer_logits(model, Simulated(model, tiny.TOKENS).logits)(ids)
+    error = np.asarray(got, np.float64) - np.asarray(real, np.float64)
+    assert np.sqrt(np.mean(error**2)) <= 0.1 * np.std(np.asarray(real, np.float64))
 
 
 @pytest.mark.parametrize(("plan", "dtype"), [("w8a8", np.int16), ("w8a8i8", np.int8)])
