@@ -92,8 +92,8 @@ def find_prefix(
     """Chooses the tokens whose K and V go before every sequence, by what they do to the output.
 
     Token by token: of all candidates the one after which the quantized model is nearest to the
-    original, until the outliers are tame. No prefix competes too, and each token must lower that
-    KL by GAIN. The original stands with its own BOS and no prefix.
+    original, until the outliers are tame. The model's own BOS alone, or nothing, is where it
+    begins, and each token must lower that KL by GAIN.
 
     Candidates are those of `starts`, the most frequent tokens that are outliers, and the most
     frequent ones of the text: a common token can take a sink that rare ones compete for.
@@ -105,7 +105,7 @@ def find_prefix(
     """
     text = bench_windows(domains, WINDOWS, TOKENS)
     bench = Bench(config, plan, params, starts.bos, text, longest)
-    none = _judged(bench, _tried(bench, ()))
+    none = _judged(bench, _tried(bench, starts.bos))
     best, tried = none, [none.trial]
     last = none
     while not last.outliers.tame and len(last.trial.tokens) < longest:
