@@ -22,7 +22,7 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.graph.builder import Builder
 from qnpu_jax.graph.graph import Graph, TensorSpec, global_name
 from qnpu_jax.graph.layered import T
-from qnpu_jax.graph.norms import norm_after, norm_before, rms_norm, scaled_norm
+from qnpu_jax.graph.norms import norm_after, norm_before, scaled_norm, stream_norm
 from qnpu_jax.graph.ops import (
     Add,
     AddMask,
@@ -210,7 +210,7 @@ def _head(g: Builder, cfg: ModelConfig, tokens: int, logits: str) -> Graph:
     x = g.input("input.residual", (tokens, cfg.hidden_size))
     if logits == "last":
         x = g.add("last", Slice((tokens - 1, 0), (1, cfg.hidden_size)), x)
-    x = rms_norm(g, x, _eps(g, cfg, "norm.eps", cfg.hidden_size, "norm.sum"))
+    x = stream_norm(g, cfg, x, _eps(g, cfg, "norm.eps", cfg.hidden_size, "norm.sum"))
     x = g.add("input", Requantize(), x)
     weight = g.param("weight", (cfg.vocab_size, cfg.hidden_size), axis=0)
     bias = g.param("bias", (cfg.vocab_size,), axis=0)

@@ -46,9 +46,23 @@ def scaled_norm(g: Builder, name: str, x: TensorSpec, eps: TensorSpec) -> Tensor
         return g.add("out", Mul(), unit, gamma)
 
 
+def stream_norm(g: Builder, cfg: ModelConfig, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
+    """Stages the norm of the residual stream x (T, D) for a linear that reads it.
+
+    Its gamma is in that linear's weights. Where no rotation can spread the stream's large channels
+    it stays an op: the model itself tames them by it, and in the weights it would leave them to the
+    linear's 8-bit input.
+    """
+    unit = rms_norm(g, x, eps)
+    if cfg.merges_r1:
+        return unit
+    with g.scope("norm"):
+        return g.add("scaled", Mul(), unit, g.param("gamma", (1, x.shape[-1])))
+
+
 def norm_before(g: Builder, cfg: ModelConfig, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
     """Stages what a block reads: the normed residual stream, or the stream itself."""
-    return x if cfg.norms == "after" else rms_norm(g, x, eps)
+    return x if cfg.norms == "after" else stream_norm(g, cfg, x, eps)
 
 
 def norm_after(g: Builder, cfg: ModelConfig, x: TensorSpec, eps: TensorSpec) -> TensorSpec:

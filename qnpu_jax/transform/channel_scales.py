@@ -107,24 +107,16 @@ def scale_parameter(
             return x * v_o[:, :, None]
         case "attn.o.weight":
             return (x.reshape(len(x), n, -1, 2 * half) / v_o[None, :, None]).reshape(x.shape)
-        case "attn.q.weight" | "attn.q.bias" | "attn.k.weight" | "attn.k.bias" if normed:
-            return x
-        case "attn.k_norm.gamma":
-            return (x.reshape(len(q_k), 2, half) * q_k[:, None]).reshape(x.shape)
-        case "attn.q_norm.gamma":
-            return (x.reshape(len(q_k), -1, 2, half) / q_k[:, None, None]).reshape(x.shape)
-        case "attn.k.weight" | "attn.k.bias":
-            return (x.reshape(n, 2, half, -1) * q_k[:, None, :, None]).reshape(x.shape)
         case "attn.prefix_k":
             return (x.reshape(n, -1, 2, half) * q_k[:, None, None]).reshape(x.shape)
-        case "attn.rope.k_offset" | "attn.rope.k_centre":
-            return (x.reshape(n, 2, half) * q_k[:, None]).reshape(x.shape)
-        case "attn.rope.q_offset":
-            return (x.reshape(n, -1, 2, half) / q_k[:, None, None]).reshape(x.shape)
-        case "attn.q.weight" | "attn.q.bias":
-            groups = len(x) // (2 * n * half)
-            rows = x.reshape(n, groups, 2, half, -1)
-            return (rows / q_k[:, None, None, :, None]).reshape(x.shape)
+        case "attn.q.weight" | "attn.q.bias" | "attn.k.weight" | "attn.k.bias":
+            return x if normed else _scaled_rows(name, x, q_k)
+        case "attn.q_norm.gamma" | "attn.k_norm.gamma":
+            return _scaled_rows(name, x.reshape(-1), q_k).reshape(x.shape)
+        case "attn.rope.q_offset" | "attn.rope.k_offset" | "attn.rope.k_centre":
+            return _scaled_rows(name, x.reshape(-1), q_k).reshape(x.shape)
+        case "attn.norm.gamma" | "mlp.norm.gamma":
+            return x
         case "attn.post_norm.gamma" | "mlp.post_norm.gamma":
             return x
         case "attn.o.bias" | "mlp.gate.weight" | "mlp.gate.bias" | "mlp.down.bias":
@@ -132,6 +124,15 @@ def scale_parameter(
         case "embed.weight" | "head.weight" | "head.bias":
             return x
     raise UserError(f"{name}: not expected; expected a parameter of `fold_norms` or the prefix's")
+
+
+def _scaled_rows(name: str, x: Float[A, "rows *n"], q_k: Float[A, "M half"]) -> Float[A, "rows *n"]:
+    """Scales the rows that make keys (or queries, by the inverse): of a weight, bias or gamma."""
+    m, half = q_k.shape
+    rows = x.reshape(m, len(x) // (2 * m * half), 2, half, -1)
+    factor = q_k[:, None, None, :, None]
+    keys = name.removeprefix("layers.attn.").removeprefix("rope.").startswith("k")
+    return (rows * factor if keys else rows / factor).reshape(x.shape)
 
 
 def scale_channels(

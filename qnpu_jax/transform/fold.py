@@ -25,6 +25,7 @@ LINEARS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.do
 """Linears of a layer."""
 _ENDS = ("attn.o", "mlp.down")
 """Linears that end a block."""
+HEAD_GAMMA = "head.norm.gamma"
 TABLES = ("embed.weight", "head.weight")
 CENTRE = "layers.attn.rope.k_centre"
 _OPTIONAL = {"layers.attn.prefix_k", "layers.attn.prefix_v", CENTRE}
@@ -83,10 +84,9 @@ def offset_name(letter: str) -> str:
 def kept_gammas(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes, for one layer, of the gammas that stay parameters, by name in the layer graph."""
     shapes = {}
-    if config.norms != "before":
-        shapes |= dict.fromkeys(
-            (f"{block}.post_norm.gamma" for block in ("attn", "mlp")), (1, config.hidden_size)
-        )
+    for block in ("attn", "mlp") if not config.merges_r1 else ():
+        for norm in ("norm", "post_norm")[config.norms == "after" :]:
+            shapes[f"{block}.{norm}.gamma"] = (1, config.hidden_size)
     heads = {"q": config.num_heads, "k": config.num_kv_heads}
     for letter, count in heads.items():
         if config.qk_norm == "head":
@@ -106,7 +106,7 @@ def check_folded(config: ModelConfig, params: Params) -> None:
     own = {f"layers.{name}.{suffix}" for name in LINEARS for suffix in ("weight", "bias")}
     own |= {f"layers.{name}" for name in kept_gammas(config)}
     own |= {offset_name(letter) for letter in config.late_biases}
-    required = {*own, *TABLES, "head.bias"}
+    required = {*own, *TABLES, "head.bias", *({HEAD_GAMMA} if not config.merges_r1 else ())}
     _check_names(params, required, _OPTIONAL, "call `fold_norms` first")
 
 
@@ -156,9 +156,13 @@ def fold_norms(
     """
     _check_checkpoint(config, params)
     left: Any = params if consume else dict(params)
-    head_gamma = _real(left.pop("head.norm.gamma")) * config.hidden_size**0.5 * config.logits_scale
+    columns = _real(left.pop(HEAD_GAMMA)) * config.hidden_size**0.5
+    kept = {}
+    if not config.merges_r1:
+        kept, columns = {HEAD_GAMMA: columns.astype(dtype)[None]}, np.ones(config.hidden_size)
+    columns = columns * config.logits_scale
     table = left["embed.weight" if config.tie_embeddings else "head.weight"]
-    out = {"head.weight": by_rows(table, lambda w: w * head_gamma, dtype)}
+    out = kept | {"head.weight": by_rows(table, lambda w: w * columns, dtype)}
     out["head.bias"] = np.zeros(config.vocab_size, dtype)
     left.pop("head.weight", None)
     del table

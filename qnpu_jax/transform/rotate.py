@@ -37,7 +37,7 @@ from numpy.typing import DTypeLike
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Params
-from qnpu_jax.transform.fold import TABLES, A, by_layer, by_rows, check_folded
+from qnpu_jax.transform.fold import HEAD_GAMMA, TABLES, A, by_layer, by_rows, check_folded
 from qnpu_jax.transform.hadamard import Matrix64, has_hadamard, random_hadamard, random_orthogonal
 
 _ORTHOGONAL = 1e-4  # largest |R R^T - I| of a rotation; float32 rounding stays far below it
@@ -120,7 +120,7 @@ def rotate_parameter(
             return x
         case "layers.mlp.gate.bias" | "layers.mlp.up.bias":
             return x
-        case _ if name.endswith("_norm.gamma"):  # of queries, keys, or after a block
+        case _ if name.endswith("norm.gamma"):  # there only where R1 is not, or within a head
             return x
     if r2 is None:
         raise UserError(f"{name}: expected R2 of its layer, got None; pass `r2`")
@@ -190,7 +190,8 @@ def rotate(
     ]
 
     left: Any = params if consume else dict(params)
-    out = {"head.bias": np.asarray(left.pop("head.bias")).astype(dtype)}
+    whole = [name for name in ("head.bias", HEAD_GAMMA) if name in left]
+    out = {name: np.asarray(left.pop(name)).astype(dtype) for name in whole}
     for name in TABLES:
         out[name] = by_rows(left.pop(name), partial(rotate_parameter, name, r1=r1), dtype)
     for name in [n for n in left if n.startswith("layers.")]:

@@ -1,4 +1,4 @@
-"""Learning where norms stand after blocks, and over queries and keys: R2 alone, gammas that stay."""
+"""Learning where norms follow blocks, or stand over queries and keys: R2 alone, gammas stay."""
 
 from dataclasses import replace
 
