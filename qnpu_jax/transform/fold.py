@@ -234,6 +234,8 @@ def _gamma(config: ModelConfig, name: str, gamma: np.ndarray) -> np.ndarray:
     gamma = gamma * channels**0.5
     if "post_norm" in name:
         return gamma * config.residual_scale
+    if name not in ("attn.q_norm.gamma", "attn.k_norm.gamma"):
+        return gamma
     if name == "attn.q_norm.gamma":
         gamma = gamma * head_scales(config, channels)
     return gamma[:, head_order(config, channels)]
