@@ -103,7 +103,7 @@ def find_prefix(
       domains: text (N, T) of one domain each, without BOS.
       longest: largest number of tokens.
     """
-    text = bench_windows(domains, WINDOWS, TOKENS)
+    text = bench_windows(domains, WINDOWS, min(TOKENS, config.max_positions - longest))
     bench = Bench(config, plan, params, starts.bos, text, longest)
     none = _judged(bench, _tried(bench, starts.bos))
     best, tried = none, [none.trial]

@@ -30,6 +30,8 @@ Massive activations lie far above: 2,100 in SmolLM2-135M, where 71 to 82 are lef
 that takes them; Qwen2.5-Coder-0.5B has 74 and none, and learns best as it is."""
 WATCHED = ("mlp.act", "mlp.residual")
 """Tensors where massive activations arise (input of down) and where they stay (residual stream)."""
+RUINED = 1e6
+"""KL of a model whose logits are not finite: coarse ranges may round a sum of squares to 0."""
 SHRINKS = np.asarray([1.0, 0.8, 0.63, 0.5, 0.4, 0.31, 0.25, 0.16, 0.1], np.float32)
 """Parts of the observed range that a clipped one may keep."""
 
@@ -160,6 +162,7 @@ class Bench:
 
     def _distance(self, logits: Float[Array, "b t v"]) -> tuple[float, ...]:
         kls = [float(_kl(p, q)) for p, q in zip(self.original, logits, strict=True)]
+        kls = np.nan_to_num(kls, nan=RUINED, posinf=RUINED)
         return tuple(map(float, np.mean(np.reshape(kls, (len(self.domains), -1)), axis=1)))
 
 

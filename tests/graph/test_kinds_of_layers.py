@@ -18,7 +18,8 @@ from qnpu_jax.fakequant.forward import forward, shared_inputs
 from qnpu_jax.fakequant.passes import passes
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.graph.layered import local
-from qnpu_jax.transform.fold import fold_norms, rotary_order, score_scale
+from qnpu_jax.transform.fold import fold_norms
+from qnpu_jax.transform.heads import rotary_order, score_scale
 from qnpu_jax.transform.prefix import add_prefix
 
 PLAN = tiny.PLANS["w8a8"]
