@@ -156,7 +156,7 @@ def mask_scale(scores: jax.Array, bits: int) -> jax.Array:
     needed = (np.float32(qmax) * scores + np.float32(qmax + 1) * masked) / -MASK_CODE[bits]
     needed = jnp.maximum(jax.lax.stop_gradient(needed), np.float32(MASK_SCALE[bits]))
     fraction, exponent = jnp.frexp(needed)
-    return jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5))
+    return jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5).astype(exponent.dtype))
 
 
 def _of_requantize(graph: Graph, node: Node, free: Scales, of: Any, constant: Any) -> QParams:
