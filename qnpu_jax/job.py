@@ -38,6 +38,7 @@ from qnpu_jax.proof import PrefillProof, prove_prefill
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import Texts, excerpts, files, starts_of
 from qnpu_jax.tflite import LiteRT, check_prefill, write_prefill
+from qnpu_jax.transform import prefix_length
 
 PACKAGES = (
     "qnpu", "jax", "jaxlib", "numpy", "optax", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers"
@@ -298,7 +299,7 @@ class Measured:
     """Quality of a written model, and the proof of its file.
 
     Attributes:
-      perplexity: of each reading: the original float model, the float model after the prefix,
+      perplexity: of each reading: the original float model, it after the prefix if there is one,
         fake-quant, simulator, LiteRT.
       proof: of the file that was written.
     """
@@ -333,9 +334,10 @@ def _measure(
             file.unlink()
         simulator = simulate(model, job.prefill, "all")
     read = partial(perplexity.float_logits, model.config, model.plan)
+    same = prefix_length(made.prefixed) == prefix_length(made.reference)  # its own BOS, or none
     readings: dict[str, perplexity.Logits] = {
         "float": read(made.reference),
-        **({"float, prefix": read(made.prefixed)} if made.prefix else {}),
+        **({} if same else {"with prefix": read(made.prefixed)}),
         "fake-quant": perplexity.fake_quant_logits(model),
         "simulator": perplexity.integer_logits(model, simulator.logits),
         "LiteRT": perplexity.integer_logits(model, runner.run),

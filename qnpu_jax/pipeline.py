@@ -11,7 +11,7 @@ import jax
 from qnpu_jax.calibrate import calibrate_activations, collect_statistics, weight_scales
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Params, decoder
+from qnpu_jax.graph import Decoder, Params, decoder
 from qnpu_jax.integer import IntegerModel, check_bits, freeze
 from qnpu_jax.learn import Calibrated, History, Store, learn, learns
 from qnpu_jax.progress import Observer
@@ -137,17 +137,15 @@ def quantize(
     original = add_prefix(config, recipe.bits, params, starts.bos)
     tokens, found = _prefix(config, params, recipe, text, starts, watch)
     params = add_prefix(config, recipe.bits, params, tokens)
-    clips = _clips(found, learns(recipe, effort))
+    learning = learns(recipe, effort)
+    clips = _clips(found, learning)
     dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
     with watch.stage("calibrate"):
-        if recipe.smooth:
-            peaks = channel_peaks(dec, params, text.calibration)
-            diagonal = smoothquant(config, params, peaks, recipe.smooth)
-            params = scale_channels(config, params, diagonal)
+        params = _smoothed(dec, params, recipe, text)
         stats = collect_statistics(dec, params, text.calibration, track=watch.track)
         activations, ranges = calibrate_activations(dec, stats, recipe.activation_init, clips)
         free = activations | weight_scales(dec, params, recipe.weight_init)
-        if learns(recipe, effort):  # whatever freezing refuses, it refuses before hours of learning
+        if learning:  # whatever freezing refuses, it refuses before hours of learning
             freeze(dec, params, free, tokens)
     with watch.stage("learn"):
         calibrated = Calibrated(dec, params, free, clips, original)
@@ -155,6 +153,14 @@ def quantize(
     with watch.stage("freeze"):
         model = freeze(dec, made.params, made.free, tokens)
     return Quantized(model, made.params, original, params, found, ranges, made.histories)
+
+
+def _smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:
+    """Parameters with SmoothQuant's diagonal scales, where the recipe has some."""
+    if not recipe.smooth:
+        return params
+    peaks = channel_peaks(dec, params, text.calibration)
+    return scale_channels(dec.config, params, smoothquant(dec.config, params, peaks, recipe.smooth))
 
 
 def _prefix(

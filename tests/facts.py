@@ -11,6 +11,7 @@ from qnpu_jax.config import ModelConfig
 from qnpu_jax.integer.model import IntegerModel
 from qnpu_jax.recipes import RECIPES, Recipe
 from qnpu_jax.text.windows import Windows
+from qnpu_jax.transform.prefix_search import Starts
 
 BASE = ModelConfig(
     family="facts", vocab_size=96, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4,
@@ -129,8 +130,8 @@ def reference(config: ModelConfig, params: dict[str, np.ndarray], ids: np.ndarra
 def as_checkpoint(
     config: ModelConfig, folded: dict[str, np.ndarray]
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """The graph's parameters as those of a checkpoint without factors, whose norms before blocks
-    have a gamma of D^-1/2: what the graph computes, read by `reference` in float64."""
+    """The graph's parameters as those of a checkpoint without factors, where norms that the graph
+    has no gamma of have D^-1/2: what the graph computes, read by `reference` in float64."""
     d, layers = config.hidden_size, config.num_layers
     plain = replace(
         config, query_scale=1.0, embed_scale=1.0, residual_scale=1.0, logits_scale=1.0,
@@ -139,11 +140,12 @@ def as_checkpoint(
     params = {n: x for n, x in folded.items() if not n.endswith(".gamma") and n != "head.bias"}
     for name in (n for n in folded if n.endswith(".gamma")):
         gamma = folded[name]
-        params[name] = gamma.reshape(layers, -1) / gamma.shape[-1] ** 0.5
-    unit = {"head.norm.gamma": np.full(d, d**-0.5)}
-    if config.norms != "after":
-        unit |= {f"layers.{b}.norm.gamma": np.full((layers, d), d**-0.5) for b in ("attn", "mlp")}
-    return plain, params | unit
+        stacked = (layers, -1) if name.startswith("layers.") else -1
+        params[name] = gamma.reshape(stacked) / gamma.shape[-1] ** 0.5
+    if config.norms == "before":
+        params |= {f"layers.{b}.norm.gamma": np.full((layers, d), d**-0.5) for b in ("attn", "mlp")}
+        params["head.norm.gamma"] = np.full(d, d**-0.5)
+    return plain, params
 
 
 def recipe(plan: str) -> Recipe:
@@ -156,4 +158,4 @@ def quantized(fact: str, plan: str) -> IntegerModel:
     """Calibrated on random tokens, with nothing learned."""
     config = FACTS[fact]
     params = pipeline.prepare(config, checkpoint(config), recipe(plan))
-    return pipeline.quantize(config, params, recipe(plan), Windows.of(TEXT), None).model
+    return pipeline.quantize(config, params, recipe(plan), Windows.of(TEXT), Starts()).model

@@ -115,7 +115,7 @@ class Constants:
         names = shared_names(dec.config, dec.layer)
         scales = activation_scales(model)
         tables = {
-            n: jnp.asarray(codes.astype(np.float32) * np.float32(_scale_of(dec.layer, names[n])))
+            n: jnp.asarray(codes.astype(np.float32) * _scale_of(model, names[n]))
             for n, codes in model.inputs(dec).items()
         }
         ranges = {
@@ -153,10 +153,9 @@ class Constants:
                 yield graph, layer, {**own, **shared}, quant
 
 
-def _scale_of(graph: Graph, name: str) -> float:
-    fixed = graph[name].fixed
-    assert fixed is not None
-    return fixed[0]
+def _scale_of(model: IntegerModel, name: str) -> np.float32:
+    """Returns the scale of an input that layers share, by its local name: the same in all."""
+    return model.tensors[f"{LAYERS}{name}"].scale[0]
 
 
 class Sums(NamedTuple):

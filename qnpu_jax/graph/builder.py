@@ -127,12 +127,12 @@ class Builder:
             quant = QuantSpec(source.bits, source.symmetric)
         else:
             quant = QuantSpec(self.bits(name), symmetric)
+        if isinstance(op, Add | Mul):
+            self._check_constants(inputs, quant.bits)
         if isinstance(op, _UNIFORM):
             inputs = tuple(self._widen(t, quant.bits, name) for t in inputs)
         if isinstance(op, FullyConnected):
             self._check_bias(inputs[0], inputs[2])
-        if isinstance(op, Add | Mul):
-            self._check_constants(inputs, quant.bits)
         return self._append(name, op, inputs, quant)
 
     def _append(

@@ -115,9 +115,7 @@ def scale_parameter(
             return _scaled_rows(name, x.reshape(-1), q_k).reshape(x.shape)
         case "attn.rope.q_offset" | "attn.rope.k_offset" | "attn.rope.k_centre":
             return _scaled_rows(name, x.reshape(-1), q_k).reshape(x.shape)
-        case "attn.norm.gamma" | "mlp.norm.gamma":
-            return x
-        case "attn.post_norm.gamma" | "mlp.post_norm.gamma":
+        case _ if name.endswith("norm.gamma"):  # of the residual stream
             return x
         case "attn.o.bias" | "mlp.gate.weight" | "mlp.gate.bias" | "mlp.down.bias":
             return x

@@ -156,16 +156,7 @@ def fold_norms(
     """
     _check_checkpoint(config, params)
     left: Any = params if consume else dict(params)
-    columns = _real(left.pop(HEAD_GAMMA)) * config.hidden_size**0.5
-    kept = {}
-    if not config.merges_r1:
-        kept, columns = {HEAD_GAMMA: columns.astype(dtype)[None]}, np.ones(config.hidden_size)
-    columns = columns * config.logits_scale
-    table = left["embed.weight" if config.tie_embeddings else "head.weight"]
-    out = kept | {"head.weight": by_rows(table, lambda w: w * columns, dtype)}
-    out["head.bias"] = np.zeros(config.vocab_size, dtype)
-    left.pop("head.weight", None)
-    del table
+    out = _fold_head(config, left, dtype)
     out["embed.weight"] = _embedding(config, left.pop("embed.weight"), dtype)
     for name, shape in kept_gammas(config).items():
         gamma = _gamma(config, name, _real(left.pop(f"layers.{name}")))
@@ -175,6 +166,18 @@ def fold_norms(
         gamma = None if name in _ENDS else gammas.get(f"layers.{name.split('.')[0]}.norm.gamma")
         out |= _fold_linear(config, left, name, gamma, dtype)
     return out
+
+
+def _fold_head(config: ModelConfig, left: Any, dtype: DTypeLike) -> dict[str, np.ndarray]:
+    """Parameters of the head, which are removed from `left`; a tied table stays there."""
+    columns = _real(left.pop(HEAD_GAMMA)) * config.hidden_size**0.5
+    kept = {}
+    if not config.merges_r1:
+        kept, columns = {HEAD_GAMMA: columns.astype(dtype)[None]}, np.ones(config.hidden_size)
+    columns = columns * config.logits_scale
+    table = left["embed.weight"] if config.tie_embeddings else left.pop("head.weight")
+    weight = by_rows(table, lambda w: w * columns, dtype)
+    return {**kept, "head.weight": weight, "head.bias": np.zeros(config.vocab_size, dtype)}
 
 
 def _fold_linear(

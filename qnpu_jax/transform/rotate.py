@@ -120,7 +120,9 @@ def rotate_parameter(
             return x
         case "layers.mlp.gate.bias" | "layers.mlp.up.bias":
             return x
-        case _ if name.endswith("norm.gamma"):  # there only where R1 is not, or within a head
+        case "layers.attn.q_norm.gamma" | "layers.attn.k_norm.gamma":
+            return x
+        case _ if r1 is None and name.endswith("norm.gamma"):  # of the residual stream
             return x
     if r2 is None:
         raise UserError(f"{name}: expected R2 of its layer, got None; pass `r2`")

@@ -237,9 +237,9 @@ def test_verify_finds_another_model(qnpu, refused, here):
     assert qnpu("export", "out", "out/model.tflite", "--prefill", "8")[0] == 2  # now incomplete
     shutil.move(here / "kept", here / "out" / "model.tflite")
     changed = here / "out" / "integer_model.json"
-    changed.write_text(changed.read_text().replace('"format": 3', '"format": 1'))
+    changed.write_text(changed.read_text().replace('"format": 4', '"format": 1'))
     rehash(here / "out")
-    expected = "integer_model.json: format 1, expected 3; run `qnpu quantize` again"
+    expected = "integer_model.json: format 1, expected 4; run `qnpu quantize` again"
     assert expected in refused("verify", "out")
 
 

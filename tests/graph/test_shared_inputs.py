@@ -10,7 +10,7 @@ import tiny
 
 from qnpu_jax.config import LayerKind, RopeScaling
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.decoder import MASK, MASK_CODE, decoder
 from qnpu_jax.graph.shared_inputs import layer_inputs, masks, rope_frequencies, rope_tables, visible
 from qnpu_jax.graph.shared_names import shared_names
 from qnpu_jax.integer.model import IntegerModel
@@ -149,8 +149,13 @@ def test_codes_are_those_of_every_kind():
     assert codes.keys() == real.keys()
     for name, x in codes.items():
         local = shared_names(dec.config, dec.layer)[name]
+        assert x.dtype == np.int16
+        if local == "mask":  # its scale follows from the scores, its code does not
+            np.testing.assert_array_equal(np.unique(real[name]), np.float32([MASK, 0]))
+            np.testing.assert_array_equal(x, np.where(real[name] == 0, 0, MASK_CODE[16]))
+            continue
         fixed = dec.layer[local].fixed
-        assert fixed is not None and x.dtype == np.int16
-        # Half a code; scores are hidden by exactly MASK.
+        assert fixed is not None
+        # Half a code.
         assert np.abs(x * fixed[0] - real[name]).max() <= 0.5001 * fixed[0]
     assert (codes["rope.cos_kind_1"] == 32767).all() and not codes["rope.sin_kind_1"].any()

@@ -86,7 +86,10 @@ def forward(config, params, ids):
         layer = {
             n.removeprefix("layers."): p[i] for n, p in params.items() if n.startswith("layers.")
         }
-        linear = lambda n, y, p=layer: y @ p[f"{n}.weight"].T + p.get(f"{n}.bias", 0)  # noqa: E731
+        late = {f"attn.{x}": layer.get(f"attn.rope.{x}_offset", np.zeros(1)).ravel() for x in "qk"}
+        linear = lambda n, y, p=layer, b=late: (  # noqa: E731
+            y @ p[f"{n}.weight"].T + p.get(f"{n}.bias", 0) + b.get(n, 0)
+        )
         y = rms_norm(x, layer.get("attn.norm.gamma"), eps)
         x = x + attention(config, linear, y, config.head_dim**-0.5 if raw else 1)
         y = rms_norm(x, layer.get("mlp.norm.gamma"), eps)
@@ -189,10 +192,21 @@ def test_folded_names_and_shapes():
     folded = fold.fold_norms(CONFIG, raw)
     names = {n for n in raw if not n.endswith("gamma")}
     biases = {n.replace("weight", "bias") for n in names if n != "embed.weight"}
-    assert folded.keys() == names | biases
+    offsets = {"layers.attn.rope.q_offset": (3, 1, 4, 8), "layers.attn.rope.k_offset": (3, 1, 2, 8)}
+    assert folded.keys() == names | biases | offsets.keys()
+    assert all(folded[n].shape == shape for n, shape in offsets.items())
     assert all(folded[n].shape == raw[n].shape for n in names)
     assert all(folded[n].shape == folded[n.replace("bias", "weight")].shape[:-1] for n in biases)
-    assert not any(folded[n].any() for n in biases)
+    assert not any(folded[n].any() for n in biases | offsets.keys())
+
+
+def test_biases_of_queries_and_keys_are_late():
+    raw = checkpoint()
+    folded = fold.fold_norms(CONFIG, raw, np.float64)
+    for letter, scale in (("q", CONFIG.head_dim**-0.5), ("k", 1)):
+        assert not folded[f"layers.attn.{letter}.bias"].any()
+        offset = folded[f"layers.attn.rope.{letter}_offset"].reshape(CONFIG.num_layers, -1)
+        np.testing.assert_allclose(offset, raw[f"layers.attn.{letter}.bias"] * scale, rtol=1e-15)
 
 
 def test_arguments_are_not_changed():
@@ -220,6 +234,8 @@ def test_which_biases_rotate():
                 rotated[name][i], r1_of(rotation).T @ folded[name][i], atol=1e-12
             )
     for name in (
+        "layers.attn.rope.q_offset",
+        "layers.attn.rope.k_offset",
         "layers.attn.q.bias",
         "layers.attn.k.bias",
         "layers.mlp.gate.bias",
