@@ -20,7 +20,7 @@ from qnpu_jax.graph.qparams import QParams
 from qnpu_jax.graph.scales import MASK_SCALE
 from qnpu_jax.integer.accumulators import proved_bounds
 from qnpu_jax.integer.freeze import check_bits, freeze
-from qnpu_jax.integer.model import activation_scales, dequantize
+from qnpu_jax.integer.model import HELD, activation_scales, dequantize
 from qnpu_jax.integer.storage import load, save
 
 plans = pytest.mark.parametrize("plan", pairwise.often([*tiny.PLANS], ["w8a8", "mixed"]))
@@ -43,7 +43,7 @@ def test_weights_and_prefix_are_within_half_a_step(plan):
             if name.endswith("bias"):
                 continue
             codes = model.codes[name]
-            assert codes.dtype == np.int8
+            assert codes.dtype == HELD[max(spec.quant.bits)]
             for layer, bits in enumerate(spec.quant.bits):
                 c, w, r, s = (
                     rows(graph, np.asarray(x))[layer]
