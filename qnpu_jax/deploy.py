@@ -33,7 +33,14 @@ from qnpu_jax.progress import Clock, Observer
 from qnpu_jax.proof import CachedProof, CachedSimulator, bound_accumulators, prove_cached
 from qnpu_jax.runtime import litertlm_package
 from qnpu_jax.text import excerpts
-from qnpu_jax.tflite import FORMS, HEXAGON_FORM, build_cached, build_prefill, check_prefill
+from qnpu_jax.tflite import (
+    FORMS,
+    HEXAGON_FORM,
+    build_cached,
+    build_prefill,
+    check_name,
+    check_prefill,
+)
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,11 @@ def export(
       form: how the file holds the model.
 
     Raises:
-      UserError: `file` exists, the prefill is too short, the model has fewer positions, or an
-        accumulator can overflow at this length.
+      UserError: `file` exists or is named as a package, the prefill is too short, the model has
+        fewer positions, or an accumulator can overflow at this length.
     """
     check_prefill(prefill)
+    check_name(file)
     with artifacts.new_file(file) as partial:
         model = folder.model
         held = FORMS[form](model)

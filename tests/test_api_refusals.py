@@ -149,6 +149,10 @@ MISTAKES = [
         "qnpu.write_tflite(model, 'a.tflite', tokens=16, context=16)",
         "context: expected an integer from 17 to ",
     ),
+    (
+        "qnpu.write_tflite(model, 'a.litertlm')",
+        "a.litertlm: a plain .tflite would get this name; expected one that ends in .tflite;",
+    ),
     ("qnpu.write_tflite(model, 'out')", "out: is a folder; expected a file; name one in it"),
     ("qnpu.write_tflite(model, 'no/a.tflite')", "no/a.tflite: its folder does not exist; expected"),
     # The simulator.

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import re
 import shlex
 from itertools import product
@@ -11,10 +12,14 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import tiny
 import typer
 from typer.exceptions import TyperException
 
 from qnpu_jax.cli.commands import app
+from qnpu_jax.config import BitPlan
+from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 HISTORY = sorted(ROOT.glob("benchmarks/history/*.md"))
@@ -176,3 +181,13 @@ def test_the_architecture_is_drawn_as_it_is():
 def test_widths_are_drawn_as_they_are():
     figures = script("figures")
     assert figures.drawn() == figures.widths(), "run `python docs/figures.py`"
+
+
+def test_the_rules_of_ones_own_recipe_are_taken():
+    """What docs/recipes.md puts at the top of a plan gives a graph, of those widths."""
+    page = (ROOT / "docs" / "recipes.md").read_text().partition("## One's own")[2]
+    rules = json.loads("[" + re.findall(r"`(\[\"layers.*?)` gives", page, re.S)[0] + "]")
+    plan = BitPlan((*map(tuple, rules), *RECIPES["w4a8"].bits.rules))
+    layer = decoder(tiny.SMOLLM2, plan, 8).layer
+    for name in ("mlp.act", "mlp.down"):
+        assert layer[name].quant.bits == (16, *[8] * 29)

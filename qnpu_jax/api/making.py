@@ -33,7 +33,7 @@ from qnpu_jax.progress import Observer
 from qnpu_jax.proof import bound_accumulators
 from qnpu_jax.recipes import Effort, Recipe
 from qnpu_jax.text import Excerpt, excerpts
-from qnpu_jax.tflite import build_cached, build_prefill
+from qnpu_jax.tflite import build_cached, build_prefill, check_name
 
 
 def quantize(
@@ -127,7 +127,7 @@ def write_tflite(
 
     Raises:
       UserError: no model; lengths that the model or the cache has no room for; an accumulator that
-        can overflow at this length; a file that cannot be written.
+        can overflow at this length; a file that cannot be written or is named as a package.
 
     Example:
       >>> qnpu.write_tflite(model, "model.tflite", tokens=16)
@@ -139,6 +139,7 @@ def write_tflite(
     check_integer("tokens", tokens, 2, room(model) if context is None else room(model) - 1)
     if context is not None:
         check_integer("context", context, tokens + 1, room(model))
+    check_name(path)
     bound_accumulators(model, context or tokens, logits)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file; name one in it")

@@ -198,11 +198,6 @@ def export(
         from qnpu_jax.output import OutputFolder
     with Display() as clock, clock.stage("write"):
         opened = OutputFolder.open(folder)
-        if file.suffix == ".litertlm" and not litertlm:
-            raise UserError(
-                f"{file}: a plain .tflite would get this name; expected --litertlm, or a name that"
-                " ends in .tflite; give the one or the other"
-            )
         if litertlm:
             slots = PACKAGED_CONTEXT if context is None else context
             deploy.package(opened, file, deploy.CachedFile(prefill, slots, profile))

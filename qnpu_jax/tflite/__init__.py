@@ -10,7 +10,7 @@ from qnpu_jax.tflite.op_versions import DType
 from qnpu_jax.tflite.operators import add_op
 from qnpu_jax.tflite.packing import TensorType
 from qnpu_jax.tflite.square_sums import are_squares
-from qnpu_jax.tflite.writer import build_prefill, check_prefill, write_prefill
+from qnpu_jax.tflite.writer import build_prefill, check_name, check_prefill, write_prefill
 
 __all__ = [
     "FORMS",
@@ -33,6 +33,7 @@ __all__ = [
     "build_cached",
     "build_prefill",
     "cached_decoder",
+    "check_name",
     "check_prefill",
     "emit",
     "open_interpreter",

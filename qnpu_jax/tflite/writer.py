@@ -59,3 +59,12 @@ def check_prefill(prefill: int) -> None:
     """Raises UserError for a prefill too short to be one."""
     if prefill < 2:
         raise UserError(f"prefill: {prefill} is too short; expected at least 2; raise --prefill")
+
+
+def check_name(file: Path) -> None:
+    """Raises UserError for a .tflite that would pass for a LiteRT-LM package by its name."""
+    if file.suffix == ".litertlm":
+        raise UserError(
+            f"{file}: a plain .tflite would get this name; expected one that ends in .tflite;"
+            " rename it, or write a package with `qnpu export --litertlm`"
+        )

@@ -282,7 +282,7 @@ def test_export(qnpu, here):
     [
         ("text.txt", "text.txt: exists; expected a new file; choose another name"),
         ("no/m.tflite", "no/m.tflite: its folder does not exist; expected an existing one; make"),
-        ("m.litertlm", "m.litertlm: a plain .tflite would get this name; expected --litertlm, or"),
+        ("m.litertlm", "m.litertlm: a plain .tflite would get this name; expected one that"),
         ("m.tflite --prefill 1", "prefill: 1 is too short; expected at least 2"),
         ("m.tflite --prefill 513", "513 positions; expected at most the model's 512"),
         ("m.tflite --logits first", "'first' is not one of 'all', 'last'; see `qnpu --help`"),
