@@ -42,6 +42,7 @@ from qnpu_jax.text import excerpts
 from qnpu_jax.text.windows import Windows
 from qnpu_jax.tflite import cached
 from qnpu_jax.tflite.named_forms import FORMS, HEXAGON_FORM
+from qnpu_jax.transform.prefix_search import Starts
 
 FASTER = 0.151
 """How far w4a8's prefill should lie below w4a16's: what Quant.npu reports of SM8650."""
@@ -144,7 +145,7 @@ def tiny_case(recipe: str, args: argparse.Namespace) -> Case:
     chosen = replace(load_recipe(recipe), prefix="none")
     windows = rng.integers(0, TINY.vocab_size, (4, args.tokens)).astype(np.int32)
     prepared = pipeline.prepare(TINY, params, chosen)
-    made = pipeline.quantize(TINY, prepared, chosen, Windows.of(windows), 1)
+    made = pipeline.quantize(TINY, prepared, chosen, Windows.of(windows), Starts())
     return Case(recipe, made.model, windows[:1])
 
 

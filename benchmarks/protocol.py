@@ -18,8 +18,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ from qnpu_jax.models import checkpoint as models_checkpoint
 from qnpu_jax.models.checkpoint import Checkpoint
 from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
-from qnpu_jax.text import files
+from qnpu_jax.text import excerpts, files
+from qnpu_jax.text.starts import starts_of
 from qnpu_jax.text.windows import Windows, cut
+from qnpu_jax.transform.prefix import add_prefix
 from qnpu_sim.program import compile_model, run
 
 Row = dict[str, Any]
@@ -49,6 +52,9 @@ COLUMNS = ("fake_quant", "simulator", "kl", "top1", "seconds", "step_seconds")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
+    parser.add_argument(
+        "--others", type=Path, nargs="*", default=[], help="texts to score too, float and quantized"
+    )
     parser.add_argument("--calibration", type=Path, required=True, help="to calibrate and learn on")
     parser.add_argument("--effort", choices=list(EFFORTS), default="full")
     parser.add_argument("--steps", type=int, help="in place of the effort's")
@@ -83,6 +89,7 @@ class Bench:
     checkpoint: Checkpoint
     held_out: np.ndarray
     calibration: Path
+    others: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def windows(self, path: Path | None, length: int, tokens: int) -> np.ndarray:
         """Cuts windows from a file, by default from Python's documentation."""
@@ -95,17 +102,19 @@ class Bench:
         calibration = self.windows(
             self.calibration, recipe.calibration_length, recipe.calibration_tokens
         )
-        if not effort.steps:
-            return Windows.of(calibration)
+        held_out, other = excerpts.judged(self.checkpoint, effort if effort.steps else None)
+        if held_out is None:
+            return Windows.of(calibration, other.windows)
         learning = self.windows(self.calibration, effort.length, effort.tokens)
-        held_out = self.windows(None, effort.length, effort.held_out * effort.length)
-        return Windows(calibration, learning, held_out)
+        return Windows(calibration, learning, held_out.windows, other.windows)
 
 
 def load(args: argparse.Namespace) -> Bench:
     bench = Bench(models_checkpoint.load(args.model), np.zeros(0), args.calibration)
-    held_out = bench.windows(args.text, args.length, args.windows * args.length)
-    return Bench(bench.checkpoint, held_out, args.calibration)
+    tokens = args.windows * args.length
+    held_out = bench.windows(args.text, args.length, tokens)
+    others = {path.stem: bench.windows(path, args.length, tokens) for path in args.others}
+    return Bench(bench.checkpoint, held_out, args.calibration, others)
 
 
 def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: bool) -> Row:
@@ -130,7 +139,7 @@ def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: 
 
     try:  # around this alone: any other mistake of the user ends the run
         made = pipeline.quantize(
-            config, params, recipe, text, tokenizer.bos_id, effort=effort, watch=Watch()
+            config, params, recipe, text, starts_of(tokenizer), effort=effort, watch=Watch()
         )
     except UserError as error:
         return {"recipe": recipe.name, "fake_quant": None, "error": str(error)}
@@ -142,6 +151,7 @@ def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: 
         "recipe": recipe.name,
         **scores,
         "prefix": list(made.model.prefix),
+        "trials": dataclasses.asdict(made.prefix)["trials"] if made.prefix else None,
         "seconds": round(seconds, 1),
         "step_seconds": round(float(np.median(steps)), 4) if steps else None,
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
@@ -154,26 +164,27 @@ def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: 
 def _scores(
     bench: Bench, recipe: Recipe, made: pipeline.Quantized, batch: int, simulate: bool
 ) -> Row:
-    config, model = bench.checkpoint.config, made.model
+    model = made.model
     readings = {"fake_quant": fake_quant_logits(model)}
     if simulate:
         program = compile_model(model, model.decoder(bench.held_out.shape[1]), "litert_ref")
         codes = lambda ids: run(program, ids)["head.logits"]  # noqa: E731
         readings["simulator"] = integer_logits(model, codes)
-    scores: Row = {
-        name: measure_perplexity.perplexity(logits, bench.held_out, batch)
-        for name, logits in readings.items()
-    }
+    score = partial(measure_perplexity.perplexity, batch=batch)
+    scores: Row = {name: score(logits, bench.held_out) for name, logits in readings.items()}
     last = list(readings.values())[-1]
-    original = float_logits(config, recipe.bits, made.reference)
+    original = float_logits(model.config, recipe.bits, made.reference)
     found = divergence(original, last, bench.held_out, batch)
-    return {**scores, "kl": found.kl, "top1": found.top1}
+    others = {name: [score(original, x), score(last, x)] for name, x in bench.others.items()}
+    return {**scores, "kl": found.kl, "top1": found.top1, "others": others}
 
 
 def float_perplexity(bench: Bench, recipe: Recipe, batch: int) -> float:
-    """Perplexity of the float model, without a prefix."""
-    params = pipeline.prepare(bench.checkpoint.config, bench.checkpoint.params, recipe)
-    logits = float_logits(bench.checkpoint.config, recipe.bits, params)
+    """Perplexity of the original float model: no prefix but its own BOS."""
+    config, starts = bench.checkpoint.config, starts_of(bench.checkpoint.tokenizer)
+    params = pipeline.prepare(config, bench.checkpoint.params, recipe)
+    params = add_prefix(config, recipe.bits, params, starts.bos)
+    logits = float_logits(config, recipe.bits, params)
     with jax.default_matmul_precision("highest"):
         return measure_perplexity.perplexity(logits, bench.held_out, batch)
 

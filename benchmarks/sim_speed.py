@@ -37,7 +37,7 @@ from random_model import random_model
 
 from qnpu_jax import pipeline
 from qnpu_jax.fakequant.evaluate import evaluate
-from qnpu_jax.fakequant.forward import forward, shared_inputs
+from qnpu_jax.fakequant.forward import forward, scanned_inputs, shared_inputs
 from qnpu_jax.graph.graph import TensorSpec
 from qnpu_jax.graph.layered import Params, local
 from qnpu_jax.integer.model import IntegerModel, dequantize
@@ -45,6 +45,7 @@ from qnpu_jax.models.checkpoint import load
 from qnpu_jax.output import OutputFolder
 from qnpu_jax.recipes import RECIPES, load_recipe
 from qnpu_jax.text.files import default_text, tokenize
+from qnpu_jax.text.starts import starts_of
 from qnpu_jax.text.windows import Windows, cut
 from qnpu_jax.tflite import writer
 from qnpu_jax.tflite.interpreter import LiteRT
@@ -133,7 +134,8 @@ def quantize(recipes: list[str], quick: bool) -> tuple[dict[str, IntegerModel], 
     windows = cut(ids, 128, 4, "default text")
     params = pipeline.prepare(config, checkpoint.params, chosen[0])
     made = [
-        pipeline.quantize(config, params, r, Windows.of(windows), tokenizer.bos_id) for r in chosen
+        pipeline.quantize(config, params, r, Windows.of(windows), starts_of(tokenizer))
+        for r in chosen
     ]
     return {r.name: q.model for r, q in zip(chosen, made, strict=True)}, made[0].params
 
@@ -155,15 +157,17 @@ def half_forward(dec: Any, params: Params, ids: jax.Array) -> jax.Array:
     def half(_: TensorSpec, x: jax.Array) -> jax.Array:
         return x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    tables = shared_inputs(dec)
+    shared = shared_inputs(dec)
+    kinds, tables = scanned_inputs(dec, shared)
 
-    def step(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        values = {"input.residual": x, **tables, **layer}
+    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        own, kind = layer
+        values = {"input.residual": x, **tables(kind), **own}
         return evaluate(dec.layer, values, half)["mlp.residual"], None
 
     embedded = evaluate(dec.embed, {"ids": ids, **local(params, "embed.")}, half)["residual"]
-    x, _ = jax.lax.scan(step, embedded, local(params, "layers."))
-    values = {"input.residual": x, "norm.eps": tables["norm.eps"], **local(params, "head.")}
+    x, _ = jax.lax.scan(step, embedded, (local(params, "layers."), kinds))
+    values = {"input.residual": x, "norm.eps": shared["norm.eps"], **local(params, "head.")}
     return evaluate(dec.head, values, half)["logits"]
 
 

@@ -35,6 +35,7 @@ from qnpu_jax.graph.ops import (
     Concat,
     Embedding,
     FullyConnected,
+    Gelu,
     Keep,
     Logistic,
     Mul,
@@ -49,7 +50,7 @@ from qnpu_jax.graph.ops import (
 )
 from qnpu_jax.graph.shared_inputs import layer_inputs
 from qnpu_jax.recipes import RECIPES
-from qnpu_jax.text import excerpts
+from qnpu_jax.text import excerpts, starts_of
 from qnpu_jax.transform import add_prefix, find_prefix
 
 Widths = Literal["int8", "int16x8"]
@@ -109,6 +110,8 @@ def tf_op(tf: Any, op: Op, *x: Any) -> Any:
             return tf.nn.softmax(x[0])
         case Logistic():
             return tf.sigmoid(x[0])
+        case Gelu():
+            return tf.nn.gelu(x[0], approximate=True)
         case Sqrt():
             return tf.sqrt(x[0])
         case Rsqrt():
@@ -140,10 +143,9 @@ def tf_decoder(tf: Any, dec: Decoder, params: Params) -> Any:
         values: dict[str, Any] = {"ids": ids}
         for graph in dec.graphs:
             whole = {n: np.asarray(x) for n, x in local(params, graph.prefix).items()}
-            inputs = {t.name for t in graph.named("input")}
-            tables = {n: x for n, x in shared.items() if n in inputs}
             for layer in range(graph.layers):
                 own = {n: tf.constant(x) for n, x in graph.at(whole, layer).items()}
+                tables = dec.shared(graph, shared, layer)
                 env = run_graph(tf, graph, values | tables | own)
                 values = {"input.residual": env[graph.outputs[0]]}
         return tf.identity(env[graph.outputs[0]], "logits")
@@ -197,8 +199,8 @@ def prepared(checkpoint: models.Checkpoint, kind: str, windows: np.ndarray) -> t
     params = pipeline.prepare(config, checkpoint.params, recipe)
     if kind == "plain":
         return params, 0
-    bos = checkpoint.tokenizer.bos_id
-    found = find_prefix(config, recipe.bits, params, windows, bos, recipe.max_prefix)
+    starts = starts_of(checkpoint.tokenizer)
+    found = find_prefix(config, recipe.bits, params, (windows,), starts, recipe.max_prefix)
     return add_prefix(config, recipe.bits, params, found.tokens), len(found.tokens)
 
 

@@ -44,7 +44,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-fake-quant", action="store_true", help="float and simulator only")
     parser.add_argument("--only", nargs="+", help="names of tasks; default all of the folder")
     parser.add_argument("--limit", type=int, help="items per task; default all")
-    parser.add_argument("--bos", action="store_true", help="float: BOS before every context")
     parser.add_argument("--batch-tokens", type=int, help="tokens per call of the model")
     parser.add_argument("--json", type=Path, help="write the table here too")
     parser.add_argument(
@@ -127,13 +126,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     rows: list[dict[str, Any]] = []
     for name, logits in readings.items():
-        bos = tokenizer.bos_id if args.bos and name == "float" else None
+        bos = tokenizer.bos_id if tokenizer.adds_bos and name == "float" else None
         scoring = tasks.Scoring(bos, args.lengths, args.batch_tokens)
         for task in found:
             start = time.perf_counter()
             (result,) = tasks.score(logits, [task], tokenizer, config.vocab_size, scoring)
             rows.append(_row(name, result, time.perf_counter() - start))
-    return {**about, "bos": args.bos, "rows": rows}
+    return {**about, "rows": rows}
 
 
 def _row(reading: str, result: tasks.TaskResult, seconds: float) -> dict[str, Any]:

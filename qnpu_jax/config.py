@@ -17,24 +17,71 @@ from qnpu_jax.errors import UserError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """RoPE frequency scaling. `linear` divides every frequency by `factor`; `llama3` only the low
-    ones.
+    """RoPE frequency scaling.
 
-    Reference: transformers/modeling_rope_utils.py, `_compute_llama3_parameters`.
+    `linear` divides every frequency by `factor`; `llama3` only the low ones; `yarn` blends between
+    the two by how often a frequency turns in the original context; `longrope` divides frequency i
+    by `divisors[i]`. The last two also multiply cos and sin by `attention_factor`.
+
+    Reference: transformers/modeling_rope_utils.py, `_compute_llama3_parameters`,
+    `_compute_yarn_parameters`, `_compute_longrope_parameters`.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    divisors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What attention layers of one kind have for themselves: values of shared inputs, never ops.
+
+    Attributes:
+      rope_theta: base of the rotary frequencies; None for layers without positions (NoPE).
+      window: tokens that a token sees, itself included; None for all before it.
+    """
+
+    rope_theta: float | None = 10000.0
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> LayerKind:
+        scaling = data.get("rope_scaling")
+        if scaling:
+            scaling = RopeScaling(**{**scaling, "divisors": tuple(scaling.get("divisors", ()))})
+        return LayerKind(**{**data, "rope_scaling": scaling or None})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder LLM (Llama family)."""
+    """The shape of a decoder LLM, in facts: what is computed, never whose model it is.
 
-    family: Literal["llama"]
+    Attributes:
+      family: for people; nothing branches on it.
+      kinds: distinct kinds of layers.
+      kind_of_layer: index into `kinds` of each layer; empty where all are of the first.
+      biases: linears of a layer that have one, of `attn.{q,k,v,o}` and `mlp.{gate,up,down}`.
+      activation: of the gate.
+      norms: where a block's RMS norms stand: `before` it (Llama), `after` it, before the residual
+        sum (OLMo-2), or `both` (Gemma 3).
+      qk_norm: RMS norm of queries and keys before RoPE: of each `head`, or over `all` heads.
+      rotary_dim: channels of each head that rotate, the first ones; None for all.
+      query_scale: factor of the scores; None for head_dim^-1/2.
+      embed_scale, residual_scale, logits_scale: factors of the embeddings, of what a block adds to
+        the residual stream, and of the logits.
+      centred_keys: keys are stored less one constant vector per layer and KV head
+        (`transform.key_centring`).
+    """
+
+    family: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -44,23 +91,54 @@ class ModelConfig:
     head_dim: int
     max_positions: int
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    kind_of_layer: tuple[int, ...] = ()
     tie_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    biases: tuple[str, ...] = ()
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norms: Literal["before", "after", "both"] = "before"
+    qk_norm: Literal["head", "all"] | None = None
+    rotary_dim: int | None = None
+    query_scale: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    centred_keys: bool = False
 
     @property
     def queries_per_kv_head(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def layer_kinds(self) -> tuple[int, ...]:
+        """Index into `kinds` of every layer."""
+        return self.kind_of_layer or (0,) * self.num_layers
+
+    @property
+    def rotated(self) -> int:
+        """Channels of each head that RoPE rotates."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def late_biases(self) -> tuple[str, ...]:
+        """Which of q and k have a bias that the graph adds at RoPE's width, not in the linear: all
+        that have one, unless a norm stands between."""
+        return tuple(x for x in "qk" if f"attn.{x}" in self.biases and self.qk_norm is None)
+
+    @property
+    def merges_r1(self) -> bool:
+        """Whether a rotation of the residual stream merges into the weights: not where a norm's
+        gamma stands between a block and the residual sum."""
+        return self.norms == "before"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> ModelConfig:
-        scaling = data.get("rope_scaling")
-        return ModelConfig(**{**data, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        kinds = tuple(LayerKind.from_json(kind) for kind in data["kinds"])
+        tuples = {name: tuple(data[name]) for name in ("kind_of_layer", "biases")}
+        return ModelConfig(**{**data, **tuples, "kinds": kinds})
 
 
 @dataclass(frozen=True)
@@ -164,12 +242,12 @@ def bit_plan(weights: int, activations: int, scores: int = 16, stream: int = 16)
     with 8 bits everywhere.
 
     8-bit activations except attention scores with their softmax (`scores`), and the residual
-    stream, norm internals and RoPE (`stream`); KV cache, embedding and head weights always 8. With
-    16-bit activations all of these are of 16 bits too, and FULLY_CONNECTED accumulates in 64,
-    because 32 can overflow.
+    stream, norms with their gammas, and RoPE (`stream`); KV cache, embedding and head weights
+    always 8. With 16-bit activations all of these are of 16 bits too, and FULLY_CONNECTED
+    accumulates in 64, because 32 can overflow.
     """
     kinds = {
-        ("*.residual", "*.norm.*", "*.rope.*"): stream,
+        ("*.residual", "*norm.*", "*.rope.*"): stream,
         ("*.scores", "*.masked", "*.softmax"): scores,
     }
     rules: list[tuple[str, int]] = [

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Clock, Observer
 from qnpu_jax.proof import PrefillProof, prove_prefill
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
-from qnpu_jax.text import Texts, excerpts, files
+from qnpu_jax.text import Texts, excerpts, files, starts_of
 from qnpu_jax.tflite import LiteRT, check_prefill, write_prefill
+from qnpu_jax.transform import prefix_length
 
 PACKAGES = (
     "qnpu", "jax", "jaxlib", "numpy", "optax", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers"
@@ -98,26 +100,33 @@ def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
     recipe = job.recipe
     with watch.stage("load"):
         checkpoint = models.load(job.model)
-        config, bos = checkpoint.config, checkpoint.tokenizer.bos_id
+        config = checkpoint.config
         _check_model(config, job)
         _check_checkpoints(job, _asked(job) | _found(checkpoint))
-        scored, held_out = excerpts.scored_and_judged(
+        scored, judges = excerpts.scored_and_judged(
             job.eval_text, checkpoint, job.prefill, job.eval_tokens, job.learning()
         )
         found = None
         if job.calibration is not None:
             found = excerpts.given(job.calibration, checkpoint, recipe, job.learning())
     with watch.stage("fold, rotate"):
-        params = pipeline.prepare(config, checkpoint.params, recipe)
+        params = pipeline.prepare(config, checkpoint.params, recipe, consume=True)
     if found is None:
         with watch.stage("calibration text"):
             found = excerpts.written(
                 checkpoint, params, recipe, job.learning(), _steps(watch, "calibration text")
             )
-    text = Texts(scored, *found, held_out)
+    text, starts = Texts(scored, *found, judges), starts_of(checkpoint.tokenizer)
     with _kept(job, checkpoint, text, watch) as store:
         made = pipeline.quantize(
-            config, params, recipe, text.windows(), bos, effort=job.effort, store=store, watch=watch
+            config,
+            params,
+            recipe,
+            text.windows(),
+            starts,
+            effort=job.effort,
+            store=store,
+            watch=watch,
         )
         with artifacts.writing(job.out, job.overwrite) as folder:
             with watch.stage("write"):
@@ -290,7 +299,8 @@ class Measured:
     """Quality of a written model, and the proof of its file.
 
     Attributes:
-      perplexity: of each reading: float, fake-quant, simulator, LiteRT.
+      perplexity: of each reading: the original float model, it after the prefix if there is one,
+        fake-quant, simulator, LiteRT.
       proof: of the file that was written.
     """
 
@@ -323,8 +333,11 @@ def _measure(
             runner = LiteRT(file, "ref")
             file.unlink()
         simulator = simulate(model, job.prefill, "all")
+    read = partial(perplexity.float_logits, model.config, model.plan)
+    same = prefix_length(made.prefixed) == prefix_length(made.reference)  # its own BOS, or none
     readings: dict[str, perplexity.Logits] = {
-        "float": perplexity.float_logits(model.config, model.plan, made.reference),
+        "float": read(made.reference),
+        **({} if same else {"with prefix": read(made.prefixed)}),
         "fake-quant": perplexity.fake_quant_logits(model),
         "simulator": perplexity.integer_logits(model, simulator.logits),
         "LiteRT": perplexity.integer_logits(model, runner.run),

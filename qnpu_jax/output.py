@@ -59,6 +59,11 @@ class OutputFolder:
         return Tokenizer.load(self.tokenizer_folder)
 
     @property
+    def prefix(self) -> tuple[int, ...]:
+        """Token ids of the prefix, whose keys and values are constants of the model."""
+        return tuple((self.report.get("prefix") or {}).get("tokens", ()))
+
+    @property
     def tokenizer_folder(self) -> Path:
         """Where `Tokenizer.save` wrote the tokenizer."""
         return self.path / artifacts.TOKENIZER

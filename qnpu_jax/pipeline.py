@@ -1,30 +1,32 @@
-"""From a checkpoint to an `IntegerModel`: fold, rotate, prefix, calibrate, learn, freeze."""
+"""From a checkpoint to an `IntegerModel`: fold, rotate, centre keys, prefix, calibrate, learn,
+freeze."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Int
+import jax
 
 from qnpu_jax.calibrate import calibrate_activations, collect_statistics, weight_scales
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Params, decoder
+from qnpu_jax.graph import Decoder, Params, decoder
 from qnpu_jax.integer import IntegerModel, check_bits, freeze
-from qnpu_jax.learn import Calibrated, History, Store, learn
+from qnpu_jax.learn import Calibrated, History, Store, learn, learns
 from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import Windows
 from qnpu_jax.transform import (
     PrefixReport,
+    Starts,
     add_prefix,
+    centre_keys,
     channel_peaks,
     check_folded,
     find_prefix,
     fold_norms,
+    key_centres,
     random_rotation,
     rotate,
     scale_channels,
@@ -40,7 +42,8 @@ class Quantized:
       model: the frozen integers.
       params: float parameters that were frozen: rotated, with the prefix's K/V and all that was
         learned (where weights or biases learned, no longer the float model).
-      reference: parameters of the float model, with the prefix's K/V.
+      reference: parameters of the original float model: no prefix but its own BOS.
+      prefixed: parameters of the float model after the prefix.
       prefix: how the prefix was chosen; None where none was searched.
       ranges: one row per calibrated tensor and layer.
       histories: record of each stage that learned.
@@ -49,16 +52,21 @@ class Quantized:
     model: IntegerModel
     params: Params
     reference: Params
+    prefixed: Params
     prefix: PrefixReport | None
     ranges: list[dict[str, object]]
     histories: list[History] = field(default_factory=list)
 
 
-def prepare(config: ModelConfig, params: Params, recipe: Recipe) -> Params:
+def prepare(
+    config: ModelConfig, params: Params, recipe: Recipe, *, consume: bool = False
+) -> Params:
     """Folds norms into weights, and rotates them where the recipe says so.
 
     Args:
       params: a checkpoint's, as `fold_norms` takes them.
+      consume: remove each tensor from `params`, a dict, once its result exists. Memory then never
+        holds more than all parameters once and one of them a second time.
 
     Returns:
       Parameters of the float model that is quantized, float32 on the device.
@@ -66,10 +74,12 @@ def prepare(config: ModelConfig, params: Params, recipe: Recipe) -> Params:
     Raises:
       UserError: a parameter is missing or unknown.
     """
-    folded = fold_norms(config, dict(params))
+    made = fold_norms(config, params, consume=consume)
     if recipe.rotation == "hadamard":
-        folded = rotate(config, folded, random_rotation(config, recipe.seed))
-    return {name: jnp.asarray(x) for name, x in folded.items()}
+        made = rotate(config, made, random_rotation(config, recipe.seed), consume=True)
+    # One by one: transfers run in the background, and each would keep its source until it is done.
+    # `jnp.asarray` would make a copy on the host first.
+    return {name: jax.device_put(made.pop(name)).block_until_ready() for name in list(made)}
 
 
 def check_model(config: ModelConfig, recipe: Recipe, asked: Mapping[str, int]) -> None:
@@ -82,7 +92,7 @@ def check_model(config: ModelConfig, recipe: Recipe, asked: Mapping[str, int]) -
       UserError: more positions than the model has, a rule of the bit plan that matches no tensor,
         or bits that no kernel has.
     """
-    longest = recipe.max_prefix if recipe.prefix == "auto" else 0
+    longest = recipe.max_prefix if recipe.prefix == "auto" else 1
     for name, length in asked.items():
         if length + longest > config.max_positions:
             raise UserError(
@@ -98,7 +108,7 @@ def quantize(
     params: Params,
     recipe: Recipe,
     text: Windows,
-    bos: int | None,
+    starts: Starts,
     *,
     effort: Effort = EFFORTS["none"],
     store: Store | None = None,
@@ -109,7 +119,7 @@ def quantize(
     Args:
       params: from `prepare`.
       text: windows of ids, without BOS.
-      bos: the id that sequences start with, which starts the prefix; None where there is none.
+      starts: how the model's sequences begin, and tokens that may do well as a prefix.
       effort: how much is learned; by default nothing is.
       store: of checkpoints; by default none are kept.
       watch: keeps the seconds of each stage, and hears of progress.
@@ -118,40 +128,66 @@ def quantize(
       UserError: parameters that are not prepared, an accumulator can overflow, non-finite values,
         learning diverged.
     """
-    check_folded(params)
+    check_folded(config, params)
     watch = watch or Observer()
-    params, found = _with_prefix(config, dict(params), recipe, text.calibration, bos, watch)
-    tokens, tame = (found.tokens, found.ok) if found else ((), False)
+    if recipe.centre_keys:
+        with watch.stage("centre keys"):
+            centres = key_centres(config, recipe.bits, params, text.calibration)
+            config, params = centre_keys(config, params, centres)
+    original = add_prefix(config, recipe.bits, params, starts.bos)
+    tokens, found = _prefix(config, params, recipe, text, starts, watch)
+    params = add_prefix(config, recipe.bits, params, tokens)
+    learning = learns(recipe, effort)
+    clips = _clips(found, learning)
     dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
     with watch.stage("calibrate"):
-        if recipe.smooth:
-            peaks = channel_peaks(dec, params, text.calibration)
-            diagonal = smoothquant(config, params, peaks, recipe.smooth)
-            params = scale_channels(config, params, diagonal)
+        params = _smoothed(dec, params, recipe, text)
         stats = collect_statistics(dec, params, text.calibration, track=watch.track)
-        activations, ranges = calibrate_activations(dec, stats, recipe.activation_init, tame)
+        activations, ranges = calibrate_activations(dec, stats, recipe.activation_init, clips)
         free = activations | weight_scales(dec, params, recipe.weight_init)
+        if learning:  # whatever freezing refuses, it refuses before hours of learning
+            freeze(dec, params, free, tokens)
     with watch.stage("learn"):
-        calibrated = Calibrated(dec, params, free, tame)
+        calibrated = Calibrated(dec, params, free, clips, original)
         made = learn(calibrated, recipe, effort, text, store, watch)
     with watch.stage("freeze"):
         model = freeze(dec, made.params, made.free, tokens)
-    return Quantized(model, made.params, params, found, ranges, made.histories)
+    return Quantized(model, made.params, original, params, found, ranges, made.histories)
 
 
-def _with_prefix(
+def _smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:
+    """Parameters with SmoothQuant's diagonal scales, where the recipe has some."""
+    if not recipe.smooth:
+        return params
+    peaks = channel_peaks(dec, params, text.calibration)
+    return scale_channels(dec.config, params, smoothquant(dec.config, params, peaks, recipe.smooth))
+
+
+def _prefix(
     config: ModelConfig,
     params: Params,
     recipe: Recipe,
-    windows: Int[np.ndarray, "n t"],
-    bos: int | None,
+    text: Windows,
+    starts: Starts,
     watch: Observer,
-) -> tuple[Params, PrefixReport | None]:
-    """Parameters with the K and V of the prefix that was found, if any, and how it was chosen."""
+) -> tuple[tuple[int, ...], PrefixReport | None]:
+    """Chooses the tokens before every sequence, and tells how: the model's own BOS where no prefix
+    is searched."""
     if recipe.prefix == "none":
-        return params, None
+        return starts.bos, None
     with watch.stage("prefix"):
-        found = find_prefix(config, recipe.bits, params, windows, bos, recipe.max_prefix)
-        if found.tokens:
-            params = add_prefix(config, recipe.bits, params, found.tokens)
-    return params, found
+        domains = (text.calibration, text.other)
+        found = find_prefix(config, recipe.bits, params, domains, starts, recipe.max_prefix)
+    return found.tokens, found
+
+
+def _clips(found: PrefixReport | None, learning: bool) -> bool:
+    """Whether ranges clip: where outliers are tame if something learns, and else where clipping
+    does less harm.
+
+    Learning starts from more error where ranges clip, and ends with less
+    (`prefix_search.LEEWAY`).
+    """
+    if found is None:
+        return False
+    return found.ok if learning else found.clip

@@ -15,8 +15,25 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 STAGES = (
-    *("load", "fold, rotate", "calibration text", "prefix", "calibrate", "learn", "freeze"),
-    *("write", "verify", "accumulators", "score float", "score fake-quant", "score simulator"),
+    *(
+        "load",
+        "fold, rotate",
+        "calibration text",
+        "centre keys",
+        "prefix",
+        "calibrate",
+        "learn",
+        "freeze",
+    ),
+    *(
+        "write",
+        "verify",
+        "accumulators",
+        "score float",
+        "score with prefix",
+        "score fake-quant",
+        "score simulator",
+    ),
     *("score LiteRT", "compile", r"layer \d+", "perplexity", "measure", "compare", "original"),
     *("replace", "prove", "observe"),
 )

@@ -239,13 +239,17 @@ def softmax(draw: Draw, dtype: str) -> Example:
 def unary(draw: Draw, dtype: str, op: Any) -> Example:
     """Every code that the op accepts, or some."""
     scale, zero = draw(scales()), draw(zero_points(dtype))
-    low = None if op == "logistic" else zero  # others refuse negative numbers
+    low = zero if op in ("sqrt", "rsqrt") else None  # these refuse negative numbers
     shape = draw(st.sampled_from([(1, 1), (3, 35), (256, 256)]))
     x = Tensor(dtype, draw(codes(dtype, shape, low)), scale, zero)
     if op == "logistic":
         y = Tensor(dtype, None, *FIXED[dtype], shape=shape)
         # Its multiplier would not fit 32 bits; or be 0, which the kernel takes for another case.
         assume(dtype == "int8" or 2.0**-44 < scale < 2**14)
+    elif op == "gelu":
+        y = draw(outputs(dtype, shape, float(scale)))
+        # x^3 and the largest code times the scale fit float32.
+        assume(2.0**-60 < scale < 2**20 and y.scale > 2.0**-60)
     else:
         fit = float(scale) ** (0.5 if op == "sqrt" else -0.5)
         y = draw(outputs(dtype, shape, fit))
@@ -256,9 +260,11 @@ def unary(draw: Draw, dtype: str, op: Any) -> Example:
     def constants(rules: Rules) -> tuple:
         return (op_constants.prepare_unary(op, *types(x, y), rules=rules),)
 
-    return Example(getattr(Code, op.upper()), None, [x], y, kernels.unary, (x.data,), constants)
+    o = options("Gelu", approximate=True) if op == "gelu" else None
+    return Example(getattr(Code, op.upper()), o, [x], y, kernels.unary, (x.data,), constants)
 
 
+UNARY = ("logistic", "gelu", "sqrt", "rsqrt")
 STRATEGIES: dict[str, st.SearchStrategy[Example]] = {
     "FULLY_CONNECTED-8x8": fully_connected("int8", 8, "int32"),
     "FULLY_CONNECTED-8x4": fully_connected("int8", 4, "int32"),
@@ -275,6 +281,6 @@ for _dtype in ("int8", "int16"):
         f"MUL-{_dtype}": mul(_dtype),
         f"QUANTIZE-{_dtype}": quantize(_dtype, _dtype),
         f"SOFTMAX-{_dtype}": softmax(_dtype),
-        **{f"{op.upper()}-{_dtype}": unary(_dtype, op) for op in ("logistic", "sqrt", "rsqrt")},
+        **{f"{op.upper()}-{_dtype}": unary(_dtype, op) for op in UNARY},
     }
 """By operator and types; ops that only move codes are exact by definition (`test_kernels`)."""

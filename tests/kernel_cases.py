@@ -237,13 +237,14 @@ def unary(rng: Generator, dtype: str, op: Any) -> Case:
     limits = np.iinfo(dtype)
     zero_point = int(rng.choice(ZERO_POINTS)) if dtype == "int8" else 0
     codes = np.arange(limits.min, limits.max + 1).astype(dtype)
-    if op != "logistic":
+    if op in ("sqrt", "rsqrt"):
         codes = np.maximum(codes, np.asarray(zero_point, dtype))
     codes = np.tile(codes, (20 if dtype == "int8" else 1, 1))
     scale = np.float32(10 ** rng.uniform(-6, 0))
     if op == "logistic" and rng.random() < 0.3:
         scale = np.float32(2.0**-12 * (1 + rng.choice([0, 5e-4, 1e-3])))  # near the special scale
-    largest = {"sqrt": float(scale * limits.max) ** 0.5, "rsqrt": float(scale) ** -0.5}.get(op, 1)
+    top = float(scale * limits.max)
+    largest = {"gelu": top, "sqrt": top**0.5, "rsqrt": float(scale) ** -0.5}.get(op, 1)
     output = Tensor(dtype, None, *draw_qparams(rng, dtype, largest), shape=codes.shape)
     if op == "logistic":
         output = Tensor(dtype, None, *FIXED[dtype], shape=codes.shape)
@@ -325,10 +326,11 @@ def _variants(dtype: str) -> list[Variant]:
         kernel = partial(elementwise.quantize, dtype=np.dtype(to))
         case = partial(quantize, output_dtype=to)
         variants.append(variant(ops.Requantize, name, Code.QUANTIZE, o, kernel, case))
-    for op in (ops.Logistic, ops.Sqrt, ops.Rsqrt):
+    for op in (ops.Logistic, ops.Gelu, ops.Sqrt, ops.Rsqrt):
         name = op.__name__.lower()
         code, case = getattr(Code, name.upper()), partial(unary, op=name)
-        variants.append(variant(op, dtype, code, None, kernels.unary, case))
+        o = options("Gelu", approximate=True) if op is ops.Gelu else None
+        variants.append(variant(op, dtype, code, o, kernels.unary, case))
     return variants + _movement(dtype)
 
 

@@ -19,6 +19,7 @@ from qnpu_jax.graph.qparams import Scales
 from qnpu_jax.learn import train
 from qnpu_jax.learn.orthogonal import cayley
 from qnpu_jax.learn.parameters import Base, Theta, code_ranges, initial_theta, theta_units
+from qnpu_jax.models.llama import ATTENTION, MLP
 from qnpu_jax.recipes import GROUPS, Effort, Stage
 from qnpu_jax.transform.fold import fold_norms
 from qnpu_jax.transform.rotate import random_rotation, rotate
@@ -33,8 +34,7 @@ CONFIG = ModelConfig(
     num_kv_heads=1,
     head_dim=8,
     max_positions=64,
-    attention_bias=True,
-    mlp_bias=True,
+    biases=(*ATTENTION, *MLP),
 )
 PREFIX = (1, 7)
 TOKENS = 8

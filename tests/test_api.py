@@ -264,10 +264,12 @@ def test_a_checkpoint_reads_bos_before_each_window(checkpoint, held_out):
         log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         total -= log_p[np.arange(PREFILL - 1), window[1:]].sum()
     expected = np.exp(total / (len(held_out) * (PREFILL - 1)))
-    got = qnpu.perplexity(checkpoint, held_out)
+    got = qnpu.perplexity(checkpoint, held_out, prefix=[bos])
     assert got == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
     without = qnpu.perplexity(checkpoint, held_out, prefix=())
     assert abs(got / without - 1) > 1e-3
+    own = got if checkpoint.tokenizer.adds_bos else without  # the model's own rule
+    assert qnpu.perplexity(checkpoint, held_out) == own
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ MISTAKES = [
     ("qnpu.perplexity(checkpoint, windows + 320)", "windows: token "),
     (
         "qnpu.perplexity(checkpoint, [[5] * 600])",
-        "windows: 600 tokens in a row; expected 2 to 511;",
+        "windows: 600 tokens in a row; expected 2 to 512;",
     ),
     (
         "qnpu.perplexity(checkpoint, windows, prefix=[400])",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qnpu_jax.config import BitPlan, ModelConfig, RopeScaling, bit_plan
+from qnpu_jax.config import BitPlan, LayerKind, ModelConfig, RopeScaling, bit_plan
 from qnpu_jax.errors import UserError
 
 
@@ -79,7 +79,9 @@ def test_model_config_survives_json(scaling):
         num_kv_heads=2,
         head_dim=12,
         max_positions=128,
-        rope_scaling=scaling,
+        kinds=(LayerKind(10000.0, scaling), LayerKind(None, None, 16)),
+        kind_of_layer=(0, 1),
+        biases=("attn.q",),
     )
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert config.queries_per_kv_head == 2

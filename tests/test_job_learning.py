@@ -80,7 +80,7 @@ def test_learned(folder, learned):
     settings = read(out / "recipe.json")
     assert settings["effort"] == json.loads(json.dumps(dataclasses.asdict(EFFORT)))
     assert set(settings["inputs"]) == {
-        "model", "calibration", "learning", "early_stopping", "held_out"
+        "model", "calibration", "learning", "early_stopping", "prefix", "held_out"
     }  # fmt: skip
     assert [p.name for p in out.parent.iterdir()] == ["out"]  # no checkpoints
 

@@ -11,7 +11,7 @@ import pairwise
 from qnpu_jax import pipeline
 from qnpu_jax.calibrate.ranges import calibrate_activations, weight_scales
 from qnpu_jax.calibrate.statistics import collect_statistics
-from qnpu_jax.config import BitPlan, ModelConfig
+from qnpu_jax.config import BitPlan, LayerKind, ModelConfig
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.graph.graph import Graph
 from qnpu_jax.graph.qparams import Scales
@@ -51,7 +51,7 @@ SMOLLM2 = ModelConfig(
     num_kv_heads=3,
     head_dim=64,
     max_positions=8192,
-    rope_theta=100000.0,
+    kinds=(LayerKind(100000.0),),
     tie_embeddings=True,
 )
 """SmolLM2-135M-Instruct; `test_parity` holds it against the file."""

@@ -32,7 +32,7 @@ from qnpu_jax.models import Checkpoint
 from qnpu_jax.progress import Observer
 from qnpu_jax.proof import bound_accumulators
 from qnpu_jax.recipes import Effort, Recipe
-from qnpu_jax.text import Excerpt, excerpts
+from qnpu_jax.text import Excerpt, excerpts, starts_of
 from qnpu_jax.tflite import build_cached, build_prefill, check_name
 
 
@@ -77,14 +77,14 @@ def quantize(
     taught = effort if learns(recipe, effort) else None
     given = None if text is None else text_of(text, config)
     _check_lengths(config, recipe, given, taught)
-    held_out = excerpts.judged(checkpoint, taught) if taught else None
+    judges = excerpts.judged(checkpoint, taught)
     found = None if given is None else excerpts.given(given, checkpoint, recipe, taught)
     with watch.stage("fold, rotate"):
         params = pipeline.prepare(config, checkpoint.params, recipe)
     if found is None:
         found = _written(checkpoint, params, recipe, taught, watch)
-    windows, bos = excerpts.windows_of(*found, held_out), checkpoint.tokenizer.bos_id
-    made = pipeline.quantize(config, params, recipe, windows, bos, effort=effort, watch=watch)
+    windows, starts = excerpts.windows_of(*found, judges), starts_of(checkpoint.tokenizer)
+    made = pipeline.quantize(config, params, recipe, windows, starts, effort=effort, watch=watch)
     return made.model
 
 

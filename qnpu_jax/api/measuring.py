@@ -15,6 +15,7 @@ from qnpu_jax.measure import perplexity as readings
 from qnpu_jax.models import Checkpoint
 from qnpu_jax.proof import Simulated
 from qnpu_jax.recipes import RECIPES
+from qnpu_jax.text import starts_of
 from qnpu_jax.transform import add_prefix, fold_norms
 
 
@@ -105,10 +106,10 @@ def _scored(
 
 
 def _prefix(checkpoint: Checkpoint, prefix: Sequence[int] | None) -> tuple[int, ...]:
-    """Token ids before each window, by default BOS."""
-    config, bos = checkpoint.config, checkpoint.tokenizer.bos_id
+    """Token ids before each window, by default what the model's own rule puts there."""
+    config = checkpoint.config
     if prefix is None:
-        return () if bos is None else (bos,)
+        return starts_of(checkpoint.tokenizer).bos
     if not len(prefix):
         return ()
     return tuple(ids_of(prefix, config, "prefix", config.max_positions - 1, ranks=(1,)).tolist())

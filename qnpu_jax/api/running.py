@@ -34,6 +34,7 @@ from qnpu_jax.runtime import (
     SimulatedBackend,
     check_room,
     generate_ids,
+    prompt_ids,
     text_pieces,
 )
 from qnpu_sim import Profile, compile_model, run
@@ -153,14 +154,14 @@ def generate(
     check_integer("max_tokens", max_tokens, 1, 2**31 - 1)
     context = min(CONTEXT, room(model)) if context is None else context
     check_integer("context", context, 3, room(model))
-    chat = not isinstance(prompt, str)
-    ids = tokenizer.chat(prompt, bos=False) if chat else tokenizer.encode(prompt)
+    ids = prompt_ids(tokenizer, prompt, bos=not model.prefix)
+    before = ids if isinstance(prompt, str) else ()
     ids_of(ids, model.config, "prompt", None, ranks=(1,))
     check_room(len(ids), 0, context)
     stops, sampling = tokenizer.eos_ids, sampling or Sampling()
     with _runner(model, min(PREFILL, context - 1), context, backend) as runner:
         made = generate_ids(Session(runner), ids, sampling, max_tokens, stops)
-        return "".join(text_pieces(made, tokenizer))
+        return "".join(text_pieces(made, tokenizer, before))
 
 
 @contextmanager

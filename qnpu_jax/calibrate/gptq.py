@@ -235,8 +235,7 @@ class _ForwardPass:
         arrays: Any = (local(self.params, graph.prefix), (q, ranges_of(graph, q)))
         # Copies: a computation still under way must not see what is written in place meanwhile.
         params, quant = jax.tree.map(lambda a: jnp.array(graph.at(a, here.layer)), arrays)
-        inputs = {t.name for t in graph.named("input")}
-        shared = {k: v for k, v in shared_inputs(self.dec).items() if k in inputs}
+        shared = self.dec.shared(graph, shared_inputs(self.dec), here.layer)
         for values in self.values:
             yield graph_tensors(graph, names, values, params | shared, quant)
 

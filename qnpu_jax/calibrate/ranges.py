@@ -13,6 +13,7 @@ from qnpu_jax.graph import (
     Params,
     Scales,
     from_range,
+    is_constant,
     is_free,
     tensor_class,
 )
@@ -124,9 +125,14 @@ def _least(x, weight, lo, hi, bits: int, symmetric: bool) -> int:
     return int(np.argmin((((codes - zero) * scale - x[None, :]) ** 2) @ weight))
 
 
+ROOM = 2.0
+"""Range of a constant, in units of its largest value: learning may move it, and of 16 bits one is
+to spare."""
+
+
 def weight_scales(dec: Decoder, params: Params, method: str) -> Scales:
     """Sets symmetric scales of every weight: per output channel for linears, per tensor for the
-    embedding table.
+    embedding table and for constants, which have ROOM.
 
     Args:
       params: folded float parameters.
@@ -146,7 +152,8 @@ def weight_scales(dec: Decoder, params: Params, method: str) -> Scales:
             for i, bits in enumerate(spec.quant.bits):
                 layer = graph.at(w, i)
                 layer = layer.reshape(1, -1) if per_tensor else layer
-                bound = _weight_bound(layer, bits, method)
+                bound = _weight_bound(layer, bits, "minmax" if is_constant(spec) else method)
+                bound = bound * ROOM if is_constant(spec) and bits > 8 else bound
                 q = from_range(-bound, bound, np.asarray(bits), symmetric=True, narrow=True)
                 rows.append(jax.tree.map(lambda a: a[0], q) if per_tensor else q)
             scales[graph.prefix + spec.name] = graph.stack(rows)

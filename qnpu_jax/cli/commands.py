@@ -218,6 +218,9 @@ def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Option(help="What the user says, or with --raw any text.")],
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without a chat.")] = False,
+    system: Annotated[
+        str | None, typer.Option(help="System message that the chat begins with.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: TopK = 0,
@@ -234,11 +237,15 @@ def generate(
     with importing():
         from qnpu_jax import deploy, runtime
         from qnpu_jax.cli.display import Display
-        from qnpu_jax.cli.streaming import prompt_ids, stream
+        from qnpu_jax.cli.streaming import stream
         from qnpu_jax.output import OutputFolder
     sampling = runtime.Sampling(temperature, top_k, top_p, seed)
     opened = OutputFolder.open(folder)
-    ids = prompt_ids(opened.tokenizer, prompt, raw=raw)
+    if raw:
+        check_unused("system", system, None, "--raw, which is no chat")
+    said = [("system", system), ("user", prompt)]
+    chat = [{"role": role, "content": text} for role, text in said if text is not None]
+    ids = runtime.prompt_ids(opened.tokenizer, prompt if raw else chat, bos=not opened.prefix)
     runtime.check_room(len(ids), 0, context)
     with Display() as clock, clock.stage("load"):
         runner: runtime.Backend
@@ -248,7 +255,7 @@ def generate(
         else:
             file = deploy.cached_file(opened, deploy.CachedFile(prefill, context, profile))
             runner = runtime.LiteRTBackend(file, kernels, threads=threads)
-    stream(runner, opened.tokenizer, ids, sampling, max_tokens)
+    stream(runner, opened.tokenizer, ids, sampling, max_tokens, raw=raw)
 
 
 @app.command()

@@ -221,7 +221,8 @@ def layer_values(
     values = {n.removeprefix(head): x for n, x in tensors.items() if n.startswith(head)}
     before = f"layers.{layer - 1}.{graph.outputs[0]}" if layer else dec.embed.outputs[0]
     source = before if layer else f"embed.{before}"
-    return {**model.inputs(dec), **values, "input.residual": tensors[source]}
+    shared = dec.shared(graph, model.inputs(dec), layer)
+    return {**shared, **values, "input.residual": tensors[source]}
 
 
 def _real(

@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.diagnose.tensor_errors import Constants, rounding_tensors
-from qnpu_jax.fakequant import Edge, evaluate, fake_quant
+from qnpu_jax.fakequant import Edge, evaluate, fake_quant, scanned_inputs
 from qnpu_jax.graph import LAYERS, Decoder, Tensors, local
 from qnpu_jax.measure import kl_terms
 
@@ -177,10 +177,9 @@ def _quantized(extra: Tensors) -> Edge:
 
 
 def _values(constants: Constants, ids: Int[np.ndarray, " t"]) -> Tensors:
-    """Returns parameters and tables that `_logits` reads, by prefix of the graph."""
-    return {
-        g.prefix: (constants.whole(g, ids), constants.shared(g)) for g in constants.decoder.graphs
-    }
+    """Returns what `_logits` reads: parameters by prefix of the graph, and tables."""
+    whole = {g.prefix: constants.whole(g, ids) for g in constants.decoder.graphs}
+    return {**whole, "tables": constants.tables}
 
 
 def _logits(
@@ -194,19 +193,22 @@ def _logits(
       edge: makes the edge of one graph and layer from its part of `extra`, by local name.
     """
 
+    kinds, tables = scanned_inputs(dec, values["tables"])
+
     @jax.checkpoint
-    def step(x: jax.Array, layer: tuple[Tensors, Tensors]) -> tuple[jax.Array, None]:
-        own, more = layer
-        inputs = {"input.residual": x, **own, **values["layers."][1]}
+    def step(x: jax.Array, layer: tuple[Tensors, Tensors, Any]) -> tuple[jax.Array, None]:
+        own, more, kind = layer
+        inputs = {"input.residual": x, **own, **tables(kind)}
         return evaluate(dec.layer, inputs, edge(more))[dec.layer.outputs[0]], None
 
     def whole(graph: Any, inputs: Tensors) -> jax.Array:
-        own, shared = values[graph.prefix]
+        shared = dec.shared(graph, values["tables"])
+        own = values[graph.prefix]
         found = evaluate(graph, {**inputs, **own, **shared}, edge(local(extra, graph.prefix)))
         return found[graph.outputs[0]]
 
     x = whole(dec.embed, {})
-    x, _ = jax.lax.scan(step, x, (values["layers."][0], local(extra, "layers.")))
+    x, _ = jax.lax.scan(step, x, (values["layers."], local(extra, "layers."), kinds))
     return whole(dec.head, {"input.residual": x})
 
 

@@ -6,7 +6,7 @@ The simulator is an argument (`integer.simulator.Simulate`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -251,17 +251,17 @@ def original(source: str, folder: Path, model: IntegerModel) -> tuple[str, Logit
         expected = recipe.get("inputs", {}).get("model", {}).get("sha256", checkpoint.sha256)
     except (OSError, ValueError, AttributeError):
         expected = checkpoint.sha256
-    if checkpoint.config != model.config or expected != checkpoint.sha256:
+    other_shape = checkpoint.config != replace(model.config, centred_keys=False)
+    if other_shape or expected != checkpoint.sha256:
         raise UserError(
             f"{source}: not the model that {folder} was quantized from, by its"
-            f" {'shape' if checkpoint.config != model.config else 'SHA-256'}; expected that one;"
-            " correct --model"
+            f" {'shape' if other_shape else 'SHA-256'}; expected that one; correct --model"
         )
     folded = fold_norms(checkpoint.config, dict(checkpoint.params))
     params = {name: jnp.asarray(x) for name, x in folded.items()}
     if model.prefix:
-        params = add_prefix(model.config, model.plan, params, model.prefix)
-    return checkpoint.source, float_logits(model.config, model.plan, params)
+        params = add_prefix(checkpoint.config, model.plan, params, model.prefix)
+    return checkpoint.source, float_logits(checkpoint.config, model.plan, params)
 
 
 def _exact_kls(

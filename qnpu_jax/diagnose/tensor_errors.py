@@ -45,6 +45,7 @@ from qnpu_jax.graph import (
     is_identity,
     local,
     ranges_of,
+    shared_names,
 )
 from qnpu_jax.integer import IntegerModel, activation_scales, dequantize
 
@@ -96,7 +97,7 @@ class Constants:
     Attributes:
       decoder: graphs for this length.
       params: dequantized parameters, by global name without the layer, stacked over layers.
-      tables: dequantized RoPE tables, mask and eps, by local name.
+      tables: dequantized RoPE tables, mask and eps, by shared name (`graph.shared_names`).
       scales: scale and zero point of activations, by global name without the layer.
       ranges: qmin and qmax of activations, by global name without the layer.
     """
@@ -111,9 +112,10 @@ class Constants:
     def of(cls, model: IntegerModel, tokens: int) -> Constants:
         """Returns the constants of a model for windows of this many tokens."""
         dec = model.decoder(tokens)
+        names = shared_names(dec.config, dec.layer)
         scales = activation_scales(model)
         tables = {
-            n: jnp.asarray(codes.astype(np.float32) * np.float32(_scale_of(dec.layer, n)))
+            n: jnp.asarray(codes.astype(np.float32) * _scale_of(model, names[n]))
             for n, codes in model.inputs(dec).items()
         }
         ranges = {
@@ -135,11 +137,6 @@ class Constants:
             return {"weight": values["weight"][ids], "ids": jnp.arange(len(ids))}
         return values
 
-    def shared(self, graph: Graph) -> Tensors:
-        """Returns the tables that a graph reads, by local name."""
-        names = {t.name for t in graph.named("input")}
-        return {n: x for n, x in self.tables.items() if n in names}
-
     def quant(self, graph: Graph) -> Quant:
         """Returns quantization of a graph's activations, stacked where it is that of layers."""
         scales, ranges = local(self.scales, graph.prefix), local(self.ranges, graph.prefix)
@@ -152,13 +149,13 @@ class Constants:
             whole = (self.whole(graph, ids), self.quant(graph))
             for layer in range(graph.layers):
                 own, quant = graph.at(whole, layer)
-                yield graph, layer, {**own, **self.shared(graph)}, quant
+                shared = self.decoder.shared(graph, self.tables, layer)
+                yield graph, layer, {**own, **shared}, quant
 
 
-def _scale_of(graph: Graph, name: str) -> float:
-    fixed = graph[name].fixed
-    assert fixed is not None
-    return fixed[0]
+def _scale_of(model: IntegerModel, name: str) -> np.float32:
+    """Returns the scale of an input that layers share, by its local name: the same in all."""
+    return model.tensors[f"{LAYERS}{name}"].scale[0]
 
 
 class Sums(NamedTuple):

@@ -8,6 +8,7 @@ from qnpu_jax.fakequant.forward import (
     forward,
     head,
     hidden,
+    scanned_inputs,
     shared_inputs,
     token_nll,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "passes",
     "round_ste",
     "scale_gradient",
+    "scanned_inputs",
     "shared_inputs",
     "token_nll",
 ]

@@ -33,9 +33,31 @@ from qnpu_jax.graph import (
 )
 
 
-def shared_inputs(dec: Decoder, filled: int = 0) -> Tensors:
-    """Real values of the inputs that all layers share (`graph.layer_inputs`), as device arrays."""
-    return {k: jnp.asarray(v) for k, v in layer_inputs(dec, filled).items()}
+def shared_inputs(dec: Decoder, filled: int = 0, held: int | None = None) -> Tensors:
+    """Real values of the inputs that layers share (`graph.layer_inputs`), as device arrays."""
+    return {k: jnp.asarray(v) for k, v in layer_inputs(dec, filled, held).items()}
+
+
+def scanned_inputs(
+    dec: Decoder, shared: Tensors
+) -> tuple[Int[Array, " l"] | None, Callable[[Any], Tensors]]:
+    """Prepares shared inputs for a `lax.scan` over layers.
+
+    Args:
+      shared: by shared name.
+
+    Returns:
+      The kind of each layer, for the scan to slice: None where all are of one, and the scan needs
+      none. And the function from its slice to the layer's inputs by local name.
+    """
+    kinds = dec.config.layer_kinds
+    first = dict.fromkeys(kinds)
+    tables = [dec.shared(dec.layer, shared, kinds.index(kind)) for kind in first]
+    if len(tables) == 1:
+        return None, lambda _: tables[0]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *tables)
+    index = jnp.asarray([[*first].index(kind) for kind in kinds])
+    return index, lambda kind: {name: x[kind] for name, x in stacked.items()}
 
 
 Prepare = Callable[[Graph, Tensors], Tensors]
@@ -105,18 +127,18 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
     Args:
       ids: (T,) token ids.
     """
-    tables = shared_inputs(dec)
+    kinds, tables = scanned_inputs(dec, shared_inputs(dec))
 
     # Between layers autodiff keeps the residual stream; within the layer that is computed again,
     # what each op produced, and not what quantization made of it too.
     @jax.checkpoint
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCED))
     def step(x: jax.Array, layer) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        p, q, r = layer
+        p, q, r, kind = layer
         edge = produced(fake_quant_edge(q, r, reading.masked))
         errors: list[jax.Array] = [jnp.float32(0)]
         edge = measured(edge, errors) if reading.measure else edge
-        values = {"input.residual": x, **tables, **reading.prepare(dec.layer, p)}
+        values = {"input.residual": x, **tables(kind), **reading.prepare(dec.layer, p)}
         x = evaluate(dec.layer, values, edge)["mlp.residual"]
         return x, (x, sum(errors[1:], errors[0]))
 
@@ -125,7 +147,7 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
     rows = {"embed.weight": jnp.asarray(reading.params["embed.weight"])[ids]}
     values, edge = replace(reading, params=rows).whole(dec.embed)
     x = evaluate(dec.embed, {"ids": jnp.arange(len(ids)), **values}, edge)["residual"]
-    layers = (local(reading.params, "layers."), *reading.quant(dec.layer))
+    layers = (local(reading.params, "layers."), *reading.quant(dec.layer), kinds)
     last, (residuals, errors) = jax.lax.scan(step, x, layers)
     return Hidden(residuals, last, jnp.sum(errors))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from qnpu_jax.fakequant.evaluate import evaluate, fake_quant_edge
+from qnpu_jax.fakequant.evaluate import Edge, evaluate, fake_quant_edge
 from qnpu_jax.fakequant.forward import shared_inputs
 from qnpu_jax.graph import (
     Decoder,
@@ -24,9 +24,14 @@ Keep = Callable[[Graph], tuple[str, ...]]
 """Chooses tensors of a graph: local names."""
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 5))
 def graph_tensors(
-    graph: Graph, keep: tuple[str, ...], values: Tensors, params: Tensors, quant: Any = ({}, {})
+    graph: Graph,
+    keep: tuple[str, ...],
+    values: Tensors,
+    params: Tensors,
+    quant: Any = ({}, {}),
+    edge: Edge | None = None,
 ) -> Tensors:
     """Evaluates one graph for a batch, and returns the kept tensors by local name.
 
@@ -34,10 +39,11 @@ def graph_tensors(
       values: inputs with a leading batch axis.
       params: parameters and shared inputs, without one.
       quant: QParams and code ranges of the tensors to fake-quantize, one layer's.
+      edge: in place of fake-quantization.
     """
 
     def one(values: Tensors) -> Tensors:
-        env = evaluate(graph, {**values, **params}, fake_quant_edge(*quant))
+        env = evaluate(graph, {**values, **params}, edge or fake_quant_edge(*quant))
         return {name: env[name] for name in keep}
 
     return jax.vmap(one)(values)
@@ -50,6 +56,7 @@ def passes(
     keep: Keep,
     scales: Scales | None = None,
     tables: Tensors | None = None,
+    edge: Edge | None = None,
 ) -> Iterator[tuple[Graph, int, Tensors]]:
     """Yields the kept tensors of a batch, graph by graph and layer by layer.
 
@@ -58,18 +65,19 @@ def passes(
       keep: tensors to return.
       scales: as in `forward`: float without, and for every tensor that has none.
       tables: in place of `shared_inputs(dec)`.
+      edge: sees every tensor, in place of fake-quantization; a function at module level, since
+        each is compiled.
     """
     tables = shared_inputs(dec) if tables is None else tables
     values: Tensors = {"ids": ids}
     for graph in dec.graphs:
         own, q = local(params, graph.prefix), local(scales or {}, graph.prefix)
         quant = (q, ranges_of(graph, q))
-        inputs = {t.name for t in graph.named("input")}
-        shared = {k: v for k, v in tables.items() if k in inputs}
         out = graph.outputs[0]
         names = tuple(dict.fromkeys((out, *keep(graph))))
         for i in range(graph.layers):
             here = graph.at((own, quant), i)
-            env = graph_tensors(graph, names, values, here[0] | shared, here[1])
+            shared = dec.shared(graph, tables, i)
+            env = graph_tensors(graph, names, values, here[0] | shared, here[1], edge)
             yield graph, i, env
             values = {"input.residual": env[out]}

@@ -1,6 +1,6 @@
 """The quantized decoder as data: ops, graphs, scales, and values by tensor name."""
 
-from qnpu_jax.graph.decoder import KEEP_SCALE, MASK, MASK_SCALE, Decoder, Positions, decoder
+from qnpu_jax.graph.decoder import KEEP_SCALE, MASK, MASK_CODE, Decoder, Positions, decoder
 from qnpu_jax.graph.graph import LAYERS, Graph, Node, TensorSpec, TokenIds, is_identity, split_name
 from qnpu_jax.graph.layered import Bounds, Params, T, Tensors, local, ranges_of
 from qnpu_jax.graph.ops import (
@@ -12,6 +12,7 @@ from qnpu_jax.graph.ops import (
     Embedding,
     Fixed,
     FullyConnected,
+    Gelu,
     Keep,
     Logistic,
     Mul,
@@ -30,15 +31,16 @@ from qnpu_jax.graph.ops import (
     tied_inputs,
 )
 from qnpu_jax.graph.qparams import Array, QParams, Scales, code_range, expand, from_range, quantize
-from qnpu_jax.graph.scales import is_free, resolve
-from qnpu_jax.graph.shared_inputs import layer_inputs, masks, visible
-from qnpu_jax.graph.tensor_classes import is_rotated, tensor_class
+from qnpu_jax.graph.scales import is_free, mask_scale, resolve
+from qnpu_jax.graph.shared_inputs import layer_inputs, mask_codes, masks, visible
+from qnpu_jax.graph.shared_names import mask_name, shared_names
+from qnpu_jax.graph.tensor_classes import is_constant, is_rotated, tensor_class
 
 __all__ = [
     "KEEP_SCALE",
     "LAYERS",
     "MASK",
-    "MASK_SCALE",
+    "MASK_CODE",
     "WIDENING",
     "Add",
     "AddMask",
@@ -50,6 +52,7 @@ __all__ = [
     "Embedding",
     "Fixed",
     "FullyConnected",
+    "Gelu",
     "Graph",
     "Keep",
     "Logistic",
@@ -79,15 +82,20 @@ __all__ = [
     "eval_op",
     "expand",
     "from_range",
+    "is_constant",
     "is_free",
     "is_identity",
     "is_rotated",
     "layer_inputs",
     "local",
+    "mask_codes",
+    "mask_name",
+    "mask_scale",
     "masks",
     "quantize",
     "ranges_of",
     "resolve",
+    "shared_names",
     "split_name",
     "tensor_class",
     "tied_inputs",

@@ -19,6 +19,7 @@ from qnpu_jax.graph.ops import (
     BatchMatmul,
     Embedding,
     FullyConnected,
+    Gelu,
     Logistic,
     Mul,
     Op,
@@ -30,8 +31,16 @@ from qnpu_jax.graph.ops import (
     tied_inputs,
 )
 
-_UNIFORM = (FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax, Logistic, Sqrt, Rsqrt)
+_UNIFORM = (
+    *(FullyConnected, BatchMatmul, Add, AddMask, Mul, Softmax),
+    *(Logistic, Gelu, Sqrt, Rsqrt),
+)
 """Ops whose kernels take activations of one type and give that type (LiteRT tflite/kernels)."""
+
+
+def _is_weight(x: TensorSpec) -> bool:
+    """Whether a linear's kernel takes the parameter at a width of its own."""
+    return x.name.rpartition(".")[2] in ("weight", "bias")
 
 
 @dataclass
@@ -95,6 +104,10 @@ class Builder:
         quant = QuantSpec(self.bits(name) if bits is None else bits, True, axis)
         return self._register(TensorSpec(name, shape, "param", quant))
 
+    def constant(self, name: str, shape: tuple[int, ...], like: TensorSpec) -> TensorSpec:
+        """Stages a parameter that is an operand of ADD or MUL beside `like`, at its bits."""
+        return self.param(name, shape, bits=like.quant.bits)
+
     def gather(self, name: str, ids: TokenIds, table: TensorSpec) -> TensorSpec:
         """Appends `name = table[ids]`; the output has the table's scale."""
         quant = QuantSpec(table.quant.bits, table.quant.symmetric)
@@ -114,6 +127,8 @@ class Builder:
             quant = QuantSpec(source.bits, source.symmetric)
         else:
             quant = QuantSpec(self.bits(name), symmetric)
+        if isinstance(op, Add | Mul):
+            self._check_constants(inputs, quant.bits)
         if isinstance(op, _UNIFORM):
             inputs = tuple(self._widen(t, quant.bits, name) for t in inputs)
         if isinstance(op, FullyConnected):
@@ -148,9 +163,23 @@ class Builder:
                     f" expected 32 beside an input of {bits}; correct the rule that matches it"
                 )
 
+    def _check_constants(self, operands: Sequence[TensorSpec], bits: tuple[int, ...]) -> None:
+        """Raises UserError for a constant operand that has not the output's bits: kernels of ADD
+        and MUL take one type, and a constant is not widened."""
+        for x in (t for t in operands if t.kind == "param"):
+            for i, (have, want) in enumerate(zip(x.quant.bits, bits, strict=True)):
+                if have != want:
+                    raise UserError(
+                        f"{global_name(self.prefix, i, x.name)}: the plan gives it {have} bits;"
+                        f" expected {want}, as its sum or product has; correct the rule that"
+                        " matches it"
+                    )
+
     def _widen(self, x: TensorSpec, bits: tuple[int, ...], consumer: str) -> TensorSpec:
-        if x.kind == "param" or x.quant.bits == bits:
+        if x.quant.bits == bits or (x.kind == "param" and _is_weight(x)):
             return x
+        # No op may widen a parameter, and a kernel would read one of another width wrongly.
+        assert x.kind != "param", f"{consumer}: {x.name} has {x.quant.bits} bits, not {bits}"
         if any(have > want for have, want in zip(x.quant.bits, bits, strict=True)):
             raise UserError(
                 f"{self.prefix}{consumer}: the plan gives it fewer bits than its input"

@@ -1,10 +1,10 @@
 """The decoder, written like a forward function and staged as three graphs: embed, one layer, head.
 
-Gamma, rotations and the attention scale are in the weights already (`qnpu_jax.transform`): a norm
-here is x / sqrt(sum x^2 + D eps), scores are q k^T. Attention is staged per KV head, with the keys
-[prefix | cache | new], because NPU compilers refuse the batched form at decode. Values are kept
-transposed, (N, K, S): CPU kernels pack the second operand of a BATCH_MATMUL at every call, which is
-several times as fast where adj_y is set.
+Gamma, rotations and the attention scale are in the parameters already (`qnpu_jax.transform`): a
+norm here is x / sqrt(sum x^2 + D eps), scores are q k^T. Attention is staged per KV head, with the
+keys [prefix | cache | new], because NPU compilers refuse the batched form at decode. Values are
+kept transposed, (N, K, S): CPU kernels pack the second operand of a BATCH_MATMUL at every call,
+which is several times as fast where adj_y is set.
 
 Letters: T tokens, S keys, D hidden, H heads, N KV heads, G = H/N, K head_dim, F intermediate, V
 vocabulary.
@@ -21,34 +21,33 @@ from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.builder import Builder
 from qnpu_jax.graph.graph import Graph, TensorSpec, global_name
+from qnpu_jax.graph.layered import T
+from qnpu_jax.graph.norms import norm_after, norm_before, scaled_norm, stream_norm
 from qnpu_jax.graph.ops import (
     Add,
     AddMask,
     BatchMatmul,
     Concat,
     FullyConnected,
+    Gelu,
     Keep,
     Logistic,
     Mul,
     Requantize,
     Reshape,
-    Rsqrt,
     Slice,
     Softmax,
-    Sqrt,
     Transpose,
 )
+from qnpu_jax.graph.shared_names import select
 
 TABLE_SCALE = {8: 1 / 127, 16: 1 / 32767}
 """Scale of the RoPE tables by their bits: cos and sin use the whole code range."""
-MASK = {8: -254.0, 16: -2032.0}
-"""Value added to the score of a masked position, by the mask's bits: code -127 or -32512."""
-MASK_SCALE = {8: 2.0, 16: 1 / 16}
-"""Scale of the mask by its bits.
-
-A power of two keeps the ADD's rescaling of 16-bit scores exact to 1/200 of a code. An 8-bit mask is
-no lower than scores need (`freeze.check_mask`), which keeps Hexagon's ADD precise.
-"""
+MASK = -1e9
+"""Value that float evaluation adds to the score of a masked position: lower than any score."""
+MASK_CODE = {8: -127, 16: -32512}
+"""Code of a masked position by the mask's bits; its scale follows from the scores
+(`scales.mask_scale`)."""
 KEEP_SCALE = {16: 1 / 32767}
 """Scale of the tensor that multiplies probabilities: 1 where a token may look, 0 elsewhere.
 
@@ -66,6 +65,7 @@ class LayerInputs:
       mask: added to scores, (1, T G, S): one row for each of the G query heads of a KV head.
       keep: multiplies probabilities, of the mask's shape; None beside 8-bit probabilities.
       eps: D eps of the norms, (1, 1, 1).
+      q_eps, k_eps: of the norms of queries and keys, likewise; None where the model has none.
     """
 
     cos: TensorSpec
@@ -73,6 +73,8 @@ class LayerInputs:
     mask: TensorSpec
     keep: TensorSpec | None
     eps: TensorSpec
+    q_eps: TensorSpec | None = None
+    k_eps: TensorSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,10 @@ class Decoder:
     def keys(self) -> int:
         """Positions that attention reads, S = prefix + cache + tokens."""
         return self.prefix + self.cache + self.tokens
+
+    def shared(self, graph: Graph, values: Mapping[str, T], layer: int = 0) -> dict[str, T]:
+        """Selects the shared inputs that a graph reads in one layer (`shared_names.select`)."""
+        return select(self.config, graph, values, layer)
 
 
 @lru_cache(maxsize=32)
@@ -148,12 +154,16 @@ def decoder(
 
 
 def _shared(
-    g: Builder, name: str, shape: tuple[int, ...], like: str, scales: Mapping[int, float]
+    g: Builder,
+    name: str,
+    shape: tuple[int, ...],
+    like: str,
+    scales: Mapping[int, float] | None = None,
 ) -> TensorSpec:
     """Stages an input that all layers share.
 
     Its kernel combines it with the tensor `like`, so it has that tensor's bits, which must be the
-    same in all layers.
+    same in all layers. Without `scales` its scale is derived from others (`scales.resolve`).
     """
     bits = g.bits(like)
     if len(set(bits)) > 1:
@@ -161,6 +171,8 @@ def _shared(
             f"layers.*.{like}: bits {list(bits)}; expected the same in all layers, which"
             f" share one {name}; change the bit plan's rule"
         )
+    if scales is None:
+        return g.input(name, shape, bits=bits)
     if bits[0] not in scales:
         raise UserError(
             f"{g.prefix}{like}: the bit plan gives it {bits[0]} bits; expected"
@@ -184,9 +196,11 @@ def _layer(g: Builder, cfg: ModelConfig, tokens: int, prefix: int, cache: int) -
     env = LayerInputs(
         cos=_shared(g, "rope.cos", table, "attn.rope.q", TABLE_SCALE),
         sin=_shared(g, "rope.sin", table, "attn.rope.q", TABLE_SCALE),
-        mask=_shared(g, "mask", square, "attn.kv0.scores", MASK_SCALE),
+        mask=_shared(g, "mask", square, "attn.kv0.scores"),
         keep=_shared(g, "keep", square, "attn.kv0.probs", KEEP_SCALE) if 16 in probs else None,
-        eps=_eps(g, cfg, "attn.norm.sum"),
+        eps=_eps(g, cfg, "norm.eps", cfg.hidden_size, _first_norm(cfg)),
+        q_eps=_head_eps(g, cfg, "q", cfg.num_heads),
+        k_eps=_head_eps(g, cfg, "k", cfg.num_kv_heads),
     )
     past = [(source, n) for source, n in (("prefix", prefix), ("cache", cache)) if n]
     return g.finish(*decoder_layer(g, cfg, x, env, past))
@@ -196,24 +210,45 @@ def _head(g: Builder, cfg: ModelConfig, tokens: int, logits: str) -> Graph:
     x = g.input("input.residual", (tokens, cfg.hidden_size))
     if logits == "last":
         x = g.add("last", Slice((tokens - 1, 0), (1, cfg.hidden_size)), x)
-    x = rms_norm(g, x, _eps(g, cfg, "norm.sum"))
+    x = stream_norm(g, cfg, x, _eps(g, cfg, "norm.eps", cfg.hidden_size, "norm.sum"))
     x = g.add("input", Requantize(), x)
     weight = g.param("weight", (cfg.vocab_size, cfg.hidden_size), axis=0)
     bias = g.param("bias", (cfg.vocab_size,), axis=0)
     return g.finish(g.add("logits", FullyConnected(), x, weight, bias))
 
 
-def _eps(g: Builder, cfg: ModelConfig, like: str) -> TensorSpec:
-    """Stages D eps of a norm, scaled so that it is the highest code of its width."""
-    real = cfg.hidden_size * cfg.rms_norm_eps
+def _eps(g: Builder, cfg: ModelConfig, name: str, width: int, like: str) -> TensorSpec:
+    """Stages D eps of a norm over D = `width`, scaled so that it is the highest code of its
+    width."""
+    real = width * cfg.rms_norm_eps
     scales = {bits: real / (2 ** (bits - 1) - 1) for bits in (8, 16)}
-    return _shared(g, "norm.eps", (1, 1, 1), like, scales)
+    return _shared(g, name, (1, 1, 1), like, scales)
+
+
+def _first_norm(cfg: ModelConfig) -> str:
+    """Sum of squares of a layer's first norm."""
+    return "attn.post_norm.norm.sum" if cfg.norms == "after" else "attn.norm.sum"
+
+
+def _head_eps(g: Builder, cfg: ModelConfig, letter: str, heads: int) -> TensorSpec | None:
+    """Stages eps of the norm of queries or keys."""
+    if cfg.qk_norm is None:
+        return None
+    like = f"attn.{letter}_norm.norm.sum"
+    return _eps(g, cfg, f"{letter}_norm.eps", normed_width(cfg, heads), like)
+
+
+def normed_width(cfg: ModelConfig, heads: int) -> int:
+    """Channels that a norm of queries or keys goes over: those of a head, or of all heads."""
+    return cfg.head_dim * (heads if cfg.qk_norm == "all" else 1)
 
 
 def decoder_layer(
     g: Builder, cfg: ModelConfig, x: TensorSpec, env: LayerInputs, past: list[tuple[str, int]]
 ) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-    """Stages one layer: x <- x + attention(norm(x)), x <- x + swiglu(norm(x)).
+    """Stages one layer: x <- x + attention(norm(x)), x <- x + mlp(norm(x)).
+
+    Norms stand before the blocks, after them, or both.
 
     Args:
       x: residual stream, (T, D).
@@ -224,44 +259,32 @@ def decoder_layer(
       The residual stream (T, D), new keys (N, T, K) and new values (N, K, T).
     """
     with g.scope("attn"):
-        mixed, k_rows, v_rows = attention(g, cfg, rms_norm(g, x, env.eps), env, past)
+        mixed, k_rows, v_rows = attention(g, cfg, norm_before(g, cfg, x, env.eps), env, past)
+        mixed = norm_after(g, cfg, mixed, env.eps)
         x = g.add("residual", Add(), x, mixed, symmetric=True)
     with g.scope("mlp"):
-        x = g.add("residual", Add(), x, swiglu(g, cfg, rms_norm(g, x, env.eps)), symmetric=True)
+        mixed = gated_mlp(g, cfg, norm_before(g, cfg, x, env.eps))
+        mixed = norm_after(g, cfg, mixed, env.eps)
+        x = g.add("residual", Add(), x, mixed, symmetric=True)
     return x, k_rows, v_rows
 
 
-def rms_norm(g: Builder, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
-    """Stages x / sqrt(sum(x^2) + D eps), rows of unit length; the factor sqrt(D) is in the weights.
-
-    A BATCH_MATMUL sums the squares in 64 bits and rounds once. SQRT before RSQRT halves the dynamic
-    range that the RSQRT table must cover: the error stays below 0.6% for rows 128 times smaller
-    than the largest.
-
-    Args:
-      x: (T, D).
-      eps: D eps, (1, 1, 1).
-    """
-    tokens, hidden = x.shape
-    with g.scope("norm"):
-        rows = g.add("rows", Reshape((tokens, 1, hidden)), x)
-        total = g.add("squares", BatchMatmul(adj_y=True), rows, rows)
-        total = g.add("sum", Add(), total, eps)
-        quarter = g.add("inv_root", Rsqrt(), g.add("root", Sqrt(), total))
-        inverse = g.add("inv", Mul(), quarter, quarter)
-        out = g.add("out", Mul(), rows, inverse)
-        return g.add("flat", Reshape((tokens, hidden)), out)
-
-
-def rope(g: Builder, name: str, x: TensorSpec, env: LayerInputs) -> TensorSpec:
+def rope(g: Builder, name: str, x: TensorSpec, env: LayerInputs, bias: bool = False) -> TensorSpec:
     """Stages rotary positions: x cos + swap(x) sin, for x (T, heads, K).
 
     `swap` exchanges the halves of each head. The minus sign of its first half is in the sin table.
+
+    Args:
+      bias: add the linear's bias here, at RoPE's width: Qwen2's biases are a hundred times what
+        the linear itself puts out, and would take its 8 bits.
     """
     tokens, heads, width = x.shape
     half = (tokens, heads, width // 2)
     with g.scope("rope"):
         x = g.add(name, Requantize(), x, symmetric=True)
+        if bias:
+            offset = g.constant(f"{name}_offset", (1, heads, width), like=x)
+            x = g.add(f"{name}_biased", Add(), x, offset, symmetric=True)
         left = g.add(f"{name}_left", Slice((0, 0, 0), half), x)
         right = g.add(f"{name}_right", Slice((0, 0, width // 2), half), x)
         swap = g.add(f"{name}_swap", Concat(2), right, left)
@@ -283,8 +306,12 @@ def attention(
     q = g.fully_connected("q", x, cfg.num_heads * k)
     key = g.fully_connected("k", x, n * k)
     value = g.fully_connected("v", x, n * k, symmetric=True)
-    q = rope(g, "q", g.add("q_heads", Reshape((tokens, cfg.num_heads, k)), q), env)
-    key = rope(g, "k", g.add("k_heads", Reshape((tokens, n, k)), key), env)
+    q = rope(g, "q", split_heads(g, cfg, "q", q, env.q_eps), env, "q" in cfg.late_biases)
+    key = rope(g, "k", split_heads(g, cfg, "k", key, env.k_eps), env, "k" in cfg.late_biases)
+    if cfg.centred_keys:
+        with g.scope("rope"):
+            centre = g.constant("k_centre", (1, n, k), like=key)
+            key = g.add("k_centred", Add(), key, centre, symmetric=True)
     value = g.add("v_heads", Reshape((tokens, n, k)), value)
     q = g.add("q_pos", Requantize(), q)
     key = g.add("k_cache", Requantize(), key, symmetric=True)
@@ -296,6 +323,21 @@ def attention(
     heads = [_kv_head(g, cfg, i, q, keys, values, env) for i in range(n)]
     mixed = g.add("mixed", Concat(1), *heads)
     return g.fully_connected("o", mixed, cfg.hidden_size), k_rows, v_rows
+
+
+def split_heads(
+    g: Builder, cfg: ModelConfig, letter: str, x: TensorSpec, eps: TensorSpec | None
+) -> TensorSpec:
+    """Stages queries or keys by heads, (T, heads, K), normed where the model says so."""
+    name = f"{letter}_norm"
+    if eps is not None and cfg.qk_norm == "all":
+        x = scaled_norm(g, name, x, eps)
+    tokens, channels = x.shape
+    shape = (tokens, channels // cfg.head_dim, cfg.head_dim)
+    x = g.add(f"{letter}_heads", Reshape(shape), x)
+    if eps is not None and cfg.qk_norm == "head":
+        x = scaled_norm(g, name, x, eps)
+    return x
 
 
 def _with_past(
@@ -338,10 +380,13 @@ def _kv_head(
         return g.add("out", Reshape((tokens, groups * k)), mixed)
 
 
-def swiglu(g: Builder, cfg: ModelConfig, x: TensorSpec) -> TensorSpec:
-    """Stages down(silu(gate(x)) up(x)), silu(z) = z sigmoid(z), for x (T, D)."""
+def gated_mlp(g: Builder, cfg: ModelConfig, x: TensorSpec) -> TensorSpec:
+    """Stages down(f(gate(x)) up(x)) for x (T, D): f is silu(z) = z sigmoid(z), or gelu."""
     x = g.add("input", Requantize(), x)
     gate = g.fully_connected("gate", x, cfg.intermediate_size)
     up = g.fully_connected("up", x, cfg.intermediate_size)
-    silu = g.add("silu", Mul(), gate, g.add("sigmoid", Logistic(), gate))
-    return g.fully_connected("down", g.add("act", Mul(), silu, up), cfg.hidden_size)
+    if cfg.activation == "gelu_tanh":
+        active = g.add("gelu", Gelu(), gate)
+    else:
+        active = g.add("silu", Mul(), gate, g.add("sigmoid", Logistic(), gate))
+    return g.fully_connected("down", g.add("act", Mul(), active, up), cfg.hidden_size)

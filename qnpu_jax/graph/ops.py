@@ -77,6 +77,11 @@ class Logistic:
 
 
 @dataclass(frozen=True)
+class Gelu:
+    """y = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). TFLite GELU, `approximate`."""
+
+
+@dataclass(frozen=True)
 class Sqrt:
     """y = sqrt(x), x >= 0."""
 
@@ -126,6 +131,7 @@ Op = (
     | Requantize
     | Softmax
     | Logistic
+    | Gelu
     | Sqrt
     | Rsqrt
     | Reshape
@@ -158,6 +164,8 @@ def eval_op(op: Op, *x: Array) -> Array:
             return jax.nn.softmax(x[0], axis=-1)
         case Logistic():
             return jax.nn.sigmoid(x[0])
+        case Gelu():
+            return jax.nn.gelu(x[0], approximate=True)
         case Sqrt():
             return _where_positive(jnp.sqrt, x[0], 0.0)
         case Rsqrt():
@@ -246,7 +254,7 @@ Constraint = Free | Same | Fixed | Narrowed | Masked
 def constraint(op: Op) -> Constraint:
     """Rule by which an op's output gets its scale and zero point."""
     match op:
-        case FullyConnected() | BatchMatmul() | Add() | Mul() | Sqrt() | Rsqrt():
+        case FullyConnected() | BatchMatmul() | Add() | Mul() | Gelu() | Sqrt() | Rsqrt():
             return Free()
         case Embedding():
             return Same((1,))

@@ -12,9 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qnpu_jax.graph.decoder import Decoder
+from qnpu_jax.graph.decoder import MASK_CODE, Decoder
 from qnpu_jax.graph.graph import Graph, Node, is_identity
-from qnpu_jax.graph.ops import HEADROOM, WIDENING, Fixed, Free, Masked, Narrowed, Same, constraint
+from qnpu_jax.graph.ops import (
+    HEADROOM,
+    WIDENING,
+    AddMask,
+    Fixed,
+    Free,
+    Masked,
+    Narrowed,
+    Same,
+    constraint,
+)
 from qnpu_jax.graph.qparams import QParams, Scales
 
 
@@ -101,6 +111,12 @@ def _of_root(graph: Graph, name: str, node: Node | None, free: Scales, of: Any) 
 
     if spec.fixed is not None:
         return QParams(scale=constant(spec.fixed[0]), zero_point=constant(spec.fixed[1]))
+    if name == "mask":
+        masked = [n for n in graph.nodes if isinstance(n.op, AddMask)]
+        widest = jnp.max(jnp.stack([jnp.max(of(n.inputs[0]).scale) for n in masked]))
+        return QParams(
+            scale=constant(mask_scale(widest, spec.quant.bits[0])), zero_point=constant(0)
+        )
     if node is None:
         return free[graph.prefix + name]
     match constraint(node.op):
@@ -117,6 +133,30 @@ def _of_root(graph: Graph, name: str, node: Node | None, free: Scales, of: Any) 
             return _of_requantize(graph, node, free, of, constant)
         case Free() | Same():
             return free[graph.prefix + name]
+
+
+MASK_SCALE = {8: 2.0, 16: 1 / 16}
+"""Least scale of the mask by its bits."""
+
+
+def mask_scale(scores: jax.Array, bits: int) -> jax.Array:
+    """Computes the scale m of the mask: the least power of two that hides the highest score.
+
+    Hidden means that the sum saturates at the lowest code of masked scores, whose scale is
+    s + HEADROOM / qmax: qmax s + code m + (qmax + 1) (s + HEADROOM / qmax) <= 0. A power of two
+    keeps the ADD's rescaling of 16-bit scores exact to 1/200 of a code. A mask no lower than it
+    must be keeps Hexagon's 8-bit ADD precise.
+
+    Args:
+      scores: the largest scale s of any layer's scores.
+      bits: of the mask.
+    """
+    qmax = 2.0 ** (bits - 1) - 1
+    masked = scores + np.float32(HEADROOM / qmax)
+    needed = (np.float32(qmax) * scores + np.float32(qmax + 1) * masked) / -MASK_CODE[bits]
+    needed = jnp.maximum(jax.lax.stop_gradient(needed), np.float32(MASK_SCALE[bits]))
+    fraction, exponent = jnp.frexp(needed)
+    return jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5).astype(exponent.dtype))
 
 
 def _of_requantize(graph: Graph, node: Node, free: Scales, of: Any, constant: Any) -> QParams:

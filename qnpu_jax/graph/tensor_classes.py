@@ -6,6 +6,8 @@ Rotations R1 and R2 make the tensors of their basis nearly Gaussian; the others 
 
 from __future__ import annotations
 
+from qnpu_jax.graph.graph import TensorSpec
+
 _ROTATED = {
     "layers.attn.input",
     "layers.attn.v",
@@ -38,6 +40,13 @@ def tensor_class(name: str, bits: int) -> str:
     if name in ("layers.attn.k_cache", "layers.attn.v_cache"):
         return "cache"
     return "rotated" if is_rotated(name) else "unrotated"
+
+
+def is_constant(spec: TensorSpec) -> bool:
+    """Tells whether a parameter is an operand of ADD or MUL, as wide as the activations beside it:
+    no weight, bias or prefix."""
+    kinds = ("weight", "bias", "prefix_k", "prefix_v")
+    return spec.kind == "param" and spec.name.rpartition(".")[2] not in kinds
 
 
 def is_rotated(name: str) -> bool:

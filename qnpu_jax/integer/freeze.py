@@ -16,8 +16,6 @@ import numpy as np
 from qnpu_jax.config import BitPlan
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import (
-    MASK,
-    AddMask,
     Decoder,
     FullyConnected,
     Graph,
@@ -28,6 +26,7 @@ from qnpu_jax.graph import (
     TensorSpec,
     decoder,
     expand,
+    is_constant,
     quantize,
     resolve,
 )
@@ -43,8 +42,8 @@ from qnpu_jax.integer.model import IntegerModel, QTensor
 def check_bits(dec: Decoder) -> None:
     """Raises UserError for a tensor whose bits no kernel has.
 
-    Kernels take 4 or 8-bit weights, 32 or 64-bit biases and 8 or 16-bit activations. Constants that
-    become activations (embedding table, prefix K/V) have 8 bits.
+    Kernels take 4 or 8-bit weights, 32 or 64-bit biases, and activations and constants beside them
+    of 8 or 16 bits. Constants that become activations (embedding table, prefix K/V) have 8 bits.
     """
     for graph in dec.graphs:
         for spec in graph.tensors:
@@ -65,6 +64,8 @@ def _allowed_bits(prefix: str, spec: TensorSpec) -> tuple[int, ...]:
             return (32, 64)
         case "param", "weight" if prefix != "embed.":
             return (4, 8)
+        case "param", _ if is_constant(spec):
+            return (8, 16)
         case "param", _:
             return (8,)
         case _:
@@ -92,7 +93,6 @@ def freeze(dec: Decoder, params: Params, free: Scales, prefix: tuple[int, ...]) 
     every = decoder(dec.config, dec.plan, 1, dec.prefix, 1, "last")
     resolved = jax.tree.map(np.asarray, resolve(every, free))
     tensors = {name: _integer(name, q) for name, q in resolved.items()}
-    check_mask(dec, tensors)
     for graph in dec.graphs:
         tensors |= _freeze_weights(graph, params, tensors)
         tensors |= _freeze_biases(graph, params, tensors)
@@ -112,31 +112,6 @@ def _integer(name: str, q: QParams) -> QTensor:
             f"{name}: scale must be finite and positive, got {scale.ravel()[:4]}; calibrate again"
         )
     return QTensor(scale=scale, zero_point=np.asarray(np.rint(q.zero_point), np.int32))
-
-
-def check_mask(dec: Decoder, tensors: Mapping[str, QTensor]) -> None:
-    """Raises UserError where the mask does not hide the highest score.
-
-    Hidden means that score + MASK saturates at the lowest code, -2^(b-1) times the scale of masked
-    scores.
-    """
-    bits = dec.layer["mask"].quant.bits[0]
-    top = 2 ** (bits - 1)
-    for node in dec.layer.nodes:
-        if isinstance(node.op, AddMask):
-            scores, masked = (
-                tensors[dec.layer.prefix + n].scale for n in (node.inputs[0], node.output)
-            )
-            highest = (top - 1) * scores + MASK[bits] + top * masked
-            if highest.max() > 0:
-                layer = int(highest.argmax())
-                raise UserError(
-                    f"{dec.layer.global_name(layer, node.inputs[0])}: scores reach"
-                    f" {(top - 1) * scores[layer]:.0f}, which the {bits}-bit mask of"
-                    f" {MASK[bits]:.0f} does not hide; expected at most"
-                    f" about {-MASK[bits] / 2:.0f}; give *.scores, *.masked and *.softmax 16 bits"
-                    " in the bit plan, or calibrate on other text"
-                )
 
 
 def _narrow_biases(
@@ -178,7 +153,7 @@ def _finite(name: str, x: np.ndarray) -> np.ndarray:
 def _freeze_weights(
     graph: Graph, params: Params, tensors: Mapping[str, QTensor]
 ) -> dict[str, QTensor]:
-    """Rounds weights and prefix K/V: tensors with codes, by stacked global name."""
+    """Rounds weights, gammas and prefix K/V: tensors with codes, by stacked global name."""
     frozen = {}
     for spec in graph.named("param"):
         name = graph.prefix + spec.name
@@ -189,7 +164,7 @@ def _freeze_weights(
         for i in range(graph.layers):
             layer, scale = _finite(name, graph.at(real, i)), graph.at(tensor.scale, i)
             codes = quantize(layer, expand(scale, spec), np.int64(0), spec, i)
-            rows.append(codes.astype(np.int8))
+            rows.append(codes.astype(np.int16 if max(spec.quant.bits) > 8 else np.int8))
         zero_point = tensor.zero_point if spec.quant.axis is None else tensor.zero_point[..., 0]
         frozen[name] = replace(tensor, codes=graph.stack(rows), zero_point=zero_point)
     return frozen

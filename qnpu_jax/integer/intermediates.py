@@ -19,6 +19,7 @@ from qnpu_jax.graph import (
     Decoder,
     Embedding,
     FullyConnected,
+    Gelu,
     Graph,
     Keep,
     Logistic,
@@ -49,6 +50,7 @@ AVAILABLE = 32
 NO_SUM: Mapping[str, str] = {
     "GATHER": "copies rows of the embedding",
     "LOGISTIC": "one code in, one out: a table, or an interpolation in one",
+    "GELU": "one code in, one out: a table, or an interpolation in one",
     "SQRT": "one code in, one out: a table",
     "RSQRT": "one code in, one out: a table, or an interpolation in one",
     "RESHAPE": "copies codes",
@@ -134,7 +136,7 @@ def _intermediate(
             return "SOFTMAX", "sum of exp", (one, terms * one)  # the largest term is exp(0)
         case FullyConnected() | BatchMatmul():
             return None  # `accumulators`
-        case Embedding() | Logistic() | Sqrt() | Rsqrt():
+        case Embedding() | Logistic() | Gelu() | Sqrt() | Rsqrt():
             return None
         case Reshape() | Transpose() | Slice() | Concat():
             return None

@@ -16,8 +16,13 @@ from qnpu_jax.graph import (
     Scales,
     decoder,
     layer_inputs,
+    mask_codes,
     quantize,
+    shared_names,
 )
+
+HELD = {4: np.int8, 8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+"""Type that holds codes of so many bits."""
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -29,8 +34,8 @@ class QTensor:
     Attributes:
       scale: float32, real units per code, > 0: () for a tensor, (channels,) for per-channel scales.
       zero_point: int32, the code of real 0: ().
-      codes: of a parameter: int8 weights (4-bit codes too) and prefix K/V, int32 or int64 biases;
-        None for a tensor that the graph computes or is fed.
+      codes: of a parameter: int8 weights (4-bit codes too) and prefix K/V, int8 or int16 gammas,
+        int32 or int64 biases; None for a tensor that the graph computes or is fed.
     """
 
     scale: Any
@@ -74,25 +79,29 @@ class IntegerModel:
     def constants(self, graph: Graph, layer: int) -> dict[str, np.ndarray]:
         """Codes of a graph's parameters in one layer, by local name.
 
-        Weights and prefix are int8. A bias is as wide as the plan has it in this layer; the
-        stack of all layers is as wide as its widest.
+        Weights and prefix are int8. A bias or a constant is as wide as the plan has it in this
+        layer; the stack of all layers is as wide as its widest.
         """
         codes = {}
         for spec in graph.named("param"):
             own = graph.at(self.tensors[graph.prefix + spec.name].codes, layer)
-            codes[spec.name] = own.astype(np.int32) if spec.quant.bits[layer] == 32 else own
+            codes[spec.name] = own.astype(HELD[spec.quant.bits[layer]], copy=False)
         return codes
 
     def inputs(self, dec: Decoder, filled: int = 0) -> dict[str, np.ndarray]:
-        """Codes of the inputs that all layers share, by local name: int8 or int16 by their bits.
+        """Codes of the inputs that layers share, by shared name (`graph.shared_names`): int8 or
+        int16 by their bits.
 
         Args:
           filled: slots of the cache that hold keys.
         """
-        real = layer_inputs(dec, filled)
+        real, local = layer_inputs(dec, filled), shared_names(dec.config, dec.layer)
         codes = {}
         for name, x in real.items():
-            spec = dec.layer[name]
+            spec = dec.layer[local[name]]
+            if local[name] == "mask":
+                codes[name] = mask_codes(x, spec.quant.bits[0])
+                continue
             assert spec.fixed is not None
             dtype = np.int8 if spec.quant.bits[0] == 8 else np.int16
             codes[name] = quantize(x, np.float64(spec.fixed[0]), np.int64(0), spec).astype(dtype)

@@ -15,7 +15,7 @@ from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer.model import IntegerModel, QTensor
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files; `load` refuses any other."""
 
 

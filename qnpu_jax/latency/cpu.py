@@ -94,7 +94,8 @@ def calls(path: Path, threads: int) -> dict[str, tuple[int, Callable[[], Any]]]:
 
 
 def _inputs(path: Path, key: str, details: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    missing = {"ids", "positions", "mask", "kv_cache_k_0"} - details.keys()
+    masks = [name for name in details if name.startswith("mask")]
+    missing = {"ids", "positions", "kv_cache_k_0", *(masks or ["mask"])} - details.keys()
     if missing:
         raise UserError(
             f"{path}: {key} lacks the inputs {sorted(missing)}; expected a model with a KV cache;"
@@ -107,10 +108,9 @@ def _inputs(path: Path, key: str, details: Mapping[str, Any]) -> dict[str, np.nd
     }
     slots, tokens = inputs["kv_cache_k_0"].shape[1], len(inputs["ids"])
     inputs["positions"] = np.arange(slots, slots + tokens, dtype=np.int32)
-    inputs["mask"] = np.zeros_like(inputs["mask"])
-    if "keep" in inputs:
-        inputs["keep"] = np.full_like(inputs["keep"], 32767)
-    return inputs
+    inputs |= {name: np.zeros_like(inputs[name]) for name in masks}
+    keeps = [name for name in inputs if name.startswith("keep")]
+    return inputs | {name: np.full_like(inputs[name], 32767) for name in keeps}
 
 
 def time_calls(

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.fakequant import Hidden, Reading, head, hidden, token_nll
-from qnpu_jax.graph import Decoder, Params, Tensors
+from qnpu_jax.graph import Decoder, Params, Tensors, decoder
 from qnpu_jax.learn.parameters import R1, Base, Theta, student_reading
 from qnpu_jax.recipes import Stage
+from qnpu_jax.transform import prefix_length
 
 Logits = Float[Array, "t v"]
 _Head = tuple[Tensors, Any]
@@ -66,11 +67,20 @@ def top_k(logits: Logits, k: int) -> TopK:
     return TopK(values, ids)
 
 
+def teacher_decoder(dec: Decoder, teacher: Params) -> Decoder:
+    """Stages the teacher for the student's windows, after the prefix that its parameters hold."""
+    return decoder(dec.config, dec.plan, dec.tokens, prefix_length(teacher))
+
+
 def float_hidden(dec: Decoder, teacher: Params, ids: Int[Array, "b t"]) -> Hidden:
     """Runs the float model on a batch: `hidden` with a leading axis, residual streams (B, L, T, D).
 
     No gradient passes.
+
+    Args:
+      dec: the student's. The teacher has a prefix of its own: its BOS, or none.
     """
+    dec = teacher_decoder(dec, teacher)
     float_model = Reading(teacher, {})
     return jax.lax.stop_gradient(jax.vmap(lambda x: hidden(dec, float_model, x))(ids))
 
@@ -180,9 +190,10 @@ def held_out_kl(
     """Computes the mean KL(float || student) over all tokens and the whole vocabulary, in nats."""
     student, teacher = student_reading(dec, stage, base, theta), Reading(base.teacher, {})
     heads = student.whole(dec.head), teacher.whole(dec.head)
+    readings = (dec, student), (teacher_decoder(dec, base.teacher), teacher)
 
     def one(ids: jax.Array) -> jax.Array:
-        x, x_ref = (hidden(dec, r, ids).last for r in (student, teacher))
+        x, x_ref = (hidden(*of, ids).last for of in readings)
         return jnp.mean(kl(head(dec, *heads[1], x_ref), head(dec, *heads[0], x)))
 
     return jnp.mean(jax.lax.map(one, ids))

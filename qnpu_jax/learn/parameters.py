@@ -37,6 +37,7 @@ from qnpu_jax.graph import (
     QParams,
     Scales,
     Tensors,
+    is_constant,
     is_free,
     is_rotated,
     ranges_of,
@@ -46,6 +47,7 @@ from qnpu_jax.recipes import Stage
 from qnpu_jax.transform import (
     Diagonal,
     Rotation,
+    identity_diagonal,
     rotate,
     rotate_parameter,
     scale_channels,
@@ -148,22 +150,27 @@ def initial_theta(dec: Decoder, free: Scales, groups: Iterable[str]) -> Theta:
     }
     if "rotation" in groups:
         eye = np.eye(k, dtype=np.float32)
-        theta[R1] = jnp.eye(cfg.hidden_size, dtype=jnp.float32)
+        if cfg.merges_r1:
+            theta[R1] = jnp.eye(cfg.hidden_size, dtype=jnp.float32)
         theta[R2] = jnp.asarray(np.broadcast_to(eye, (layers, k, k)).copy())
     return theta
 
 
 def _shapes(dec: Decoder, free: Scales) -> dict[ThetaKey, tuple[int, ...]]:
-    """Shapes of all parameters but rotations."""
+    """Shapes of all parameters but rotations. Gammas learn nothing."""
     cfg = dec.config
-    layers, kv, k = cfg.num_layers, cfg.num_kv_heads, cfg.head_dim
-    diagonals = (layers, cfg.intermediate_size), (layers, kv, k), (layers, kv, k // 2)
-    shapes: dict[ThetaKey, tuple[int, ...]] = dict(zip(DIAGONALS, diagonals, strict=True))
+    layers, still = cfg.num_layers, identity_diagonal(cfg)
+    shapes: dict[ThetaKey, tuple[int, ...]] = {
+        key: np.shape(getattr(still, key.tensor)) for key in DIAGONALS
+    }
     for graph in dec.graphs:
         for spec in graph.tensors:
             name = graph.prefix + spec.name
             stacked = (layers, *spec.shape) if graph.layered else spec.shape
-            if is_free(graph, spec.name):
+            if is_constant(spec):
+                if not spec.name.endswith(".gamma"):
+                    shapes[ThetaKey("bias", name)] = stacked
+            elif is_free(graph, spec.name):
                 weight = spec.kind == "param"
                 scale = free[name].scale.shape
                 shapes[ThetaKey("weight_scale" if weight else "scale", name)] = scale
@@ -194,7 +201,8 @@ def code_ranges(dec: Decoder) -> dict[str, Bounds]:
 def theta_units(dec: Decoder, free: Scales) -> dict[ThetaKey, np.ndarray]:
     """Returns the real value of one unit of each bias and prefix parameter, s 2^(bits - 1).
 
-    s and bits are those of the tensor that a bias is added to, or of the cache that holds a prefix.
+    s and bits are those of the tensor that a bias is added to, of the cache that holds a prefix, or
+    a constant's own.
 
     Returns:
       float32 (L, 1, ..), broadcastable to the parameter.
@@ -210,7 +218,9 @@ def theta_units(dec: Decoder, free: Scales) -> dict[ThetaKey, np.ndarray]:
 
     for node in dec.layer.nodes:
         for name in node.inputs:
-            if name.endswith("bias"):
+            if is_constant(dec.layer[name]):
+                out[ThetaKey("bias", f"layers.{name}")] = unit_of(name, name)
+            elif name.endswith("bias"):
                 out[ThetaKey("bias", f"layers.{name}")] = unit_of(name, node.output)
             elif ".prefix_" in name:
                 out[ThetaKey("prefix", f"layers.{name}")] = unit_of(name, name)
@@ -237,26 +247,31 @@ def student_reading(
                 params[LEARNED + key.tensor] = x * base.units[key]
             case "rounding":
                 params[LEARNED + key.tensor] = x * scales[key.tensor].scale[..., None]
-    r1 = theta.get(R1)
+    r1, normed = theta.get(R1), dec.config.qk_norm is not None
 
     def prepare(graph: Graph, values: Tensors) -> Tensors:
-        return _moved_params(graph, values, r1)
+        return _moved_params(graph, values, r1, normed)
 
     return Reading(params, scales, base.ranges, prepare, stage.masked, measure)
 
 
-def _moved_params(graph: Graph, values: Tensors, r1: jax.Array | None) -> Tensors:
-    """A graph's parameters in one layer: rotated, scaled by channel, then moved by their offset."""
+def _moved_params(graph: Graph, values: Tensors, r1: jax.Array | None, normed: bool) -> Tensors:
+    """A graph's parameters in one layer: rotated, scaled by channel, then moved by their offset.
+
+    Args:
+      normed: queries and keys are normed.
+    """
     mark = LEARNED.removeprefix("layers.")
     learned = {k.removeprefix(mark): v for k, v in values.items() if k.startswith(mark)}
+    r2 = learned.get(R2.tensor)
     diagonals: list[Any] = [learned.get(key.tensor) for key in DIAGONALS]
     out = {}
     for spec in graph.named("param"):
         name, x = graph.prefix + spec.name, values[spec.name]
-        if r1 is not None:
-            x = rotate_parameter(name, x, r1, learned.get(R2.tensor))
+        if r1 is not None or r2 is not None:
+            x = rotate_parameter(name, x, r1, r2)
         if diagonals[0] is not None and graph.layered:
-            x = scale_parameter(name, x, *diagonals)
+            x = scale_parameter(name, x, *diagonals, normed=normed)
         out[spec.name] = x + learned[name] if name in learned else x
     return out
 
@@ -343,8 +358,9 @@ def merge_theta(
     """
     cfg: ModelConfig = dec.config
     out = {n: np.asarray(x) for n, x in params.items()}
-    if R1 in theta:
-        out = rotate(cfg, out, Rotation(r1=np.asarray(theta[R1]), r2=np.asarray(theta[R2])))
+    if R2 in theta:
+        r1 = np.asarray(theta[R1]) if R1 in theta else None
+        out = rotate(cfg, out, Rotation(r1=r1, r2=np.asarray(theta[R2])))
     if DIAGONALS[0] in theta:
         factors = {k.tensor: np.exp(np.asarray(theta[k], np.float64)) for k in DIAGONALS}
         out = scale_channels(cfg, out, Diagonal(**factors))

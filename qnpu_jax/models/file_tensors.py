@@ -8,8 +8,9 @@ files into memory would need twice as much: mapped pages count as the process's.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,12 +20,16 @@ from jaxtyping import Float32
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
+from qnpu_jax.models.family import Family
 from qnpu_jax.models.llama import ExpectedTensor, expected_tensors
 
 FloatArray = Float32[np.ndarray, "..."]
 FloatParams = dict[str, FloatArray]
 """Parameters of a checkpoint by name: real values, in host memory."""
 
+LARGEST = 2.0**63
+"""Largest weight that is taken: its square, which norms sum up, is finite in float32. A flipped
+exponent bit makes a usual weight 2^128 times larger."""
 BLOCK = 1 << 20
 """Elements converted at a time (4 MiB of float32)."""
 
@@ -45,7 +50,11 @@ class StoredTensor:
 
 
 def fill_params(
-    cfg: ModelConfig, stored: Mapping[str, StoredTensor], naming: Literal["hf", "gguf"], where: str
+    cfg: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    naming: Literal["hf", "gguf"],
+    where: str,
+    family: Family,
 ) -> FloatParams:
     """Reads every tensor of a model into float32 arrays, those of the layers stacked on axis 0.
 
@@ -58,30 +67,38 @@ def fill_params(
       Arrays by the names of `llama.expected_tensors`.
 
     Raises:
-      UserError: a tensor is missing, superfluous, of another shape, or holds NaN or Inf.
+      UserError: a tensor is missing, superfluous, of another shape, or holds NaN, Inf or a value
+        whose square is none of float32.
     """
-    expected = expected_tensors(cfg)
-    _check_names(cfg, expected, stored, naming, where)
+    expected = expected_tensors(cfg, family.fused)
+    _check_names(cfg, expected, stored, naming, where, family.architecture)
     params: FloatParams = {}
-    for tensor in expected:
-        layers = (cfg.num_layers,) if tensor.per_layer else ()
-        params[tensor.param] = np.empty((*layers, *tensor.shape), np.float32)
-        for name, out in _slots(cfg, tensor, naming, params[tensor.param]):
-            stored[name].read(out)
-            _check_finite(stored[name].file, name, out)
+    for name, tensors in itertools.groupby(expected, lambda t: getattr(t, naming)):
+        parts = list(tensors)
+        for tensor in parts:
+            layers = (cfg.num_layers,) if tensor.per_layer else ()
+            params[tensor.param] = np.empty((*layers, *tensor.shape), np.float32)
+        for i in range(cfg.num_layers if parts[0].per_layer else 1):
+            out = [params[t.param][i] if t.per_layer else params[t.param] for t in parts]
+            _fill(stored[name.format(i=i)], name.format(i=i), out)
+        if naming == "hf" and family.gamma_offset and parts[0].param.endswith(".gamma"):
+            params[parts[0].param] += np.float32(family.gamma_offset)
     return params
 
 
-def _slots(
-    cfg: ModelConfig, tensor: ExpectedTensor, naming: Literal["hf", "gguf"], out: FloatArray
-) -> Iterator[tuple[str, FloatArray]]:
-    """Yields the file names of one expected tensor, each with the part of `out` that it fills."""
-    name = getattr(tensor, naming)
-    if not tensor.per_layer:
-        yield name, out
+def _fill(stored: StoredTensor, name: str, out: Sequence[FloatArray]) -> None:
+    """Reads a stored tensor into its parameters, whose rows it holds one below the other."""
+    if len(out) == 1:
+        stored.read(out[0])
+        _check_finite(stored.file, name, out[0])
         return
-    for i in range(cfg.num_layers):
-        yield name.format(i=i), out[i]
+    whole = np.empty(stored.shape, np.float32)
+    stored.read(whole)
+    _check_finite(stored.file, name, whole)
+    row = 0
+    for part in out:
+        part[...] = whole[row : row + len(part)]
+        row += len(part)
 
 
 def _check_names(
@@ -90,6 +107,7 @@ def _check_names(
     stored: Mapping[str, StoredTensor],
     naming: Literal["hf", "gguf"],
     where: str,
+    architecture: str,
 ) -> None:
     # A damaged count of layers may be 2^32: names of one more layer than there are tensors are
     # enough to find one that is missing.
@@ -98,7 +116,7 @@ def _check_names(
     for tensor in expected:
         name = getattr(tensor, naming)
         names = [name.format(i=i) for i in layers] if tensor.per_layer else [name]
-        shapes.update(dict.fromkeys(names, tensor.shape))
+        shapes.update(dict.fromkeys(names, tensor.stored_shape))
     for name, shape in shapes.items():
         if name not in stored:
             raise UserError(
@@ -115,18 +133,24 @@ def _check_names(
         first = stored[extra[0]]
         raise UserError(
             f"{first.file}: tensor {extra[0]} (shape {list(first.shape)}) is unexpected,"
-            f" {len(extra)} such in all; expected those of a Llama with {cfg.num_layers} layers;"
-            " use a configuration that fits, or a Llama-family model"
+            f" {len(extra)} such in all; expected those of {architecture} with {cfg.num_layers}"
+            " layers; use a configuration that fits, or another model"
         )
 
 
 def _check_finite(file: str, name: str, x: FloatArray) -> None:
     # min and max are NaN where any value is and, unlike isfinite(x), need no second array.
-    if not (math.isfinite(x.min()) and math.isfinite(x.max())):
+    least, most = float(x.min()), float(x.max())
+    if not (math.isfinite(least) and math.isfinite(most)):
         count = int(np.count_nonzero(~np.isfinite(x)))
         raise UserError(
             f"{file}: tensor {name} holds {count} NaN or Inf of {x.size} values;"
             " expected finite weights; get the checkpoint again or repair it"
+        )
+    if max(-least, most) > LARGEST:
+        raise UserError(
+            f"{file}: tensor {name} holds {max(least, most, key=abs):.3g}, whose square is Inf in"
+            f" float32; expected values up to {LARGEST:.3g}; get the checkpoint again or repair it"
         )
 
 

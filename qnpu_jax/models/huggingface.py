@@ -1,48 +1,44 @@
-"""Hugging Face folders: config.json (of transformers 4 or 5) and safetensors to float32 parameters.
-
-Reference: https://github.com/huggingface/safetensors#format; transformers LlamaConfig,
-MistralConfig.
-"""
+"""Hugging Face folders, of transformers 4 or 5: configuration and float32 parameters."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from qnpu_jax import artifacts
-from qnpu_jax.config import ModelConfig, RopeScaling
+from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.models.file_tensors import (
-    BLOCK,
-    FloatArray,
-    FloatParams,
-    StoredTensor,
-    check_room,
-    fill_params,
-)
-from qnpu_jax.models.llama import HEAD
+from qnpu_jax.models.file_tensors import FloatParams, StoredTensor, fill_params
+from qnpu_jax.models.huggingface_config import read_config, read_family
+from qnpu_jax.models.llama import EMBED, HEAD
+from qnpu_jax.models.safetensors_file import open_safetensors
 from qnpu_jax.models.tokenizer import read_json
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+__all__ = ["load_huggingface", "read_config", "weight_files"]
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-POSITIONS = "max_position_embeddings"
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""Files of an adapter (LoRA), which changes the weights of another model."""
 
 
-def load_huggingface(folder: Path) -> tuple[ModelConfig, FloatParams]:
+def load_huggingface(folder: Path, context: int | None = None) -> tuple[ModelConfig, FloatParams]:
     """Loads configuration and float32 parameters of a folder.
+
+    A head beside tied embeddings counts where it differs from them, as in transformers 5; where
+    there is a head alone, embeddings are tied to it.
+
+    Args:
+      context: tokens that the model must hold, see `rope_scaling.positions`.
 
     Raises:
       UserError: see `read_config`, `weight_files`, `fill_params`; a damaged safetensors file.
     """
-    cfg = read_config(folder)
+    files = weight_files(folder)
+    cfg, family = read_config(folder, context), read_family(folder)
     stored: dict[str, StoredTensor] = {}
-    for path in weight_files(folder):
-        tensors = _open_safetensors(path)
+    for path in files:
+        tensors = open_safetensors(path)
         if twice := sorted(tensors.keys() & stored.keys()):
             raise UserError(
                 f"{path.name}: tensor {twice[0]} is in {stored[twice[0]].file} too;"
@@ -51,22 +47,37 @@ def load_huggingface(folder: Path) -> tuple[ModelConfig, FloatParams]:
         stored.update(tensors)
     for name in [n for n in stored if n.endswith("rotary_emb.inv_freq")]:
         del stored[name]  # saved by old versions of transformers; the configuration gives it
-    if cfg.tie_embeddings:
-        stored.pop(HEAD[0], None)  # transformers, too, replaces it by the embedding when tied
-    return cfg, fill_params(cfg, stored, "hf", folder.name)
+    if cfg.tie_embeddings and HEAD[0] in stored:
+        if EMBED[0] in stored:
+            untied = dataclasses.replace(cfg, tie_embeddings=False)
+            return _tied_if_equal(untied, fill_params(untied, stored, "hf", folder.name, family))
+        stored[EMBED[0]] = stored.pop(HEAD[0])
+    return cfg, fill_params(cfg, stored, "hf", folder.name, family)
+
+
+def _tied_if_equal(cfg: ModelConfig, params: FloatParams) -> tuple[ModelConfig, FloatParams]:
+    """Drops a head that is the embedding over again."""
+    if not np.array_equal(params["embed.weight"], params["head.weight"]):
+        return cfg, params
+    del params["head.weight"]
+    return dataclasses.replace(cfg, tie_embeddings=True), params
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Lists a folder's safetensors files: those its index names, else model.safetensors, else all.
+    """Lists a folder's safetensors files: model.safetensors, else those of its index, else all.
+
+    transformers takes them in this order, so an index that an earlier save left does not count.
 
     Raises:
-      UserError: there are none, or one that the index names is missing.
+      UserError: there are none, or one that the index names is missing; there is an adapter.
     """
+    _check_no_adapter(folder)
     index = read_json(folder / INDEX).get("weight_map")
-    if isinstance(index, dict):
-        files = [folder / str(name) for name in sorted(set(map(str, index.values())))]
-    elif (folder / SINGLE).is_file():
+    names = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
+    if (folder / SINGLE).is_file() and SINGLE not in names:
         files = [folder / SINGLE]  # the same weights may lie beside it under other names
+    elif names:
+        files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if any(file.parent != folder for file in files):
@@ -89,175 +100,11 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Reads the model's shape from config.json, with transformers' defaults for absent keys.
-
-    Raises:
-      UserError: no config.json, another architecture, quantized weights, a sliding window,
-        unsupported RoPE scaling or activation, a missing or impossible value.
-    """
-    data = read_json(folder / "config.json")
-    where = f"{folder.name}/config.json"
-    if not data:
+def _check_no_adapter(folder: Path) -> None:
+    """Raises UserError for an adapter, alone or beside weights: transformers would apply it."""
+    if found := [name for name in ADAPTER if (folder / name).exists()]:
         raise UserError(
-            f"{where} is missing or empty; expected the model's configuration; copy it there"
+            f"{folder.name}: {found[0]} is of an adapter (LoRA), which changes another model's"
+            " weights; expected whole weights; merge it first (peft:"
+            " model.merge_and_unload().save_pretrained(folder)), or remove the adapter's files"
         )
-    data = {**_defaults(data, where), **{k: v for k, v in data.items() if v is not None}}
-    _check_supported(data, where)
-    heads, hidden = _count(data, "num_attention_heads", where), _count(data, "hidden_size", where)
-    kv_heads = _count(data, "num_key_value_heads", where, heads)
-    head_dim = _count(data, "head_dim", where, hidden // heads)
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(
-            f"{where}: {heads} heads of size {head_dim} over {kv_heads} key/value heads;"
-            " expected a multiple and an even size;"
-            " correct num_attention_heads, num_key_value_heads or head_dim"
-        )
-    theta, scaling = _rope(data, where)
-    return ModelConfig(
-        family="llama",
-        vocab_size=_count(data, "vocab_size", where),
-        hidden_size=hidden,
-        intermediate_size=_count(data, "intermediate_size", where),
-        num_layers=_count(data, "num_hidden_layers", where),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_positions=_count(data, POSITIONS, where),
-        rms_norm_eps=_real(data, "rms_norm_eps", where),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_embeddings=bool(data["tie_word_embeddings"]),
-        attention_bias=bool(data.get("attention_bias")),
-        mlp_bias=bool(data.get("mlp_bias")),
-    )
-
-
-def _defaults(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Checks the architecture, and gives the values that transformers assumes for absent keys."""
-    kind, names = str(data.get("model_type")), data.get("architectures") or []
-    if kind not in ARCHITECTURES or names not in ([], [ARCHITECTURES[kind]]):
-        got = names[0] if isinstance(names, list) and names else names or kind
-        raise UserError(
-            f"{where}: architecture {got!r} (model_type {kind!r}) is unknown; expected one of"
-            f" {sorted(ARCHITECTURES.values())}; only the Llama family is supported"
-        )
-    common = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    if kind == "llama":
-        return {**common, POSITIONS: 2048}
-    mistral = {"num_key_value_heads": 8, POSITIONS: 131072}
-    # null in the file means no window; no such key at all means 4096.
-    return {**common, **mistral, **({} if "sliding_window" in data else {"sliding_window": 4096})}
-
-
-def _check_supported(data: Mapping[str, Any], where: str) -> None:
-    def refuse(key: str, expected: str, way_out: str) -> UserError:
-        return UserError(f"{where}: {key} is {data[key]!r}; expected {expected}; {way_out}")
-
-    if data["hidden_act"] not in ("silu", "swish"):
-        raise refuse("hidden_act", "'silu'", "only SwiGLU models are supported")
-    if data.get("quantization_config"):
-        raise refuse("quantization_config", "float weights", "use the model it was quantized from")
-    if data.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse("partial_rotary_factor", "1.0", "only full RoPE is supported")
-    windowed = data["model_type"] == "mistral" and data.get("sliding_window") is not None
-    if windowed and _count(data, "sliding_window", where) < _count(data, POSITIONS, where):
-        raise refuse(
-            "sliding_window", "none", "use a model with full attention (Mistral v0.2 or later)"
-        )
-
-
-def _rope(data: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Reads theta and scaling: `rope_parameters` (transformers 5), or keys of transformers 4."""
-    scaling = data.get("rope_parameters", data.get("rope_scaling")) or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"{where}: RoPE scaling must be an object; got {scaling!r}; correct it")
-    scaling = {"rope_theta": data.get("rope_theta", 10000.0), **scaling}
-    theta = _real(scaling, "rope_theta", where)
-    match scaling.get("rope_type", scaling.get("type", "default")):
-        case "default":
-            return theta, None
-        case "linear":
-            return theta, RopeScaling("linear", _real(scaling, "factor", where))
-        case "llama3":
-            low, high = (_real(scaling, f"{k}_freq_factor", where) for k in ("low", "high"))
-            if low >= high:
-                raise UserError(
-                    f"{where}: low_freq_factor must be below high_freq_factor;"
-                    f" got {low} and {high}; correct them"
-                )
-            context = _count(scaling, "original_max_position_embeddings", where)
-            return theta, RopeScaling("llama3", _real(scaling, "factor", where), low, high, context)
-        case kind:
-            raise UserError(
-                f"{where}: RoPE scaling {kind!r} is not supported;"
-                " expected 'default', 'linear' or 'llama3'; use a model without it"
-            )
-
-
-def _count(data: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    got = data.get(key, default)
-    if not isinstance(got, int) or isinstance(got, bool) or got < 1:
-        raise UserError(f"{where}: {key} must be a positive integer; got {got!r}; correct it")
-    return got
-
-
-def _real(data: Mapping[str, Any], key: str, where: str) -> float:
-    got = data.get(key)
-    if not isinstance(got, int | float) or isinstance(got, bool) or not (0 < got < math.inf):
-        raise UserError(f"{where}: {key} must be a positive number; got {got!r}; correct it")
-    return float(got)
-
-
-def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Reads the header of a safetensors file: 8 bytes with its length, JSON; then come the data.
-
-    The library of that name would map the file into memory, which doubles the peak.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        check_room(path.name, "the header", 8, length, size)
-        text = file.read(length)
-    try:
-        header = artifacts.parse_json(text)
-        header.pop("__metadata__", None)
-        return {name: _entry(path, name, e, 8 + length, size) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(
-            f"{path.name}: damaged safetensors header ({error}); download it again"
-        ) from None
-
-
-def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> StoredTensor:
-    """Checks an entry of the header; data begin at byte `data` of a file of `size` bytes."""
-    dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
-    begin, end = map(int, entry["data_offsets"])
-    if dtype not in _BYTES:
-        raise UserError(
-            f"{path.name}: tensor {name} has type {dtype}; expected one of {sorted(_BYTES)};"
-            " use the float checkpoint of the model"
-        )
-    check_room(path.name, f"tensor {name}", data + begin, end - begin, size)
-    if end - begin != math.prod(shape) * _BYTES[dtype]:
-        raise ValueError(f"tensor {name}: {end - begin} bytes for shape {list(shape)} of {dtype}")
-    return StoredTensor(path.name, shape, _reader(path, dtype, data + begin))
-
-
-def _reader(path: Path, dtype: str, offset: int) -> Callable[[FloatArray], None]:
-    def read(out: FloatArray) -> None:
-        flat = out.reshape(-1)
-        with path.open("rb") as file:
-            file.seek(offset)
-            for start in range(0, flat.size, BLOCK):
-                part = flat[start : start + BLOCK]
-                match dtype:
-                    case "F32":
-                        file.readinto(part.data.cast("B"))
-                    case "F16":
-                        part[...] = np.fromfile(file, "<f2", part.size)
-                    case _:  # bfloat16 is the upper half of a float32
-                        raw = np.fromfile(file, "<u2", part.size)
-                        part.view(np.uint32)[...] = raw.astype(np.uint32) << 16
-
-    return read

@@ -7,6 +7,7 @@ reads as well.
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import processors
 
 from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError, is_text
-from qnpu_jax.models.chat import render_chat
+from qnpu_jax.models.chat import after_an_answer, render_question
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+SPECIAL_MAP = "special_tokens_map.json"
+SPECIAL = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+"""Names of special tokens in files and, as variables, in chat templates."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,12 @@ class Tokenizer:
     Attributes:
       backend: encodes rendered chats: "<|im_end|>" in a text is the special token.
       plain: encodes texts: "<|im_end|>" in a text is text.
-      bos_id: token that a text begins with; None where the model has none.
-      eos_ids: tokens that end a text or a turn; templates call the first eos_token.
+      bos_id: token of the beginning; None where the model has none.
+      eos_ids: tokens that end a text or a turn, by the files and by what the chat template prints
+        after an answer; the first is the model's eos_token.
+      adds_bos: whether a text begins with BOS by the model's own rule. Qwen's, for one, does not:
+        its BOS is the token that ends texts.
+      special: texts of special tokens by their names in chat templates.
       chat_template: Jinja source; None for base models.
       vocab_size: one more than the largest id; a model's embedding may be padded beyond it.
       source: name of the model, for messages.
@@ -43,6 +52,8 @@ class Tokenizer:
     plain: tokenizers.Tokenizer
     bos_id: int | None
     eos_ids: tuple[int, ...]
+    adds_bos: bool
+    special: Mapping[str, str]
     chat_template: str | None
     vocab_size: int
     source: str
@@ -54,6 +65,9 @@ class Tokenizer:
         eos_ids: Sequence[Any],
         chat_template: str | None,
         source: str,
+        *,
+        special: Mapping[str, str] | None = None,
+        adds_bos: bool | None = None,
     ) -> Tokenizer:
         """Builds a tokenizer from its parts, as files give them.
 
@@ -62,6 +76,8 @@ class Tokenizer:
             does not say.
           eos_ids: EOS likewise; all of them count.
           source: name of the model, for messages.
+          special: as the attribute; None for BOS and the first EOS.
+          adds_bos: as the attribute; None where only `backend` tells, by what it adds to a text.
 
         Raises:
           UserError: a special id is no integer or lies outside the vocabulary.
@@ -72,12 +88,20 @@ class Tokenizer:
         plain = tokenizers.Tokenizer.from_str(backend.to_str())
         plain.encode_special_tokens = True
         size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        known_bos = [i for i in bos_ids if i is not None][:1]
+        bos_id = next((i for i in bos_ids if i is not None), None)
         known_eos = [i for n, i in enumerate(eos_ids) if i is not None and i not in eos_ids[:n]]
-        for token_id in known_bos + known_eos:
+        for token_id in ([] if bos_id is None else [bos_id]) + known_eos:
             _check_id(token_id, size, "special token", source)
-        bos_id = known_bos[0] if known_bos else None
-        return Tokenizer(backend, plain, bos_id, tuple(known_eos), chat_template, size, source)
+        if special is None:
+            special = _texts(backend, {"bos_token": [bos_id], "eos_token": known_eos})
+        ends = _turn_end(backend, chat_template, special)
+        known_eos += [i for i in ends if i not in known_eos]
+        adds_bos = _begins(backend, bos_id) if adds_bos is None else adds_bos
+        adds_bos = adds_bos and bos_id is not None
+        if adds_bos:
+            _begin(backend, bos_id)
+        ids = bos_id, tuple(known_eos), adds_bos
+        return Tokenizer(backend, plain, *ids, special, chat_template, size, source)
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
@@ -95,17 +119,23 @@ class Tokenizer:
             )
         backend = _parse(folder / TOKENIZER)
         config = read_json(folder / CONFIG)
+        named = _named(config, read_json(folder / SPECIAL_MAP))
         # generation_config.json overrides the same keys of config.json.
         model = {**read_json(folder / "config.json"), **read_json(folder / GENERATION)}
-        bos = _special(config, "bos_token", backend, folder.name)
-        eos = _special(config, "eos_token", backend, folder.name)
+        bos = _special(named, "bos_token", backend, folder.name)
+        eos = _special(named, "eos_token", backend, folder.name)
         others = model.get("eos_token_id")
+        # A template that puts tokens around texts says all; other files may add to its silence.
+        silent = not isinstance(backend.post_processor, processors.TemplateProcessing)
+        adds_bos = True if silent and config.get("add_bos_token") is True else None
         return Tokenizer.build(
             backend,
             [bos, model.get("bos_token_id")],
             [eos, *(others if isinstance(others, list) else [others])],
             _template(folder, config),
             folder.name,
+            special=named or None,
+            adds_bos=adds_bos,
         )
 
     def save(self, folder: str | Path) -> None:
@@ -116,7 +146,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TOKENIZER).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_tokens()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
+        config |= {"add_bos_token": self.adds_bos}
         # Without this key transformers may drop spaces before punctuation when it decodes.
         _write_json(folder / CONFIG, {**config, "clean_up_tokenization_spaces": False})
         ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids)}
@@ -132,11 +163,7 @@ class Tokenizer:
         Raises:
           UserError: text that is no UTF-8.
         """
-        if not is_text(text):
-            raise UserError(
-                f"text {text[:40]!r}: holds half of a surrogate pair; expected what UTF-8 can"
-                " write; remove it"
-            )
+        _check_text(text)
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -153,30 +180,82 @@ class Tokenizer:
             _check_id(token_id, self.vocab_size, "token", self.source)
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, bos: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        bos: bool = True,
+        now: datetime.datetime | None = None,
+    ) -> list[int]:
         """Encodes a chat up to where the assistant's next answer begins.
+
+        A template that refuses to begin without a system message gets `chat.SYSTEM`.
 
         Args:
           messages: {"role": "system" | "user" | "assistant", "content": text}, in order.
           bos: put BOS where the template says `bos_token`. False is for a model with a prefix,
             which begins with BOS already.
+          now: as in `render_chat`; `chat.FIXED_DATE` where the ids must be the same every day.
 
         Raises:
-          UserError: the model has no chat template, or its template refuses the messages.
+          UserError: the model has no chat template, or its template refuses the messages; they
+            hold text that is no UTF-8.
         """
         if self.chat_template is None:
             raise UserError(
                 f"{self.source}: no chat template; expected {TEMPLATE}, or chat_template in"
                 f" {CONFIG}; use an instruct model, or plain text"
             )
-        special = self._special_tokens() | ({} if bos else {"bos_token": ""})
-        text = render_chat(self.chat_template, messages, special, self.source)
+        special = {**self.special} | ({} if bos else {"bos_token": ""})
+        text = render_question(self.chat_template, messages, special, self.source, now)
+        _check_text(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _special_tokens(self) -> dict[str, str]:
-        ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
-        named = {k: self.backend.id_to_token(i) for k, i in ids.items() if i is not None}
-        return {k: token for k, token in named.items() if token is not None}
+
+def _check_text(text: str) -> None:
+    """Raises UserError for text that the Rust library cannot take."""
+    if is_text(text):
+        return
+    at = next(i for i, c in enumerate(text) if not is_text(c))
+    raise UserError(
+        f"text {text[max(at - 20, 0) : at + 20]!r}: holds half of a surrogate pair; expected what"
+        " UTF-8 can write; remove it"
+    )
+
+
+def _begins(backend: tokenizers.Tokenizer, bos_id: int | None) -> bool:
+    """Tells whether the tokenizer puts BOS before a text of its own accord."""
+    return bos_id is not None and backend.encode("").ids[:1] == [bos_id]
+
+
+def _begin(backend: tokenizers.Tokenizer, bos_id: int | None) -> None:
+    """Makes the tokenizer put BOS before texts, for those who read what `Tokenizer.save` writes."""
+    if bos_id is None or _begins(backend, bos_id):
+        return
+    bos = str(backend.id_to_token(bos_id))
+    backend.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_id)]
+    )
+
+
+def _texts(
+    backend: tokenizers.Tokenizer, ids: Mapping[str, Sequence[int | None]]
+) -> dict[str, str]:
+    """Gives the text of the first id of each name, where there is one."""
+    firsts = {name: next(iter(some), None) for name, some in ids.items()}
+    texts = {name: backend.id_to_token(i) for name, i in firsts.items() if i is not None}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _turn_end(
+    backend: tokenizers.Tokenizer, template: str | None, special: Mapping[str, str]
+) -> list[int]:
+    """Finds the token that ends a turn: the special one, if any, that a chat template prints after
+    an answer, spaces and line breaks aside."""
+    text = "" if template is None else after_an_answer(template, special).lstrip()
+    added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
+    ends = [i for i, token in added.items() if token.strip() and text.startswith(token)]
+    return [max(ends, key=lambda i: len(added[i]))] if ends else []
 
 
 def _check_id(token_id: Any, size: int, what: str, source: str) -> None:
@@ -198,18 +277,29 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
         ) from None
 
 
+def _named(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
+    """Reads the texts of special tokens: each a string or {"content": string}.
+
+    Of the two files the map counts, as in transformers, unless the configuration lists the added
+    tokens: files with that list are newer than their map.
+    """
+    newer = "added_tokens_decoder" in config
+    files = {**special_map, **config} if newer else {**config, **special_map}
+    given = {key: files.get(key) for key in SPECIAL}
+    texts = {k: t.get("content") if isinstance(t, dict) else t for k, t in given.items()}
+    return {key: str(text) for key, text in texts.items() if text is not None}
+
+
 def _special(
-    config: Mapping[str, Any], key: str, backend: tokenizers.Tokenizer, source: str
+    named: Mapping[str, str], key: str, backend: tokenizers.Tokenizer, source: str
 ) -> int | None:
-    """Looks up a token that tokenizer_config.json names: a string or {"content": string}."""
-    token = config.get(key)
-    text = token.get("content") if isinstance(token, dict) else token
-    if text is None:
+    """Looks up the id of a token that `_named` found."""
+    if (text := named.get(key)) is None:
         return None
-    if (token_id := backend.token_to_id(str(text))) is None:
+    if (token_id := backend.token_to_id(text)) is None:
         raise UserError(
-            f"{source}: {key} in {CONFIG} is {text!r}, which {TOKENIZER} lacks; expected a token of"
-            " the vocabulary; take both files of the same model"
+            f"{source}: {key} in {CONFIG} or {SPECIAL_MAP} is {text!r}, which {TOKENIZER}"
+            " lacks; expected a token of the vocabulary; take all files of the same model"
         )
     return token_id
 

@@ -53,12 +53,19 @@ def _ours(weights: int, activations: int, scores: int = 16, stream: int = 16) ->
     return Recipe(name=f"w{weights}a{activations}{suffix}", bits=plan, stages=stages)
 
 
-_PLAIN: dict[str, Any] = {"rotation": "none", "prefix": "none", "activation_init": "minmax"}
+_KEYS: dict[str, Any] = {"centre_keys": False}
+_PLAIN: dict[str, Any] = {
+    **_KEYS,
+    "rotation": "none",
+    "prefix": "none",
+    "activation_init": "minmax",
+}
 METHODS: dict[str, dict[str, Any]] = {
     "rtn-minmax": {**_PLAIN, "weight_init": "minmax"},
     "smoothquant": {**_PLAIN, "weight_init": "minmax", "smooth": 0.5},
-    "quarot": {"prefix": "none", "activation_init": "minmax"},
+    "quarot": {**_KEYS, "prefix": "none", "activation_init": "minmax"},
     "spinquant": {
+        **_KEYS,
         "prefix": "none",
         "activation_init": "minmax",
         "stages": (
@@ -66,12 +73,13 @@ METHODS: dict[str, dict[str, Any]] = {
             Stage(calibrate="all"),
         ),
     },
-    "prefixquant": {},
+    "prefixquant": {**_KEYS},
     "mobilequant": {
         **_PLAIN,
         "stages": (Stage(learn=(*_SCALES, ("diagonal", 0.002)), loss="hidden"),),
     },
     "quant-npu": {
+        **_KEYS,
         "prefix": "none",
         "activation_init": "sigma-rotated",
         "weight_init": "sigma",

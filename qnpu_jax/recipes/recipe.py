@@ -91,8 +91,11 @@ class Recipe:
     Attributes:
       bits: bits of every tensor.
       rotation: `hadamard` merges random Hadamard R1 and R2 into the weights, `none` leaves them.
-      prefix: `auto` searches outlier tokens and puts their K/V in the graph, `none` does not.
-      max_prefix: the longest prefix the search may choose (tokens, BOS included).
+      prefix: `auto` searches tokens that tame outliers and leave the output alone, and puts their
+        K/V in the graph; `none` leaves the model's own BOS there, if it has one.
+      max_prefix: the longest prefix the search may choose (tokens).
+      centre_keys: take a constant vector per layer and KV head from all keys
+        (`transform.key_centring`).
       smooth: alpha of SmoothQuant's diagonal scales (up->down, v->o, q/k); 0 for none.
       activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma),
         `sigma-rotated` (sigma where rotated, min-max elsewhere: Quant.npu's), `mse`, or `class` (by
@@ -119,6 +122,7 @@ class Recipe:
     rotation: Literal["hadamard", "none"] = "hadamard"
     prefix: Literal["auto", "none"] = "auto"
     max_prefix: int = within(1, LARGEST, 6)
+    centre_keys: bool = True
     smooth: float = within(0, 1, 0.0)
     activation_init: Ranges = "class"
     weight_init: Literal["minmax", "sigma", "mse"] = "mse"

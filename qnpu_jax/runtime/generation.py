@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,27 @@ class Speed:
         if self.steps:
             text += f"; then {len(self.steps)} tokens, {1 / np.median(self.steps):.1f} tokens/s"
         return text
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, str]], *, bos: bool
+) -> list[int]:
+    """Encodes a prompt, with BOS at its beginning by the model's own rule (`Tokenizer.adds_bos`).
+
+    Args:
+      prompt: a text to go on with, or a chat to answer, as `Tokenizer.chat` takes it. BOS is never
+        there twice where the chat template prints it too.
+      bos: False for a model with a prefix, which stands for BOS.
+
+    Raises:
+      UserError: as `Tokenizer.encode` and `Tokenizer.chat`.
+    """
+    text = isinstance(prompt, str)
+    ids = tokenizer.encode(prompt) if text else tokenizer.chat(prompt, bos=bos)
+    if not tokenizer.adds_bos or tokenizer.bos_id is None:
+        return ids
+    rest = ids[1:] if ids[:1] == [tokenizer.bos_id] else ids
+    return [tokenizer.bos_id, *rest] if bos else rest
 
 
 def generate_ids(
@@ -82,19 +103,25 @@ def generate_ids(
         codes = session.feed([token])
 
 
-def text_pieces(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+def text_pieces(
+    ids: Iterator[int], tokenizer: Tokenizer, before: Sequence[int] = ()
+) -> Iterator[str]:
     """Yields the text of token ids in pieces, as it grows.
 
     A piece is held back while its last character lacks bytes, which later tokens bring.
+
+    Args:
+      before: ids of the text that goes on, which is not yielded. Tokenizers of SentencePiece leave
+        out the space that a text begins with; in one that goes on it belongs there.
     """
-    seen: list[int] = []
-    shown = ""
+    seen = list(before)
+    shown = tokenizer.decode(seen) if seen else ""
     for token in ids:
         seen.append(token)
         text = tokenizer.decode(seen)
         if not text.endswith(REPLACEMENT):
             yield text[len(shown) :]
             shown = text
-    rest = tokenizer.decode(seen)[len(shown) :] if seen else ""
+    rest = tokenizer.decode(seen)[len(shown) :] if len(seen) > len(before) else ""
     if rest:
         yield rest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int8, Integer
 
 from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import KEEP_SCALE, MASK_SCALE, masks, visible
+from qnpu_jax.graph import KEEP_SCALE, mask_name, masks, visible
+from qnpu_jax.graph import mask_codes as graph_codes
 from qnpu_jax.runtime.session import Shape, Step
 from qnpu_jax.tflite import open_interpreter
 
@@ -66,7 +67,9 @@ class LiteRTBackend:
             heads=heads,
             width=width,
         )
-        self._prefix = int(inputs["mask"]["shape"][2]) - self.shape.context
+        self._windows = mask_windows(inputs)
+        mask = inputs[mask_name("mask", self._windows[0])]
+        self._prefix = int(mask["shape"][2]) - self.shape.context
         rows = self._runners[self.shape.prefill].get_output_details()["logits"]["shape"][0]
         self.logits: Positions = "last" if rows == 1 else "all"
         scales = self._runners[1].get_output_details()["logits"]["quantization_parameters"]
@@ -85,8 +88,9 @@ class LiteRTBackend:
             "ids": np.asarray(ids, np.int32),
             "positions": np.arange(filled, filled + tokens, dtype=np.int32),
         }
-        seen = visible(tokens, self._prefix, k.shape[2], filled)
-        inputs |= mask_codes(seen, self._inputs[tokens])
+        for window in self._windows:
+            seen = visible(tokens, self._prefix, k.shape[2], filled, window)
+            inputs |= mask_codes(seen, self._inputs[tokens], window)
         inputs |= {f"kv_cache_k_{i}": x for i, x in enumerate(k)}
         inputs |= {f"kv_cache_v_{i}": x for i, x in enumerate(v)}
         out: Mapping[str, np.ndarray] = self._runners[tokens](**inputs)
@@ -108,24 +112,32 @@ class LiteRTBackend:
                 yield detail["name"], self._interpreter.get_tensor(detail["index"], graph)
 
 
+def mask_windows(names: Iterable[str]) -> list[int | None]:
+    """Windows of the layers whose masks are among a signature's inputs; None for no window.
+
+    >>> mask_windows(["ids", "mask", "mask_window_512"])
+    [None, 512]
+    """
+    parts = [name.partition("_window_") for name in names]
+    return [int(window) if window else None for name, _, window in parts if name == "mask"]
+
+
 def mask_codes(
-    seen: Bool[np.ndarray, "t s"], inputs: Mapping[str, Any]
+    seen: Bool[np.ndarray, "t s"], inputs: Mapping[str, Any], window: int | None = None
 ) -> dict[str, Integer[np.ndarray, "1 r s"]]:
     """Returns codes of the masks that a signature takes (`shared_inputs.masks`).
 
     Args:
       seen: whether a token (row) may look at a key (column).
       inputs: details of the signature's inputs by name, as LiteRT gives them.
+      window: of the layers that read them, which is part of the masks' names (`graph.mask_name`).
 
     Returns:
       `mask`, and `keep` if the signature takes it, with a row for each token and query head.
     """
-    codes = {}
-    groups = int(inputs["mask"]["shape"][1]) // len(seen)
-    bits = 8 * np.dtype(inputs["mask"]["dtype"]).itemsize
-    for name, x in masks(seen, groups, bits).items():
-        if name in inputs:
-            dtype = np.dtype(inputs[name]["dtype"])
-            scale = {"mask": MASK_SCALE, "keep": KEEP_SCALE}[name][8 * dtype.itemsize]
-            codes[name] = np.rint(x / scale).astype(dtype)
+    mask, keep = (mask_name(name, window) for name in ("mask", "keep"))
+    real = masks(seen, int(inputs[mask]["shape"][1]) // len(seen))
+    codes = {mask: graph_codes(real["mask"], 8 * np.dtype(inputs[mask]["dtype"]).itemsize)}
+    if keep in inputs:
+        codes[keep] = np.rint(real["keep"] / KEEP_SCALE[16]).astype(np.int16)
     return codes

@@ -14,7 +14,7 @@ from typing import Any
 
 from qnpu_jax import extras
 from qnpu_jax.errors import UserError
-from qnpu_jax.models import TOKENIZER, Tokenizer
+from qnpu_jax.models import TOKENIZER, Tokenizer, python_methods
 from qnpu_jax.runtime import litertlm_signatures
 from qnpu_jax.tflite import Integers
 
@@ -52,11 +52,12 @@ def write_package(
       prefill, context: as `litertlm_signatures.write_signatures`.
 
     Raises:
-      UserError: the extra is missing or too old; a tokenizer without a token that ends a text; or
-        as `litertlm_signatures.write_signatures`.
+      UserError: the extra is missing or too old; a tokenizer without a token that ends a text; a
+        chat template that calls methods of Python; or as `litertlm_signatures.write_signatures`.
     """
-    builder_module = load_builder()
     tokenizer = Tokenizer.load(tokenizer_folder)
+    _check_template(tokenizer)
+    builder_module = load_builder()
     facts = _metadata(tokenizer, context)
     with tempfile.TemporaryDirectory() as folder:
         tflite, facts_file = Path(folder) / "model.tflite", Path(folder) / "metadata.pb"
@@ -109,3 +110,18 @@ def _metadata(tokenizer: Tokenizer, context: int) -> Any:
     if tokenizer.chat_template is not None:
         facts.jinja_prompt_template = PLAIN_CONTENT + tokenizer.chat_template
     return facts
+
+
+def _check_template(tokenizer: Tokenizer) -> None:
+    """Refuses a chat template that LiteRT-LM's Jinja (minijinja) cannot render.
+
+    Raises:
+      UserError: the template calls methods of Python's strings, lists or dicts.
+    """
+    if methods := python_methods(tokenizer.chat_template or ""):
+        called = ", ".join(f".{name}()" for name in methods)
+        raise UserError(
+            f"{tokenizer.source}: the chat template calls {called}; expected no methods of Python,"
+            " which LiteRT-LM's Jinja lacks; write filters (x | trim, x | default('')) in the"
+            " model's chat_template.jinja and run `qnpu quantize` again"
+        )

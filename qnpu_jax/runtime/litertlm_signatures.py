@@ -6,7 +6,8 @@ booleans, and samples from floats:
 
 - A cache is passed whole, in and out. SLICE gives the decoder the slots before the new tokens;
   DYNAMIC_UPDATE_SLICE writes the rows of the new tokens.
-- No mask is passed. LESS and SELECT_V2 make its codes from the first position.
+- No mask is passed. LESS and SELECT_V2 make its codes from the first position, and for layers with
+  a sliding window LESS and LOGICAL_AND hide the slots that are out of it.
 - DEQUANTIZE makes float logits. It is the only op with floats.
 
 Letters: T new tokens, G query heads of a KV head, S keys, N KV heads, C context, K head_dim,
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from qnpu_jax.graph import mask_name
 from qnpu_jax.tflite import (
     DType,
     Emitter,
@@ -103,8 +105,7 @@ class _Signature:
         start = self._slice("start", inputs["input_pos"], (1,), INT32)
         whole = self.model.decoder(self.context)
         shared = at_positions(self.form, graph, dec, whole, inputs["input_pos"])
-        names = {t.name for t in dec.layer.named("input")}
-        shared |= {n: self._mask(n, start) for n in ("mask", "keep") if n in names}
+        shared |= self._masks(start)
         past: list[dict[str, int]] = []
         for layer in range(dec.layer.layers):
             past.append({})
@@ -114,46 +115,85 @@ class _Signature:
                 shape = self._cache_shape(letter, self.context)
                 inputs[name] = graph.add_tensor(name, shape, kind)
                 past[-1][f"attn.cache_{letter}"] = self._past(letter, name, inputs[name], kind)
-        is_decode = dec.tokens == 1
-        graphs = dec.graphs if is_decode else dec.graphs[:-1]  # nobody reads a prefill's logits
+        is_decode = dec.tokens == 1  # nobody reads a prefill's logits
         ids = self._reshape("ids", inputs["tokens"], (dec.tokens,), INT32)
-        out, rows = emit(partial(Emitter, self.form, graph), graphs, ids, shared, past)
+        emitter = partial(Emitter, self.form, graph)
+        out, rows = emit(emitter, dec, ids, shared, past, head=is_decode)
         outputs = self._updates(inputs, rows, start)
         if is_decode:
             outputs["logits"] = self._floats(out)
         graph.add_signature(key, inputs, outputs)
 
-    def _mask(self, mask: str, start: int) -> int:
-        """Adds ops that make codes (1, T G, S) of a mask: every token sees the prefix, the cache's
-        slots before `start`, itself and new tokens before it.
+    def _masks(self, start: int) -> dict[str, int]:
+        """Adds ops that make every mask of the layers, and returns them by shared name.
 
         Args:
-          mask: `mask` or `keep` (`shared_inputs.masks`).
           start: tensor (1,) of the first new token's position, which is the number of filled slots.
+        """
+        dec, made = self.dec, {}
+        codes = self.model.inputs(dec)
+        for kind in dict.fromkeys(dec.config.layer_kinds):
+            window = dec.config.kinds[kind].window
+            for local in ("mask", "keep"):
+                name = mask_name(local, window)
+                if name in codes and name not in made:
+                    type_ = self.form.tensor_type(dec.layer, 0, local)
+                    made[name] = self._mask(name, codes[name], type_, start, window)
+        return made
+
+    def _mask(
+        self, mask: str, codes: np.ndarray, kind: TensorType, start: int, window: int | None
+    ) -> int:
+        """Adds ops that make codes (1, T G, S) of a mask: every token sees the prefix, the cache's
+        slots before `start`, itself and new tokens before it; of these its window only.
+
+        Args:
+          mask: shared name of `mask` or `keep` (`shared_inputs.masks`).
+          codes: of the mask while no slot is filled.
+          start: as for `_masks`.
 
         Returns:
           The tensor of the mask.
         """
         dec = self.dec
-        codes = self.model.inputs(dec)[mask]
-        kind = self.form.tensor_type(dec.layer, 0, mask)
         cache, new = dec.prefix, dec.prefix + dec.cache
         slots = np.arange(dec.cache, dtype=np.int32).reshape(1, 1, -1)
-        is_filled = self.graph.add_tensor(f"{mask}.is_filled", slots.shape, "bool")
+        is_seen = self.graph.add_tensor(f"{mask}.is_filled", slots.shape, "bool")
         slots = self._constant(f"{mask}.slots", slots)
-        self._add(Code.LESS, schema.LessOptionsT(), [slots, start], is_filled)
-        hidden = codes[:, :, cache : cache + 1]  # no slot is filled in `codes`
+        self._add(Code.LESS, schema.LessOptionsT(), [slots, start], is_seen)
+        if window is not None:
+            is_seen = self._in_window(mask, slots, start, window, is_seen)
+        hidden = codes[:, :, cache : cache + 1]
         seen = np.full_like(hidden, codes[0, 0, new])  # a token sees itself
         choices = [
             self._constant(f"{mask}.{name}", x, kind)
             for name, x in (("visible", seen), ("hidden", hidden))
         ]
         past = self.graph.add_tensor(f"{mask}.cache", codes[:, :, cache:new].shape, kind)
-        self._add(Code.SELECT_V2, schema.SelectV2OptionsT(), [is_filled, *choices], past)
+        self._add(Code.SELECT_V2, schema.SelectV2OptionsT(), [is_seen, *choices], past)
         parts = [past, self._constant(f"{mask}.new", codes[:, :, new:], kind)]
         if dec.prefix:
             parts.insert(0, self._constant(f"{mask}.prefix", codes[:, :, :cache], kind))
         return self._concat(mask, parts, codes.shape, 2, kind)
+
+    def _in_window(self, mask: str, slots: int, start: int, window: int, is_filled: int) -> int:
+        """Adds ops that tell which filled slots each row of a mask has in its window: those after
+        position start + t - window, for new token t.
+
+        Returns:
+          The tensor, (1, T G, cache) bool.
+        """
+        dec = self.dec
+        token = np.repeat(np.arange(dec.tokens, dtype=np.int32), dec.config.queries_per_kv_head)
+        shape = (1, len(token), dec.cache)
+        offset = self._constant(f"{mask}.offset", (token - np.int32(window)).reshape(1, -1, 1))
+        before = self.graph.add_tensor(f"{mask}.before", (1, len(token), 1), INT32)
+        self._add(Code.ADD, schema.AddOptionsT(), [offset, start], before)
+        near, seen = (
+            self.graph.add_tensor(f"{mask}.{n}", shape, "bool") for n in ("is_near", "is_seen")
+        )
+        self._add(Code.LESS, schema.LessOptionsT(), [before, slots], near)
+        return self._add(Code.LOGICAL_AND, schema.LogicalAndOptionsT(), [near, is_filled], seen)
 
     def _cache_shape(self, letter: str, slots: int) -> tuple[int, ...]:
         heads, width = self.model.config.num_kv_heads, self.model.config.head_dim

@@ -1,9 +1,10 @@
 """Excerpts: the windows of token ids that a run uses, each with the text that it was cut from.
 
-A run takes up to four excerpts. Calibration and learning take theirs from the start of the given
-text; without one, the model writes the text for both. The other two come from Python's own
-documentation: perplexity is measured on its beginning, and its end decides which step of learning
-is kept. The two must not overlap, or the step would be chosen by what is measured.
+A run takes up to five excerpts. Calibration and learning take theirs from the start of the given
+text; without one, the model writes the text for both. The others come from Python's own
+documentation: perplexity is measured on its beginning, and its end judges prefixes and decides
+which step of learning is kept. Beginning and end must not overlap, or the model would be chosen by
+what is measured.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -25,6 +26,8 @@ from qnpu_jax.text import files, self_written
 from qnpu_jax.text.windows import Windows, cut
 
 DOCUMENTATION = "pydoc_data.topics"
+OTHER_LENGTH, OTHER_COUNT = 128, 8
+"""Tokens of a window, and windows, of the text that judges prefixes beside the calibration text."""
 OWN_TOKENS = 65_536
 """Most tokens that the model writes to learn from: on a CPU that takes minutes."""
 
@@ -52,6 +55,18 @@ class Excerpt:
         return hashlib.sha256(header + np.ascontiguousarray(self.windows).tobytes()).hexdigest()
 
 
+class Judges(NamedTuple):
+    """Excerpts of the end of Python's documentation.
+
+    Attributes:
+      held_out: its KL decides which step of learning is kept; None where nothing is learned.
+      other: prefixes are judged on it, beside the calibration text, which is of another domain.
+    """
+
+    held_out: Excerpt | None
+    other: Excerpt
+
+
 @dataclass(frozen=True)
 class Texts:
     """All excerpts of a run.
@@ -60,43 +75,46 @@ class Texts:
       scored: perplexity is measured on it.
       calibration: sets ranges and rounds weights.
       learning: is learned from; None where nothing is learned.
-      held_out: its KL decides which step of learning is kept; None where nothing is learned.
+      judges: what prefixes and steps of learning are judged on.
     """
 
     scored: Excerpt
     calibration: Excerpt
-    learning: Excerpt | None = None
-    held_out: Excerpt | None = None
+    learning: Excerpt | None
+    judges: Judges
 
     def windows(self) -> Windows:
         """The windows that `pipeline.quantize` takes."""
-        return windows_of(self.calibration, self.learning, self.held_out)
+        return windows_of(self.calibration, self.learning, self.judges)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Entries of report.json and recipe.json, by use."""
         named = {
             "calibration": self.calibration,
             "learning": self.learning,
-            "early_stopping": self.held_out,
+            "early_stopping": self.judges.held_out,
+            "prefix": self.judges.other,
             "held_out": self.scored,
         }
         return {name: excerpt.to_json() for name, excerpt in named.items() if excerpt}
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the windows of each excerpt that decides what is learned, by use."""
-        assert self.learning is not None and self.held_out is not None
+        assert self.learning is not None and self.judges.held_out is not None
         return {
             "calibration": self.calibration.digest(),
             "learning": self.learning.digest(),
-            "held_out": self.held_out.digest(),
+            "held_out": self.judges.held_out.digest(),
+            "other": self.judges.other.digest(),
         }
 
 
-def windows_of(calibration: Excerpt, learning: Excerpt | None, held_out: Excerpt | None) -> Windows:
+def windows_of(calibration: Excerpt, learning: Excerpt | None, judges: Judges) -> Windows:
     """Joins the windows of a run; those of a run that does not learn only calibrate."""
-    if learning is None or held_out is None:
-        return Windows.of(calibration.windows)
-    return Windows(calibration.windows, learning.windows, held_out.windows)
+    other = judges.other.windows
+    if learning is None or judges.held_out is None:
+        return Windows.of(calibration.windows, other)
+    return Windows(calibration.windows, learning.windows, judges.held_out.windows, other)
 
 
 @dataclass(frozen=True)
@@ -173,8 +191,8 @@ def scored_and_judged(
     length: int,
     tokens: int,
     effort: Effort | None,
-) -> tuple[Excerpt, Excerpt | None]:
-    """Cuts the excerpt that is scored, and the one that decides which step of learning is kept.
+) -> tuple[Excerpt, Judges]:
+    """Cuts the excerpt that is scored, and those that judge.
 
     Args:
       eval_text: file to score on; None takes Python's documentation.
@@ -182,37 +200,41 @@ def scored_and_judged(
       tokens: tokens to score in all.
       effort: None where nothing is learned.
 
-    Returns:
-      The scored excerpt and the judging one, None where nothing is learned.
-
     Raises:
-      UserError: a text is too short, or the two excerpts overlap.
+      UserError: a text is too short, or the excerpts overlap.
     """
     read = [checkpoint.tokenizer, checkpoint.config.vocab_size]
     scored_text = tokenized(eval_text, *read)
     scored = scored_text.first(length, tokens)
-    if effort is None:
-        return scored, None
     text = scored_text if eval_text is None else tokenized(None, *read)
-    held_out = text.last(effort.length, effort.held_out)
-    free = len(text.ids) - held_out.windows.size
+    judges = _judges(text, effort)
+    sizes = [excerpt.windows.size for excerpt in judges if excerpt is not None]
+    free = len(text.ids) - max(sizes)
     if eval_text is None and scored.windows.size > free:
         raise UserError(
             f"eval-tokens: {scored.windows.size:,} tokens of {text.where} reach into its end, by"
-            f" which learning is judged; expected at most {free:,}; lower --eval-tokens, or give"
-            " --eval-text"
+            f" which prefix and learning are judged; expected at most {free:,};"
+            " lower --eval-tokens, or give --eval-text"
         )
-    return scored, held_out
+    return scored, judges
 
 
-def judged(checkpoint: Checkpoint, effort: Effort) -> Excerpt:
-    """Cuts the excerpt that decides which step of learning is kept from Python's documentation.
+def judged(checkpoint: Checkpoint, effort: Effort | None) -> Judges:
+    """Cuts the excerpts that judge from Python's documentation.
+
+    Args:
+      effort: None where nothing is learned.
 
     Raises:
       UserError: the documentation is too short for one window.
     """
-    text = tokenized(None, checkpoint.tokenizer, checkpoint.config.vocab_size)
-    return text.last(effort.length, effort.held_out)
+    return _judges(tokenized(None, checkpoint.tokenizer, checkpoint.config.vocab_size), effort)
+
+
+def _judges(text: Tokens, effort: Effort | None) -> Judges:
+    held_out = text.last(effort.length, effort.held_out) if effort else None
+    length = min(OTHER_LENGTH, len(text.ids))
+    return Judges(held_out, text.last(length, OTHER_COUNT))
 
 
 def given(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import flax.struct
 import jax
@@ -23,9 +24,9 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.fakequant import evaluate
+from qnpu_jax.fakequant import evaluate, scanned_inputs
 from qnpu_jax.graph import Decoder, Params, Tensors, decoder, layer_inputs, local
-from qnpu_jax.models import Tokenizer
+from qnpu_jax.models import FIXED_DATE, Tokenizer
 
 BATCH = 32
 """Rows decoded together at most: a step reads all weights once, however many rows share it."""
@@ -177,27 +178,39 @@ def calibration_windows(
 ) -> Int32[np.ndarray, "n t"]:
     """Writes windows of `length` tokens, at least `tokens` in all, to calibrate with.
 
-    Every other window begins as a chat with one of QUESTIONS. The rest are free text after BOS, or
-    after a random token where the model has no BOS; without a chat template all are free text. BOS
-    itself stands in no window where a document begins: the quantized model puts its prefix there,
-    and a BOS behind the prefix would be an outlier that ordinary text does not have.
+    Every other window begins as a chat with one of QUESTIONS, on FIXED_DATE where the template
+    prints the date. The rest are free text after BOS, or after a random token where texts do not
+    begin with BOS by the model's own rule; without a chat template, or with one that refuses plain
+    questions, all are free text. BOS itself stands in no window where a document begins: the
+    quantized model puts its prefix there, and a BOS behind the prefix would be an outlier that
+    ordinary text does not have.
 
     Args:
       tokenizer: the model's own.
       seed, progress: as in `Drawing` and `sample`.
 
     Raises:
-      UserError: as `sample`, or the chat template refuses a plain question.
+      UserError: as `sample`.
     """
     count = max(1, -(-tokens // length))
     opening = np.random.default_rng(seed).integers(tokenizer.vocab_size, size=count)
-    prompts = [[int(i)] if tokenizer.bos_id is None else [tokenizer.bos_id] for i in opening]
-    if tokenizer.chat_template is not None:
-        chats = [tokenizer.chat([{"role": "user", "content": q}]) for q in QUESTIONS]
+    bos = tokenizer.bos_id if tokenizer.adds_bos else None
+    prompts = [[int(i)] if bos is None else [bos] for i in opening]
+    if chats := _chats(tokenizer):
         for i in range(1, count, 2):
             prompts[i] = chats[i // 2 % len(chats)]
     drawing = Drawing(seed, stop=tokenizer.eos_ids, bos=tokenizer.bos_id)
     return sample(writer, prompts, length, drawing, progress)
+
+
+def _chats(tokenizer: Tokenizer) -> list[list[int]]:
+    """Encodes QUESTIONS as chats; none without a chat template that takes them."""
+    if tokenizer.chat_template is None:
+        return []
+    try:
+        return [tokenizer.chat([{"role": "user", "content": q}], now=FIXED_DATE) for q in QUESTIONS]
+    except UserError:  # a template for other roles, or for contents that are no text
+        return []
 
 
 def _prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], drawing: Drawing) -> Prompts:
@@ -258,7 +271,8 @@ def _decode(
 
 
 def _tables(dec: Decoder) -> Tensors:
-    """Stacks what all layers share (RoPE rows, mask, D eps); axis 0: 0 to `cache` filled slots."""
+    """Stacks what layers share (RoPE rows, mask, D eps) by shared name; axis 0: 0 to `cache` filled
+    slots."""
     steps = [layer_inputs(dec, filled) for filled in range(dec.cache + 1)]
     return {name: jnp.asarray(np.stack([step[name] for step in steps])) for name in steps[0]}
 
@@ -317,9 +331,13 @@ def _next_logits(
         return evaluate(dec.head, inputs)["logits"][0]
 
     x = jax.vmap(embed)(at.token)
-    x, (k, v) = jax.lax.scan(
-        partial(_layer, dec, shared), x, (local(params, "layers."), at.k, at.v)
-    )
+    kinds, of_kind = scanned_inputs(dec, shared)
+
+    def layer(x: Array, values: Any) -> Any:
+        kind, *own = values
+        return _layer(dec, of_kind(kind), x, *own)
+
+    x, (k, v) = jax.lax.scan(layer, x, (kinds, local(params, "layers."), at.k, at.v))
     # Written in place for all layers at once: a cache that the scan returned would be a copy.
     every, rows = slice(None), jnp.arange(len(at.token))
     k = at.k.at[every, rows, :, at.position].set(jnp.moveaxis(k, 1, 0), mode="drop")
@@ -331,10 +349,11 @@ def _layer(
     dec: Decoder,
     shared: Tensors,
     x: Float32[Array, "b 1 d"],
-    values: tuple[Tensors, Float32[Array, "b n c h"], Float32[Array, "b n h c"]],
+    weights: Tensors,
+    k: Float32[Array, "b n c h"],
+    v: Float32[Array, "b n h c"],
 ) -> tuple[Float32[Array, "b 1 d"], tuple[Float32[Array, "b n h"], Float32[Array, "b n h"]]]:
     """Runs one layer; returns the new residual, and the token's row of keys and of values."""
-    weights, k, v = values
 
     def row(x: Array, k: Array, v: Array, shared: Mapping[str, Array]):
         inputs = {"input.residual": x, "attn.cache_k": k, "attn.cache_v": v}

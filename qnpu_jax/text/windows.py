@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,20 +21,26 @@ class Windows:
       learning: is learned from; no rows where nothing is learned.
       held_out: decides which step of learning is kept; from another domain than the other two. No
         rows where nothing is learned.
+      other: judges prefixes beside `calibration`, being of another domain; no rows where there is
+        no such text.
     """
 
     calibration: Int[np.ndarray, "n t"]
     learning: Int[np.ndarray, "m u"]
     held_out: Int[np.ndarray, "k u"]
+    other: Int[np.ndarray, "j v"] = field(default_factory=lambda: np.zeros((0, 1), np.int32))
 
     @staticmethod
-    def of(calibration: Int[np.ndarray, "n t"]) -> Windows:
+    def of(
+        calibration: Int[np.ndarray, "n t"], other: Int[np.ndarray, "j v"] | None = None
+    ) -> Windows:
         """Windows to calibrate with, and none to learn from.
 
         >>> Windows.of(np.arange(6).reshape(2, 3)).learning.shape
         (0, 3)
         """
-        return Windows(calibration, calibration[:0], calibration[:0])
+        none = calibration[:0]
+        return Windows(calibration, none, none, none if other is None else other)
 
 
 def token_ids(

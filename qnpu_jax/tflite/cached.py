@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Decoder, Embedding, Positions
+from qnpu_jax.graph import Decoder, Embedding, Positions, shared_names
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.tflite.emitter import Emitter, emit
 from qnpu_jax.tflite.flatbuffer import ModelWriter, SubgraphWriter
@@ -29,7 +29,8 @@ def build_cached(
       `ids` (T,) int32.
       `positions` (T,) int32, 0 for the first token after the prefix.
       `mask` (1, T G, S), codes with the bits of the scores: 0 where a token may look, elsewhere
-        -127 (int8) or -32512 (int16).
+        -127 (int8) or -32512 (int16). Layers with a sliding window of W tokens read
+        `mask_window_<W>` (and `keep_window_<W>`) in its place.
       `keep` (1, T G, S) int16, only in models with 16-bit probabilities: 32767 where a token may
         look, 0 elsewhere.
       `kv_cache_k_<i>` (N, context - T, K) and `kv_cache_v_<i>` (N, K, context - T) int8, for every
@@ -85,8 +86,8 @@ def add_cached(
     )
     shared = at_positions(form, subgraph, dec, whole, positions)
     common = Emitter(form, subgraph, dec.layer, 0)
-    names = {t.name for t in dec.layer.named("input")}
-    masks = {n: common.tensor(n, label=n) for n in ("mask", "keep") if n in names}
+    names = shared_names(dec.config, dec.layer).items()
+    masks = {n: common.tensor(x, label=n) for n, x in names if x in ("mask", "keep")}
     shared |= masks
     caches = [
         {
@@ -97,7 +98,7 @@ def add_cached(
         }
         for i in range(dec.layer.layers)
     ]
-    out, rows = emit(partial(emitter, form, subgraph), dec.graphs, ids, shared, caches)
+    out, rows = emit(partial(emitter, form, subgraph), dec, ids, shared, caches)
     inputs = {"ids": ids, "positions": positions, **masks}
     outputs = {"logits": out}
     for i, (cache, new) in enumerate(zip(caches, rows, strict=True)):
@@ -126,20 +127,22 @@ def cached_decoder(
 def at_positions(
     form: FileForm, subgraph: SubgraphWriter, dec: Decoder, whole: Decoder, positions: int
 ) -> dict[str, int]:
-    """Adds what all layers share beside the mask: the RoPE rows of some positions, and eps.
+    """Adds what layers share beside the masks: the RoPE rows of some positions, and eps.
 
     Args:
       whole: decoder of all positions at once, whose RoPE tables the rows are gathered from.
       positions: tensor of the positions (T,) int32.
 
     Returns:
-      Tensors by local name: `norm.eps`, `rope.cos`, `rope.sin`.
+      Tensors by shared name (`graph.shared_names`): `rope.cos`, `rope.sin`, ..., and every eps.
     """
     common, every = (Emitter(form, subgraph, d.layer, 0) for d in (dec, whole))
     tables = form.inputs(whole)
-    shared = {"norm.eps": common.tensor("norm.eps", tables["norm.eps"], "norm.eps")}
-    for name in ("rope.cos", "rope.sin"):
-        table = every.tensor(name, tables[name], f"{name}.table")
-        shared[name] = common.tensor(name, label=name)
+    shared = {n: common.tensor(n, x, n) for n, x in tables.items() if n.endswith(".eps")}
+    for name, local in shared_names(dec.config, dec.layer).items():
+        if local not in ("rope.cos", "rope.sin"):
+            continue
+        table = every.tensor(local, tables[name], f"{name}.table")
+        shared[name] = common.tensor(local, label=name)
         add_op(subgraph, Embedding(), [positions, table], shared[name])
     return shared

@@ -12,7 +12,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 
-from qnpu_jax.graph import Graph, Node
+from qnpu_jax.graph import Decoder, Graph, Node
 from qnpu_jax.tflite.flatbuffer import SubgraphWriter
 from qnpu_jax.tflite.forms import Composite, FileForm
 from qnpu_jax.tflite.operators import add_op
@@ -22,29 +22,32 @@ from qnpu_jax.tflite.square_sums import add_diagonals, are_squares, block_size
 
 def emit(
     emitter: Callable[[Graph, int], Emitter],
-    graphs: Sequence[Graph],
+    dec: Decoder,
     ids: int,
     shared: Mapping[str, int],
     caches: Sequence[Mapping[str, int]],
+    *,
+    head: bool = True,
 ) -> tuple[int, list[list[int]]]:
     """Adds a decoder's graphs to a subgraph, layers unrolled.
 
     Args:
       emitter: makes the emitter of a graph and layer.
-      graphs: in the order of `Decoder.graphs`.
       ids: tensor of the token ids.
-      shared: tensors that all layers read, by local name: RoPE rows, mask, eps.
+      shared: tensors that layers share (RoPE rows, mask, eps), by shared name
+        (`graph.shared_names`).
       caches: for each layer its tensors of cached keys and values, by local name.
+      head: False leaves the head out.
 
     Returns:
-      The tensor that the last graph makes (the logits), and for each layer its new rows of keys and
-      values.
+      The tensor that the last graph makes (the logits with the head), and for each layer its new
+      rows of keys and values.
     """
     values, out, rows = {"ids": ids}, ids, []
-    for graph in graphs:
+    for graph in dec.graphs if head else dec.graphs[:-1]:
         for layer in range(graph.layers):
             own = caches[layer] if graph.layered else {}
-            env = emitter(graph, layer).emit({**values, **shared, **own})
+            env = emitter(graph, layer).emit({**values, **dec.shared(graph, shared, layer), **own})
             out = env[graph.outputs[0]]
             values = {"input.residual": out}
             if graph.layered:

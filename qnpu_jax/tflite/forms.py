@@ -74,7 +74,8 @@ class FileForm(Protocol):
         ...
 
     def inputs(self, dec: Decoder) -> dict[str, np.ndarray]:
-        """Returns contents of what all layers share (RoPE tables, mask, eps), by local name."""
+        """Returns contents of what layers share (RoPE tables, mask, eps), by shared name
+        (`graph.shared_names`)."""
         ...
 
     def tensor_type(self, graph: Graph, layer: int, name: str) -> TensorType:

@@ -32,7 +32,8 @@ class NormsTogether(Integers):
 
         rms_norm(x, gamma) = gamma x / sqrt(mean(x^2) + epsilon)
 
-    Folding has moved the learned gains into the weights: gamma = 1 / sqrt(D) for all D channels.
+    Folding has moved the learned gains into the weights, or into a MUL that follows:
+    gamma = 1 / sqrt(D) for all D channels.
 
     Reference: google-ai-edge/LiteRT, litert/vendors/qualcomm/core/builders/rms_norm_op_builder.cc.
     """
@@ -46,10 +47,10 @@ class NormsTogether(Integers):
             if norm is None:
                 yield from nodes
             else:
-                yield self._composite(nodes)
+                yield self._composite(graph, nodes)
 
-    def _composite(self, nodes: tuple[Node, ...]) -> Composite:
-        size = self.model.config.hidden_size
+    def _composite(self, graph: Graph, nodes: tuple[Node, ...]) -> Composite:
+        size = graph[nodes[-1].output].shape[-1]
         gamma = np.full(size, GAMMA_CODE, np.int16)
         made = {node.output for node in nodes}
         shared = self.model.inputs(self.model.decoder(1))  # D eps is one of them

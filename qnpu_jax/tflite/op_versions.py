@@ -59,6 +59,7 @@ _BY_INPUT_TYPE: dict[int, dict[str, int]] = {
     Code.MEAN: {"int8": 2, "int16": 3},
     Code.RSQRT: {"int8": 2, "int16": 3},
     Code.LOGISTIC: {"int8": 2, "int16": 3},
+    Code.GELU: {"int8": 2},
     Code.TANH: {"int8": 2, "int16": 3},
     Code.GATHER: {"int8": 2, "bool": 3, "int16": 4, "int4": 7},
     Code.CONCATENATION: {"int8": 2, "int16": 3},

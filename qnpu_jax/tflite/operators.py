@@ -18,6 +18,7 @@ from qnpu_jax.graph import (
     Concat,
     Embedding,
     FullyConnected,
+    Gelu,
     Keep,
     Logistic,
     Mul,
@@ -65,6 +66,7 @@ _CODES: dict[type, int] = {
     Requantize: Code.QUANTIZE,
     Softmax: Code.SOFTMAX,
     Logistic: Code.LOGISTIC,
+    Gelu: Code.GELU,
     Sqrt: Code.SQRT,
     Rsqrt: Code.RSQRT,
     Reshape: Code.RESHAPE,
@@ -102,6 +104,8 @@ def _options(op: Op, bias: str | None) -> Any:
             return schema.QuantizeOptionsT()
         case Softmax():
             return _filled(schema.SoftmaxOptionsT(), beta=1.0)
+        case Gelu():
+            return _filled(schema.GeluOptionsT(), approximate=True)
         case Logistic() | Sqrt() | Rsqrt():
             return None
         case Reshape(shape=shape):

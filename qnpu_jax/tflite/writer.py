@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Positions
+from qnpu_jax.graph import Positions, shared_names
 from qnpu_jax.integer import IntegerModel
 from qnpu_jax.tflite.emitter import Emitter, emit
 from qnpu_jax.tflite.flatbuffer import ModelWriter
@@ -48,9 +48,10 @@ def build_prefill(
     subgraph = writer.add_subgraph("main")
     ids = subgraph.add_tensor("ids", (tokens,), "int32")
     common = Emitter(form, subgraph, dec.layer, 0)
-    shared = {name: common.tensor(name, x, name) for name, x in form.inputs(dec).items()}
+    names = shared_names(dec.config, dec.layer)
+    shared = {name: common.tensor(names[name], x, name) for name, x in form.inputs(dec).items()}
     emitter, caches = partial(Emitter, form, subgraph), [{}] * dec.layer.layers
-    out, _ = emit(emitter, dec.graphs, ids, shared, caches)
+    out, _ = emit(emitter, dec, ids, shared, caches)
     subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": out})
     return writer
 

@@ -3,27 +3,36 @@
 from qnpu_jax.transform.channel_scales import (
     Diagonal,
     channel_peaks,
+    identity_diagonal,
     scale_channels,
     scale_parameter,
     smoothquant,
 )
 from qnpu_jax.transform.fold import check_folded, fold_norms
-from qnpu_jax.transform.prefix import PrefixReport, add_prefix, find_prefix
+from qnpu_jax.transform.key_centring import centre_keys, key_centres
+from qnpu_jax.transform.prefix import add_prefix, prefix_length, without_prefix
+from qnpu_jax.transform.prefix_search import PrefixReport, Starts, find_prefix
 from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotate_parameter
 
 __all__ = [
     "Diagonal",
     "PrefixReport",
     "Rotation",
+    "Starts",
     "add_prefix",
+    "centre_keys",
     "channel_peaks",
     "check_folded",
     "find_prefix",
     "fold_norms",
+    "identity_diagonal",
+    "key_centres",
+    "prefix_length",
     "random_rotation",
     "rotate",
     "rotate_parameter",
     "scale_channels",
     "scale_parameter",
     "smoothquant",
+    "without_prefix",
 ]

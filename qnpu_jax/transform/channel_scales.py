@@ -6,13 +6,16 @@ channel more codes, and the weights that take the factor fewer:
 
   up -> down  up' = D up, down' = down D^-1
   v -> o      v' = D v, o' = o D^-1, for each KV head; every query head of it mixes the same values
-  k, q        k' = D k, q' = D^-1 q, with D_i = D_{i+K/2}: RoPE turns each such pair, and commutes
+  k, q        k' = D k, q' = D^-1 q, with D_i = D_{i+K/2}: RoPE turns each such pair, and commutes;
+              where queries and keys are normed, D is in the gammas, since a norm erases it before
 
-Biases and the prefix's K and V are scaled like the rows that make them. Rotations come first
-(`rotate`): these are the channels of the rotated values v R2. `scale_parameter` scales one
-parameter, traced in float32 while learning; `scale_channels` scales all of them, in float64.
+Biases, the centre of keys and the prefix's K and V are scaled like the rows that make them.
+Rotations come first (`rotate`): these are the channels of the rotated values v R2.
+`scale_parameter` scales one parameter, traced in float32 while learning; `scale_channels` scales
+all of them, in float64.
 
-Letters as in `rotate`; G = H/N query heads share a KV head, half = K/2, P prefix tokens.
+Letters as in `rotate`; G = H/N query heads share a KV head, half = K/2, P prefix tokens, M sets of
+factors of q and k: N, or 1 where one gamma is that of all heads.
 
 Reference: Xiao et al., SmoothQuant (arXiv 2211.10438), equations 3 and 4; Shao et al., OmniQuant
 (arXiv 2308.13137), section 3.3; Tan et al., MobileQuant (arXiv 2408.13933).
@@ -43,15 +46,20 @@ class Diagonal:
     Attributes:
       up_down: of the rows of up.
       v_o: of the rows of v.
-      q_k: of the rows of k, one per RoPE pair.
+      q_k: of the rows of k, one per RoPE pair (`key_sets`).
     """
 
     up_down: Float[Array | np.ndarray, "L F"]
     v_o: Float[Array | np.ndarray, "L N K"]
-    q_k: Float[Array | np.ndarray, "L N half"]
+    q_k: Float[Array | np.ndarray, "L M half"]
 
 
 # --- merging ---
+
+
+def key_sets(config: ModelConfig) -> int:
+    """M: KV heads that have factors of q and k of their own; 1 where all heads share a gamma."""
+    return 1 if config.qk_norm == "head" else config.num_kv_heads
 
 
 def identity_diagonal(config: ModelConfig) -> Diagonal:
@@ -60,7 +68,7 @@ def identity_diagonal(config: ModelConfig) -> Diagonal:
     return Diagonal(
         up_down=np.ones((layers, config.intermediate_size)),
         v_o=np.ones((layers, n, k)),
-        q_k=np.ones((layers, n, k // 2)),
+        q_k=np.ones((layers, key_sets(config), k // 2)),
     )
 
 
@@ -69,7 +77,9 @@ def scale_parameter(
     x: Float[A, "*out n"],
     up_down: Float[A, " F"],
     v_o: Float[A, "N K"],
-    q_k: Float[A, "N half"],
+    q_k: Float[A, "M half"],
+    *,
+    normed: bool = False,
 ) -> Float[A, "*out n"]:
     """Scales one parameter of the graph, by this module's equations; one layer of `layers.*`.
 
@@ -77,14 +87,15 @@ def scale_parameter(
 
     Args:
       name: global, `layers.attn.q.weight`.
-      x: a weight (out, in), a bias (out,), `layers.attn.prefix_k` (N, P, K) or
+      x: a weight (out, in), a bias (out,), a gamma, `layers.attn.prefix_k` (N, P, K) or
         `prefix_v` (N, K, P).
       up_down, v_o, q_k: this layer's part of `Diagonal`.
+      normed: queries and keys are normed, with gammas of their own.
 
     Raises:
       UserError: no parameter of the graph has this name.
     """
-    n, half = q_k.shape
+    n, half = len(v_o), q_k.shape[1]
     match name.removeprefix("layers."):
         case "mlp.up.weight" | "mlp.up.bias":
             return (x.reshape(len(x), -1) * up_down[:, None]).reshape(x.shape)
@@ -96,19 +107,30 @@ def scale_parameter(
             return x * v_o[:, :, None]
         case "attn.o.weight":
             return (x.reshape(len(x), n, -1, 2 * half) / v_o[None, :, None]).reshape(x.shape)
-        case "attn.k.weight" | "attn.k.bias":
-            return (x.reshape(n, 2, half, -1) * q_k[:, None, :, None]).reshape(x.shape)
         case "attn.prefix_k":
             return (x.reshape(n, -1, 2, half) * q_k[:, None, None]).reshape(x.shape)
-        case "attn.q.weight" | "attn.q.bias":
-            groups = len(x) // (2 * n * half)
-            rows = x.reshape(n, groups, 2, half, -1)
-            return (rows / q_k[:, None, None, :, None]).reshape(x.shape)
+        case "attn.q.weight" | "attn.q.bias" | "attn.k.weight" | "attn.k.bias":
+            return x if normed else _scaled_rows(name, x, q_k)
+        case "attn.q_norm.gamma" | "attn.k_norm.gamma":
+            return _scaled_rows(name, x.reshape(-1), q_k).reshape(x.shape)
+        case "attn.rope.q_offset" | "attn.rope.k_offset" | "attn.rope.k_centre":
+            return _scaled_rows(name, x.reshape(-1), q_k).reshape(x.shape)
+        case _ if name.endswith("norm.gamma"):  # of the residual stream
+            return x
         case "attn.o.bias" | "mlp.gate.weight" | "mlp.gate.bias" | "mlp.down.bias":
             return x
         case "embed.weight" | "head.weight" | "head.bias":
             return x
     raise UserError(f"{name}: not expected; expected a parameter of `fold_norms` or the prefix's")
+
+
+def _scaled_rows(name: str, x: Float[A, "rows *n"], q_k: Float[A, "M half"]) -> Float[A, "rows *n"]:
+    """Scales the rows that make keys (or queries, by the inverse): of a weight, bias or gamma."""
+    m, half = q_k.shape
+    rows = x.reshape(m, len(x) // (2 * m * half), 2, half, -1)
+    factor = q_k[:, None, None, :, None]
+    keys = name.removeprefix("layers.attn.").removeprefix("rope.").startswith("k")
+    return (rows * factor if keys else rows / factor).reshape(x.shape)
 
 
 def scale_channels(
@@ -124,11 +146,13 @@ def scale_channels(
       UserError: factors of the wrong shape, not finite or not positive; parameters are not those of
         `fold_norms`.
     """
-    check_folded(params)
-    factors = _checked(config, diagonal)
+    check_folded(config, params)
+    factors, normed = _checked(config, diagonal), config.qk_norm is not None
     return {
         name: by_layer(
-            x, lambda i, w, n=name: scale_parameter(n, w, *(f[i] for f in factors)), dtype
+            x,
+            lambda i, w, n=name: scale_parameter(n, w, *(f[i] for f in factors), normed=normed),
+            dtype,
         )
         if name.startswith("layers.")
         else np.asarray(x).astype(dtype)
@@ -165,7 +189,8 @@ def _checked(config: ModelConfig, diagonal: Diagonal) -> list[np.ndarray]:
 class ChannelPeaks:
     """max |x| per channel, over tokens and over channels that share a factor.
 
-    The query heads of a KV head share one, and so do the two channels of a RoPE pair.
+    The query heads of a KV head share one, and so do the two channels of a RoPE pair, and all heads
+    that share a gamma.
 
     Attributes:
       act: input of down, gate*up.
@@ -175,8 +200,8 @@ class ChannelPeaks:
 
     act: Float[np.ndarray, "L F"]
     mixed: Float[np.ndarray, "L N K"]
-    q: Float[np.ndarray, "L N half"]
-    k: Float[np.ndarray, "L N half"]
+    q: Float[np.ndarray, "L M half"]
+    k: Float[np.ndarray, "L M half"]
 
 
 def channel_peaks(
@@ -218,7 +243,9 @@ def _layer_peaks(config: ModelConfig, env: Tensors, keys: str) -> list[np.ndarra
         (env["attn.q_pos"].reshape(b * t, n, groups, *pairs), (0, 2, 3)),
         (env[keys].reshape(b, n, -1, *pairs), (0, 2, 3)),
     ]
-    return [np.asarray(jnp.abs(x).max(axis=axes), np.float64) for x, axes in views]
+    act, mixed, q, k = (np.asarray(jnp.abs(x).max(axis=axes), np.float64) for x, axes in views)
+    sets = (key_sets(config), -1, width // 2)
+    return [act, mixed, *(x.reshape(sets).max(axis=1) for x in (q, k))]
 
 
 def smoothquant(config: ModelConfig, params: Params, peaks: ChannelPeaks, alpha: float) -> Diagonal:

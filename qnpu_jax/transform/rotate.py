@@ -6,6 +6,10 @@ commutes with R1, and attention mixes tokens, not channels. Both merge into the 
 rotation runs in the model, and the graph has no op for them. A random rotation spreads an outlier
 channel over all channels, which narrows the ranges that static quantization must cover.
 
+R1 is left out where a norm's gamma stands between a block and the residual sum
+(`ModelConfig.merges_r1`): diag(gamma) does not commute with it. Norms of queries and keys do not
+see it.
+
 Two steps, in this order: `fold_norms` turns a checkpoint into the graph's parameters, `rotate`
 turns those into others of the same function. Products are taken in float64, one layer or one block
 of rows at a time, and stored as `dtype`. `rotate_parameter` rotates one parameter, traced in
@@ -20,6 +24,9 @@ section 3; Ashkboos et al., QuaRot (arXiv 2404.00456), sections 3 and 4.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import numpy as np
 from flax import struct
@@ -30,7 +37,7 @@ from numpy.typing import DTypeLike
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Params
-from qnpu_jax.transform.fold import TABLES, A, by_layer, by_rows, check_folded
+from qnpu_jax.transform.fold import HEAD_GAMMA, TABLES, A, by_layer, by_rows, check_folded
 from qnpu_jax.transform.hadamard import Matrix64, has_hadamard, random_hadamard, random_orthogonal
 
 _ORTHOGONAL = 1e-4  # largest |R R^T - I| of a rotation; float32 rounding stays far below it
@@ -38,16 +45,17 @@ _ORTHOGONAL = 1e-4  # largest |R R^T - I| of a rotation; float32 rounding stays 
 
 @struct.dataclass(kw_only=True)
 class Rotation:
-    """Orthogonal matrices: R1 of the residual stream (all layers), R2 of each layer's values."""
+    """Orthogonal matrices: R1 of the residual stream (all layers) or None, R2 of each layer's
+    values."""
 
-    r1: Float[Array | np.ndarray, "D D"]
+    r1: Float[Array | np.ndarray, "D D"] | None
     r2: Float[Array | np.ndarray, "L K K"]
 
 
 def random_rotation(config: ModelConfig, seed: int) -> Rotation:
     """Draws R1 (D, D) and R2 (L, K, K), float64: random Hadamard, or orthogonal at orders without.
 
-    R1 depends on (seed, D) only, and R2_i on (seed, i, K).
+    R1 depends on (seed, D) only, and R2_i on (seed, i, K). R1 is None where it does not merge.
     """
 
     def draw(order: int, index: int) -> Matrix64:
@@ -55,7 +63,8 @@ def random_rotation(config: ModelConfig, seed: int) -> Rotation:
         return make(order, (seed, index))
 
     r2 = [draw(config.head_dim, 1 + i) for i in range(config.num_layers)]
-    return Rotation(r1=draw(config.hidden_size, 0), r2=np.stack(r2))
+    r1 = draw(config.hidden_size, 0) if config.merges_r1 else None
+    return Rotation(r1=r1, r2=np.stack(r2))
 
 
 def _orthogonal(name: str, r: np.ndarray, order: int) -> Matrix64:
@@ -77,7 +86,10 @@ def _orthogonal(name: str, r: np.ndarray, order: int) -> Matrix64:
 
 @jax.default_matmul_precision("highest")  # TF32, what a GPU would take, is worth 10 bits
 def rotate_parameter(
-    name: str, x: Float[A, "*out n"], r1: Float[A, "D D"], r2: Float[A, "K K"] | None = None
+    name: str,
+    x: Float[A, "*out n"],
+    r1: Float[A, "D D"] | None,
+    r2: Float[A, "K K"] | None = None,
 ) -> Float[A, "*out n"]:
     """Rotates one parameter of the graph, by the equations of `rotate`; one layer of `layers.*`.
 
@@ -85,8 +97,9 @@ def rotate_parameter(
 
     Args:
       name: global, `layers.attn.q.weight`.
-      x: a weight (out, in), a bias (out,), a block of rows of `embed.weight` or `head.weight`, or
-        `layers.attn.prefix_k` (N, P, K) or `prefix_v` (N, K, P).
+      x: a weight (out, in), a bias (out,), a gamma, a block of rows of `embed.weight` or
+        `head.weight`, or `layers.attn.prefix_k` (N, P, K) or `prefix_v` (N, K, P).
+      r1: None leaves the residual stream as it is.
       r2: of this layer; `embed.*` and `head.*` have none.
 
     Raises:
@@ -94,59 +107,83 @@ def rotate_parameter(
     """
     match name:
         case "embed.weight" | "head.weight" | "layers.attn.q.weight" | "layers.attn.k.weight":
-            return x @ r1
+            return _from_stream(x, r1)
         case "layers.mlp.gate.weight" | "layers.mlp.up.weight":
-            return x @ r1
+            return _from_stream(x, r1)
         case "layers.mlp.down.weight" | "layers.attn.o.bias" | "layers.mlp.down.bias":
-            return r1.T @ x
+            return _to_stream(x, r1)
         case "layers.attn.q.bias" | "layers.attn.k.bias" | "layers.attn.prefix_k" | "head.bias":
             return x
+        case (
+            "layers.attn.rope.q_offset" | "layers.attn.rope.k_offset" | "layers.attn.rope.k_centre"
+        ):
+            return x
         case "layers.mlp.gate.bias" | "layers.mlp.up.bias":
+            return x
+        case "layers.attn.q_norm.gamma" | "layers.attn.k_norm.gamma":
+            return x
+        case _ if r1 is None and name.endswith("norm.gamma"):  # of the residual stream
             return x
     if r2 is None:
         raise UserError(f"{name}: expected R2 of its layer, got None; pass `r2`")
     return _rotated_values(name, x, r1, r2)
 
 
+def _from_stream(x: Float[A, "*out D"], r1: Float[A, "D D"] | None) -> Float[A, "*out D"]:
+    """x R1: of a weight that reads the residual stream, or a table that makes it."""
+    return x if r1 is None else x @ r1
+
+
+def _to_stream(x: Float[A, "D *n"], r1: Float[A, "D D"] | None) -> Float[A, "D *n"]:
+    """R1^T x: of a weight or bias that adds to the residual stream."""
+    return x if r1 is None else r1.T @ x
+
+
 def _rotated_values(
-    name: str, x: Float[A, "*out n"], r1: Float[A, "D D"], r2: Float[A, "K K"]
+    name: str, x: Float[A, "*out n"], r1: Float[A, "D D"] | None, r2: Float[A, "K K"]
 ) -> Float[A, "*out n"]:
     """`rotate_parameter` for the parameters that make values or read them."""
     k = len(r2)
     match name.removeprefix("layers.attn."):
         case "v.weight":
-            return (r2.T @ (x @ r1).reshape(-1, k, len(r1))).reshape(x.shape)
+            return (r2.T @ _from_stream(x, r1).reshape(-1, k, x.shape[1])).reshape(x.shape)
         case "v.bias":
             return (x.reshape(-1, k) @ r2).reshape(x.shape)
         case "prefix_v":
             return r2.T @ x
         case "o.weight":
-            return r1.T @ (x.reshape(len(r1), -1, k) @ r2).reshape(x.shape)
+            return _to_stream((x.reshape(len(x), -1, k) @ r2).reshape(x.shape), r1)
     raise UserError(f"{name}: not expected; expected a parameter of `fold_norms` or the prefix's")
 
 
 def rotate(
-    config: ModelConfig, params: Params, rotation: Rotation, dtype: DTypeLike = np.float32
+    config: ModelConfig,
+    params: Params,
+    rotation: Rotation,
+    dtype: DTypeLike = np.float32,
+    *,
+    consume: bool = False,
 ) -> dict[str, np.ndarray]:
     """Rotates all parameters: the same function, with residual stream x R1 and values v R2_i.
 
     E <- E R1; q, k, gate, up, head: W <- W R1; v: W <- R2_i^T W R1, b <- R2_i^T b for each KV head;
     o: W <- R1^T W blockdiag(R2_i), b <- R1^T b; down: W <- R1^T W, b <- R1^T b; values of a prefix:
-    V <- R2_i^T V.
+    V <- R2_i^T V. Gammas stay.
 
     Args:
       params: the output of `fold_norms` (or of `rotate`: rotations compose), with the prefix's K
         and V or without.
       dtype: stored type; products are float64.
+      consume: remove each tensor from `params`, a dict, once its result exists.
 
     Raises:
-      UserError: R1 or an R2_i is not orthogonal or has the wrong shape; parameters are not those of
-        `fold_norms`.
+      UserError: R1 does not merge into this model; R1 or an R2_i is not orthogonal or has the wrong
+        shape; parameters are not those of `fold_norms`.
 
     Reference: SpinQuant (arXiv 2405.16406), figure 1 and section 3.1.
     """
-    check_folded(params)
-    r1 = _orthogonal("R1", np.asarray(rotation.r1), config.hidden_size)
+    check_folded(config, params)
+    r1 = _checked_r1(config, rotation)
     if len(rotation.r2) != config.num_layers:
         raise UserError(f"R2: expected one per layer, {config.num_layers}, got {len(rotation.r2)}")
     r2 = [
@@ -154,11 +191,24 @@ def rotate(
         for i, r in enumerate(np.asarray(rotation.r2))
     ]
 
-    out = {"head.bias": np.asarray(params["head.bias"]).astype(dtype)}
+    left: Any = params if consume else dict(params)
+    whole = [name for name in ("head.bias", HEAD_GAMMA) if name in left]
+    out = {name: np.asarray(left.pop(name)).astype(dtype) for name in whole}
     for name in TABLES:
-        out[name] = by_rows(params[name], lambda rows, n=name: rotate_parameter(n, rows, r1), dtype)
-    for name in (n for n in params if n.startswith("layers.")):
+        out[name] = by_rows(left.pop(name), partial(rotate_parameter, name, r1=r1), dtype)
+    for name in [n for n in left if n.startswith("layers.")]:
         out[name] = by_layer(
-            params[name], lambda i, x, n=name: rotate_parameter(n, x, r1, r2[i]), dtype
+            left.pop(name), lambda i, x, n=name: rotate_parameter(n, x, r1, r2[i]), dtype
         )
     return out
+
+
+def _checked_r1(config: ModelConfig, rotation: Rotation) -> Matrix64 | None:
+    if rotation.r1 is None:
+        return None
+    if not config.merges_r1:
+        raise UserError(
+            "R1: does not merge into a model with norms after its blocks; expected None; make the"
+            " rotation with `random_rotation`"
+        )
+    return _orthogonal("R1", np.asarray(rotation.r1), config.hidden_size)

@@ -15,6 +15,7 @@ from qnpu_jax.graph import (
     Concat,
     Embedding,
     FullyConnected,
+    Gelu,
     Graph,
     Keep,
     Logistic,
@@ -217,7 +218,7 @@ def _prepare(layer: _Layer, node: Node) -> Any:
             return op_constants.prepare_softmax_int8(layer.scale(names[0]), rules)
         case Softmax():
             return op_constants.prepare_softmax_int16(layer.scale(names[0]), rules)
-        case Logistic() | Sqrt() | Rsqrt():
+        case Logistic() | Gelu() | Sqrt() | Rsqrt():
             kind: Any = type(node.op).__name__.lower()
             return op_constants.prepare_unary(kind, layer.type_of(names[0]), out, rules)
         case _:

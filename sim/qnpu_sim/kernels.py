@@ -367,9 +367,9 @@ def softmax_quotient(exp: Array, total: Array, reciprocal: Codes) -> Array:
 
 
 def unary(x: Array, c: TableConstants) -> Array:
-    """LOGISTIC, SQRT or RSQRT on int8 or int16, by look-up: y = table[x - qmin].
+    """LOGISTIC, GELU, SQRT or RSQRT on int8 or int16, by look-up: y = table[x - qmin].
 
-    `qnpu_sim.tables` defines the tables.
+    `qnpu_sim.tables` and `qnpu_sim.gelu` define the tables.
     """
     return _lookup(c.table, x.astype(jnp.int32) - np.int32(jnp.iinfo(x.dtype).min))
 

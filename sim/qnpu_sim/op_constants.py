@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from qnpu_sim import elementwise, exact_dots, fixedpoint, gemmlowp, tables, xnnpack
+from qnpu_sim import elementwise, exact_dots, fixedpoint, gelu, gemmlowp, tables, xnnpack
 from qnpu_sim.elementwise import AddConstants, MulConstants, QuantizeConstants
 from qnpu_sim.kernels import (
     BatchMatmulConstants,
@@ -272,7 +272,7 @@ def prepare_softmax_int16(x_scale: np.float32, rules: Rules) -> SoftmaxInt16Cons
     return SoftmaxInt16Constants(fixedpoint.lut_lookup(index, exp).astype(np.int16), reciprocal)
 
 
-Unary = Literal["logistic", "sqrt", "rsqrt"]
+Unary = Literal["logistic", "gelu", "sqrt", "rsqrt"]
 """An op of one input that is a look-up."""
 
 
@@ -283,7 +283,7 @@ def prepare_unary(op: Unary, x: QuantizedType, out: QuantizedType, rules: Rules)
       out: of x's width. LOGISTIC's output has a fixed scale and zero point, (1/256, -128) or
         (1/32768, 0), and does not depend on it.
 
-    Reference: see the functions of `qnpu_sim.tables`.
+    Reference: see the functions of `qnpu_sim.tables` and `qnpu_sim.gelu`.
     """
     qparams = (x.scale, x.zero_point)
     dtype = np.int8 if x.narrow else np.int16
@@ -291,7 +291,7 @@ def prepare_unary(op: Unary, x: QuantizedType, out: QuantizedType, rules: Rules)
         case "sqrt":
             make = tables.sqrt_float32 if rules.sqrt == "float32" else tables.sqrt_integer
             table = make(*qparams, out.scale, out.zero_point, dtype)
-        case "logistic" | "rsqrt" if rules.table_entries is not None:
+        case "logistic" | "gelu" | "rsqrt" if rules.table_entries is not None:
             table = _sampled(op, x, out, rules.table_entries)
         case "logistic" if x.narrow:
             taken = rules.xnnpack and xnnpack.takes_logistic(x.scale)
@@ -299,6 +299,10 @@ def prepare_unary(op: Unary, x: QuantizedType, out: QuantizedType, rules: Rules)
             table = make(*qparams)
         case "logistic":
             table = tables.logistic_int16(x.scale, gemmlowp_at_2_12=rules.lanes)
+        case "gelu" if x.narrow:
+            table = gelu.gelu_int8(*qparams, out.scale, out.zero_point)
+        case "gelu":
+            table = gelu.gelu_int16(x.scale, out.scale)
         case "rsqrt" if x.narrow:
             table = tables.rsqrt_int8(*qparams, out.scale, out.zero_point)
         case "rsqrt":
@@ -307,9 +311,9 @@ def prepare_unary(op: Unary, x: QuantizedType, out: QuantizedType, rules: Rules)
 
 
 def _sampled(
-    op: Literal["logistic", "rsqrt"], x: QuantizedType, out: QuantizedType, entries: int
+    op: Literal["logistic", "gelu", "rsqrt"], x: QuantizedType, out: QuantizedType, entries: int
 ) -> np.ndarray:
-    """Table of LOGISTIC or RSQRT from `entries` samples.
+    """Table of LOGISTIC, GELU or RSQRT from `entries` samples.
 
     RSQRT of codes at or below the zero point gives the largest output code.
     """
@@ -321,6 +325,8 @@ def _sampled(
         real = (code - x.zero_point) * x_scale
         if op == "logistic":
             y = 1 / (1 + np.exp(-np.clip(real, -700, 700)))
+        elif op == "gelu":
+            y = gelu.gelu_tanh(real, np.tanh)
         else:
             y = np.where(real > 0, 1 / np.sqrt(np.where(real > 0, real, 1)), 2**16 * scale)
         return y / scale + zero_point

@@ -98,7 +98,7 @@ def compile_model(
         codes, constants = [], []
         for graph in dec.graphs:
             layers = range(graph.layers)
-            own = [_codes_of(model, graph, i, shared) for i in layers]
+            own = [model.constants(graph, i) | dec.shared(graph, shared, i) for i in layers]
             codes.append([put(c) for c in own])
             made = [constants_of(model, graph, i, own[i], rules, tight) for i in layers]
             constants.append([put(c) for c in made])
@@ -122,18 +122,20 @@ def run(
         predicate, or a shell-style pattern such as `layers.3.attn.*`, case-sensitive.
       inputs: integer codes of the layers' inputs, for one sequence, ids (T,). By global name the
         cached keys and values of a program with a cache, `layers.3.attn.cache_k` (N, C, K). By
-        local name, in place of the program's own, the inputs that all layers share: `mask`,
-        `rope.cos`, `rope.sin`.
+        name, in place of the program's own, the inputs that layers share: `mask`,
+        `rope.cos`, `rope.sin`; in models with several kinds of layers, the names of
+        `IntegerModel.inputs`.
 
     Returns:
       int8 or int16 codes by global name: `head.logits` (.., T, V) and the tensors kept, with the
       batch axis of `ids`.
 
     Raises:
-      UserError: the pattern matches no computed tensor.
+      UserError: the pattern matches no computed tensor; ids outside the vocabulary, or no integers.
     """
     if not callable(keep):
         keep = _matching(program.decoder, keep)
+    _check_ids(ids, program.decoder.config.vocab_size)
     if program.at_once and keep is nothing and not inputs:
         return {"head.logits": _logits(program, jnp.asarray(ids, jnp.int32))}
     out: Codes = {}
@@ -146,6 +148,23 @@ def run(
             }
         )
     return {n: x for n, x in out.items() if n == "head.logits" or keep(n)}
+
+
+def _check_ids(ids: Any, size: int) -> None:
+    """Refuses what indexing inside a program would silently turn into other ids.
+
+    Raises:
+      UserError: as `run`.
+    """
+    given = np.asarray(ids)
+    if given.dtype.kind not in "iu":
+        raise UserError(f"ids: of type {given.dtype}; expected integers; pass token ids")
+    outside = given[(given < 0) | (given >= size)]
+    if outside.size:
+        raise UserError(
+            f"ids: token {outside.flat[0]} is outside the vocabulary; expected 0 to {size - 1};"
+            " take model and tokenizer of the same checkpoint"
+        )
 
 
 def _matching(dec: Any, pattern: str) -> Callable[[str], bool]:
@@ -216,8 +235,9 @@ def steps(
             )
             step = _Step(graph, same_bits(graph, layer), kept)
             own = {t.name: graph.global_name(layer, t.name) for t in graph.named("input")}
-            given = {n: inputs.get(g, inputs.get(n)) for n, g in own.items()}
-            values |= {n: jnp.asarray(x) for n, x in given.items() if x is not None}
+            given = program.decoder.shared(graph, inputs, layer)
+            given |= {n: inputs[g] for n, g in own.items() if g in inputs}
+            values |= {n: jnp.asarray(x) for n, x in given.items()}
             with jax.enable_x64():  # closed before the yield: the caller's code runs there
                 env = run_layer(step, codes[layer], constants[layer], values)
             filled = mesh is not None and ids.ndim == 2 and ids.shape[0] % mesh.size
@@ -298,10 +318,3 @@ def _run_layer_on(
     batched = values[name].ndim > len(shape)
     function = partial(_run_layer, step)
     return parallel.shards(mesh, function, batched=batched)(codes, constants, values)
-
-
-def _codes_of(
-    model: IntegerModel, graph: Graph, layer: int, shared: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    own = model.constants(graph, layer)
-    return own | {t.name: shared[t.name] for t in graph.named("input") if t.name in shared}

@@ -141,7 +141,7 @@ class Rules:
       softmax8: arithmetic of int8 SOFTMAX.
       sqrt: `float32` computes in float32 and truncates; `integer` takes an exact integer square
         root.
-      table_entries: samples of LOGISTIC, RSQRT and SOFTMAX's exp; None: LiteRT's own tables.
+      table_entries: samples of LOGISTIC, GELU, RSQRT and SOFTMAX's exp; None: LiteRT's own tables.
       accumulator_bits: width of the accumulators of FULLY_CONNECTED and BATCH_MATMUL; None: as in
         the file, the bias's width, and for BATCH_MATMUL 32 (int8) or 64 (int16).
       rescaled_bits: width of the widest accumulator that the rules can rescale.
@@ -198,8 +198,8 @@ class Npu:
       overflow: `error` refuses a model whose accumulators are not proved to fit. `wrap` keeps the
         low bits. `saturate` clips after every product, in the order of the inner index; the bias
         comes first.
-      table_entries: samples of LOGISTIC, RSQRT and SOFTMAX's exp over the range of codes, 2^n + 1
-        with n from 5 to 16, interpolated linearly; None: LiteRT's own tables.
+      table_entries: samples of LOGISTIC, GELU, RSQRT and SOFTMAX's exp over the range of codes,
+        2^n + 1 with n from 5 to 16, interpolated linearly; None: LiteRT's own tables.
 
     Raises:
       UserError: a value is out of its range.

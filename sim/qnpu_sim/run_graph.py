@@ -16,6 +16,7 @@ from qnpu_jax.graph import (
     Concat,
     Embedding,
     FullyConnected,
+    Gelu,
     Graph,
     Keep,
     Logistic,
@@ -137,7 +138,7 @@ def run_op(graph: Graph, node: Node, layer: int, x: list[jax.Array], constants: 
         case Softmax():
             softmax = kernels.softmax_int8 if x[0].dtype == jnp.int8 else kernels.softmax_int16
             return softmax(x[0], constants)
-        case Logistic() | Sqrt() | Rsqrt():
+        case Logistic() | Gelu() | Sqrt() | Rsqrt():
             return kernels.unary(x[0], constants)
         case Reshape(shape=shape):
             return movement.reshape(x[0], shape=shape)

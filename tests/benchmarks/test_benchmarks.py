@@ -139,7 +139,8 @@ def test_divergence_is_a_row_in_valid_json(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(protocol.pipeline, "prepare", lambda *_: {})
     monkeypatch.setattr(protocol.pipeline, "quantize", diverges)
-    checkpoint = Namespace(config=None, params={}, tokenizer=Namespace(bos_id=1))
+    monkeypatch.setattr(protocol, "starts_of", lambda _: None)
+    checkpoint = Namespace(config=None, params={}, tokenizer=None)
     bench = SimpleNamespace(checkpoint=checkpoint, text=lambda *_: None)
     measure = lambda: protocol.measure(bench, W8A8, EFFORTS["full"], 1, True)  # noqa: E731
     path = tmp_path / "rows.json"

@@ -1,5 +1,6 @@
 """The command as a user meets it: what is printed, and what is refused and how."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,6 +15,9 @@ from qnpu_jax import artifacts, job
 from qnpu_jax.cli import report_table
 from qnpu_jax.cli.display import Display
 from qnpu_jax.integer import storage
+from qnpu_jax.models import Tokenizer
+from qnpu_jax.models.chat import SYSTEM
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.proof.comparison import Comparison, Difference
 from qnpu_jax.proof.prefill import PrefillProof
 from qnpu_jax.proof.simulated import Simulated
@@ -233,9 +237,9 @@ def test_verify_finds_another_model(qnpu, refused, here):
     assert qnpu("export", "out", "out/model.tflite", "--prefill", "8")[0] == 2  # now incomplete
     shutil.move(here / "kept", here / "out" / "model.tflite")
     changed = here / "out" / "integer_model.json"
-    changed.write_text(changed.read_text().replace('"format": 3', '"format": 1'))
+    changed.write_text(changed.read_text().replace('"format": 4', '"format": 1'))
     rehash(here / "out")
-    expected = "integer_model.json: format 1, expected 3; run `qnpu quantize` again"
+    expected = "integer_model.json: format 1, expected 4; run `qnpu quantize` again"
     assert expected in refused("verify", "out")
 
 
@@ -327,6 +331,39 @@ def test_unpacked_weights_say_the_same(qnpu, here):
     artifacts.check_writable(here / "out", overwrite=True)
 
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+def prompt_tokens(err: str) -> int:
+    return int(re.search(r"prompt: (\d+) tokens", err).group(1))  # type: ignore[union-attr]
+
+
+def test_generate_begins_with_bos_where_there_is_no_prefix(qnpu, here):
+    """And with a system message, the template's or the user's."""
+    folder = OutputFolder.open(here / "out")
+    replaced = dataclasses.replace(folder.tokenizer, chat_template=CHAT_TEMPLATE, adds_bos=True)
+    replaced.save(here / "out" / "tokenizer")
+    report = json.loads((here / "out" / "report.json").read_text())
+    (here / "out" / "report.json").unlink()
+    report["sha256"] = artifacts.digests(here / "out")
+    options = ["--max-tokens", "1", "--prefill", "4", "--context", "64"]
+    counts = {}
+    for prefix in (None, {"tokens": [0]}):
+        (here / "out" / "report.json").write_text(json.dumps(report | {"prefix": prefix}))
+        for extra in ((), ("--raw",), ("--system", "abc"), ("--system", "")):
+            status, _, err = qnpu("generate", "out", "--prompt", "def", *extra, *options)
+            assert status == 0, err
+            counts[bool(prefix), extra] = prompt_tokens(err)
+    encode = Tokenizer.load(here / "out" / "tokenizer").encode
+    texts = {(): SYSTEM + "def", ("--raw",): "def", ("--system", "abc"): "abcdef"}
+    for extra, text in (texts | {("--system", ""): "def"}).items():
+        assert counts[True, extra] == len(encode(text))
+        assert counts[False, extra] == len(encode(text)) + 1
+
+
 def test_generate_draws_by_its_seed(qnpu, here):
     drawn = [qnpu(*GENERATE, "--temperature", "2", "--seed", seed)[:2] for seed in ("1", "1", "2")]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -337,6 +374,8 @@ def test_generate_draws_by_its_seed(qnpu, here):
     ("options", "message"),
     [
         ("--prompt a", "tokenizer: no chat template; expected chat_template.jinja, or"),
+        ("--raw --prompt caf\udce9", "argument 'caf\\udce9': not UTF-8; expected text; correct it"),
+        ("--raw --prompt a --system b", "--system b: not for --raw, which is no chat; expected no"),
         ("--raw --context 4 --prompt " + "ab" * 40, "prompt: "),
         ("--raw --prompt a --context 16", "context: 16 positions for 128 new tokens; expected mo"),
         ("--raw --prompt a --temperature -1", "sampling: temperature -1.0, top-k 0, top-p 1.0;"),

@@ -11,10 +11,10 @@ import pairwise
 import pytest
 import tiny
 
-from qnpu_jax.config import RopeScaling
+from qnpu_jax.config import LayerKind, RopeScaling
 from qnpu_jax.fakequant.evaluate import evaluate
 from qnpu_jax.fakequant.forward import forward
-from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.decoder import MASK, decoder
 from qnpu_jax.graph.layered import local
 from qnpu_jax.graph.ops import Rsqrt, Sqrt, eval_op
 from qnpu_jax.graph.shared_inputs import layer_inputs, masks, rope_frequencies, rope_tables, visible
@@ -173,8 +173,8 @@ def test_decode_with_a_cache_equals_prefill(name):
 
 def direct_frequency(i: int, config) -> float:
     """Of pair i of a head, by scalar arithmetic from the definition."""
-    frequency = config.rope_theta ** (-2 * i / config.head_dim)
-    s = config.rope_scaling
+    frequency = config.kinds[0].rope_theta ** (-2 * i / config.head_dim)
+    s = config.kinds[0].rope_scaling
     if s is None:
         return frequency
     if s.kind == "linear":
@@ -200,11 +200,13 @@ SCALINGS = [
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 def test_rope_tables_follow_the_definition(scaling):
-    config = dataclasses.replace(tiny.SMOLLM2, rope_scaling=scaling, rope_theta=500000.0)
+    config = dataclasses.replace(tiny.SMOLLM2, kinds=(LayerKind(500000.0, scaling),))
     expected = [direct_frequency(i, config) for i in range(32)]
-    np.testing.assert_allclose(rope_frequencies(config), expected, rtol=1e-12)  # float64 rounding
+    np.testing.assert_allclose(
+        rope_frequencies(config, config.kinds[0]), expected, rtol=1e-12
+    )  # float64 rounding
     positions = np.asarray([0, 1, 2, 77, 8191])
-    cos, sin = rope_tables(config, positions)
+    cos, sin = rope_tables(config, config.kinds[0], positions)
     assert cos.shape == sin.shape == (5, 1, 64) and cos.dtype == sin.dtype == np.float32
     for t, position in enumerate(positions):
         for j in range(64):
@@ -216,9 +218,9 @@ def test_rope_tables_follow_the_definition(scaling):
 
 
 def test_llama3_scaling_has_all_three_bands():
-    config = dataclasses.replace(tiny.SMOLLM2, rope_scaling=SCALINGS[2], rope_theta=500000.0)
-    plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
-    ratio = rope_frequencies(config) / plain
+    config = dataclasses.replace(tiny.SMOLLM2, kinds=(LayerKind(500000.0, SCALINGS[2]),))
+    plain = rope_frequencies(config, LayerKind(500000.0))
+    ratio = rope_frequencies(config, config.kinds[0]) / plain
     np.testing.assert_array_equal(ratio[:4], 1)
     np.testing.assert_allclose(ratio[-4:], 1 / 8, rtol=1e-15)
     assert np.any((ratio > 0.13) & (ratio < 0.99))
@@ -243,11 +245,11 @@ def test_a_token_sees_prefix_filled_slots_and_itself_and_what_came_before(prefix
 
 def test_masks_have_a_row_for_every_query_head_of_a_token():
     seen = visible(2, 1)
-    made = masks(seen, groups=3, bits=16)
+    made = masks(seen, groups=3)
     assert all(x.shape == (1, 6, 3) and x.dtype == np.float32 for x in made.values())
     for row in range(6):
         for s in range(3):
-            expected = (0.0, 1.0) if seen[row // 3, s] else (-2032.0, 0.0)
+            expected = (0.0, 1.0) if seen[row // 3, s] else (MASK, 0.0)
             assert (made["mask"][0, row, s], made["keep"][0, row, s]) == expected
 
 
@@ -262,10 +264,10 @@ def test_positions_go_on_after_prefix_and_filled_slots():
     config, _ = folded("gqa_llama3")
     dec = decoder(config, PLAN, 4, 2, 5)
     inputs = layer_inputs(dec, filled=3)
-    cos, sin = rope_tables(config, np.arange(5, 9))
+    cos, sin = rope_tables(config, config.kinds[0], np.arange(5, 9))
     np.testing.assert_array_equal(inputs["rope.cos"], cos)
     np.testing.assert_array_equal(inputs["rope.sin"], sin)
-    np.testing.assert_array_equal(inputs["mask"], masks(visible(4, 2, 5, 3), 2, 16)["mask"])
+    np.testing.assert_array_equal(inputs["mask"], masks(visible(4, 2, 5, 3), 2)["mask"])
     assert inputs["norm.eps"].item() == np.float32(config.hidden_size * config.rms_norm_eps)
 
 

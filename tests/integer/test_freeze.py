@@ -13,13 +13,14 @@ import tiny
 
 from qnpu_jax.config import BitPlan
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.decoder import MASK_CODE, decoder
 from qnpu_jax.graph.graph import Graph
 from qnpu_jax.graph.ops import FullyConnected
 from qnpu_jax.graph.qparams import QParams
+from qnpu_jax.graph.scales import MASK_SCALE
 from qnpu_jax.integer.accumulators import proved_bounds
 from qnpu_jax.integer.freeze import check_bits, freeze
-from qnpu_jax.integer.model import activation_scales, dequantize
+from qnpu_jax.integer.model import HELD, activation_scales, dequantize
 from qnpu_jax.integer.storage import load, save
 
 plans = pytest.mark.parametrize("plan", pairwise.often([*tiny.PLANS], ["w8a8", "mixed"]))
@@ -42,7 +43,7 @@ def test_weights_and_prefix_are_within_half_a_step(plan):
             if name.endswith("bias"):
                 continue
             codes = model.codes[name]
-            assert codes.dtype == np.int8
+            assert codes.dtype == HELD[max(spec.quant.bits)]
             for layer, bits in enumerate(spec.quant.bits):
                 c, w, r, s = (
                     rows(graph, np.asarray(x))[layer]
@@ -89,16 +90,19 @@ def test_biases_are_as_wide_as_their_layer_has_them():
 
 
 @pytest.mark.slow
-def test_scores_that_an_8_bit_mask_does_not_hide_are_refused():
-    dec, params, free = tiny.calibrated("gqa_llama3", "w8a8s8")
-    name = "layers.attn.kv1.scores"
-    for scale, fits in ((0.9, True), (1.1, False)):
+@pytest.mark.parametrize(("plan", "bits"), [("w8a8s8", 8), ("w8a8", 16)])
+def test_the_mask_hides_any_score(plan, bits):
+    """The highest score and a mask's code add up to no more than the lowest code, in real units."""
+    dec, params, free = tiny.calibrated("gqa_llama3", plan)
+    name, top = "layers.attn.kv1.scores", 2 ** (bits - 1)
+    for scale in (1e-4, 0.03, 0.9, 1.1, 40.0):
         q = QParams(scale=np.asarray([0.1, scale], np.float32), zero_point=free[name].zero_point)
-        if fits:
-            freeze(dec, params, free | {name: q}, tiny.PREFIX)
-        else:
-            with pytest.raises(UserError, match=r"layers\.1\.attn\.kv1\.scores: scores reach 140"):
-                freeze(dec, params, free | {name: q}, tiny.PREFIX)
+        tensors = freeze(dec, params, free | {name: q}, tiny.PREFIX).tensors
+        mask = tensors["layers.mask"].scale
+        assert mask[0] == mask[1] == 2 ** np.round(np.log2(mask[0])) >= MASK_SCALE[bits]
+        masked = tensors["layers.attn.kv1.masked"].scale
+        lowest = -top * masked
+        assert ((top - 1) * q.scale + MASK_CODE[bits] * mask <= lowest).all()
 
 
 def test_64_bit_biases_are_narrowed_where_the_proof_allows():
@@ -214,14 +218,14 @@ def test_a_file_cut_short_is_refused(stored, name, keep):
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00binary", b"[1, 2]", b"null", b'{"a": 1}'])
 def test_a_foreign_description_is_refused(stored, content):
     (stored / FILES[0]).write_bytes(content)
-    with pytest.raises(UserError, match=r"damaged|format .* expected 3"):
+    with pytest.raises(UserError, match=r"damaged|format .* expected 4"):
         load(stored)
 
 
 def test_another_format_is_refused(stored):
     meta = json.loads((stored / FILES[0]).read_text())
     (stored / FILES[0]).write_text(json.dumps(meta | {"format": 1}))
-    with pytest.raises(UserError, match=r"integer_model\.json: format 1, expected 3"):
+    with pytest.raises(UserError, match=r"integer_model\.json: format 1, expected 4"):
         load(stored)
 
 

@@ -95,10 +95,12 @@ def test_every_tensor_that_can_move_is_in_its_group(plan):
     scales = {k.tensor for g in ("rotated", "unrotated") for k in of[g] if k.kind == "scale"}
     assert scales == activations
     assert {k.tensor for k in of["rotated"] if k.kind == "scale"} == ROTATED_TENSORS
-    assert of["weights"] == {("weight_scale", n) for n in free if n in params}
+    scaled = {n for n in free if n in params and n.endswith("weight")}
+    assert of["weights"] == {("weight_scale", n) for n in scaled}
     linears = {n for n in params if n.endswith("weight") and n.startswith("layers.")}
     assert of["rounding"] == {("rounding", n) for n in linears} and len(linears) == 7
-    assert of["biases"] == {("bias", n.replace("weight", "bias")) for n in linears}
+    offsets = {("bias", f"layers.attn.rope.{x}_offset") for x in "qk"}
+    assert of["biases"] == offsets | {("bias", n.replace("weight", "bias")) for n in linears}
     assert of["prefix"] == {("prefix", f"layers.attn.prefix_{x}") for x in "kv"}
     for (kind, tensor), x in theta.items():
         if kind in ("rounding", "bias", "prefix"):

@@ -9,7 +9,14 @@ from transformers.utils import chat_template_utils as reference
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.models import chat
-from qnpu_jax.models.chat import render_chat
+from qnpu_jax.models.chat import (
+    FIXED_DATE,
+    after_an_answer,
+    python_methods,
+    render_chat,
+    render_question,
+)
+from qnpu_jax.models.chat import SYSTEM as SYSTEM_MESSAGE
 
 SPECIAL: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -122,6 +129,59 @@ def test_the_templates_say_something():
     assert render_chat(TEMPLATES["alternate"], [USER], SPECIAL, "tiny").startswith("<s>[INST]")
     assert "Là" in render_chat(TEMPLATES["json"], turns, SPECIAL, "tiny")
     assert "Environment" not in render_chat(TEMPLATES["llama3"], turns, SPECIAL, "tiny")
+
+
+REASONED = {"role": "assistant", "content": "4", "reasoning": "2+2", "name": None}
+
+
+@pytest.mark.parametrize("name", ["reasoning", "thinking", "reasoning_content", "name", "content"])
+def test_messages_reach_a_template_as_in_transformers(name):
+    """Under every name that templates read, and without what is None."""
+    source = "{% for m in messages %}{{ m." + name + " }}{{ m.keys() | list }}{% endfor %}"
+    chat_ = [USER, REASONED, {"role": "assistant", "content": None, "thinking": "so"}]
+    normal = [{k: v for k, v in m.items() if v is not None} for m in chat_]
+    expected, _ = reference.render_jinja_template(
+        [normal], chat_template=source, add_generation_prompt=True, **SPECIAL
+    )
+    assert render_chat(source, chat_, SPECIAL, "tiny") == expected[0]
+
+
+def test_a_fixed_date_takes_the_place_of_the_clock():
+    source = "{{ strftime_now('%Y-%m-%d %H:%M') }}"
+    assert render_chat(source, [USER], SPECIAL, "tiny", now=FIXED_DATE) == "2024-07-26 00:00"
+
+
+REFUSES = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+
+
+def test_a_system_message_where_the_template_asks_for_one():
+    source = REFUSES + TEMPLATES["chatml"]
+    begun = [{"role": "system", "content": SYSTEM_MESSAGE}, USER]
+    assert render_question(source, [USER], SPECIAL, "tiny") == render_chat(
+        source, begun, SPECIAL, "tiny"
+    )
+    # Not where the template takes the question as it is, nor where it would not help.
+    plain = TEMPLATES["llama3"]
+    assert render_question(plain, [USER], SPECIAL, "tiny", FIXED_DATE) == render_chat(
+        plain, [USER], SPECIAL, "tiny", now=FIXED_DATE
+    )
+    with pytest.raises(UserError, match="system first"):
+        render_question(source, [ANSWER], SPECIAL, "tiny")
+    with pytest.raises(UserError, match="no roles"):
+        render_question("{{ raise_exception('no roles') }}", [USER], SPECIAL, "tiny")
+
+
+def test_what_follows_an_answer():
+    assert after_an_answer(TEMPLATES["chatml"], SPECIAL).startswith("<|im_end|>\n\n<|im_start|>")
+    assert after_an_answer(TEMPLATES["alternate"], SPECIAL).startswith("</s>[INST]")
+    assert after_an_answer(REFUSES + TEMPLATES["chatml"], SPECIAL).startswith("<|im_end|>")
+    assert after_an_answer(TEMPLATES["broken"], SPECIAL) == ""
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_methods_of_python(template):
+    methods = {"macro": ["items"], "immutable": ["append"]}
+    assert python_methods(TEMPLATES[template]) == methods.get(template, [])
 
 
 def test_refusals_are_one_line():

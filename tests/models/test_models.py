@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from model_files import GOLDEN, NAMES, read_model, write_gguf, write_model
 
-from qnpu_jax.config import ModelConfig, RopeScaling
+from qnpu_jax.config import LayerKind, ModelConfig, RopeScaling
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.models.huggingface import read_config
-from qnpu_jax.models.llama import expected_tensors
+from qnpu_jax.models.llama import ATTENTION, MLP, expected_tensors
 from qnpu_jax.models.rope_factors import llama3_factors, llama3_from_factors
 
 # What is loaded is what was stored.
@@ -29,7 +29,9 @@ def test_golden_configurations():
     )
     assert load_params(GOLDEN / "mha_tied")[0] == dataclasses.replace(mha, tie_embeddings=True)
     scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
-    gqa = dataclasses.replace(mha, num_kv_heads=2, head_dim=24, rope_scaling=scaling)
+    gqa = dataclasses.replace(
+        mha, num_kv_heads=2, head_dim=24, kinds=(LayerKind(10000.0, scaling),)
+    )
     assert load_params(GOLDEN / "gqa_llama3")[0] == gqa
     assert load_params(GOLDEN / "mqa_linear_bias")[0] == ModelConfig(
         **common,
@@ -38,10 +40,8 @@ def test_golden_configurations():
         num_heads=4,
         num_kv_heads=1,
         head_dim=16,
-        rope_theta=50000.0,
-        rope_scaling=RopeScaling("linear", 4.0),
-        attention_bias=True,
-        mlp_bias=True,
+        kinds=(LayerKind(50000.0, RopeScaling("linear", 4.0)),),
+        biases=(*ATTENTION, *MLP),
     )
 
 
@@ -58,8 +58,8 @@ def test_params_hold_every_stored_value(name):
     assert params["layers.mlp.down.weight"].shape == (layers, d, f)
     assert params["embed.weight"].shape == (cfg.vocab_size, d)
     assert ("head.weight" in params) == (not cfg.tie_embeddings)
-    assert ("layers.attn.o.bias" in params) == cfg.attention_bias
-    assert ("layers.mlp.up.bias" in params) == cfg.mlp_bias
+    assert ("layers.attn.o.bias" in params) == ("attn.o" in cfg.biases)
+    assert ("layers.mlp.up.bias" in params) == ("mlp.up" in cfg.biases)
     for i in range(layers):
         x = stored[f"model.layers.{i}.self_attn.k_proj.weight"]
         np.testing.assert_array_equal(params["layers.attn.k.weight"][i], x)
@@ -111,10 +111,11 @@ def test_mistral_without_window(tmp_path):
     config, tensors = read_model("mha_tied")
     mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     folder = write_model(tmp_path, {**config, **mistral, "sliding_window": None}, tensors)
-    assert load_params(folder)[0] == load_params(GOLDEN / "mha_tied")[0]
+    expected = dataclasses.replace(load_params(GOLDEN / "mha_tied")[0], family="mistral")
+    assert load_params(folder)[0] == expected
     write_model(tmp_path, {**config, **mistral, "sliding_window": 64}, tensors)
-    with pytest.raises(UserError, match="sliding_window is 64"):
-        load_params(tmp_path)
+    kinds = (LayerKind(10000.0, window=64),)
+    assert load_params(tmp_path)[0] == dataclasses.replace(expected, kinds=kinds)
 
 
 def test_tied_head_and_rotary_buffer_in_the_file_are_no_error(tmp_path):
@@ -129,8 +130,8 @@ def test_gguf_equals_huggingface(tmp_path, name):
     cfg, params = load_params(GOLDEN / name)
     got_cfg, got = load_params(write_gguf(tmp_path / "m.gguf", name))
     if name == "gqa_llama3":  # the original context is not in the file, only its ratio to low, high
-        assert got_cfg.rope_scaling == RopeScaling("llama3", 8.0, 256.0, 1024.0, 8192)
-        cfg = dataclasses.replace(cfg, rope_scaling=got_cfg.rope_scaling)
+        assert got_cfg.kinds[0].rope_scaling == RopeScaling("llama3", 8.0, 256.0, 1024.0, 8192)
+        cfg = dataclasses.replace(cfg, kinds=got_cfg.kinds)
     assert got_cfg == cfg
     assert got.keys() == params.keys()
     for key, x in params.items():

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import gguf
 import huggingface_hub
 import numpy as np
 import pytest
@@ -82,24 +81,25 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
             {"model_type": "qwen2"},
             "architecture 'LlamaForCausalLM' (model_type 'qwen2') is unknown",
         ),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "only the Llama family"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "RoPE scaling 'yarn' is not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "use a model of these families"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "RoPE scaling 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor must be a positive number; got None"),
         (
             {"rope_parameters": {"rope_type": "linear"}},
             "factor must be a positive number; got None",
         ),
         ({"rope_parameters": LLAMA3}, "high_freq_factor must be a positive number; got None"),
         ({"rope_parameters": "linear"}, "RoPE scaling must be an object"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "expected float weights"),
-        ({"partial_rotary_factor": 0.5}, "only full RoPE"),
+        ({"hidden_act": "gelu"}, "hidden_act must be one of gelu_new, gelu_pytorch_tanh, silu"),
+        ({"quantization_config": {"bits": 4}}, "use the model it was quantized from"),
+        ({"partial_rotary_factor": 0.5}, "rotates whole heads only"),
         ({"hidden_size": None}, "hidden_size must be a positive integer; got None"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer; got '2'"),
         ({"num_key_value_heads": 3}, "expected a multiple"),
         ({"head_dim": 11}, "even size"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number; got -1.0"),
         ({"num_hidden_layers": 3}, "tensor model.layers.2.input_layernorm.weight is missing"),
-        ({"num_hidden_layers": 10**12}, "is missing; expected shape"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be 4096 at most"),
         ({"num_hidden_layers": 1}, "is unexpected"),
         ({"intermediate_size": 97}, "expected shape [97, 48] from the configuration, got [96, 48]"),
         ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
@@ -157,6 +157,7 @@ def test_tensor_in_two_files(tmp_path):
 
 def test_index_outside_the_folder(tmp_path):
     folder = write_model(tmp_path / "m", *read_model("mha_tied"))
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
     index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "outside the folder" in raised(folder)
@@ -187,18 +188,18 @@ def test_truncated_gguf(tmp_path, keep):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (lambda w: w.add_expert_count(8), "llama.expert_count is 8"),
+        (lambda w: w.add_expert_count(8), "llama.expert_count must be absent"),
         (lambda w: w.add_uint16("split.count", 2), "llama-gguf-split --merge"),
         (lambda w: w.add_rope_dimension_count(6), "rope.dimension_count must be the head size 12"),
-        (lambda w: w.add_head_count([4, 2]), "head_count must be one positive integer; got [4, 2]"),
+        (lambda w: w.add_head_count([4, 2]), "head_count must be a positive integer; got [4, 2]"),
         (
-            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
-            "must be 'none' or 'linear'",
+            lambda w: w.add_string("llama.rope.scaling.type", "su"),
+            "must be 'none', 'linear', 'yarn' or 'longrope'; got 'su'",
         ),
         (lambda w: w.add_head_count_kv(3), "head_count_kv must be a divisor of 4; got 3"),
         (lambda w: w.add_key_length(11), "key_length must be even; got 11"),
         (lambda w: w.add_block_count(3), "tensor blk.2.attn_norm.weight is missing"),
-        (lambda w: w.add_block_count(2**32 - 1), "is missing"),
+        (lambda w: w.add_block_count(2**32 - 1), "block_count must be 4096 at most"),
         (
             lambda w: w.add_feed_forward_length(95),
             "tensor blk.0.ffn_gate.weight: expected shape [95",

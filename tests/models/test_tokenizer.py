@@ -14,7 +14,7 @@ from model_files import read_model, write_gguf, write_model
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.checkpoint import load, resolve
 from qnpu_jax.models.gguf_file import open_gguf
-from qnpu_jax.models.gguf_tokenizer import PRE_TOKENIZERS, gguf_tokenizer
+from qnpu_jax.models.gguf_tokenizer import gguf_tokenizer
 from qnpu_jax.models.tokenizer import Tokenizer
 
 TEXT = (
@@ -105,21 +105,6 @@ def test_transformers_reads_what_is_saved(tokenizer, tmp_path):
     assert (other.bos_token_id, other.eos_token_id) == (1, 2)
 
 
-SPLITS = {
-    "gpt-2": "I|'ll| NOT|'|VE| 12345|!!|⏎⏎  | x|_|y",
-    "smollm": "I|'ll| NOT|'|VE| |1|2|3|4|5|!!|⏎⏎  | x|_|y",
-    "llama-bpe": "I|'ll| NOT|'VE| |123|45|!!⏎⏎|  | x|_y",
-    "qwen2": "I|'ll| NOT|'VE| |1|2|3|4|5|!!⏎⏎|  | x|_y",
-}
-
-
-@pytest.mark.parametrize("pre", SPLITS)
-def test_pre_tokenizers(pre):
-    pieces = PRE_TOKENIZERS[pre]().pre_tokenize_str("I'll NOT'VE 12345!!\n\n   x_y")
-    spaces = str.maketrans("ĠĊ", " ⏎")
-    assert "|".join(piece for piece, _ in pieces).translate(spaces) == SPLITS[pre]
-
-
 # Small tokenizers: 96 tokens as the golden models have.
 
 LETTERS = [chr(c) for c in range(33, 33 + 90)]
@@ -163,9 +148,8 @@ def test_tokens_of_gguf(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'; expected 'gpt2'"),
-        ({"pre": "tekken"}, "pre-tokenizer 'tekken' is unknown; expected one of"),
-        ({"pre": None}, "pre-tokenizer 'default' is unknown"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; expected 'gpt2'"),
+        ({"pre": "kimi-k2"}, "pre-tokenizer 'kimi-k2' is unknown; expected one of"),
         ({"merges": ["a zz"]}, "vocabulary and merges do not fit"),
         ({"eos": 96}, "special token id 96 is outside the vocabulary; expected 0 to 95"),
     ],
@@ -222,7 +206,7 @@ def test_ids_from_the_model_configuration(folder):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("tokenizer_config.json", {"eos_token": "<end>"}, "eos_token in tokenizer_config.json is"),
+        ("tokenizer_config.json", {"eos_token": "<end>"}, "eos_token in tokenizer_config.json or"),
         ("generation_config.json", {"eos_token_id": [2, 96]}, "id 96 is outside the vocabulary"),
         ("generation_config.json", {"eos_token_id": [[2]]}, "id [2] is outside the vocabulary"),
         ("tokenizer.json", {"model": {"type": "None"}}, "tokenizer.json: not a valid tokenizer"),

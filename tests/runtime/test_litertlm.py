@@ -5,10 +5,12 @@ says."""
 import importlib
 from importlib import metadata
 
+import kinds
 import numpy as np
 import pairwise
 import pytest
 import tiny
+import workspace
 
 from qnpu_jax import deploy
 from qnpu_jax.errors import UserError
@@ -89,7 +91,19 @@ def test_every_profile_says_the_same(tmp_path):
     choose=pairwise.levels,
 )
 def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels, plan):
-    model = tiny.quantized(name, plan)
+    compare_with_cached(tmp_path, tiny.quantized(name, plan), kernels)
+
+
+@pytest.mark.slow
+@pairwise.parametrize(
+    ("name", "kernels", "plan"), [*kinds.CONFIGS], [*RESOLVERS], ["w8a8", "w4a16"]
+)
+def test_windows_are_made_in_the_graph(tmp_path, name, kernels, plan):
+    """Of 6 positions, while PARTS move past 16."""
+    compare_with_cached(tmp_path, kinds.quantized(name, plan), kernels)
+
+
+def compare_with_cached(tmp_path, model, kernels):
     paths = tmp_path / "lm.tflite", tmp_path / "cached.tflite"
     litertlm_signatures.write_signatures(Integers(model), paths[0], CHUNK, CONTEXT)
     cached.build_cached(model, CHUNK, CONTEXT).write(paths[1])
@@ -140,6 +154,24 @@ def test_a_context_needs_room_for_a_cache(tmp_path):
     with pytest.raises(UserError, match="context: 4 positions for 4 new tokens"):
         litertlm_signatures.write_signatures(form, tmp_path / "lm.tflite", CHUNK, CHUNK)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("template", "called"),
+    [
+        ("{% for m in messages %}{{ m.get('role', '') }}{% endfor %}", ".get()"),
+        ("{{ messages[0].content.strip().split('x')[0] }}", ".split(), .strip()"),
+    ],
+)
+def test_methods_of_python_are_refused(tmp_path, template, called):
+    """LiteRT-LM's Jinja has none: the package would answer nothing but errors."""
+    tiny_model = workspace.write_tiny_model(tmp_path / "model")
+    (tiny_model / "chat_template.jinja").write_text(template)
+    form = Integers(tiny.quantized("gqa_llama3", "w8a8"))
+    with pytest.raises(UserError) as error:
+        litertlm_package.write_package(form, tiny_model, tmp_path / "m.litertlm", CHUNK, CONTEXT)
+    assert str(error.value).startswith(f"model: the chat template calls {called}; expected no met")
+    assert not (tmp_path / "m.litertlm").exists()
 
 
 def test_without_the_extra_it_is_named(refused, no_packages):

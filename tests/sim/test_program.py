@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from qnpu_jax.errors import UserError
+from qnpu_jax.runtime import Session, SimulatedBackend
 from qnpu_sim import compile_model, run
 
 IDS = tiny.random_ids((7,), 3)
@@ -78,3 +79,18 @@ def test_what_is_neither_pattern_nor_function_is_refused():
     command = [sys.executable, "-c", NO_PATTERN]
     line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert line.startswith("keep: expected a pattern") and "got ['head.logits']; " in line
+
+
+@pytest.mark.parametrize("bad", [-1, 96, 2**32 + 95])
+def test_ids_outside_the_vocabulary(bad):
+    """Indexing inside a program would take another row of the embedding, and say nothing."""
+    model = tiny.quantized("gqa_llama3", "w8a8")
+    program = compile_model(model, model.decoder(len(IDS)))
+    ids = [*IDS[:-1].tolist(), bad]
+    with pytest.raises(UserError, match=f"ids: token {bad} is outside the vocabulary; expected 0"):
+        run(program, np.asarray(ids))
+    with pytest.raises(UserError, match="ids: of type float64; expected integers"):
+        run(program, np.asarray(ids) + 0.9)
+    session = Session(SimulatedBackend(model, 4, 16))
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        session.feed([96])

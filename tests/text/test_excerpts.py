@@ -111,12 +111,13 @@ def test_written_by_a_model(checkpoint, recipe):
 @pytest.mark.slow
 def test_scored_and_judged(checkpoint):
     ids = ids_of(checkpoint, files.default_text())
-    scored, held_out = excerpts.scored_and_judged(None, checkpoint, 16, 40, EFFORT)
+    scored, (held_out, other) = excerpts.scored_and_judged(None, checkpoint, 16, 40, EFFORT)
     assert held_out is not None
+    np.testing.assert_array_equal(other.windows, ids[-1024:].reshape(8, 128))
     np.testing.assert_array_equal(scored.windows, ids[:32].reshape(2, 16))
     np.testing.assert_array_equal(held_out.windows, ids[-144:].reshape(3, 48))
-    assert excerpts.scored_and_judged(None, checkpoint, 16, 40, None)[1] is None
-    fits = len(ids) - 144
+    assert excerpts.scored_and_judged(None, checkpoint, 16, 40, None)[1].held_out is None
+    fits = len(ids) - 1024
     scored, _ = excerpts.scored_and_judged(None, checkpoint, 2, fits, EFFORT)
     assert scored.windows.size == fits // 2 * 2
     with pytest.raises(UserError, match=r"pydoc_data\.topics reach into its end") as error:
@@ -128,10 +129,10 @@ def test_scored_and_judged(checkpoint):
 
 def test_judged_by_another_text_than_what_is_scored(folder, checkpoint):
     path = folder / "text.txt"
-    scored, held_out = excerpts.scored_and_judged(path, checkpoint, 16, 10**6, EFFORT)
+    scored, (held_out, other) = excerpts.scored_and_judged(path, checkpoint, 16, 10**6, EFFORT)
     assert scored.source == "text.txt"
     assert held_out is not None
-    assert held_out.source == "pydoc_data.topics"
+    assert held_out.source == other.source == "pydoc_data.topics"
     assert held_out.windows.shape == (3, 48)
 
 
@@ -141,19 +142,23 @@ def excerpt(*shape: int) -> excerpts.Excerpt:
 
 
 def test_all_texts_of_a_run():
-    some = excerpts.Texts(excerpt(1, 4), excerpt(2, 6))
-    assert some.to_json().keys() == {"calibration", "held_out"}
-    assert some.windows().learning.shape == (0, 6)
-    every = excerpts.Texts(excerpt(1, 4), excerpt(2, 6), excerpt(3, 4), excerpt(2, 4))
+    judges = excerpts.Judges(None, excerpt(5, 2))
+    some = excerpts.Texts(excerpt(1, 4), excerpt(2, 6), None, judges)
+    assert some.to_json().keys() == {"calibration", "held_out", "prefix"}
+    assert (some.windows().learning.shape, some.windows().other.shape) == ((0, 6), (5, 2))
+    judges = excerpts.Judges(excerpt(2, 4), excerpt(5, 2))
+    every = excerpts.Texts(excerpt(1, 4), excerpt(2, 6), excerpt(3, 4), judges)
     assert every.to_json()["early_stopping"] == {
         "source": "a", "sha256": hashlib.sha256(b"a").hexdigest(), "tokens": 8
     }  # fmt: skip
     found: Windows = every.windows()
-    assert [x.shape for x in (found.calibration, found.learning, found.held_out)] == [
-        (2, 6), (3, 4), (2, 4)
+    assert [
+        x.shape for x in (found.calibration, found.learning, found.held_out, found.other)
+    ] == [
+        (2, 6), (3, 4), (2, 4), (5, 2)
     ]  # fmt: skip
-    assert every.digests().keys() == {"calibration", "learning", "held_out"}
-    assert len(set(every.digests().values())) == 3
+    assert every.digests().keys() == {"calibration", "learning", "held_out", "other"}
+    assert len(set(every.digests().values())) == 4
 
 
 def test_the_same_tokens_in_other_windows_are_another_text():

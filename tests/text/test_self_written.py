@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pairwise
 import pytest
@@ -25,6 +26,7 @@ from qnpu_jax.text.self_written import (
     QUESTIONS,
     Drawing,
     Writer,
+    _chats,
     calibration_windows,
     sample,
 )
@@ -111,6 +113,20 @@ def test_the_likeliest_tokens_are_the_argmax_of_the_full_forward(model: Writer):
     prompt = [1, 17, 5, 80, 3]
     assert greedy(model, prompt, 60) == continuation(model, prompt, 60)
     assert greedy(model, prompt, 123) == continuation(model, prompt, 123)  # the last position
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(kinds.CONFIGS))
+def test_layers_of_several_kinds_write_what_the_full_forward_says(name):
+    """Past the window, and with a prefix that stays in it."""
+    config, prompt = kinds.CONFIGS[name], [1, 17, 5, 80, 3]
+    model = folded(config, kinds.checkpoint(config))
+    params = add_prefix(config, PLAN, model.params, (9, 33))
+    model = replace(model, params={n: jnp.asarray(x) for n, x in params.items()})
+    dec = decoder(config, PLAN, 20, 2)
+    row = np.asarray([*prompt, *greedy(model, prompt, 15)], np.int32)
+    expected = full_forward(dec, model.params, jnp.asarray(row)).argmax(axis=1)
+    np.testing.assert_array_equal(row[len(prompt) :], expected[len(prompt) - 1 : -1])
 
 
 @pytest.mark.slow
@@ -242,7 +258,8 @@ def characters(bos: bool, template: str | None) -> Tokenizer:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     backend.add_special_tokens(["<s>"])
     backend.decoder = tokenizers.decoders.Fuse()  # no spaces between tokens
-    return Tokenizer.build(backend, [BOS if bos else None], [EOS], template, "characters")
+    ids = [BOS if bos else None]
+    return Tokenizer.build(backend, ids, [EOS], template, "characters", adds_bos=bos)
 
 
 TEMPLATE = "{{ bos_token }}U:{{ messages[0].content }}A:"
@@ -279,6 +296,41 @@ def test_without_bos_text_begins_with_random_tokens(tiny: Writer):
     windows = calibration_windows(tiny, characters(False, None), 640, 20, 0)
     assert len(set(windows[:, 0].tolist())) > 16
     assert (calibration_windows(tiny, characters(False, None), 640, 20, 1) != windows).any()
+
+
+@pytest.mark.slow
+def test_texts_of_a_model_with_bos_begin_by_its_own_rule(tiny: Writer):
+    """Qwen's BOS is the token that ends texts: none of its texts begins with it."""
+    made = replace(characters(True, None), adds_bos=False)
+    windows = calibration_windows(tiny, made, 640, 20, 0)
+    without = calibration_windows(tiny, characters(False, None), 640, 20, 0)
+    first, others = windows[:, 0], without[:, 0]
+    assert (first == others).mean() > 0.9  # but where the random token is BOS
+    assert len({*first.tolist()}) > 16
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        ("U:{{ messages[0].content }}A:", "U:What is the capital"),
+        ("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}", "26 Jul 2024 What is the"),
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+            "{% for m in messages %}[{{ m.content }}]{% endfor %}",
+            "[You are a helpful assistant.][What is",
+        ),
+    ],
+)
+def test_chats_are_the_same_every_day_and_in_every_template(template, begins):
+    made = characters(True, template)
+    chats = _chats(made)
+    assert len(chats) == len(QUESTIONS)
+    assert made.decode(chats[0]).startswith(begins)
+
+
+def test_a_template_that_refuses_questions_leaves_free_text():
+    assert _chats(characters(True, "{{ raise_exception('tools only') }}")) == []
+    assert _chats(characters(True, None)) == []
 
 
 def test_questions_are_varied():

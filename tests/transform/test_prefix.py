@@ -1,6 +1,8 @@
-"""The prefix search: it finds the tokens that tame the outliers, or says that none do."""
+"""The prefix search: it finds the tokens that tame the outliers and leave the output alone, or says
+that none do."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +10,27 @@ import numpy as np
 import pytest
 import tiny
 
-from qnpu_jax.config import ModelConfig
+from qnpu_jax.config import LayerKind, ModelConfig
 from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.recipes import RECIPES
-from qnpu_jax.transform import prefix
 from qnpu_jax.transform.fold import fold_norms
-from qnpu_jax.transform.prefix import CANDIDATES, OUTLIER_RATIO, add_prefix, find_prefix
+from qnpu_jax.transform.prefix import add_prefix, without_prefix
+from qnpu_jax.transform.prefix_search import PrefixReport, Starts, find_prefix
+from qnpu_jax.transform.prefix_trials import (
+    OUTLIER_RATIO,
+    Bench,
+    Harm,
+    Outliers,
+    bench_windows,
+    clipped_range,
+    whole_range,
+)
 
 PLAN = RECIPES["w8a8"].bits
 ORDINARY, SINK, DECOY = range(3, 32), 1, 2
 CONFIG = ModelConfig(
     family="llama", vocab_size=32, hidden_size=16, intermediate_size=8, num_layers=1, num_heads=1,
-    num_kv_heads=1, head_dim=4, max_positions=128, rope_theta=100.0,
+    num_kv_heads=1, head_dim=4, max_positions=128, kinds=(LayerKind(100.0),),
 )  # fmt: skip
 CONSTANT, IS_SINK, TRIGGER = 0, 1, 2
 """Coordinates of the residual stream: 1 for every token; 1 for the sink; 1 for what grows a
@@ -70,80 +81,134 @@ def sink_windows(*, sinks: bool = True) -> np.ndarray:
     return windows
 
 
+def found_of(params=None, windows=None, starts: Starts | None = None, longest=4) -> PrefixReport:
+    windows = sink_windows() if windows is None else windows
+    return find_prefix(
+        CONFIG, PLAN, params or sink_model(), (windows,), starts or Starts(), longest
+    )
+
+
 @pytest.mark.slow
 def test_the_search_picks_the_sink_among_more_frequent_outliers():
-    found = find_prefix(CONFIG, PLAN, sink_model(), sink_windows(), None, 4)
+    found = found_of()
     assert found.tokens == (SINK,)
     assert max(found.before) > OUTLIER_RATIO >= max(found.after)
     assert found.peak_before > 10 * found.peak_after
     assert found.ok
-
-
-def test_where_there_is_a_bos_it_comes_first():
-    bos = int(ORDINARY[0])
-    found = find_prefix(CONFIG, PLAN, sink_model(), sink_windows(), bos, 4)
-    assert found.tokens == (bos, SINK)
-    found = find_prefix(CONFIG, PLAN, sink_model(), sink_windows(), SINK, 4)
-    assert found.tokens == (SINK,)
+    assert found.trials[0].tokens == (SINK,)
+    tried = {t.tokens: t for t in found.trials}
+    none, chosen = tried[()].harm, tried[SINK,].harm
+    assert none is not None and chosen is not None
+    assert chosen.least < none.least
 
 
 @pytest.mark.slow
-def test_a_prefix_that_does_not_help_is_not_taken():
-    """BOS is no sink here, and there is no place for one after it."""
+def test_the_models_own_bos_stays_before_what_is_found():
     bos = int(ORDINARY[0])
-    found = find_prefix(CONFIG, PLAN, sink_model(), sink_windows(), bos, 1)
-    assert not found.ok
-    assert found.tokens == ()
-    assert max(found.after) > OUTLIER_RATIO
-    assert (found.after, found.peak_after) == (found.before, found.peak_before)
+    assert found_of(starts=Starts((bos,))).tokens == (bos, SINK)
+    assert found_of(starts=Starts((SINK,))).tokens == (SINK,)
+
+
+def bench(bos) -> Bench:
+    return Bench(CONFIG, PLAN, sink_model(), bos, (sink_windows(),), 4)
+
+
+@pytest.mark.slow
+def test_the_models_own_bos_as_a_prefix_is_the_original():
+    outliers, kl = bench(bos=(SINK,)).outliers((SINK,))
+    assert kl == pytest.approx((0.0,), abs=1e-6)  # the same function; masked places add zeros
+    assert outliers.tame
+    _, (other,) = bench(bos=(SINK,)).outliers(())
+    assert other > 1e-3
 
 
 @pytest.mark.slow
 def test_outliers_that_no_prefix_tames_are_told():
     params = dict(sink_model())
     row = params["embed.weight"].at[DECOY].multiply(1000.0)
-    found = find_prefix(CONFIG, PLAN, params | {"embed.weight": row}, sink_windows(), None, 3)
+    found = found_of(params | {"embed.weight": row}, longest=2)
     assert not found.ok
-    assert OUTLIER_RATIO < max(found.after) <= max(found.before)
+    assert max(found.after) > OUTLIER_RATIO
+
+
+def report(monkeypatch, whole: list[float], worst: list[float], bos=()) -> PrefixReport:
+    """What is chosen where a prefix of n tokens does this harm and leaves this ratio."""
+
+    def outliers(self, tokens):
+        ratio = (1.0, float(worst[len(tokens)]))
+        return Outliers(ratio, float(len(tokens)), (SINK,)), (0.0,)
+
+    def harm(self, tokens):
+        return Harm((whole[len(tokens)],), (2 * whole[len(tokens)],))
+
+    monkeypatch.setattr(Bench, "outliers", outliers)
+    monkeypatch.setattr(Bench, "harm", harm)
+    return found_of(starts=Starts(bos), longest=3)
 
 
 @pytest.mark.parametrize(
-    ("worst", "chosen"),
+    ("whole", "worst", "chosen"),
     [
-        ([1000, 200, 500, 300], 1),
-        ([1000, 200, 500, 100], 3),
-        ([1000, 2000, 1000, 3000], 0),
-        ([1000, 2000, 64, 1], 2),
+        ([1.0, 0.5, 0.4, 0.3], [1000, 200, 200, 200], 3),  # each lowers the harm
+        ([1.0, 0.5, 0.49, 0.3], [1000, 200, 200, 200], 1),  # the second by too little
+        ([1.0, 1.1, 0.2, 0.1], [1000, 200, 200, 200], 0),  # the first does more harm
+        ([1.0, 0.5, 0.4, 0.3], [1000, 99, 1, 1], 1),  # tame: no longer one is tried
+        ([1.0, 1.1, 0.4, 0.3], [1000, 99, 1, 1], 1),  # tame, for a little more harm
+        ([1.0, 0.5, 0.4, 0.3], [99, 1, 1, 1], 0),  # nothing to tame
     ],
 )
-def test_the_best_step_counts(monkeypatch, worst, chosen):
-    """`worst` is the largest ratio after each length; a search that is ok ends."""
-
-    def outliers(config, plan, params, windows, tokens, slots):
-        n = len(tokens)
-        return prefix._Outliers(np.asarray([1.0, worst[n]]), float(n), [SINK])
-
-    monkeypatch.setattr(prefix, "_outliers", outliers)
-    found = find_prefix(CONFIG, PLAN, sink_model(), sink_windows(), None, 3)
+def test_what_a_prefix_costs_and_saves_decides(monkeypatch, whole, worst, chosen):
+    found = report(monkeypatch, whole, worst)
     assert len(found.tokens) == chosen
     assert (found.after, found.peak_after) == ((1.0, worst[chosen]), chosen)
     assert found.ok == (worst[chosen] <= OUTLIER_RATIO)
+    assert not found.clip  # clipping does twice the harm
 
 
+def test_a_search_begins_after_the_models_own_bos(monkeypatch):
+    found = report(monkeypatch, [9.0, 1.0, 0.4, 0.3], [1000, 200, 200, 200], bos=(5,))
+    assert found.tokens[0] == 5 and len(found.tokens) == 3
+    found = report(monkeypatch, [0.1, 1.0, 2.0, 3.0], [1, 200, 200, 200], bos=(5,))
+    assert found.tokens == (5,)  # without it the model is another one, however tame
+
+
+@pytest.mark.slow
 def test_text_without_outliers_needs_no_prefix():
     windows = np.where(sink_windows(sinks=False) == DECOY, ORDINARY[0], sink_windows(sinks=False))
-    found = find_prefix(CONFIG, PLAN, sink_model(), windows.astype(np.int32), SINK, 4)
-    assert found.tokens == () and found.before == found.after
+    found = found_of(windows=windows.astype(np.int32))
+    assert found.tokens == () and found.before == found.after and found.ok
 
 
 @pytest.mark.slow
 def test_places_that_a_prefix_does_not_fill_are_not_seen():
     config, params = load_params(tiny.GOLDEN / "gqa_llama3")
     params, windows = fold_norms(config, params), tiny.random_ids((2, tiny.TOKENS))
-    found = [prefix._outliers(config, PLAN, params, windows, (1, 7), slots) for slots in (2, 5)]
+    found = [Bench(config, PLAN, params, (), (windows,), n).outliers((1, 7)) for n in (2, 5)]
     # Equal but for the order in which a longer row of keys is summed.
-    np.testing.assert_allclose(found[0].ratio, found[1].ratio, rtol=1e-4)
-    assert found[0].peak == pytest.approx(found[1].peak, rel=1e-4)
+    np.testing.assert_allclose(found[0][0].ratio, found[1][0].ratio, rtol=1e-4)
+    assert found[0][0].peak == pytest.approx(found[1][0].peak, rel=1e-4)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3, abs=1e-7)
+
+
+def test_ranges_of_trials():
+    """By hand: 8 bits over [-1, 3], and the clipped range that leaves one far value out."""
+    spec = tiny.calibrated("gqa_llama3", "w8a8")[0].layer["mlp.act"]
+    x = jnp.asarray([-1.0, 0.013, 3.0], jnp.float32)
+    step = 4 / 255
+    expected = np.round(np.asarray(x) / step) * step
+    np.testing.assert_allclose(whole_range(spec, x), expected, atol=1e-6)
+    x = jnp.concatenate([jnp.linspace(-1.0, 1.0, 1_000_001), jnp.asarray([-8.0, 8.0])])
+    assert float(whole_range(spec, x)[-1]) == pytest.approx(8.0, abs=16 / 255)  # a step
+    assert float(clipped_range(spec, x)[-1]) < 7.0
+    squares = [float(jnp.sum(jnp.square(e(spec, x) - x))) for e in (clipped_range, whole_range)]
+    assert squares[0] <= squares[1]
+
+
+def test_every_domain_gives_windows_of_one_shape():
+    first, second = np.arange(50).reshape(5, 10), np.arange(23).reshape(1, 23)
+    cut = bench_windows((first, second, np.zeros((0, 4), int)), 4, 8)
+    assert [x.shape for x in cut] == [(2, 8), (2, 8)]
+    np.testing.assert_array_equal(cut[0].ravel(), np.arange(16))
 
 
 def test_prefix_rows_are_those_of_every_layer():
@@ -158,24 +223,14 @@ def test_prefix_rows_are_those_of_every_layer():
         if letter == "v":
             rows, shorter = (x.swapaxes(2, 3) for x in (rows, shorter))
         np.testing.assert_allclose(shorter, rows[:, :, :2], atol=1e-5 * np.abs(rows).max())
-    assert {n: x for n, x in with_prefix.items() if ".prefix_" not in n}.keys() == params.keys()
+    assert without_prefix(with_prefix).keys() == params.keys()
+    assert add_prefix(config, PLAN, with_prefix, ()).keys() == params.keys()
 
 
-def test_candidates_are_limited():
-    """DECOYs more frequent than the sink fill the list of candidates before it."""
-    params = dict(sink_model())
-    decoys = np.asarray(ORDINARY[:CANDIDATES])
-    embed = params["embed.weight"].at[decoys, TRIGGER].set(1.0)
-    windows = sink_windows()
-    windows[windows >= ORDINARY[CANDIDATES]] = ORDINARY[-1]
-    windows[:, 12 : 12 + CANDIDATES] = decoys
-    windows[:, :4] = decoys
-    found = find_prefix(CONFIG, PLAN, params | {"embed.weight": embed}, windows, None, 1)
-    assert not found.ok and found.tokens != (SINK,)
-
-
+@pytest.mark.slow
 def test_reports_are_plain_numbers():
-    found = dataclasses.asdict(find_prefix(CONFIG, PLAN, sink_model(), sink_windows(), None, 4))
+    found = dataclasses.asdict(found_of())
     assert all(type(t) is int for t in found["tokens"])
     assert all(type(r) is float for r in (*found["before"], found["peak_before"]))
     assert found["ok"] is True
+    assert json.loads(json.dumps(found))["trials"][0]["harm"].keys() == {"whole", "clipped"}

@@ -3,6 +3,7 @@ forward alone.
 """
 
 import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
+from qnpu_jax.models.llama import ATTENTION, MLP
 from qnpu_jax.transform import fold
 from qnpu_jax.transform.hadamard import hadamard, has_hadamard, random_hadamard, random_orthogonal
 from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotate_parameter
@@ -22,7 +24,7 @@ from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotate_
 ORDERS = [core << k for core in (1, 12, 20, 28, 36) for k in range(8) if core << k <= 1600]
 CONFIG = ModelConfig(
     family="llama", vocab_size=50, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=4,
-    num_kv_heads=2, head_dim=8, max_positions=32, attention_bias=True, mlp_bias=True,
+    num_kv_heads=2, head_dim=8, max_positions=32, biases=(*ATTENTION, *MLP),
 )  # fmt: skip
 IDS = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 9)
 
@@ -67,7 +69,7 @@ def rope(x, theta):
 def attention(config, linear, x, scale):
     t = len(x)
     split = lambda y: y.reshape(t, -1, config.head_dim).transpose(1, 0, 2)  # noqa: E731
-    q, k = (rope(split(linear(n, x)), config.rope_theta) for n in ("attn.q", "attn.k"))
+    q, k = (rope(split(linear(n, x)), config.kinds[0].rope_theta) for n in ("attn.q", "attn.k"))
     k, v = (np.repeat(y, config.queries_per_kv_head, 0) for y in (k, split(linear("attn.v", x))))
     scores = q @ k.transpose(0, 2, 1) * scale + np.triu(np.full((t, t), -np.inf), 1)
     p = np.exp(scores - scores.max(-1, keepdims=True))
@@ -84,7 +86,10 @@ def forward(config, params, ids):
         layer = {
             n.removeprefix("layers."): p[i] for n, p in params.items() if n.startswith("layers.")
         }
-        linear = lambda n, y, p=layer: y @ p[f"{n}.weight"].T + p.get(f"{n}.bias", 0)  # noqa: E731
+        late = {f"attn.{x}": layer.get(f"attn.rope.{x}_offset", np.zeros(1)).ravel() for x in "qk"}
+        linear = lambda n, y, p=layer, b=late: (  # noqa: E731
+            y @ p[f"{n}.weight"].T + p.get(f"{n}.bias", 0) + b.get(n, 0)
+        )
         y = rms_norm(x, layer.get("attn.norm.gamma"), eps)
         x = x + attention(config, linear, y, config.head_dim**-0.5 if raw else 1)
         y = rms_norm(x, layer.get("mlp.norm.gamma"), eps)
@@ -148,23 +153,29 @@ def test_random_orthogonal(order, seed):
     np.testing.assert_array_equal(r, random_orthogonal(order, seed))
 
 
+def r1_of(rotation: Rotation) -> np.ndarray:
+    assert rotation.r1 is not None
+    return np.asarray(rotation.r1)
+
+
 def test_random_rotation():
     a, again, other = (random_rotation(CONFIG, seed) for seed in (0, 0, 1))
-    assert a.r1.shape == (24, 24)
+    r1 = r1_of(a)
+    assert r1.shape == (24, 24)
     assert a.r2.shape == (3, 8, 8)
-    np.testing.assert_array_equal(np.abs(a.r1), np.full((24, 24), 1 / np.sqrt(24)))  # 24 = 12 * 2
-    np.testing.assert_array_equal(a.r1, again.r1)
+    np.testing.assert_array_equal(np.abs(r1), np.full((24, 24), 1 / np.sqrt(24)))  # 24 = 12 * 2
+    np.testing.assert_array_equal(r1, r1_of(again))
     np.testing.assert_array_equal(a.r2, again.r2)
-    assert not np.array_equal(a.r1, other.r1)
+    assert not np.array_equal(r1, r1_of(other))
     assert not np.array_equal(a.r2[0], a.r2[1])
-    odd = random_rotation(ModelConfig(**{**CONFIG.to_json(), "hidden_size": 44}), 0)
-    np.testing.assert_allclose(odd.r1 @ odd.r1.T, np.eye(44), atol=1e-12)
+    odd = r1_of(random_rotation(replace(CONFIG, hidden_size=44), 0))
+    np.testing.assert_allclose(odd @ odd.T, np.eye(44), atol=1e-12)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("biases", [False, True])
 def test_folding_and_rotation_keep_the_logits(tied, biases):
-    config = ModelConfig(**{**CONFIG.to_json(), "tie_embeddings": tied})
+    config = replace(CONFIG, tie_embeddings=tied)
     raw = checkpoint(config, biases, tied)
     expected = forward(config, raw, IDS)
     rotation = random_rotation(config, 5)
@@ -181,10 +192,21 @@ def test_folded_names_and_shapes():
     folded = fold.fold_norms(CONFIG, raw)
     names = {n for n in raw if not n.endswith("gamma")}
     biases = {n.replace("weight", "bias") for n in names if n != "embed.weight"}
-    assert folded.keys() == names | biases
+    offsets = {"layers.attn.rope.q_offset": (3, 1, 4, 8), "layers.attn.rope.k_offset": (3, 1, 2, 8)}
+    assert folded.keys() == names | biases | offsets.keys()
+    assert all(folded[n].shape == shape for n, shape in offsets.items())
     assert all(folded[n].shape == raw[n].shape for n in names)
     assert all(folded[n].shape == folded[n.replace("bias", "weight")].shape[:-1] for n in biases)
-    assert not any(folded[n].any() for n in biases)
+    assert not any(folded[n].any() for n in biases | offsets.keys())
+
+
+def test_biases_of_queries_and_keys_are_late():
+    raw = checkpoint()
+    folded = fold.fold_norms(CONFIG, raw, np.float64)
+    for letter, scale in (("q", CONFIG.head_dim**-0.5), ("k", 1)):
+        assert not folded[f"layers.attn.{letter}.bias"].any()
+        offset = folded[f"layers.attn.rope.{letter}_offset"].reshape(CONFIG.num_layers, -1)
+        np.testing.assert_allclose(offset, raw[f"layers.attn.{letter}.bias"] * scale, rtol=1e-15)
 
 
 def test_arguments_are_not_changed():
@@ -209,9 +231,11 @@ def test_which_biases_rotate():
         np.testing.assert_allclose(rotated["layers.attn.v.bias"][i], expected, atol=1e-12)
         for name in ("layers.attn.o.bias", "layers.mlp.down.bias"):
             np.testing.assert_allclose(
-                rotated[name][i], rotation.r1.T @ folded[name][i], atol=1e-12
+                rotated[name][i], r1_of(rotation).T @ folded[name][i], atol=1e-12
             )
     for name in (
+        "layers.attn.rope.q_offset",
+        "layers.attn.rope.k_offset",
         "layers.attn.q.bias",
         "layers.attn.k.bias",
         "layers.mlp.gate.bias",
@@ -281,7 +305,7 @@ def test_a_parameter_without_a_rule_is_refused():
 def test_rotation_and_its_transpose_cancel():
     folded = fold.fold_norms(CONFIG, checkpoint(), np.float64)
     r = random_rotation(CONFIG, 2)
-    back = Rotation(r1=r.r1.T, r2=np.swapaxes(r.r2, 1, 2))
+    back = Rotation(r1=r1_of(r).T, r2=np.swapaxes(r.r2, 1, 2))
     again = rotate(CONFIG, rotate(CONFIG, folded, r, np.float64), back, np.float64)
     for name in folded:
         np.testing.assert_allclose(again[name], folded[name], atol=1e-12)
@@ -298,7 +322,7 @@ def not_orthogonal(where):
     r = random_rotation(CONFIG, 0)
     match where:
         case "R1":
-            return dataclasses.replace(r, r1=r.r1 * 1.001)
+            return dataclasses.replace(r, r1=r1_of(r) * 1.001)
         case "R2 of layer 2":
             return dataclasses.replace(r, r2=np.concatenate([r.r2[:2], r.r2[2:] + 0.01]))
         case _:

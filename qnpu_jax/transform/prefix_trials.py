@@ -1,0 +1,224 @@
+"""Trials of prefixes: what each does to a model's outliers and to its output.
+
+The output is judged in three readings, each against the original float model on text of several
+domains: the model after the prefix in float, and with its activations quantized, their ranges once
+as wide as the values, once clipped where that leaves the least squared error. Every tensor takes
+the range of the window at hand, so that no calibration is needed to compare prefixes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qnpu_jax.config import BitPlan, ModelConfig
+from qnpu_jax.fakequant import Edge, passes, shared_inputs
+from qnpu_jax.graph import Decoder, Graph, Params, TensorSpec, decoder
+from qnpu_jax.transform.prefix import add_prefix, prefix_rows
+
+OUTLIER_RATIO = 100.0
+"""A token is an outlier where its largest activation exceeds this multiple of the median token's.
+
+Massive activations lie far above: 2,100 in SmolLM2-135M, where 71 to 82 are left after a prefix
+that takes them; Qwen2.5-Coder-0.5B has 74 and none, and learns best as it is."""
+WATCHED = ("mlp.act", "mlp.residual")
+"""Tensors where massive activations arise (input of down) and where they stay (residual stream)."""
+RUINED = 1e6
+"""KL of a model whose logits are not finite: coarse ranges may round a sum of squares to 0."""
+SHRINKS = np.asarray([1.0, 0.8, 0.63, 0.5, 0.4, 0.31, 0.25, 0.16, 0.1], np.float32)
+"""Parts of the observed range that a clipped one may keep."""
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Outliers of a text after a prefix.
+
+    Attributes:
+      ratio: largest peak of a token over the median token's, per layer.
+      peak: largest absolute value of the residual stream.
+      tokens: ids of outlier tokens, the most frequent first.
+    """
+
+    ratio: tuple[float, ...]
+    peak: float
+    tokens: tuple[int, ...]
+
+    @property
+    def worst(self) -> float:
+        return max(self.ratio)
+
+    @property
+    def tame(self) -> bool:
+        return self.worst <= OUTLIER_RATIO
+
+
+@dataclass(frozen=True)
+class Harm:
+    """KL(original || model after a prefix), in nats a token: one entry per domain.
+
+    Attributes:
+      whole: activations quantized in ranges as wide as the values.
+      clipped: in ranges that clip.
+    """
+
+    whole: tuple[float, ...]
+    clipped: tuple[float, ...]
+
+    @property
+    def clips(self) -> bool:
+        """Whether clipping does less harm."""
+        return sum(self.clipped) < sum(self.whole)
+
+    @property
+    def least(self) -> float:
+        return min(float(np.mean(self.whole)), float(np.mean(self.clipped)))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What trials of one model share.
+
+    Attributes:
+      params: folded float parameters without prefix.
+      bos: tokens that the original begins sequences with.
+      domains: windows (N, T) of token ids, one array per domain, all of one shape.
+      slots: places for prefix tokens. The mask hides those that a prefix does not fill, so that
+        prefixes of all lengths share one compiled layer.
+    """
+
+    config: ModelConfig
+    plan: BitPlan
+    params: Params
+    bos: tuple[int, ...]
+    domains: tuple[Int[np.ndarray, "n t"], ...]
+    slots: int
+
+    @property
+    def windows(self) -> Int[np.ndarray, "n t"]:
+        return np.concatenate(self.domains)
+
+    @cached_property
+    def original(self) -> list[Float[Array, "t v"]]:
+        """Logits of the original for each window: with its own BOS, without any other prefix."""
+        params = add_prefix(self.config, self.plan, self.params, self.bos)
+        dec = decoder(self.config, self.plan, self.windows.shape[1], len(self.bos))
+        return list(_logits(dec, params, self.windows))
+
+    def outliers(self, tokens: tuple[int, ...]) -> tuple[Outliers, tuple[float, ...]]:
+        """Runs the model after a prefix in float.
+
+        Returns:
+          Its outliers, and KL(original || it) of each domain.
+        """
+        config, dec = self.config, self._decoder
+        ratios, peak = np.zeros(config.num_layers), 0.0
+        found: Counter[int] = Counter()
+        logits = None
+        for graph, layer, env in self._passes(tokens, WATCHED):
+            if graph is dec.layer:
+                peak = max(peak, float(jnp.abs(env["mlp.residual"]).max()))
+                for name in WATCHED:
+                    largest = np.asarray(jnp.abs(env[name]).max(axis=-1))
+                    ratio = largest / np.median(largest)
+                    ratios[layer] = max(ratios[layer], ratio.max())
+                    found.update(self.windows[ratio > OUTLIER_RATIO].tolist())
+            elif graph is dec.head:
+                logits = env["logits"]
+        assert logits is not None
+        likely = tuple(token for token, _ in found.most_common())
+        return Outliers(tuple(map(float, ratios)), peak, likely), self._distance(logits)
+
+    def harm(self, tokens: tuple[int, ...]) -> Harm:
+        """Runs the model after a prefix with its activations quantized."""
+        kls = []
+        for edge in (whole_range, clipped_range):
+            (*_, (_, _, env)) = self._passes(tokens, (), edge)
+            kls.append(self._distance(env["logits"]))
+        return Harm(*kls)
+
+    @property
+    def _decoder(self) -> Decoder:
+        return decoder(self.config, self.plan, self.windows.shape[1], self.slots)
+
+    def _passes(
+        self, tokens: tuple[int, ...], keep: tuple[str, ...], edge: Edge | None = None
+    ) -> Iterator[tuple[Graph, int, dict[str, Array]]]:
+        dec = self._decoder
+        tables = shared_inputs(dec, held=len(tokens))
+        rows = prefix_rows(self.config, self.plan, self.params, tokens, self.slots)
+        ids = jnp.asarray(self.windows, jnp.int32)
+
+        def kept(graph: Graph) -> tuple[str, ...]:
+            return keep if graph is dec.layer else ()
+
+        return passes(dec, {**self.params, **rows}, ids, kept, tables=tables, edge=edge)
+
+    def _distance(self, logits: Float[Array, "b t v"]) -> tuple[float, ...]:
+        kls = [float(_kl(p, q)) for p, q in zip(self.original, logits, strict=True)]
+        kls = np.nan_to_num(kls, nan=RUINED, posinf=RUINED)
+        return tuple(map(float, np.mean(np.reshape(kls, (len(self.domains), -1)), axis=1)))
+
+
+def _logits(dec: Decoder, params: Params, windows: np.ndarray) -> Float[Array, "b t v"]:
+    (*_, (_, _, env)) = passes(dec, params, jnp.asarray(windows, jnp.int32), lambda _: ())
+    return env["logits"]
+
+
+@jax.jit
+def _kl(p_logits: Float[Array, "t v"], q_logits: Float[Array, "t v"]) -> Float[Array, ""]:
+    """KL(p || q), the mean over positions."""
+    log_p, log_q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
+    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+# --- quantizing edges ---
+
+
+def whole_range(spec: TensorSpec, x: Array) -> Array:
+    """Quantizes an activation in the range of its own values.
+
+    Masked scores, whose scale follows from the scores', stay as they are.
+    """
+    if spec.kind != "activation" or spec.name.endswith(".masked"):
+        return x
+    return _rounded(spec, x, jnp.float32(1))
+
+
+def clipped_range(spec: TensorSpec, x: Array) -> Array:
+    """Quantizes an activation of 8 bits or fewer in the part of its range that leaves the least
+    squared error."""
+    if spec.kind != "activation" or max(spec.quant.bits) > 8:
+        return whole_range(spec, x)
+    errors = jax.lax.map(lambda s: jnp.sum(jnp.square(_rounded(spec, x, s) - x)), SHRINKS)
+    return _rounded(spec, x, jnp.asarray(SHRINKS)[jnp.argmin(errors)])
+
+
+def _rounded(spec: TensorSpec, x: Array, shrink: Array) -> Array:
+    """x on a grid of the tensor's bits over `shrink` times its range."""
+    steps = np.float32(2.0 ** max(spec.quant.bits) - 1)
+    low, high = jnp.minimum(x.min(), 0) * shrink, jnp.maximum(x.max(), 0) * shrink
+    if spec.quant.symmetric or max(spec.quant.bits) > 8:
+        high = jnp.maximum(-low, high)
+        low = -high
+    step = jnp.maximum((high - low) / steps, np.float32(1e-30))
+    return jnp.round(jnp.clip(x, low, high) / step) * step
+
+
+def bench_windows(
+    domains: Sequence[Int[np.ndarray, "_ _t"]], count: int, length: int
+) -> tuple[Int[np.ndarray, "n t"], ...]:
+    """Cuts `count` windows of at most `length` tokens from the start of each domain's text.
+
+    All have the same shape; a domain without text is left out.
+    """
+    texts = [np.asarray(d).reshape(-1) for d in domains if np.size(d)]
+    length = min(length, min(map(len, texts)))
+    count = max(1, min(count, min(len(t) // length for t in texts)))
+    return tuple(t[: count * length].reshape(count, length) for t in texts)
