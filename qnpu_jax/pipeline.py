@@ -26,6 +26,7 @@ from qnpu_jax.transform import (
     check_folded,
     find_prefix,
     fold_norms,
+    identity_diagonal,
     key_centres,
     random_rotation,
     rotate,
@@ -157,10 +158,15 @@ def quantize(
 
 def _smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:
     """Parameters with SmoothQuant's diagonal scales, where the recipe has some."""
-    if not recipe.smooth:
+    inputs = 0.0 if dec.config.merges_r1 else recipe.smooth_inputs
+    if not (recipe.smooth or inputs):
         return params
-    peaks = channel_peaks(dec, params, text.calibration)
-    return scale_channels(dec.config, params, smoothquant(dec.config, params, peaks, recipe.smooth))
+    peaks, cfg = channel_peaks(dec, params, text.calibration), dec.config
+    one = identity_diagonal(cfg)
+    inner = smoothquant(cfg, params, peaks, recipe.smooth) if recipe.smooth else one
+    outer = smoothquant(cfg, params, peaks, inputs) if inputs else one
+    factors = inner.replace(attn_in=outer.attn_in, mlp_in=outer.mlp_in)
+    return scale_channels(cfg, params, factors)
 
 
 def _prefix(

@@ -82,8 +82,6 @@ class ThetaKey(NamedTuple):
 Theta = dict[ThetaKey, jax.Array]
 
 R1, R2 = ThetaKey("rotation", "r1"), ThetaKey("rotation", "r2")
-DIAGONALS = tuple(ThetaKey("diagonal", name) for name in ("up_down", "v_o", "q_k"))
-"""In the order of `scale_parameter`'s arguments."""
 ZERO_POINT_UNIT = 128.0
 """Codes per unit of a zero point's parameter: half an 8-bit range."""
 LEAST_FACTOR = np.float32(2**-10)
@@ -159,9 +157,9 @@ def initial_theta(dec: Decoder, free: Scales, groups: Iterable[str]) -> Theta:
 def _shapes(dec: Decoder, free: Scales) -> dict[ThetaKey, tuple[int, ...]]:
     """Shapes of all parameters but rotations. Gammas learn nothing."""
     cfg = dec.config
-    layers, still = cfg.num_layers, identity_diagonal(cfg)
+    layers, still = cfg.num_layers, identity_diagonal(cfg).given()
     shapes: dict[ThetaKey, tuple[int, ...]] = {
-        key: np.shape(getattr(still, key.tensor)) for key in DIAGONALS
+        ThetaKey("diagonal", name): x.shape for name, x in still.items()
     }
     for graph in dec.graphs:
         for spec in graph.tensors:
@@ -247,31 +245,42 @@ def student_reading(
                 params[LEARNED + key.tensor] = x * base.units[key]
             case "rounding":
                 params[LEARNED + key.tensor] = x * scales[key.tensor].scale[..., None]
-    r1, normed = theta.get(R1), dec.config.qk_norm is not None
+    fields = [key.tensor for key in theta if key.kind == "diagonal"]
+    turn = _Turn(theta.get(R1), fields, dec.config.qk_norm is not None)
 
     def prepare(graph: Graph, values: Tensors) -> Tensors:
-        return _moved_params(graph, values, r1, normed)
+        return _moved_params(graph, values, turn)
 
     return Reading(params, scales, base.ranges, prepare, stage.masked, measure)
 
 
-def _moved_params(graph: Graph, values: Tensors, r1: jax.Array | None, normed: bool) -> Tensors:
-    """A graph's parameters in one layer: rotated, scaled by channel, then moved by their offset.
+class _Turn(NamedTuple):
+    """What moves the parameters of all layers alike.
 
-    Args:
+    Attributes:
+      r1: learned rotation of the residual stream.
+      fields: of `Diagonal` that learn.
       normed: queries and keys are normed.
     """
+
+    r1: jax.Array | None
+    fields: list[str]
+    normed: bool
+
+
+def _moved_params(graph: Graph, values: Tensors, turn: _Turn) -> Tensors:
+    """A graph's parameters in one layer: rotated, scaled by channel, then moved by their offset."""
     mark = LEARNED.removeprefix("layers.")
     learned = {k.removeprefix(mark): v for k, v in values.items() if k.startswith(mark)}
     r2 = learned.get(R2.tensor)
-    diagonals: list[Any] = [learned.get(key.tensor) for key in DIAGONALS]
+    factors = {name: learned[name] for name in turn.fields if name in learned}
     out = {}
     for spec in graph.named("param"):
         name, x = graph.prefix + spec.name, values[spec.name]
-        if r1 is not None or r2 is not None:
-            x = rotate_parameter(name, x, r1, r2)
-        if diagonals[0] is not None and graph.layered:
-            x = scale_parameter(name, x, *diagonals, normed=normed)
+        if turn.r1 is not None or r2 is not None:
+            x = rotate_parameter(name, x, turn.r1, r2)
+        if factors:
+            x = scale_parameter(name, x, Diagonal(**factors), normed=turn.normed)
         out[spec.name] = x + learned[name] if name in learned else x
     return out
 
@@ -361,9 +370,9 @@ def merge_theta(
     if R2 in theta:
         r1 = np.asarray(theta[R1]) if R1 in theta else None
         out = rotate(cfg, out, Rotation(r1=r1, r2=np.asarray(theta[R2])))
-    if DIAGONALS[0] in theta:
-        factors = {k.tensor: np.exp(np.asarray(theta[k], np.float64)) for k in DIAGONALS}
-        out = scale_channels(cfg, out, Diagonal(**factors))
+    logs = {k.tensor: np.asarray(x, np.float64) for k, x in theta.items() if k.kind == "diagonal"}
+    if logs:
+        out = scale_channels(cfg, out, Diagonal(**{n: np.exp(x) for n, x in logs.items()}))
     learned = jax.tree.map(np.asarray, learned_scales(dec, stage, free, dict(theta)))
     real = theta_units(dec, free)
     for key, x in theta.items():

@@ -8,6 +8,8 @@ channel more codes, and the weights that take the factor fewer:
   v -> o      v' = D v, o' = o D^-1, for each KV head; every query head of it mixes the same values
   k, q        k' = D k, q' = D^-1 q, with D_i = D_{i+K/2}: RoPE turns each such pair, and commutes;
               where queries and keys are normed, D is in the gammas, since a norm erases it before
+  gamma -> W  gamma' = D gamma, W' = W D^-1, of all linears W that read the norm of a block, where
+              its gamma is a tensor of the graph and not in W already
 
 Biases, the centre of keys and the prefix's K and V are scaled like the rows that make them.
 Rotations come first (`rotate`): these are the channels of the rotated values v R2.
@@ -24,6 +26,8 @@ Reference: Xiao et al., SmoothQuant (arXiv 2211.10438), equations 3 and 4; Shao 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +40,10 @@ from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant import passes
 from qnpu_jax.graph import Decoder, Params, Tensors
-from qnpu_jax.transform.fold import A, by_layer, check_folded
+from qnpu_jax.transform.fold import A, by_layer, check_folded, kept_gammas
+
+_READ_NORM = {f"{n}.weight" for n in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")}
+"""Linears that read the norm before their block."""
 
 
 @struct.dataclass(kw_only=True)
@@ -47,11 +54,18 @@ class Diagonal:
       up_down: of the rows of up.
       v_o: of the rows of v.
       q_k: of the rows of k, one per RoPE pair (`key_sets`).
+      attn_in, mlp_in: of the gamma before attention and MLP; None where linears hold it.
     """
 
     up_down: Float[Array | np.ndarray, "L F"]
     v_o: Float[Array | np.ndarray, "L N K"]
     q_k: Float[Array | np.ndarray, "L M half"]
+    attn_in: Float[Array | np.ndarray, "L D"] | None = None
+    mlp_in: Float[Array | np.ndarray, "L D"] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The factors that there are, by field."""
+        return {name: x for name, x in vars(self).items() if x is not None}
 
 
 # --- merging ---
@@ -65,21 +79,21 @@ def key_sets(config: ModelConfig) -> int:
 def identity_diagonal(config: ModelConfig) -> Diagonal:
     """Makes factors of 1, float64, which change nothing."""
     layers, n, k = config.num_layers, config.num_kv_heads, config.head_dim
+    kept = kept_gammas(config)
     return Diagonal(
         up_down=np.ones((layers, config.intermediate_size)),
         v_o=np.ones((layers, n, k)),
         q_k=np.ones((layers, key_sets(config), k // 2)),
+        **{
+            f"{block}_in": np.ones((layers, config.hidden_size))
+            for block in ("attn", "mlp")
+            if f"{block}.norm.gamma" in kept
+        },
     )
 
 
 def scale_parameter(
-    name: str,
-    x: Float[A, "*out n"],
-    up_down: Float[A, " F"],
-    v_o: Float[A, "N K"],
-    q_k: Float[A, "M half"],
-    *,
-    normed: bool = False,
+    name: str, x: Float[A, "*out n"], by: Diagonal, *, normed: bool = False
 ) -> Float[A, "*out n"]:
     """Scales one parameter of the graph, by this module's equations; one layer of `layers.*`.
 
@@ -89,33 +103,40 @@ def scale_parameter(
       name: global, `layers.attn.q.weight`.
       x: a weight (out, in), a bias (out,), a gamma, `layers.attn.prefix_k` (N, P, K) or
         `prefix_v` (N, K, P).
-      up_down, v_o, q_k: this layer's part of `Diagonal`.
+      by: this layer's factors, without their first axis.
       normed: queries and keys are normed, with gammas of their own.
 
     Raises:
       UserError: no parameter of the graph has this name.
     """
-    n, half = len(v_o), q_k.shape[1]
-    match name.removeprefix("layers."):
+    n, half = len(by.v_o), by.q_k.shape[1]
+    local = name.removeprefix("layers.")
+    if local in _READ_NORM:
+        read = by.attn_in if local.startswith("attn") else by.mlp_in
+        x = x if read is None else x / read[None]
+    match local:
         case "mlp.up.weight" | "mlp.up.bias":
-            return (x.reshape(len(x), -1) * up_down[:, None]).reshape(x.shape)
+            return (x.reshape(len(x), -1) * by.up_down[:, None]).reshape(x.shape)
         case "mlp.down.weight":
-            return x / up_down[None]
+            return x / by.up_down[None]
         case "attn.v.weight" | "attn.v.bias":
-            return (x.reshape(len(x), -1) * v_o.reshape(-1, 1)).reshape(x.shape)
+            return (x.reshape(len(x), -1) * by.v_o.reshape(-1, 1)).reshape(x.shape)
         case "attn.prefix_v":
-            return x * v_o[:, :, None]
+            return x * by.v_o[:, :, None]
         case "attn.o.weight":
-            return (x.reshape(len(x), n, -1, 2 * half) / v_o[None, :, None]).reshape(x.shape)
+            return (x.reshape(len(x), n, -1, 2 * half) / by.v_o[None, :, None]).reshape(x.shape)
         case "attn.prefix_k":
-            return (x.reshape(n, -1, 2, half) * q_k[:, None, None]).reshape(x.shape)
+            return (x.reshape(n, -1, 2, half) * by.q_k[:, None, None]).reshape(x.shape)
         case "attn.q.weight" | "attn.q.bias" | "attn.k.weight" | "attn.k.bias":
-            return x if normed else _scaled_rows(name, x, q_k)
+            return x if normed else _scaled_rows(name, x, by.q_k)
         case "attn.q_norm.gamma" | "attn.k_norm.gamma":
-            return _scaled_rows(name, x.reshape(-1), q_k).reshape(x.shape)
+            return _scaled_rows(name, x.reshape(-1), by.q_k).reshape(x.shape)
         case "attn.rope.q_offset" | "attn.rope.k_offset" | "attn.rope.k_centre":
-            return _scaled_rows(name, x.reshape(-1), q_k).reshape(x.shape)
-        case _ if name.endswith("norm.gamma"):  # of the residual stream
+            return _scaled_rows(name, x.reshape(-1), by.q_k).reshape(x.shape)
+        case "attn.norm.gamma" | "mlp.norm.gamma":
+            factor = by.attn_in if local.startswith("attn") else by.mlp_in
+            return x if factor is None else x * factor
+        case _ if name.endswith("norm.gamma"):  # after a block, and before the head
             return x
         case "attn.o.bias" | "mlp.gate.weight" | "mlp.gate.bias" | "mlp.down.bias":
             return x
@@ -148,28 +169,34 @@ def scale_channels(
     """
     check_folded(config, params)
     factors, normed = _checked(config, diagonal), config.qk_norm is not None
+
+    def scale(name: str, layer: int, x: np.ndarray) -> np.ndarray:
+        by = Diagonal(**{field: f[layer] for field, f in factors.items()})
+        return scale_parameter(name, x, by, normed=normed)
+
     return {
-        name: by_layer(
-            x,
-            lambda i, w, n=name: scale_parameter(n, w, *(f[i] for f in factors), normed=normed),
-            dtype,
-        )
+        name: by_layer(x, partial(scale, name), dtype)
         if name.startswith("layers.")
         else np.asarray(x).astype(dtype)
         for name, x in params.items()
     }
 
 
-def _checked(config: ModelConfig, diagonal: Diagonal) -> list[np.ndarray]:
-    """up_down, v_o and q_k in float64."""
-    expected = identity_diagonal(config)
-    factors = []
-    for name in ("up_down", "v_o", "q_k"):
-        x, shape = np.asarray(getattr(diagonal, name)), getattr(expected, name).shape
-        if x.shape != shape:
+def _checked(config: ModelConfig, diagonal: Diagonal) -> dict[str, np.ndarray]:
+    """The factors in float64, by field."""
+    expected, given = identity_diagonal(config).given(), diagonal.given()
+    if odd := expected.keys() ^ given.keys():
+        raise UserError(
+            f"{min(odd)}: expected factors {[*expected]}, got {[*given]}; make them with"
+            " `identity_diagonal` or `smoothquant`"
+        )
+    factors = {}
+    for name, one in expected.items():
+        x = np.asarray(given[name])
+        if x.shape != one.shape:
             raise UserError(
-                f"{name}: expected shape {shape}, got {x.shape}; make it with `identity_diagonal`"
-                " or `smoothquant`"
+                f"{name}: expected shape {one.shape}, got {x.shape}; make it with"
+                " `identity_diagonal` or `smoothquant`"
             )
         x = x.astype(np.float64)
         if not (np.isfinite(x) & (x > 0)).all():
@@ -178,7 +205,7 @@ def _checked(config: ModelConfig, diagonal: Diagonal) -> list[np.ndarray]:
                 f" {x[~(np.isfinite(x) & (x > 0))][0]}; check the peaks behind them, or learn"
                 " their logarithms at a lower rate"
             )
-        factors.append(x)
+        factors[name] = x
     return factors
 
 
@@ -196,12 +223,15 @@ class ChannelPeaks:
       act: input of down, gate*up.
       mixed: input of o.
       q, k: queries and keys after RoPE, the prefix's keys included.
+      attn_in, mlp_in: input of attention and MLP; None where the linears hold the gamma.
     """
 
     act: Float[np.ndarray, "L F"]
     mixed: Float[np.ndarray, "L N K"]
     q: Float[np.ndarray, "L M half"]
     k: Float[np.ndarray, "L M half"]
+    attn_in: Float[np.ndarray, "L D"] | None = None
+    mlp_in: Float[np.ndarray, "L D"] | None = None
 
 
 def channel_peaks(
@@ -216,36 +246,40 @@ def channel_peaks(
       batch: windows per pass.
     """
     layers = dec.config.num_layers
-    keys = "attn.keys" if dec.prefix else "attn.k_rows"
-    kept = ("mlp.act", "attn.mixed", "attn.q_pos", keys)
-    batches = []
+    names = {"act": "mlp.act", "mixed": "attn.mixed", "q": "attn.q_pos", "k": "attn.k_rows"}
+    if dec.prefix:
+        names["k"] = "attn.keys"
+    still = identity_diagonal(dec.config).given()
+    names |= {f: f"{f.removesuffix('_in')}.input" for f in still if f.endswith("_in")}
+    kept = tuple(names.values())
+    peaks: dict[str, np.ndarray] = {}
     for start in range(0, len(windows), batch):
         ids = jnp.asarray(windows[start : start + batch], jnp.int32)
         rows = []
         for graph, _, env in passes(dec, params, ids, lambda g: kept if g is dec.layer else ()):
             if graph is dec.layer:
-                rows.append(_layer_peaks(dec.config, env, keys))
+                rows.append(_layer_peaks(dec.config, {f: env[n] for f, n in names.items()}))
             if len(rows) == layers:
                 break  # the head is not looked at
-        batches.append([np.stack(column) for column in zip(*rows, strict=True)])
-    act, mixed, q, k = (np.max(column, axis=0) for column in zip(*batches, strict=True))
-    return ChannelPeaks(act=act, mixed=mixed, q=q, k=k)
+        for field in names:
+            found = np.stack([row[field] for row in rows])
+            peaks[field] = np.maximum(peaks.get(field, found), found)
+    return ChannelPeaks(**peaks)
 
 
-def _layer_peaks(config: ModelConfig, env: Tensors, keys: str) -> list[np.ndarray]:
-    """act, mixed, q and k of `ChannelPeaks` in one layer."""
+def _layer_peaks(config: ModelConfig, of: Tensors) -> dict[str, np.ndarray]:
+    """Peaks of one layer, by field of `ChannelPeaks`."""
     n, groups, width = config.num_kv_heads, config.queries_per_kv_head, config.head_dim
-    pairs = (2, width // 2)
-    b, t = env["mlp.act"].shape[:2]
-    views = [
-        (env["mlp.act"], (0, 1)),
-        (env["attn.mixed"].reshape(b * t, n, groups, width), (0, 2)),
-        (env["attn.q_pos"].reshape(b * t, n, groups, *pairs), (0, 2, 3)),
-        (env[keys].reshape(b, n, -1, *pairs), (0, 2, 3)),
-    ]
-    act, mixed, q, k = (np.asarray(jnp.abs(x).max(axis=axes), np.float64) for x, axes in views)
-    sets = (key_sets(config), -1, width // 2)
-    return [act, mixed, *(x.reshape(sets).max(axis=1) for x in (q, k))]
+    pairs, sets = (2, width // 2), (key_sets(config), -1, width // 2)
+    b = len(of["act"])
+    views = {
+        **{field: (x, (0, 1)) for field, x in of.items()},
+        "mixed": (of["mixed"].reshape(-1, n, groups, width), (0, 2)),
+        "q": (of["q"].reshape(-1, n, groups, *pairs), (0, 2, 3)),
+        "k": (of["k"].reshape(b, n, -1, *pairs), (0, 2, 3)),
+    }
+    found = {f: np.asarray(jnp.abs(x).max(axis=axes), np.float64) for f, (x, axes) in views.items()}
+    return found | {f: found[f].reshape(sets).max(axis=1) for f in ("q", "k")}
 
 
 def smoothquant(config: ModelConfig, params: Params, peaks: ChannelPeaks, alpha: float) -> Diagonal:
@@ -270,11 +304,23 @@ def smoothquant(config: ModelConfig, params: Params, peaks: ChannelPeaks, alpha:
     down, o = (np.asarray(params[f"layers.{n}.weight"]) for n in ("mlp.down", "attn.o"))
     heads = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
     o = o.reshape(*o.shape[:2], *heads)
+    read = {
+        f"{block}_in": _balanced(x, _column_peaks(params, block), alpha)
+        for block, x in (("attn", peaks.attn_in), ("mlp", peaks.mlp_in))
+        if x is not None
+    }
     return Diagonal(
         up_down=_balanced(peaks.act, np.abs(down).max(axis=1), alpha),
         v_o=_balanced(peaks.mixed, np.abs(o).max(axis=(1, 3)), alpha),
         q_k=np.exp((_log(peaks.q) - _log(peaks.k)) / 2 * ((peaks.q > 0) & (peaks.k > 0))),
+        **read,
     )
+
+
+def _column_peaks(params: Params, block: str) -> Float[np.ndarray, "L D"]:
+    """max |w| of each column of the linears that read the norm of a block."""
+    weights = [np.asarray(params[f"layers.{n}"]) for n in _READ_NORM if n.startswith(block)]
+    return np.max([np.abs(w).max(axis=1) for w in weights], axis=0)
 
 
 def _balanced(

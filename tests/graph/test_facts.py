@@ -12,7 +12,13 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.forward import forward
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.recipes import RECIPES
-from qnpu_jax.transform.channel_scales import Diagonal, identity_diagonal, scale_channels
+from qnpu_jax.transform.channel_scales import (
+    Diagonal,
+    channel_peaks,
+    identity_diagonal,
+    scale_channels,
+    smoothquant,
+)
 from qnpu_jax.transform.fold import fold_norms
 from qnpu_jax.transform.rotate import random_rotation, rotate
 
@@ -52,7 +58,7 @@ def test_the_reference_reads_every_fact(name):
 
 def scaled(config, params):
     rng, one = np.random.default_rng(1), identity_diagonal(config)
-    factors = {n: 2.0 ** rng.uniform(-2, 2, np.shape(x)) for n, x in vars(one).items()}
+    factors = {n: 2.0 ** rng.uniform(-2, 2, np.shape(x)) for n, x in one.given().items()}
     return scale_channels(config, params, Diagonal(**factors), np.float64)
 
 
@@ -75,11 +81,31 @@ def test_transforms_leave_the_logits_alone(fact, transform):
     assert error(logits(config, changed), expected) <= 1e-4
 
 
+@pytest.mark.parametrize("fact", ["both, qk head, gelu", "both, residual scale"])
+def test_smoothing_balances_the_inputs_that_no_rotation_reaches(fact):
+    """At alpha 1 every channel of a block's input has one peak; the logits stay."""
+    config = facts.FACTS[fact]
+    folded = fold_norms(config, facts.checkpoint(config))
+    loud = folded["layers.mlp.norm.gamma"]
+    loud[:, 0, 3] *= 100
+    dec = decoder(config, RECIPES["w8a8"].bits, tiny.TOKENS)
+    peaks = channel_peaks(dec, folded, facts.TEXT)
+    assert peaks.attn_in is not None and peaks.mlp_in is not None
+    assert (peaks.mlp_in.argmax(axis=1) == 3).all()
+    smooth = scale_channels(config, folded, smoothquant(config, folded, peaks, 1.0))
+    after = channel_peaks(dec, smooth, facts.TEXT)
+    for x in (after.attn_in, after.mlp_in):
+        # Peaks are divided by themselves: what is left is rounding of float32.
+        np.testing.assert_allclose(x / x[:, :1], 1, rtol=1e-4)
+    assert error(logits(config, smooth), logits(config, folded)) <= 1e-4
+
+
 @every
 def test_scales_of_queries_and_keys_go_where_no_norm_erases_them(fact):
     config = facts.FACTS[fact]
     folded = fold_norms(config, facts.checkpoint(config), np.float64)
-    changed = scaled(config, folded)
+    one = identity_diagonal(config)
+    changed = scale_channels(config, folded, one.replace(q_k=2 * one.q_k), np.float64)
     moved = {n for n in folded if not np.array_equal(changed[n], folded[n])}
     normed = {"layers.attn.q_norm.gamma", "layers.attn.k_norm.gamma"}
     linears = {"layers.attn.q.weight", "layers.attn.k.weight"}

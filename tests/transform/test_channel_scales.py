@@ -24,6 +24,7 @@ from qnpu_jax.transform.channel_scales import (
     scale_parameter,
     smoothquant,
 )
+from qnpu_jax.transform.fold import offset_name
 from qnpu_jax.transform.prefix import add_prefix
 
 PLAN = tiny.PLANS["w8a8"]
@@ -94,7 +95,9 @@ def test_scales_leave_the_logits_as_they_are(name, prefix):
         f"{n}.{s}" for n in ("mlp.up", "attn.v", "attn.q", "attn.k") for s in ("weight", "bias")
     ]
     past = ["attn.prefix_k", "attn.prefix_v"] if prefix else []
-    assert moved == {f"layers.{n}" for n in (*linears, *past, "mlp.down.weight", "attn.o.weight")}
+    late = [offset_name(letter).removeprefix("layers.") for letter in dec.config.late_biases]
+    ends = ["mlp.down.weight", "attn.o.weight"]
+    assert moved == {f"layers.{n}" for n in (*linears, *late, *past, *ends)}
 
 
 @models
@@ -123,12 +126,12 @@ def test_learning_and_the_final_merge_scale_alike(name):
     dec, params = model(name, tiny.PREFIX)
     factors = random_diagonal(dec.config, exact=False)
     expected = scale_channels(dec.config, params, factors, np.float64)
-    small = [jnp.asarray(getattr(factors, f), jnp.float32) for f in FIELDS]
+    small = jax.tree.map(lambda f: jnp.asarray(f, jnp.float32), factors)
     for key, x in params.items():
         if key.startswith("layers."):
-            got = jax.jit(jax.vmap(partial(scale_parameter, key)))(x, *small)
+            got = jax.jit(jax.vmap(partial(scale_parameter, key)))(x, small)
         else:
-            got = scale_parameter(key, x, *(f[0] for f in small))
+            got = scale_parameter(key, x, jax.tree.map(lambda f: f[0], small))
         # Rounded twice: the factor and the product.
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, expected[key], rtol=3 * 2**-24, atol=0, err_msg=key)
@@ -239,15 +242,20 @@ def test_factors_must_fit(field):
             scale_channels(dec.config, params, dataclasses.replace(one, **{field: wrong}))
 
 
+def test_factors_without_a_gamma_are_refused():
+    dec, params = model("mha_tied")
+    odd = identity_diagonal(dec.config).replace(attn_in=np.ones((2, dec.config.hidden_size)))
+    with pytest.raises(UserError, match=r"attn_in: expected factors \['up_down', 'v_o', 'q_k'\]"):
+        scale_channels(dec.config, params, odd)
+
+
 def test_parameters_must_be_known():
     dec, params = model("mha_tied")
     one = identity_diagonal(dec.config)
     with pytest.raises(UserError, match=r"layers\.mlp\.extra: not expected"):
         scale_channels(dec.config, params | {"layers.mlp.extra": jnp.ones((2, 2))}, one)
     with pytest.raises(UserError, match=r"mlp\.up\.weights: not expected"):
-        scale_parameter(
-            "mlp.up.weights", np.ones((4, 4)), np.ones(4), np.ones((2, 4)), np.ones((2, 2))
-        )
+        scale_parameter("mlp.up.weights", np.ones((4, 4)), jax.tree.map(lambda f: f[0], one))
 
 
 @pytest.mark.slow
