@@ -158,14 +158,15 @@ def quantize(
 
 def _smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:
     """Parameters with SmoothQuant's diagonal scales, where the recipe has some."""
-    inputs = 0.0 if dec.config.merges_r1 else recipe.smooth_inputs
+    inputs = 0.0 if dec.config.merges_r1 else recipe.smooth_stream
     if not (recipe.smooth or inputs):
         return params
     peaks, cfg = channel_peaks(dec, params, text.calibration), dec.config
     one = identity_diagonal(cfg)
     inner = smoothquant(cfg, params, peaks, recipe.smooth) if recipe.smooth else one
     outer = smoothquant(cfg, params, peaks, inputs) if inputs else one
-    factors = inner.replace(attn_in=outer.attn_in, mlp_in=outer.mlp_in)
+    ends = ("attn_in", "mlp_in", "attn_out", "mlp_out")
+    factors = inner.replace(**{end: getattr(outer, end) for end in ends})
     return scale_channels(cfg, params, factors)
 
 

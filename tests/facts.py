@@ -137,7 +137,12 @@ def as_checkpoint(
         config, query_scale=1.0, embed_scale=1.0, residual_scale=1.0, logits_scale=1.0,
         tie_embeddings=False,
     )  # fmt: skip
-    params = {n: x for n, x in folded.items() if not n.endswith(".gamma") and n != "head.bias"}
+    own = (".gamma", ".factor", "head.bias")
+    params = {n: x for n, x in folded.items() if not n.endswith(own)}
+    for block, end in (("attn", "o"), ("mlp", "down")) if config.norms != "before" else ():
+        factor = folded[f"layers.{block}.post_norm.factor"].reshape(layers, d)
+        for n, x in ((f"layers.{block}.{end}.{s}", s) for s in ("weight", "bias")):
+            params[n] = folded[n] * (factor[..., None] if x == "weight" else factor)
     for name in (n for n in folded if n.endswith(".gamma")):
         gamma = folded[name]
         stacked = (layers, -1) if name.startswith("layers.") else -1

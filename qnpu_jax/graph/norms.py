@@ -66,5 +66,14 @@ def norm_before(g: Builder, cfg: ModelConfig, x: TensorSpec, eps: TensorSpec) ->
 
 
 def norm_after(g: Builder, cfg: ModelConfig, x: TensorSpec, eps: TensorSpec) -> TensorSpec:
-    """Stages what a block adds to the residual stream: its output, normed or as it is."""
-    return x if cfg.norms == "before" else scaled_norm(g, "post_norm", x, eps)
+    """Stages what a block adds to the residual stream: its output, normed or as it is.
+
+    What a norm follows is in no rotated basis: a few channels would have most of the 8-bit range of
+    `o` or `down`. A constant factor for each, 1/factor in the rows of the linear, equals them out
+    (`transform.scale_channels`).
+    """
+    if cfg.norms == "before":
+        return x
+    with g.scope("post_norm"):
+        x = g.add("input", Mul(), x, g.param("factor", (1, x.shape[-1])))
+    return scaled_norm(g, "post_norm", x, eps)

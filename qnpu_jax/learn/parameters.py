@@ -155,7 +155,7 @@ def initial_theta(dec: Decoder, free: Scales, groups: Iterable[str]) -> Theta:
 
 
 def _shapes(dec: Decoder, free: Scales) -> dict[ThetaKey, tuple[int, ...]]:
-    """Shapes of all parameters but rotations. Gammas learn nothing."""
+    """Shapes of all parameters but rotations. Factors of channels learn as diagonals alone."""
     cfg = dec.config
     layers, still = cfg.num_layers, identity_diagonal(cfg).given()
     shapes: dict[ThetaKey, tuple[int, ...]] = {
@@ -166,7 +166,7 @@ def _shapes(dec: Decoder, free: Scales) -> dict[ThetaKey, tuple[int, ...]]:
             name = graph.prefix + spec.name
             stacked = (layers, *spec.shape) if graph.layered else spec.shape
             if is_constant(spec):
-                if not spec.name.endswith(".gamma"):
+                if not spec.name.endswith((".gamma", ".factor")):
                     shapes[ThetaKey("bias", name)] = stacked
             elif is_free(graph, spec.name):
                 weight = spec.kind == "param"

@@ -53,7 +53,7 @@ def _ours(weights: int, activations: int, scores: int = 16, stream: int = 16) ->
     return Recipe(name=f"w{weights}a{activations}{suffix}", bits=plan, stages=stages)
 
 
-_KEYS: dict[str, Any] = {"centre_keys": False, "smooth_inputs": 0.0}
+_KEYS: dict[str, Any] = {"centre_keys": False, "smooth_stream": 0.0}
 _PLAIN: dict[str, Any] = {
     **_KEYS,
     "rotation": "none",
@@ -62,7 +62,7 @@ _PLAIN: dict[str, Any] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "rtn-minmax": {**_PLAIN, "weight_init": "minmax"},
-    "smoothquant": {**_PLAIN, "weight_init": "minmax", "smooth": 0.5, "smooth_inputs": 0.5},
+    "smoothquant": {**_PLAIN, "weight_init": "minmax", "smooth": 0.5, "smooth_stream": 0.5},
     "quarot": {**_KEYS, "prefix": "none", "activation_init": "minmax"},
     "spinquant": {
         **_KEYS,

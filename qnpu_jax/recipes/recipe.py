@@ -97,8 +97,8 @@ class Recipe:
       centre_keys: take a constant vector per layer and KV head from all keys
         (`transform.key_centring`).
       smooth: alpha of SmoothQuant's diagonal scales (up->down, v->o, q/k); 0 for none.
-      smooth_inputs: alpha of those of block inputs that R1 cannot rotate (gamma -> linears: Gemma);
-        0 for none.
+      smooth_stream: alpha of those of what blocks read and make where R1 cannot rotate it (Gemma:
+        gamma -> linears; o and down, whose rows take any factor); 0 for none.
       activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma),
         `sigma-rotated` (sigma where rotated, min-max elsewhere: Quant.npu's), `mse`, or `class` (by
         tensor class, see `qnpu_jax.calibrate.ranges`). 16-bit tensors always take min-max.
@@ -126,7 +126,7 @@ class Recipe:
     max_prefix: int = within(1, LARGEST, 6)
     centre_keys: bool = True
     smooth: float = within(0, 1, 0.0)
-    smooth_inputs: float = within(0, 1, 0.5)
+    smooth_stream: float = within(0, 1, 0.5)
     activation_init: Ranges = "class"
     weight_init: Literal["minmax", "sigma", "mse"] = "mse"
     calibration_tokens: int = within(1, LARGEST, 8192)

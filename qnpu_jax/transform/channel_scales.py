@@ -10,6 +10,8 @@ channel more codes, and the weights that take the factor fewer:
               where queries and keys are normed, D is in the gammas, since a norm erases it before
   gamma -> W  gamma' = D gamma, W' = W D^-1, of all linears W that read the norm of a block, where
               its gamma is a tensor of the graph and not in W already
+  o -> c      o' = D o, c' = c D^-1, of o and down and the factor c that multiplies their output
+              where a norm follows it
 
 Biases, the centre of keys and the prefix's K and V are scaled like the rows that make them.
 Rotations come first (`rotate`): these are the channels of the rotated values v R2.
@@ -40,10 +42,11 @@ from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant import passes
 from qnpu_jax.graph import Decoder, Params, Tensors
-from qnpu_jax.transform.fold import A, by_layer, check_folded, kept_gammas
+from qnpu_jax.transform.fold import A, by_layer, check_folded, kept_gammas, output_factors
 
 _READ_NORM = {f"{n}.weight" for n in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")}
 """Linears that read the norm before their block."""
+_ENDS = {f"{n}.{s}" for n in ("attn.o", "mlp.down") for s in ("weight", "bias")}
 
 
 @struct.dataclass(kw_only=True)
@@ -55,6 +58,7 @@ class Diagonal:
       v_o: of the rows of v.
       q_k: of the rows of k, one per RoPE pair (`key_sets`).
       attn_in, mlp_in: of the gamma before attention and MLP; None where linears hold it.
+      attn_out, mlp_out: of the rows of o and down; None where no norm follows them.
     """
 
     up_down: Float[Array | np.ndarray, "L F"]
@@ -62,6 +66,8 @@ class Diagonal:
     q_k: Float[Array | np.ndarray, "L M half"]
     attn_in: Float[Array | np.ndarray, "L D"] | None = None
     mlp_in: Float[Array | np.ndarray, "L D"] | None = None
+    attn_out: Float[Array | np.ndarray, "L D"] | None = None
+    mlp_out: Float[Array | np.ndarray, "L D"] | None = None
 
     def given(self) -> dict[str, Any]:
         """The factors that there are, by field."""
@@ -79,15 +85,17 @@ def key_sets(config: ModelConfig) -> int:
 def identity_diagonal(config: ModelConfig) -> Diagonal:
     """Makes factors of 1, float64, which change nothing."""
     layers, n, k = config.num_layers, config.num_kv_heads, config.head_dim
-    kept = kept_gammas(config)
+    kept = {*kept_gammas(config), *output_factors(config)}
+    ends = {"in": "norm.gamma", "out": "post_norm.factor"}
     return Diagonal(
         up_down=np.ones((layers, config.intermediate_size)),
         v_o=np.ones((layers, n, k)),
         q_k=np.ones((layers, key_sets(config), k // 2)),
         **{
-            f"{block}_in": np.ones((layers, config.hidden_size))
+            f"{block}_{end}": np.ones((layers, config.hidden_size))
+            for end, name in ends.items()
             for block in ("attn", "mlp")
-            if f"{block}.norm.gamma" in kept
+            if f"{block}.{name}" in kept
         },
     )
 
@@ -114,6 +122,9 @@ def scale_parameter(
     if local in _READ_NORM:
         read = by.attn_in if local.startswith("attn") else by.mlp_in
         x = x if read is None else x / read[None]
+    made = by.attn_out if local.startswith("attn") else by.mlp_out
+    if local in _ENDS and made is not None:
+        x = (x.reshape(len(x), -1) * made[:, None]).reshape(x.shape)
     match local:
         case "mlp.up.weight" | "mlp.up.bias":
             return (x.reshape(len(x), -1) * by.up_down[:, None]).reshape(x.shape)
@@ -136,6 +147,8 @@ def scale_parameter(
         case "attn.norm.gamma" | "mlp.norm.gamma":
             factor = by.attn_in if local.startswith("attn") else by.mlp_in
             return x if factor is None else x * factor
+        case "attn.post_norm.factor" | "mlp.post_norm.factor":
+            return x if made is None else x / made
         case _ if name.endswith("norm.gamma"):  # after a block, and before the head
             return x
         case "attn.o.bias" | "mlp.gate.weight" | "mlp.gate.bias" | "mlp.down.bias":
@@ -224,6 +237,7 @@ class ChannelPeaks:
       mixed: input of o.
       q, k: queries and keys after RoPE, the prefix's keys included.
       attn_in, mlp_in: input of attention and MLP; None where the linears hold the gamma.
+      attn_out, mlp_out: output of o and down; None where no norm follows them.
     """
 
     act: Float[np.ndarray, "L F"]
@@ -232,6 +246,8 @@ class ChannelPeaks:
     k: Float[np.ndarray, "L M half"]
     attn_in: Float[np.ndarray, "L D"] | None = None
     mlp_in: Float[np.ndarray, "L D"] | None = None
+    attn_out: Float[np.ndarray, "L D"] | None = None
+    mlp_out: Float[np.ndarray, "L D"] | None = None
 
 
 def channel_peaks(
@@ -250,7 +266,9 @@ def channel_peaks(
     if dec.prefix:
         names["k"] = "attn.keys"
     still = identity_diagonal(dec.config).given()
-    names |= {f: f"{f.removesuffix('_in')}.input" for f in still if f.endswith("_in")}
+    ends = {"attn_in": "attn.input", "mlp_in": "mlp.input", "attn_out": "attn.o"}
+    ends["mlp_out"] = "mlp.down"
+    names |= {field: ends[field] for field in still if field in ends}
     kept = tuple(names.values())
     peaks: dict[str, np.ndarray] = {}
     for start in range(0, len(windows), batch):
@@ -309,6 +327,8 @@ def smoothquant(config: ModelConfig, params: Params, peaks: ChannelPeaks, alpha:
         for block, x in (("attn", peaks.attn_in), ("mlp", peaks.mlp_in))
         if x is not None
     }
+    made = {"attn_out": peaks.attn_out, "mlp_out": peaks.mlp_out}
+    read |= {f: _balanced(x, np.ones_like(x), 1.0) for f, x in made.items() if x is not None}
     return Diagonal(
         up_down=_balanced(peaks.act, np.abs(down).max(axis=1), alpha),
         v_o=_balanced(peaks.mixed, np.abs(o).max(axis=(1, 3)), alpha),

@@ -96,6 +96,13 @@ def kept_gammas(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def output_factors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes, for one layer, of the factors of what a norm after a block reads, by name in the
+    layer graph."""
+    blocks = ("attn", "mlp") if config.norms != "before" else ()
+    return {f"{block}.post_norm.factor": (1, config.hidden_size) for block in blocks}
+
+
 def check_folded(config: ModelConfig, params: Params) -> None:
     """Checks that these are the parameters of `fold_norms`, with or without the prefix's K and V
     and the centre of keys.
@@ -104,7 +111,7 @@ def check_folded(config: ModelConfig, params: Params) -> None:
       UserError: a parameter is missing or unknown.
     """
     own = {f"layers.{name}.{suffix}" for name in LINEARS for suffix in ("weight", "bias")}
-    own |= {f"layers.{name}" for name in kept_gammas(config)}
+    own |= {f"layers.{name}" for name in (*kept_gammas(config), *output_factors(config))}
     own |= {offset_name(letter) for letter in config.late_biases}
     required = {*own, *TABLES, "head.bias", *({HEAD_GAMMA} if not config.merges_r1 else ())}
     _check_names(params, required, _OPTIONAL, "call `fold_norms` first")
@@ -146,7 +153,8 @@ def fold_norms(
       consume: remove each tensor from `params`, a dict, once its result exists.
 
     Returns:
-      Weights, and the gammas that stay, each of the shape that it has in the graph; `head.weight`
+      Weights, the gammas that stay, and factors of 1 where norms follow blocks
+      (`output_factors`), each of the shape that it has in the graph; `head.weight`
       also where embeddings are tied; a bias for every linear and the head, zero where the
       checkpoint has none. Biases in `config.late_biases` are not in their linears but in
       `layers.attn.rope.{q,k}_offset` (L, 1, heads, K), which the graph adds before RoPE.
@@ -161,6 +169,8 @@ def fold_norms(
     for name, shape in kept_gammas(config).items():
         gamma = _gamma(config, name, _real(left.pop(f"layers.{name}")))
         out[f"layers.{name}"] = gamma.astype(dtype).reshape(-1, *shape)
+    for name, shape in output_factors(config).items():
+        out[f"layers.{name}"] = np.ones((config.num_layers, *shape), dtype)
     gammas = {n: _real(left.pop(n)) for n in list(left) if n.endswith(".gamma")}
     for name in LINEARS:
         gamma = None if name in _ENDS else gammas.get(f"layers.{name.split('.')[0]}.norm.gamma")

@@ -122,7 +122,7 @@ def rotate_parameter(
             return x
         case "layers.attn.q_norm.gamma" | "layers.attn.k_norm.gamma":
             return x
-        case _ if r1 is None and name.endswith("norm.gamma"):  # of the residual stream
+        case _ if r1 is None and name.endswith(("norm.gamma", "norm.factor")):  # of the stream
             return x
     if r2 is None:
         raise UserError(f"{name}: expected R2 of its layer, got None; pass `r2`")

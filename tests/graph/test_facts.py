@@ -94,7 +94,8 @@ def test_smoothing_balances_the_inputs_that_no_rotation_reaches(fact):
     assert (peaks.mlp_in.argmax(axis=1) == 3).all()
     smooth = scale_channels(config, folded, smoothquant(config, folded, peaks, 1.0))
     after = channel_peaks(dec, smooth, facts.TEXT)
-    for x in (after.attn_in, after.mlp_in):
+    for x in (after.attn_in, after.mlp_in, after.attn_out, after.mlp_out):
+        assert x is not None
         # Peaks are divided by themselves: what is left is rounding of float32.
         np.testing.assert_allclose(x / x[:, :1], 1, rtol=1e-4)
     assert error(logits(config, smooth), logits(config, folded)) <= 1e-4
