@@ -55,7 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--others", type=Path, nargs="*", default=[], help="texts to score too, float and quantized"
     )
-    parser.add_argument("--calibration", type=Path, required=True, help="to calibrate and learn on")
+    parser.add_argument(
+        "--calibration", type=Path, nargs="+", required=True,
+        help="to calibrate and learn on; of several texts, windows in turn",
+    )  # fmt: skip
     parser.add_argument("--effort", choices=list(EFFORTS), default="full")
     parser.add_argument("--steps", type=int, help="in place of the effort's")
     parser.add_argument("--windows", type=int, default=128)
@@ -88,7 +91,7 @@ class Bench:
 
     checkpoint: Checkpoint
     held_out: np.ndarray
-    calibration: Path
+    calibration: Sequence[Path]
     others: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def windows(self, path: Path | None, length: int, tokens: int) -> np.ndarray:
@@ -98,14 +101,19 @@ class Bench:
         ids = files.tokenize(texts, tokenizer, size, str(path))
         return cut(ids, length, max(1, tokens // length), str(path))
 
+    def mixed(self, length: int, tokens: int) -> np.ndarray:
+        """Cuts windows from the calibration texts in turn, as many of each as the shortest has."""
+        each = tokens // len(self.calibration)
+        texts = [self.windows(path, length, each) for path in self.calibration]
+        count = min(map(len, texts))
+        return np.stack([t[:count] for t in texts], axis=1).reshape(-1, length)
+
     def text(self, recipe: Recipe, effort: Effort) -> Windows:
-        calibration = self.windows(
-            self.calibration, recipe.calibration_length, recipe.calibration_tokens
-        )
+        calibration = self.mixed(recipe.calibration_length, recipe.calibration_tokens)
         held_out, other = excerpts.judged(self.checkpoint, effort if effort.steps else None)
         if held_out is None:
             return Windows.of(calibration, other.windows)
-        learning = self.windows(self.calibration, effort.length, effort.tokens)
+        learning = self.mixed(effort.length, effort.tokens)
         return Windows(calibration, learning, held_out.windows, other.windows)
 
 
@@ -209,7 +217,7 @@ def settings_of(args: argparse.Namespace, bench: Bench) -> Row:
     return {
         "model": bench.checkpoint.sha256[:12],
         "text": files.digest(args.text)[:12],
-        "calibration": files.digest(args.calibration)[:12],
+        "calibration": " ".join(files.digest(path)[:12] for path in args.calibration),
         "windows": args.windows,
         "length": args.length,
     }
