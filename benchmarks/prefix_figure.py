@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from qnpu_jax.transform.prefix import OUTLIER_RATIO
+from qnpu_jax.transform.prefix_trials import OUTLIER_RATIO
 
 
 def draw(report: dict, target: Path) -> None:

@@ -21,6 +21,7 @@ from qnpu_jax.transform.prefix_trials import (
     Bench,
     Harm,
     Outliers,
+    bench_beginnings,
     bench_windows,
     clipped_range,
     whole_range,
@@ -109,6 +110,21 @@ def test_the_models_own_bos_stays_before_what_is_found():
     assert found_of(starts=Starts((SINK,))).tokens == (SINK,)
 
 
+@pytest.mark.slow
+def test_outliers_at_beginnings_count():
+    """Which first tokens stay massive, a few long windows do not show."""
+    calm = np.random.default_rng(2).choice(ORDINARY, (8, 24)).astype(np.int32)
+    loud = sink_windows(sinks=False)
+    whole = Bench(CONFIG, PLAN, sink_model(), (), (calm,), 4)
+    seen, kl = whole.outliers(())
+    beginnings = bench_beginnings((np.concatenate([calm, loud]),), 48, 8)
+    assert beginnings.shape == (48, 8)
+    also, same = dataclasses.replace(whole, beginnings=beginnings).outliers(())
+    assert (seen.tokens, also.tokens) == ((), (DECOY,))
+    assert also.worst > OUTLIER_RATIO > seen.worst and also.peak > seen.peak
+    assert kl == same == pytest.approx((0.0,), abs=1e-6)  # judged on the windows alone
+
+
 def bench(bos) -> Bench:
     return Bench(CONFIG, PLAN, sink_model(), bos, (sink_windows(),), 4)
 
@@ -149,11 +165,11 @@ def report(monkeypatch, whole: list[float], worst: list[float], bos=()) -> Prefi
 @pytest.mark.parametrize(
     ("whole", "worst", "chosen"),
     [
-        ([1.0, 0.5, 0.4, 0.3], [1000, 200, 200, 200], 3),  # each lowers the harm
-        ([1.0, 0.5, 0.49, 0.3], [1000, 200, 200, 200], 1),  # the second by too little
-        ([1.0, 1.1, 0.2, 0.1], [1000, 200, 200, 200], 0),  # the first does more harm
-        ([1.0, 0.5, 0.4, 0.3], [1000, 99, 1, 1], 1),  # tame: no longer one is tried
-        ([1.0, 1.1, 0.4, 0.3], [1000, 99, 1, 1], 1),  # tame, for a little more harm
+        ([1.0, 0.5, 0.4, 0.3], [3000, 600, 600, 600], 3),  # each lowers the harm
+        ([1.0, 0.5, 0.49, 0.3], [3000, 600, 600, 600], 1),  # the second by too little
+        ([1.0, 1.1, 0.2, 0.1], [3000, 600, 600, 600], 0),  # the first does more harm
+        ([1.0, 0.5, 0.4, 0.3], [3000, 99, 1, 1], 1),  # tame: no longer one is tried
+        ([1.0, 1.1, 0.4, 0.3], [3000, 99, 1, 1], 1),  # tame, for a little more harm
         ([1.0, 0.5, 0.4, 0.3], [99, 1, 1, 1], 0),  # nothing to tame
     ],
 )
@@ -166,9 +182,9 @@ def test_what_a_prefix_costs_and_saves_decides(monkeypatch, whole, worst, chosen
 
 
 def test_a_search_begins_after_the_models_own_bos(monkeypatch):
-    found = report(monkeypatch, [9.0, 1.0, 0.4, 0.3], [1000, 200, 200, 200], bos=(5,))
+    found = report(monkeypatch, [9.0, 1.0, 0.4, 0.3], [3000, 600, 600, 600], bos=(5,))
     assert found.tokens[0] == 5 and len(found.tokens) == 3
-    found = report(monkeypatch, [0.1, 1.0, 2.0, 3.0], [1, 200, 200, 200], bos=(5,))
+    found = report(monkeypatch, [0.1, 1.0, 2.0, 3.0], [1, 600, 600, 600], bos=(5,))
     assert found.tokens == (5,)  # without it the model is another one, however tame
 
 
