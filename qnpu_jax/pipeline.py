@@ -4,7 +4,7 @@ freeze."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 
@@ -166,7 +166,7 @@ def _smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Pa
     inner = smoothquant(cfg, params, peaks, recipe.smooth) if recipe.smooth else one
     outer = smoothquant(cfg, params, peaks, inputs) if inputs else one
     ends = ("attn_in", "mlp_in", "attn_out", "mlp_out")
-    factors = inner.replace(**{end: getattr(outer, end) for end in ends})
+    factors = replace(inner, **{end: getattr(outer, end) for end in ends})
     return scale_channels(cfg, params, factors)
 
 

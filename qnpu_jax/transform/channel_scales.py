@@ -158,8 +158,9 @@ def scale_parameter(
     raise UserError(f"{name}: not expected; expected a parameter of `fold_norms` or the prefix's")
 
 
-def _scaled_rows(name: str, x: Float[A, "rows *n"], q_k: Float[A, "M half"]) -> Float[A, "rows *n"]:
-    """Scales the rows that make keys (or queries, by the inverse): of a weight, bias or gamma."""
+def _scaled_rows(name: str, x: Float[A, "rows *n"], q_k: Any) -> Float[A, "rows *n"]:
+    """Scales the rows of a weight, bias or gamma: those of keys by q_k (M, half), of queries by its
+    inverse."""
     m, half = q_k.shape
     rows = x.reshape(m, len(x) // (2 * m * half), 2, half, -1)
     factor = q_k[:, None, None, :, None]

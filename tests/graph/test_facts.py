@@ -1,5 +1,7 @@
 """Each fact about norms, activation and factors computes what a direct reference computes."""
 
+import dataclasses
+
 import facts
 import jax
 import jax.numpy as jnp
@@ -106,7 +108,7 @@ def test_scales_of_queries_and_keys_go_where_no_norm_erases_them(fact):
     config = facts.FACTS[fact]
     folded = fold_norms(config, facts.checkpoint(config), np.float64)
     one = identity_diagonal(config)
-    changed = scale_channels(config, folded, one.replace(q_k=2 * one.q_k), np.float64)
+    changed = scale_channels(config, folded, dataclasses.replace(one, q_k=2 * one.q_k), np.float64)
     moved = {n for n in folded if not np.array_equal(changed[n], folded[n])}
     normed = {"layers.attn.q_norm.gamma", "layers.attn.k_norm.gamma"}
     linears = {"layers.attn.q.weight", "layers.attn.k.weight"}

@@ -244,7 +244,9 @@ def test_factors_must_fit(field):
 
 def test_factors_without_a_gamma_are_refused():
     dec, params = model("mha_tied")
-    odd = identity_diagonal(dec.config).replace(attn_in=np.ones((2, dec.config.hidden_size)))
+    odd = dataclasses.replace(
+        identity_diagonal(dec.config), attn_in=np.ones((2, dec.config.hidden_size))
+    )
     with pytest.raises(UserError, match=r"attn_in: expected factors \['up_down', 'v_o', 'q_k'\]"):
         scale_channels(dec.config, params, odd)
 
