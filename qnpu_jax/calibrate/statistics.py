@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from qnpu_jax.fakequant import passes
+from qnpu_jax.fakequant import passes, windows_at_once
 from qnpu_jax.graph import Decoder, Graph, Params, Scales, Tensors, is_free, tied_inputs
 from qnpu_jax.progress import Track, untracked
 
@@ -97,7 +97,7 @@ def collect_statistics(
     dec: Decoder,
     params: Params,
     windows: Int[np.ndarray, "n t"],
-    batch: int = 8,
+    batch: int | None = None,
     track: Track = untracked,
     scales: Scales | None = None,
 ) -> Statistics:
@@ -109,11 +109,12 @@ def collect_statistics(
       dec: staged for windows of T tokens.
       params: folded float parameters, with prefix K/V if dec has a prefix.
       windows: (N, T) token ids.
-      batch: windows per pass.
+      batch: windows per pass; None for as many as there is memory for.
       track: wraps the iteration, for a progress bar.
       scales: resolved QParams of the tensors that are fake-quantized meanwhile; by default none.
     """
     stats: Statistics = {}
+    batch = batch or windows_at_once(dec.config, dec.tokens)
     starts = range(0, len(windows), batch)
     for start in track(starts, len(starts), "calibrate"):
         ids = jnp.asarray(windows[start : start + batch], jnp.int32)

@@ -12,7 +12,7 @@ from qnpu_jax.fakequant.forward import (
     shared_inputs,
     token_nll,
 )
-from qnpu_jax.fakequant.passes import graph_tensors, passes
+from qnpu_jax.fakequant.passes import graph_tensors, passes, windows_at_once
 
 __all__ = [
     "Edge",
@@ -31,4 +31,5 @@ __all__ = [
     "scanned_inputs",
     "shared_inputs",
     "token_nll",
+    "windows_at_once",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from qnpu_jax.config import ModelConfig
 from qnpu_jax.fakequant.evaluate import Edge, evaluate, fake_quant_edge
 from qnpu_jax.fakequant.forward import shared_inputs
 from qnpu_jax.graph import (
@@ -22,6 +23,24 @@ from qnpu_jax.graph import (
 
 Keep = Callable[[Graph], tuple[str, ...]]
 """Chooses tensors of a graph: local names."""
+LOGIT_BYTES = 2**29
+"""Most memory for the logits of a pass: of 0.5 B parameters a pass would need more than they do."""
+
+
+def windows_at_once(config: ModelConfig, tokens: int, most: int = 8) -> int:
+    """Returns how many windows a pass takes.
+
+    >>> from qnpu_jax import ModelConfig
+    >>> sizes = dict(family="a", hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
+    >>> sizes |= dict(num_kv_heads=1, head_dim=8, max_positions=512)
+    >>> windows_at_once(ModelConfig(vocab_size=151_936, **sizes), tokens=256)
+    3
+
+    Args:
+      tokens: of a window.
+      most: no more than these.
+    """
+    return max(1, min(most, LOGIT_BYTES // (4 * tokens * config.vocab_size)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 5))

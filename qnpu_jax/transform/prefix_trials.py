@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.config import BitPlan, ModelConfig
-from qnpu_jax.fakequant import Edge, passes, shared_inputs
+from qnpu_jax.fakequant import Edge, passes, shared_inputs, windows_at_once
 from qnpu_jax.graph import Decoder, Graph, Params, TensorSpec, decoder
 from qnpu_jax.transform.prefix import add_prefix, prefix_rows
 
@@ -130,7 +130,16 @@ class Bench:
         """Logits of the original for each window: with its own BOS, without any other prefix."""
         params = add_prefix(self.config, self.plan, self.params, self.bos)
         dec = decoder(self.config, self.plan, self.windows.shape[1], len(self.bos))
-        return list(_logits(dec, params, self.windows))
+        return [x for _, part in self._parts for x in _logits(dec, params, part)]
+
+    @property
+    def _parts(self) -> Iterator[tuple[int, Int[np.ndarray, "p t"]]]:
+        """Where each part of the windows begins, and the part: equal ones, as memory allows."""
+        count, tokens = self.windows.shape
+        most = windows_at_once(self.config, tokens, count)
+        size = next(n for n in range(most, 0, -1) if count % n == 0)
+        for start in range(0, count, size):
+            yield start, self.windows[start : start + size]
 
     def outliers(self, tokens: tuple[int, ...]) -> tuple[Outliers, tuple[float, ...]]:
         """Runs the model after a prefix in float.
@@ -139,13 +148,13 @@ class Bench:
           Its outliers, and KL(original || it) of each domain.
         """
         seen = _Seen(np.zeros(self.config.num_layers))
-        logits = None
-        for name, layer, env in self._passes(self.windows, tokens, WATCHED):
-            if name == "layers.":
-                seen.look(layer, env, self.windows)
-            elif name == "head.":
-                logits = env["logits"]
-        assert logits is not None
+        kls: list[float] = []
+        for start, part in self._parts:
+            for name, layer, env in self._passes(part, tokens, WATCHED):
+                if name == "layers.":
+                    seen.look(layer, env, part)
+                elif name == "head.":
+                    kls += self._kls(start, env["logits"])
         if self.beginnings is not None:
             for name, layer, env in self._passes(self.beginnings, tokens, WATCHED):
                 if name == "layers.":
@@ -153,15 +162,18 @@ class Bench:
                     if layer == self.config.num_layers - 1:
                         break  # the head tells nothing more
         likely = tuple(token for token, _ in seen.found.most_common())
-        return Outliers(tuple(map(float, seen.ratios)), seen.peak, likely), self._distance(logits)
+        return Outliers(tuple(map(float, seen.ratios)), seen.peak, likely), self._by_domain(kls)
 
     def harm(self, tokens: tuple[int, ...]) -> Harm:
         """Runs the model after a prefix with its activations quantized."""
-        kls = []
+        readings = []
         for edge in (whole_range, clipped_range):
-            (*_, (_, _, env)) = self._passes(self.windows, tokens, (), edge)
-            kls.append(self._distance(env["logits"]))
-        return Harm(*kls)
+            kls: list[float] = []
+            for start, part in self._parts:
+                (*_, (_, _, env)) = self._passes(part, tokens, (), edge)
+                kls += self._kls(start, env["logits"])
+            readings.append(self._by_domain(kls))
+        return Harm(*readings)
 
     def _passes(
         self,
@@ -183,10 +195,13 @@ class Bench:
         for graph, layer, env in made:
             yield graph.prefix, layer, env
 
-    def _distance(self, logits: Float[Array, "b t v"]) -> tuple[float, ...]:
-        kls = [float(_kl(p, q)) for p, q in zip(self.original, logits, strict=True)]
-        kls = np.nan_to_num(kls, nan=RUINED, posinf=RUINED)
-        return tuple(map(float, np.mean(np.reshape(kls, (len(self.domains), -1)), axis=1)))
+    def _kls(self, start: int, logits: Float[Array, "p t v"]) -> list[float]:
+        """KL(original || logits) of each window from `start` on."""
+        return [float(_kl(p, q)) for p, q in zip(self.original[start:], logits, strict=False)]
+
+    def _by_domain(self, kls: list[float]) -> tuple[float, ...]:
+        found = np.nan_to_num(kls, nan=RUINED, posinf=RUINED)
+        return tuple(map(float, np.mean(np.reshape(found, (len(self.domains), -1)), axis=1)))
 
 
 def _logits(dec: Decoder, params: Params, windows: np.ndarray) -> Float[Array, "b t v"]:
