@@ -320,8 +320,21 @@ def _measure(
     simulate: Simulate,
     watch: Observer,
 ) -> Measured:
-    """Proves the file, and scores the four readings of the model."""
+    """Scores the float readings, after which `made` has no float parameters any more: they are as
+    large as all else. Then proves the file, and scores the integers."""
     model, file = made.model, folder / artifacts.MODEL
+    read, scores = partial(perplexity.float_logits, model.config, model.plan), {}
+
+    def score(name: str, logits: perplexity.Logits) -> None:
+        with watch.stage(f"score {name}"):
+            progress = _steps(watch, f"score {name}")
+            scores[name] = perplexity.perplexity(logits, windows, track=progress)
+
+    score("float", read(made.reference))
+    if prefix_length(made.prefixed) != prefix_length(made.reference):  # else its own BOS, or none
+        score("with prefix", read(made.prefixed))
+    for params in (made.params, made.reference, made.prefixed):
+        params.clear()
     with watch.stage("verify"):
         runner = LiteRT(file, "ref", keep_tensors=True)
         simulator = simulate(model, job.prefill, job.logits)
@@ -333,20 +346,9 @@ def _measure(
             runner = LiteRT(file, "ref")
             file.unlink()
         simulator = simulate(model, job.prefill, "all")
-    read = partial(perplexity.float_logits, model.config, model.plan)
-    same = prefix_length(made.prefixed) == prefix_length(made.reference)  # its own BOS, or none
-    readings: dict[str, perplexity.Logits] = {
-        "float": read(made.reference),
-        **({} if same else {"with prefix": read(made.prefixed)}),
-        "fake-quant": perplexity.fake_quant_logits(model),
-        "simulator": perplexity.integer_logits(model, simulator.logits),
-        "LiteRT": perplexity.integer_logits(model, runner.run),
-    }
-    scores = {}
-    for name, logits in readings.items():
-        with watch.stage(f"score {name}"):
-            progress = _steps(watch, f"score {name}")
-            scores[name] = perplexity.perplexity(logits, windows, track=progress)
+    score("fake-quant", perplexity.fake_quant_logits(model))
+    score("simulator", perplexity.integer_logits(model, simulator.logits))
+    score("LiteRT", perplexity.integer_logits(model, runner.run))
     return Measured(scores, proof)
 
 

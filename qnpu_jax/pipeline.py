@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 
@@ -51,9 +52,9 @@ class Quantized:
     """
 
     model: IntegerModel
-    params: Params
-    reference: Params
-    prefixed: Params
+    params: dict[str, Any]
+    reference: dict[str, Any]
+    prefixed: dict[str, Any]
     prefix: PrefixReport | None
     ranges: list[dict[str, object]]
     histories: list[History] = field(default_factory=list)
@@ -153,7 +154,8 @@ def quantize(
         made = learn(calibrated, recipe, effort, text, store, watch)
     with watch.stage("freeze"):
         model = freeze(dec, made.params, made.free, tokens)
-    return Quantized(model, made.params, original, params, found, ranges, made.histories)
+    frozen, reference, prefixed = dict(made.params), dict(original), dict(params)
+    return Quantized(model, frozen, reference, prefixed, found, ranges, made.histories)
 
 
 def _smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:

@@ -36,7 +36,7 @@ from qnpu_jax.integer.accumulators import (
     proved_bounds,
     wider_linear,
 )
-from qnpu_jax.integer.model import IntegerModel, QTensor
+from qnpu_jax.integer.model import ROWS, IntegerModel, QTensor
 
 
 def check_bits(dec: Decoder) -> None:
@@ -163,11 +163,20 @@ def _freeze_weights(
         rows = []
         for i in range(graph.layers):
             layer, scale = _finite(name, graph.at(real, i)), graph.at(tensor.scale, i)
-            codes = quantize(layer, expand(scale, spec), np.int64(0), spec, i)
-            rows.append(codes.astype(np.int16 if max(spec.quant.bits) > 8 else np.int8))
+            rows.append(_codes(layer, np.broadcast_to(expand(scale, spec), layer.shape), spec, i))
         zero_point = tensor.zero_point if spec.quant.axis is None else tensor.zero_point[..., 0]
         frozen[name] = replace(tensor, codes=graph.stack(rows), zero_point=zero_point)
     return frozen
+
+
+def _codes(real: np.ndarray, scales: np.ndarray, spec: TensorSpec, layer: int) -> np.ndarray:
+    """Rounds a parameter of one layer, block by block: tables of a vocabulary are the largest
+    arrays there are, and rounding makes float64 ones."""
+    codes = np.empty(real.shape, np.int16 if max(spec.quant.bits) > 8 else np.int8)
+    for at in range(0, len(real), ROWS):
+        block = slice(at, at + ROWS)
+        codes[block] = quantize(real[block], scales[block], np.int64(0), spec, layer)
+    return codes
 
 
 def _freeze_biases(

@@ -21,6 +21,8 @@ from qnpu_jax.graph import (
     shared_names,
 )
 
+ROWS = 8192
+"""Rows of a parameter that are float64 at a time."""
 HELD = {4: np.int8, 8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 """Type that holds codes of so many bits."""
 
@@ -120,8 +122,11 @@ def dequantize(model: IntegerModel) -> dict[str, np.ndarray]:
             scale = tensor.scale.reshape(
                 tensor.scale.shape + (1,) * (tensor.codes.ndim - tensor.scale.ndim)
             )
-            real = tensor.codes * scale.astype(np.float64)
-            out[graph.prefix + spec.name] = real.astype(np.float32)
+            real = np.empty(tensor.codes.shape, np.float32)
+            scales = np.broadcast_to(scale.astype(np.float64), real.shape)
+            for at in range(0, len(real), ROWS):
+                real[at : at + ROWS] = tensor.codes[at : at + ROWS] * scales[at : at + ROWS]
+            out[graph.prefix + spec.name] = real
     return out
 
 

@@ -146,7 +146,8 @@ def float_logits(config: ModelConfig, plan: BitPlan, params: Params) -> Logits:
 
 def fake_quant_logits(model: IntegerModel) -> Logits:
     """Reads a frozen model in float arithmetic with every tensor rounded to its integer grid."""
-    params = {n: jnp.asarray(x) for n, x in dequantize(model).items()}
+    real = dequantize(model)  # each array leaves it once it is on the device
+    params = {n: jax.device_put(real.pop(n)).block_until_ready() for n in list(real)}
     scales = jax.tree.map(jnp.asarray, activation_scales(model))
 
     def logits(ids: np.ndarray) -> jax.Array:
