@@ -139,23 +139,22 @@ def quantize(
     original = add_prefix(config, recipe.bits, params, starts.bos)
     tokens, found = _prefix(config, params, recipe, text, starts, watch)
     params = add_prefix(config, recipe.bits, params, tokens)
-    learning = learns(recipe, effort)
-    clips = _clips(found, learning)
+    clips = _clips(found, learns(recipe, effort))
     dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
     with watch.stage("calibrate"):
         params = _smoothed(dec, params, recipe, text)
         stats = collect_statistics(dec, params, text.calibration, track=watch.track)
         activations, ranges = calibrate_activations(dec, stats, recipe.activation_init, clips)
         free = activations | weight_scales(dec, params, recipe.weight_init)
-        if learning:  # whatever freezing refuses, it refuses before hours of learning
+        if learns(recipe, effort):  # whatever freezing refuses, it refuses before hours of learning
             freeze(dec, params, free, tokens)
     with watch.stage("learn"):
         calibrated = Calibrated(dec, params, free, clips, original)
         made = learn(calibrated, recipe, effort, text, store, watch)
     with watch.stage("freeze"):
         model = freeze(dec, made.params, made.free, tokens)
-    frozen, reference, prefixed = dict(made.params), dict(original), dict(params)
-    return Quantized(model, frozen, reference, prefixed, found, ranges, made.histories)
+    floats = (dict(made.params), dict(original), dict(params))
+    return Quantized(model, *floats, found, ranges, made.histories)
 
 
 def _smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:

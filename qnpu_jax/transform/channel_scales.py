@@ -119,12 +119,7 @@ def scale_parameter(
     """
     n, half = len(by.v_o), by.q_k.shape[1]
     local = name.removeprefix("layers.")
-    if local in _READ_NORM:
-        read = by.attn_in if local.startswith("attn") else by.mlp_in
-        x = x if read is None else x / read[None]
-    made = by.attn_out if local.startswith("attn") else by.mlp_out
-    if local in _ENDS and made is not None:
-        x = (x.reshape(len(x), -1) * made[:, None]).reshape(x.shape)
+    x = _scaled_ends(local, x, by)
     match local:
         case "mlp.up.weight" | "mlp.up.bias":
             return (x.reshape(len(x), -1) * by.up_down[:, None]).reshape(x.shape)
@@ -144,18 +139,28 @@ def scale_parameter(
             return _scaled_rows(name, x.reshape(-1), by.q_k).reshape(x.shape)
         case "attn.rope.q_offset" | "attn.rope.k_offset" | "attn.rope.k_centre":
             return _scaled_rows(name, x.reshape(-1), by.q_k).reshape(x.shape)
-        case "attn.norm.gamma" | "mlp.norm.gamma":
-            factor = by.attn_in if local.startswith("attn") else by.mlp_in
-            return x if factor is None else x * factor
-        case "attn.post_norm.factor" | "mlp.post_norm.factor":
-            return x if made is None else x / made
-        case _ if name.endswith("norm.gamma"):  # after a block, and before the head
+        case _ if name.endswith(("norm.gamma", "norm.factor")):  # of the residual stream
             return x
         case "attn.o.bias" | "mlp.gate.weight" | "mlp.gate.bias" | "mlp.down.bias":
             return x
         case "embed.weight" | "head.weight" | "head.bias":
             return x
     raise UserError(f"{name}: not expected; expected a parameter of `fold_norms` or the prefix's")
+
+
+def _scaled_ends(local: str, x: Float[A, "*out n"], by: Diagonal) -> Float[A, "*out n"]:
+    """Scales a parameter by the factors of what its block reads and makes, if it has some."""
+    attention = local.startswith("attn")
+    read, made = (by.attn_in, by.attn_out) if attention else (by.mlp_in, by.mlp_out)
+    if read is not None and local in _READ_NORM:
+        return x / read[None]
+    if read is not None and local.endswith(".norm.gamma"):
+        return x * read[None]
+    if made is not None and local in _ENDS:
+        return (x.reshape(len(x), -1) * made[:, None]).reshape(x.shape)
+    if made is not None and local.endswith(".post_norm.factor"):
+        return x / made[None]
+    return x
 
 
 def _scaled_rows(name: str, x: Float[A, "rows *n"], q_k: Any) -> Float[A, "rows *n"]:

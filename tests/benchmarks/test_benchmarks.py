@@ -113,7 +113,7 @@ def test_no_folder_is_said_before_anything_is_measured(tmp_path):
 def test_a_job_knows_recipe_effort_and_files(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("words")
-    args = Namespace(text=text, calibration=text, windows=2, length=8, effort="fast", batch=1)
+    args = Namespace(text=text, calibration=[text], windows=2, length=8, effort="fast", batch=1)
     args.steps, args.no_simulator = 7, True
     bench = Namespace(checkpoint=Namespace(sha256="0" * 64))
 
@@ -182,7 +182,7 @@ def test_goals_see_divergence():
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_rows_that_change_nothing_are_skipped_at_every_seed(seed):
-    rows = [ablation.FULL, "no-rounding", "no-prefix"]  # w8a8 does not learn rounding
+    rows = [ablation.FULL, "no-gptq", "no-prefix"]  # w8a8 has no GPTQ
     found = dict(ablation.variants(W8A8, rows, [seed]))
     assert list(found) == [ablation.FULL, "no-prefix"]
     assert {recipe.seed for recipe in found.values()} == {seed}
