@@ -128,6 +128,7 @@ def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
             store=store,
             watch=watch,
         )
+        del params  # `made` has them, and lets them go
         with artifacts.writing(job.out, job.overwrite) as folder:
             with watch.stage("write"):
                 _write(folder, made.model, job, checkpoint, text)

@@ -30,7 +30,7 @@ LOGIT_BYTES = 2**29
 def windows_at_once(config: ModelConfig, tokens: int, most: int = 8) -> int:
     """Returns how many windows a pass takes.
 
-    >>> from qnpu_jax import ModelConfig
+    >>> from qnpu_jax.config import ModelConfig
     >>> sizes = dict(family="a", hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
     >>> sizes |= dict(num_kv_heads=1, head_dim=8, max_positions=512)
     >>> windows_at_once(ModelConfig(vocab_size=151_936, **sizes), tokens=256)
