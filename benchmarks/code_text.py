@@ -12,6 +12,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from qnpu_jax.errors import UserError
+
 CHARACTERS = 1_000_000
 _LEFT_OUT = {"tests", "testing", "__config__.py"}  # the last tells of the build
 
@@ -20,7 +22,7 @@ def sources(package: str, characters: int) -> str:
     """The package's modules in the order of their paths, but for tests, cut at a length."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"{package}: not installed; pip install it, or name another")
+        raise UserError(f"{package}: not installed; pip install it, or name another")
     root, parts, size = Path(spec.origin).parent, [], 0
     for path in sorted(root.rglob("*.py")):
         if size >= characters:
@@ -36,8 +38,12 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--packages", nargs="+", default=["numpy", "optax"])
     args = parser.parse_args()
-    text = "\n\n".join(sources(p, CHARACTERS // len(args.packages)) for p in args.packages)
-    args.out.write_text(text, "utf-8")
+    try:
+        text = "\n\n".join(sources(p, CHARACTERS // len(args.packages)) for p in args.packages)
+        args.out.write_text(text, "utf-8")
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
     digest = hashlib.sha256(text.encode()).hexdigest()
     versions = ", ".join(f"{p} {version(p)}" for p in args.packages)
     print(f"wrote {args.out}: {len(text):,} characters of {versions}, SHA-256 {digest[:12]}...")

@@ -8,15 +8,15 @@ sum |k_q - k|^2, by layer. Calibrated as the recipe does, nothing learned.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from protocol import add_arguments, load
+from protocol import Bench, add_arguments, load
 
 from qnpu_jax import pipeline
 from qnpu_jax.calibrate import calibrate_activations, collect_statistics
@@ -41,9 +41,9 @@ def sqnr(keys: np.ndarray, scale: QParams, layer: int) -> float:
     return float(10 * np.log10(signal / noise))
 
 
-def measure(args: argparse.Namespace, centred: bool) -> dict[str, object]:
+def measure(bench: Bench, args: argparse.Namespace, centred: bool) -> dict[str, Any]:
     """Ranges, SQNR and perplexity of one kind of cache."""
-    bench, recipe = load(args), dataclasses.replace(load_recipe("w8a8"), centre_keys=centred)
+    recipe = load_recipe("w8a8")
     config = bench.checkpoint.config
     params = pipeline.prepare(config, dict(bench.checkpoint.params), recipe)
     text = bench.mixed(recipe.calibration_length, recipe.calibration_tokens)
@@ -83,13 +83,15 @@ def main() -> int:
     add_arguments(parser)
     args = parser.parse_args()
     try:
-        found = {name: measure(args, name == "centred") for name in ("as they are", "centred")}
+        bench = load(args)
+        names = ("as they are", "centred")
+        found = {name: measure(bench, args, name == "centred") for name in names}
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{'layer':>5}" + "".join(f"{name + ': largest, dB':>28}" for name in found))
     columns = [f["layers"] for f in found.values()]
-    for layer, row in enumerate(zip(*columns, strict=True)):  # type: ignore[arg-type]
+    for layer, row in enumerate(zip(*columns, strict=True)):
         print(f"{layer:>5}" + "".join(f"{r['peak']:>19.1f},{r['sqnr']:>8.1f}" for r in row))
     for name, f in found.items():
         print(f"{name}: perplexity {f['int8']:.2f} with an int8 cache, {f['float']:.2f} in float")

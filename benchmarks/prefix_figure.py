@@ -25,7 +25,7 @@ def draw(report: dict, target: Path) -> None:
     axes.axhline(OUTLIER_RATIO, color="gray", lw=0.8, ls="--", label=f"limit {OUTLIER_RATIO:.0f}")
     axes.set_xlabel("layer")
     axes.set_ylabel("largest token / median token")
-    axes.set_title(f"{report['model']['source']}: massive activations", fontsize=10)
+    axes.set_title(f"{report['model']}: massive activations", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)

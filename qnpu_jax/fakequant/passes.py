@@ -24,11 +24,12 @@ from qnpu_jax.graph import (
 Keep = Callable[[Graph], tuple[str, ...]]
 """Chooses tensors of a graph: local names."""
 LOGIT_BYTES = 2**29
-"""Most memory for the logits of a pass: of 0.5 B parameters a pass would need more than they do."""
+"""Most memory for the float32 logits of a pass. With copies, those of 8 windows of 256 tokens over
+a vocabulary of 150,000 take more than 0.5 B parameters."""
 
 
 def windows_at_once(config: ModelConfig, tokens: int, most: int = 8) -> int:
-    """Returns how many windows a pass takes.
+    """Returns how many windows a pass takes: min(most, LOGIT_BYTES / (4 T V)), at least 1.
 
     >>> from qnpu_jax.config import ModelConfig
     >>> sizes = dict(family="a", hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)

@@ -36,7 +36,7 @@ from qnpu_jax.integer.accumulators import (
     proved_bounds,
     wider_linear,
 )
-from qnpu_jax.integer.model import ROWS, IntegerModel, QTensor
+from qnpu_jax.integer.model import IntegerModel, QTensor, blocks
 
 
 def check_bits(dec: Decoder) -> None:
@@ -173,8 +173,7 @@ def _codes(real: np.ndarray, scales: np.ndarray, spec: TensorSpec, layer: int) -
     """Rounds a parameter of one layer, block by block: tables of a vocabulary are the largest
     arrays there are, and rounding makes float64 ones."""
     codes = np.empty(real.shape, np.int16 if max(spec.quant.bits) > 8 else np.int8)
-    for at in range(0, len(real), ROWS):
-        block = slice(at, at + ROWS)
+    for block in blocks(real):
         codes[block] = quantize(real[block], scales[block], np.int64(0), spec, layer)
     return codes
 

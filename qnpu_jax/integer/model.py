@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,8 @@ from qnpu_jax.graph import (
     shared_names,
 )
 
-ROWS = 8192
-"""Rows of a parameter that are float64 at a time."""
+BLOCK = 2**23
+"""Most elements of a parameter that are float64 at a time."""
 HELD = {4: np.int8, 8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 """Type that holds codes of so many bits."""
 
@@ -110,6 +111,16 @@ class IntegerModel:
         return codes
 
 
+def blocks(x: np.ndarray) -> Iterator[slice]:
+    """Cuts the first axis of a parameter into slices of at most BLOCK elements, or of one row.
+
+    >>> list(blocks(np.empty((3, 2**11, 2**11))))
+    [slice(0, 2, None), slice(2, 4, None)]
+    """
+    step = max(1, BLOCK // max(1, x[0].size))
+    return (slice(at, at + step) for at in range(0, len(x), step))
+
+
 def dequantize(model: IntegerModel) -> dict[str, np.ndarray]:
     """Real values (float32) of weights, biases and prefix K/V: code times scale.
 
@@ -124,8 +135,8 @@ def dequantize(model: IntegerModel) -> dict[str, np.ndarray]:
             )
             real = np.empty(tensor.codes.shape, np.float32)
             scales = np.broadcast_to(scale.astype(np.float64), real.shape)
-            for at in range(0, len(real), ROWS):
-                real[at : at + ROWS] = tensor.codes[at : at + ROWS] * scales[at : at + ROWS]
+            for block in blocks(real):
+                real[block] = tensor.codes[block] * scales[block]
             out[graph.prefix + spec.name] = real
     return out
 

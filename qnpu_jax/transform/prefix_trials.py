@@ -26,9 +26,8 @@ from qnpu_jax.transform.prefix import add_prefix, prefix_rows
 OUTLIER_RATIO = 500.0
 """A token is an outlier where its largest activation exceeds this multiple of the median token's.
 
-Massive activations lie far above: 2,100 in SmolLM2-135M, where 60 to 80 are left after a prefix
-that takes them, and up to 380 at a rare first token, which learning bears; Qwen2.5-Coder-0.5B has
-74 and none, and learns best as it is."""
+Massive activations lie far above: 1,800 to 2,300 in SmolLM2-135M, where 60 to 90 are left after a
+prefix that takes them all; Qwen2.5-Coder-0.5B has 74, and learns best as it is."""
 WATCHED = ("mlp.act", "mlp.residual")
 """Tensors where massive activations arise (input of down) and where they stay (residual stream)."""
 RUINED = 1e6
