@@ -19,9 +19,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,21 @@ import numpy as np
 
 from qnpu_jax import pipeline
 from qnpu_jax.errors import UserError
+from qnpu_jax.graph import Params
 from qnpu_jax.measure import perplexity as measure_perplexity
 from qnpu_jax.measure.perplexity import divergence, fake_quant_logits, float_logits, integer_logits
 from qnpu_jax.models import checkpoint as models_checkpoint
 from qnpu_jax.models.checkpoint import Checkpoint
 from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
-from qnpu_jax.text import excerpts, files
+from qnpu_jax.text import excerpts, files, self_written
 from qnpu_jax.text.starts import starts_of
 from qnpu_jax.text.windows import Windows, cut
 from qnpu_jax.transform.prefix import add_prefix
 from qnpu_sim.program import compile_model, run
 
+LONGEST = 2**31
+"""Tokens: more than any text has."""
 Row = dict[str, Any]
 """Name, settings and readings of one measurement, as JSON has them."""
 SHARED = ("model", "text", "calibration", "windows", "length")
@@ -57,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration", type=Path, nargs="+", required=True,
-        help="to calibrate and learn on; of several texts, windows in turn",
+        help="to calibrate and learn on; of several texts, windows in turn while each lasts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--own", type=int, default=0, metavar="TOKENS",
+        help="written by the model itself, to calibrate and learn on too",
     )  # fmt: skip
     parser.add_argument("--effort", choices=list(EFFORTS), default="full")
     parser.add_argument("--steps", type=int, help="in place of the effort's")
@@ -87,11 +94,16 @@ def quick(recipe: Recipe) -> Recipe:
 
 @dataclass(frozen=True)
 class Bench:
-    """A model and its texts."""
+    """A model and its texts.
+
+    Attributes:
+      own: tokens that the model writes itself, a further text to calibrate and learn on.
+    """
 
     checkpoint: Checkpoint
     held_out: np.ndarray
     calibration: Sequence[Path]
+    own: int = 0
     others: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def windows(self, path: Path | None, length: int, tokens: int) -> np.ndarray:
@@ -101,28 +113,43 @@ class Bench:
         ids = files.tokenize(texts, tokenizer, size, str(path))
         return cut(ids, length, max(1, tokens // length), str(path))
 
-    def mixed(self, length: int, tokens: int) -> np.ndarray:
-        """Cuts windows from the calibration texts in turn, as many of each as the shortest has."""
-        each = tokens // len(self.calibration)
-        texts = [self.windows(path, length, each) for path in self.calibration]
-        count = min(map(len, texts))
-        return np.stack([t[:count] for t in texts], axis=1).reshape(-1, length)
-
-    def text(self, recipe: Recipe, effort: Effort) -> Windows:
-        calibration = self.mixed(recipe.calibration_length, recipe.calibration_tokens)
-        held_out, other = excerpts.judged(self.checkpoint, effort if effort.steps else None)
+    def text(self, params: Params, recipe: Recipe, effort: Effort) -> Windows:
+        """All windows of a run; `params` write the model's own text."""
+        effort_if_any = effort if effort.steps else None
+        calibration_length = recipe.calibration_length
+        calibration = [self.windows(p, calibration_length, LONGEST) for p in self.calibration]
+        learning = [self.windows(p, effort.length, LONGEST) for p in self.calibration]
+        if self.own:
+            writer = self_written.Writer(self.checkpoint.config, recipe.bits, params)
+            own = self_written.calibration_windows(
+                writer, self.checkpoint.tokenizer, self.own, effort.length, recipe.seed
+            )
+            learning.append(own)
+            calibration.append(cut(own.reshape(-1).tolist(), calibration_length, len(own), "own"))
+        calibrating = in_turn(calibration, recipe.calibration_tokens // calibration_length)
+        held_out, other = excerpts.judged(self.checkpoint, effort_if_any)
         if held_out is None:
-            return Windows.of(calibration, other.windows)
-        learning = self.mixed(effort.length, effort.tokens)
-        return Windows(calibration, learning, held_out.windows, other.windows)
+            return Windows.of(calibrating, other.windows)
+        chosen = in_turn(learning, max(1, effort.tokens // effort.length))
+        return Windows(calibrating, chosen, held_out.windows, other.windows)
+
+
+def in_turn(texts: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """The first windows of several texts, one of each in turn while each lasts.
+
+    >>> in_turn([np.array([[1], [2], [3]]), np.array([[7]])], 3).ravel().tolist()
+    [1, 7, 2]
+    """
+    turns = chain.from_iterable(zip_longest(*texts))
+    return np.stack([window for window in turns if window is not None][: max(1, count)])
 
 
 def load(args: argparse.Namespace) -> Bench:
-    bench = Bench(models_checkpoint.load(args.model), np.zeros(0), args.calibration)
+    bench = Bench(models_checkpoint.load(args.model), np.zeros(0), args.calibration, args.own)
     tokens = args.windows * args.length
     held_out = bench.windows(args.text, args.length, tokens)
     others = {path.stem: bench.windows(path, args.length, tokens) for path in args.others}
-    return Bench(bench.checkpoint, held_out, args.calibration, others)
+    return replace(bench, held_out=held_out, others=others)
 
 
 def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: bool) -> Row:
@@ -133,7 +160,7 @@ def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: 
     config, tokenizer = bench.checkpoint.config, bench.checkpoint.tokenizer
     start = time.perf_counter()
     params = pipeline.prepare(config, bench.checkpoint.params, recipe)
-    text = bench.text(recipe, effort)
+    text = bench.text(params, recipe, effort)
     marks: list[tuple[int, int, float]] = []
 
     class Watch(Observer):
@@ -183,8 +210,12 @@ def _scores(
     last = list(readings.values())[-1]
     original = float_logits(model.config, recipe.bits, made.reference)
     found = divergence(original, last, bench.held_out, batch)
+    prefixed = float_logits(model.config, recipe.bits, made.prefixed)
+    rest = divergence(prefixed, last, bench.held_out, batch).kl
     others = {name: [score(original, x), score(last, x)] for name, x in bench.others.items()}
-    return {**scores, "kl": found.kl, "top1": found.top1, "others": others}
+    # A prefix that shows the model its first token moves the KL to the original, at no loss.
+    readings_of_kl = {"kl": found.kl, "kl_prefixed": rest}
+    return {**scores, **readings_of_kl, "top1": found.top1, "others": others}
 
 
 def float_perplexity(bench: Bench, recipe: Recipe, batch: int) -> float:
@@ -217,7 +248,8 @@ def settings_of(args: argparse.Namespace, bench: Bench) -> Row:
     return {
         "model": bench.checkpoint.sha256[:12],
         "text": files.digest(args.text)[:12],
-        "calibration": " ".join(files.digest(path)[:12] for path in args.calibration),
+        "calibration": " ".join(files.digest(path)[:12] for path in args.calibration)
+        + (f" own {args.own}" if args.own else ""),
         "windows": args.windows,
         "length": args.length,
     }

@@ -1,7 +1,7 @@
 """One optax transformation for all groups of learned parameters.
 
-Rotations stay orthogonal (`orthogonal`), rounding offsets move by the sign of their gradient, and
-everything else moves by Adam or SGD.
+Rotations stay orthogonal (`orthogonal`), rounding offsets move by the sign of their gradient or by
+Adam, and everything else moves by Adam or SGD.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def optimizer(stage: Stage, steps: int) -> optax.GradientTransformation:
       ValueError.
     """
     # The mean of a cosine is half its peak: sign descent then gets as far as the stage allows.
-    peaks = {g: 2 * r / steps if g == "rounding" else r for g, r in stage.learn}
+    signs = {"rounding"} if stage.rounding_optimizer == "sign" else set()
+    peaks = {g: 2 * r / steps if g in signs else r for g, r in stage.learn}
     parts: dict[Hashable, optax.GradientTransformation] = {
         g: _group_optimizer(stage, g, optax.cosine_decay_schedule(r, steps))
         for g, r in peaks.items()
@@ -49,7 +50,8 @@ def _group_optimizer(
         case "rotation":
             return on_orthogonal_group(optax.adam(rate))
         case "rounding":
-            return optax.sign_sgd(rate)
+            adam = stage.rounding_optimizer == "adam"
+            return optax.adam(rate) if adam else optax.sign_sgd(rate)
         case _:
             return optax.adam(rate) if stage.optimizer == "adam" else optax.sgd(rate)
 

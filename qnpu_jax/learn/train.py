@@ -168,9 +168,12 @@ def compile_stage(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> Com
         loss, gradients = gradient(state.theta, base, batch, warm)
         updates, opt = tx.update(gradients, state.optimizer, state.theta)
         moved: Any = optax.apply_updates(state.theta, updates)
-        theta = {
-            key: jnp.clip(x, -0.5, 0.5) if key.kind == "rounding" else x for key, x in moved.items()
-        }
+        theta = moved
+        if stage.rounding_optimizer == "sign":
+            theta = {
+                key: jnp.clip(x, -0.5, 0.5) if key.kind == "rounding" else x
+                for key, x in moved.items()
+            }
         norms = {key: jnp.sqrt(jnp.sum(jnp.square(g))) for key, g in gradients.items()}
         finite = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
         loss = jnp.where(finite, loss, jnp.float32(jnp.nan))

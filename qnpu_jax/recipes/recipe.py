@@ -34,7 +34,8 @@ class Stage:
     Attributes:
       learn: (group, peak learning rate): the groups of GROUPS that learn, none for no learning.
         Rates are relative changes of scales and ranges, half-angles of rotations; that of rounding
-        is how far an offset can get in the whole stage (codes).
+        is how far an offset can get in the whole stage by sign descent, and by Adam its change in
+        a step (codes).
       share: of the effort's steps.
       quantized: what is quantized meanwhile: `all`, or weights and `rotated` activations only.
       calibrate: set the ranges of `unrotated` or `all` activations by `ranges` first, everything
@@ -49,7 +50,9 @@ class Stage:
       top_k: KL over the teacher's k likeliest tokens, renormalised; 0 takes all.
       hidden_mse: weight of the hidden loss, added to `kl` or `ce`.
       warmup: share of the stage's steps in which the local errors of all quantizers are added.
-      optimizer: of everything but rotations and rounding offsets (sign descent).
+      optimizer: of everything but rotations and rounding offsets.
+      rounding_optimizer: `sign` descent, which decides which way a weight rounds and ends half a
+        code from where it began, or `adam`, which may move a weight by any number of codes.
       rotation_optimizer: `adam` on A of R = R0 cayley(A), or `cayley_sgd` on the Stiefel manifold.
       masked: clipped activations pass no gradient (LSQ) or all of it (Quant.npu).
 
@@ -73,6 +76,7 @@ class Stage:
     hidden_mse: float = within(0, 1e6, 0.0)
     warmup: float = within(0, 1, 0.0)
     optimizer: Literal["adam", "sgd"] = "adam"
+    rounding_optimizer: Literal["sign", "adam"] = "sign"
     rotation_optimizer: Literal["adam", "cayley_sgd"] = "adam"
     masked: bool = True
 
@@ -202,7 +206,7 @@ EFFORTS = {
         "fast", 60, batch=2, length=256, tokens=16_384, held_out=4, without=("rotation", "rounding")
     ),
     "full": Effort(
-        "full", steps=500, batch=8, length=512, tokens=500_000, held_out=16, precision="default"
+        "full", steps=500, batch=8, length=512, tokens=2_000_000, held_out=16, precision="default"
     ),
 }
 """By name: none; fast, for two CPU cores; full, for a GPU."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle
 from typing import Any
 
 import flax.struct
@@ -27,32 +27,14 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant import evaluate, scanned_inputs
 from qnpu_jax.graph import Decoder, Params, Tensors, decoder, layer_inputs, local
 from qnpu_jax.models import FIXED_DATE, Tokenizer
+from qnpu_jax.text.openers import QUESTIONS, plain
 
-BATCH = 32
-"""Rows decoded together at most: a step reads all weights once, however many rows share it."""
+BATCH = {"cpu": 32, "gpu": 256}
+"""Rows decoded together at most, by backend: a step reads all weights once, however many rows share
+it."""
 
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 """Shows progress: wraps the iteration over decoding steps; its second argument is their number."""
-
-QUESTIONS = (
-    "What is the capital of France?",
-    "Explain photosynthesis to a ten-year-old.",
-    "Write a Python function that reverses a string.",
-    "Give me three tips for sleeping better.",
-    "Translate 'Good morning, how are you?' into Spanish.",
-    "Write a short poem about the sea.",
-    "A train travels 120 km in 90 minutes. What is its average speed?",
-    "Summarize the causes of the First World War.",
-    "What is the difference between a virus and a bacterium?",
-    "Write a polite email asking for a day off.",
-    "How do I cook rice?",
-    "List five animals that live in the desert.",
-    "Who wrote Romeo and Juliet, and what is it about?",
-    "Correct the grammar: 'She don't like apples.'",
-    "Tell me a story about a robot that learns to paint.",
-    "What should I see in Japan in one week?",
-)
-"""First messages of the chats in the calibration text: facts, code, sums, languages and tales."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +135,7 @@ def sample(
     """
     table = _prompts(writer.config, prompts, drawing)
     dec = _decoder(writer, cache=length - 1)
-    groups = -(-len(prompts) // BATCH)
+    groups = -(-len(prompts) // BATCH.get(jax.default_backend(), BATCH["gpu"]))
     rows = -(-len(prompts) // groups)  # per group, equal so that one compiled step serves all
     keys = jax.random.split(jax.random.key(drawing.seed), groups)
     starts = (_start(dec, keys[i], i * rows, rows, len(prompts)) for i in range(groups))
@@ -178,12 +160,13 @@ def calibration_windows(
 ) -> Int32[np.ndarray, "n t"]:
     """Writes windows of `length` tokens, at least `tokens` in all, to calibrate with.
 
-    Every other window begins as a chat with one of QUESTIONS, on FIXED_DATE where the template
-    prints the date. The rest are free text after BOS, or after a random token where texts do not
-    begin with BOS by the model's own rule; without a chat template, or with one that refuses plain
-    questions, all are free text. BOS itself stands in no window where a document begins: the
-    quantized model puts its prefix there, and a BOS behind the prefix would be an outlier that
-    ordinary text does not have.
+    A third of the windows begin as chats with one of QUESTIONS, on FIXED_DATE where the template
+    prints the date; a third as plain text of several domains (`openers.plain`). The rest are free
+    text after BOS, or after a random token where texts do not begin with BOS by the model's own
+    rule. Without a chat template, or with one that refuses plain questions, plain text takes the
+    chats' place. BOS itself stands in no window where a document begins: the quantized model puts
+    its prefix there, and a BOS behind the prefix would be an outlier that ordinary text does not
+    have.
 
     Args:
       tokenizer: the model's own.
@@ -196,9 +179,12 @@ def calibration_windows(
     opening = np.random.default_rng(seed).integers(tokenizer.vocab_size, size=count)
     bos = tokenizer.bos_id if tokenizer.adds_bos else None
     prompts = [[int(i)] if bos is None else [bos] for i in opening]
-    if chats := _chats(tokenizer):
-        for i in range(1, count, 2):
-            prompts[i] = chats[i // 2 % len(chats)]
+    first = [] if bos is None else [bos]
+    texts = cycle([ids for text in plain() if (ids := first + tokenizer.encode(text))] or prompts)
+    chats = cycle(found) if (found := _chats(tokenizer)) else texts
+    for i in range(count):
+        if i % 3:
+            prompts[i] = next(chats if i % 3 == 1 else texts)
     drawing = Drawing(seed, stop=tokenizer.eos_ids, bos=tokenizer.bos_id)
     return sample(writer, prompts, length, drawing, progress)
 

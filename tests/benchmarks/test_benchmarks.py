@@ -113,7 +113,9 @@ def test_no_folder_is_said_before_anything_is_measured(tmp_path):
 def test_a_job_knows_recipe_effort_and_files(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("words")
-    args = Namespace(text=text, calibration=[text], windows=2, length=8, effort="fast", batch=1)
+    args = Namespace(
+        text=text, calibration=[text], windows=2, length=8, effort="fast", batch=1, own=0
+    )
     args.steps, args.no_simulator = 7, True
     bench = Namespace(checkpoint=Namespace(sha256="0" * 64))
 

@@ -100,6 +100,15 @@ def test_rounding_goes_as_far_as_the_stage_allows():
             np.testing.assert_allclose(x, -0.3 * (1 + 1 / steps), rtol=1e-4)
 
 
+def test_offsets_can_learn_by_adam():
+    stage, theta = every_group()
+    stage = dataclasses.replace(stage, learn=(("rounding", 0.3),), rounding_optimizer="adam")
+    theta = {n: x for n, x in theta.items() if group_of(n) == "rounding"}
+    up = {n: 1e-3 * jnp.ones_like(x) for n, x in theta.items()}
+    for x in run(stage, theta, 1, lambda _: up, total=1000)[-1].values():
+        np.testing.assert_allclose(x, -0.3, rtol=1e-4)  # the first step of Adam is its rate
+
+
 def test_groups_that_do_not_learn_are_refused():
     stage, theta = every_group()
     stage = dataclasses.replace(stage, learn=(("rotation", 0.1),))

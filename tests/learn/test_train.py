@@ -246,8 +246,13 @@ def test_offsets_of_rounding_stay_within_half_a_code(monkeypatch):
 
     monkeypatch.setattr(train, "objective", objective)
     monkeypatch.setattr(train, "held_out_kl", lambda *a: -jnp.sum(jnp.square(a[3][OFFSET])))
-    best, _, _ = loop(Stage(learn=(("rounding", 3.0),)), theta={OFFSET: jnp.zeros(3)})
+    stage = Stage(learn=(("rounding", 3.0),))
+    best, _, _ = loop(stage, theta={OFFSET: jnp.zeros(3)})
     np.testing.assert_array_equal(best[OFFSET], [-0.5, 0.5, -0.5])
+    free, _, _ = loop(
+        dataclasses.replace(stage, rounding_optimizer="adam"), theta={OFFSET: jnp.zeros(3)}
+    )
+    assert (np.abs(free[OFFSET]) > 1).all()  # distilled weights go where the loss takes them
 
 
 # --- What goes wrong ---

@@ -36,6 +36,7 @@ STAGE = {
     "hidden_mse": 0.5,
     "warmup": 0.25,
     "optimizer": "sgd",
+    "rounding_optimizer": "adam",
     "rotation_optimizer": "cayley_sgd",
     "masked": False,
 }

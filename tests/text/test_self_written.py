@@ -21,9 +21,9 @@ from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.models.tokenizer import Tokenizer
 from qnpu_jax.recipes import RECIPES
 from qnpu_jax.text import self_written
+from qnpu_jax.text.openers import QUESTIONS, plain
 from qnpu_jax.text.self_written import (
     BATCH,
-    QUESTIONS,
     Drawing,
     Writer,
     _chats,
@@ -35,6 +35,7 @@ from qnpu_jax.transform.prefix import add_prefix
 
 PLAN = RECIPES["w8a8"].bits
 EOS, BOS = 94, 95  # of the character tokenizer
+TOGETHER = BATCH["cpu"]
 
 
 GREEDY = Drawing(0, temperature=0.0)
@@ -192,16 +193,16 @@ def test_a_row_of_all_positions(tiny: Writer):
 
 @pytest.mark.slow
 def test_more_rows_than_a_batch(tiny: Writer):
-    prompts = [[i, i + 1] for i in range(BATCH + 1)]
+    prompts = [[i, i + 1] for i in range(TOGETHER + 1)]
     rows = sample(tiny, prompts, 12, GREEDY)
-    assert rows.shape == (BATCH + 1, 12)
-    for i in (0, 16, 17, BATCH):
+    assert rows.shape == (TOGETHER + 1, 12)
+    for i in (0, 16, 17, TOGETHER):
         assert rows[i].tolist() == prompts[i] + continuation(tiny, prompts[i], 10)
 
 
 @pytest.mark.slow
 def test_seeds(tiny: Writer):
-    prompts = [[1]] * (BATCH + 8)
+    prompts = [[1]] * (TOGETHER + 8)
     first = sample(tiny, prompts, 16, Drawing(3))
     np.testing.assert_array_equal(sample(tiny, prompts, 16, Drawing(3)), first)
     assert (sample(tiny, prompts, 16, Drawing(4)) != first).any()
@@ -211,7 +212,7 @@ def test_seeds(tiny: Writer):
 @pytest.mark.slow
 def test_every_step_draws_anew(tiny: Writer):
     # So hot that all 96 tokens are equally likely: only the noise decides.
-    rows = sample(tiny, [[1]] * BATCH, 100, Drawing(0, temperature=1e6))[:, 1:]
+    rows = sample(tiny, [[1]] * TOGETHER, 100, Drawing(0, temperature=1e6))[:, 1:]
     repeated = (rows[:, 1:] == rows[:, :-1]).mean()
     assert repeated < 2 / 96
     assert len(np.unique(rows)) == 96
@@ -227,7 +228,7 @@ def test_progress_counts_steps_and_changes_nothing(tiny: Writer):
             seen.append(step)
         seen.append(total)  # reached: a progress bar closes
 
-    prompts = [[1]] * (BATCH + 1)
+    prompts = [[1]] * (TOGETHER + 1)
     rows = sample(tiny, prompts, 5, Drawing(0), progress)
     assert seen == [*range(10), 10]
     np.testing.assert_array_equal(rows, sample(tiny, prompts, 5, Drawing(0)))
@@ -266,21 +267,33 @@ TEMPLATE = "{{ bos_token }}U:{{ messages[0].content }}A:"
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
-def test_half_of_the_windows_begin_as_chats(tiny: Writer):
+def test_windows_begin_as_free_text_as_chats_and_as_plain_text_in_turn(tiny: Writer):
     tokenizer = characters(True, TEMPLATE)
     windows = calibration_windows(tiny, tokenizer, 2500, 100, 0)
     assert windows.shape == (25, 100)
     texts = [tokenizer.decode(row.tolist()) for row in windows]
+    known = [tokenizer.decode(tokenizer.encode(text)) for text in plain()]  # of this vocabulary
     for i, text in enumerate(texts):
-        chat = f"U:{QUESTIONS[i // 2 % len(QUESTIONS)]}A:"  # without BOS
-        assert text.startswith(chat) == (i % 2 == 1)
+        chat, opener = f"U:{QUESTIONS[i // 3]}A:", known[i // 3]
+        assert text.startswith(chat[:100]) == (i % 3 == 1)  # without BOS
+        assert i % 3 != 2 or text.startswith(opener[:100])
     again = calibration_windows(tiny, tokenizer, 2500, 100, 0)
     np.testing.assert_array_equal(windows, again)
     # Free text continues BOS, as a prompt of BOS alone does.
     rows = sample(tiny, [[BOS]], 100, Drawing(0, stop=[EOS], bos=BOS))
     free = characters(True, None)
     np.testing.assert_array_equal(calibration_windows(tiny, free, 100, 100, 0), rows)
+
+
+@pytest.mark.slow
+def test_without_a_chat_template_plain_text_takes_the_chats_place(tiny: Writer):
+    tokenizer = characters(False, None)
+    windows = calibration_windows(tiny, tokenizer, 9 * 60, 60, 0)
+    known = [tokenizer.decode(tokenizer.encode(text))[:60] for text in plain()[:6]]
+    begun = [i for i in range(9) if i % 3]
+    assert [
+        tokenizer.decode(windows[i].tolist())[: len(k)] for i, k in zip(begun, known, strict=True)
+    ] == known
 
 
 @pytest.mark.slow
@@ -333,9 +346,12 @@ def test_a_template_that_refuses_questions_leaves_free_text():
     assert _chats(characters(True, None)) == []
 
 
-def test_questions_are_varied():
-    assert len(set(QUESTIONS)) == len(QUESTIONS) == 16
+def test_beginnings_are_varied():
+    assert len(set(QUESTIONS)) == len(QUESTIONS) == 32
     assert max(map(len, QUESTIONS)) < 80
+    assert len(set(plain())) == len(plain()) > 60
+    tokenizer = characters(False, None)
+    assert sum(bool(tokenizer.encode(text)) for text in plain()) > 50
 
 
 # Errors.
