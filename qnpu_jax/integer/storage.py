@@ -28,7 +28,7 @@ def save(model: IntegerModel, folder: Path) -> None:
         **{f"zero_point/{n}": t.zero_point for n, t in model.tensors.items()},
     }
     arrays = {n: np.asarray(x, order="C") for n, x in arrays.items()}  # keeps 0-d arrays 0-d
-    (folder / "integer_model.safetensors").write_bytes(safetensors.numpy.save(arrays))
+    safetensors.numpy.save_file(arrays, folder / "integer_model.safetensors")
     meta = {
         "format": FORMAT,
         "config": model.config.to_json(),

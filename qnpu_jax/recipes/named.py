@@ -25,7 +25,7 @@ _TOGETHER = Stage(
     )
 )
 _NUDGED = dataclasses.replace(_TOGETHER, learn=(*_TOGETHER.learn, ("rounding", 2.0)))
-"""8-bit weights learn too, by at most two of their codes: an eighth of a 4-bit code."""
+"""8-bit weights learn too: by sign descent, fast, each within half a code of where it began."""
 _ROUNDING = Stage(
     learn=(
         ("rounding", 0.15),

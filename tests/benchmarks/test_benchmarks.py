@@ -158,25 +158,36 @@ def test_divergence_is_a_row_in_valid_json(tmp_path, monkeypatch, capsys):
 
 # Goals of accuracy.py.
 
-(SMOLLM2,) = accuracy.FLOAT
+KNOWN = accuracy.Known(4, 30.0, {"w8a8": (1.02, 0.05)})
 
 
 def scored(name, fake, **more):
     return {"name": name, "recipe": name, "fake_quant": fake, **more}
 
 
-def test_float_is_checked_by_its_weights():
+def test_the_float_perplexity_of_known_models_is_checked():
     rows = [scored("float", 31.0)]
-    assert accuracy.verdict(rows, SMOLLM2) == ["float 31.00, expected 30.03 +- 0.05"]
-    assert not accuracy.verdict(rows, "other")
-    assert not accuracy.verdict([scored("float", 30.05)], SMOLLM2)
+    assert accuracy.verdict(rows, KNOWN) == ["float 31.00, expected 30.0 +- 0.05"]
+    assert not accuracy.verdict(rows, None)
+    assert not accuracy.verdict([scored("float", 30.02)], KNOWN)
+    assert all(len(sha256) == 64 for sha256 in accuracy.KNOWN)
 
 
 def test_goals_see_divergence():
-    rows = [scored("float", 30.03), scored("w8a8", None), scored("spinquant-w8a8", None)]
-    assert accuracy.verdict(rows, SMOLLM2) == ["w8a8 inf > 30.7"]
-    rows = [scored("float", 30.03), scored("w8a8", 30.0, simulator=30.3)]
-    assert accuracy.verdict(rows, SMOLLM2) == ["w8a8: simulator 30.30 against fake-quant 30.00"]
+    rows = [scored("float", 30.0), scored("w8a8", None), scored("spinquant-w8a8", None)]
+    expected = ["w8a8 on text: inf of float > 1.02", "w8a8: KL inf > 0.05"]
+    assert accuracy.verdict(rows, KNOWN) == expected
+    assert not accuracy.verdict(rows, None)
+    rows = [scored("float", 30.0), scored("w8a8", 30.0, simulator=30.3, kl=0.04)]
+    assert accuracy.verdict(rows, KNOWN) == ["w8a8: simulator 30.30 against fake-quant 30.00"]
+
+
+def test_goals_hold_on_every_text():
+    row = scored("w8a8", 30.5, kl=0.051, others={"code": (5.0, 5.05), "sums": (5.0, 5.15)})
+    assert accuracy.verdict([scored("float", 30.0), row], KNOWN) == [
+        "w8a8 on sums: 1.030 of float > 1.02",
+        "w8a8: KL 0.0510 > 0.05",
+    ]
 
 
 # The comparison of ablation.py.
