@@ -129,10 +129,13 @@ def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
             watch=watch,
         )
         del params  # `made` has them, and lets them go
+        scores = _score_floats(job, made, text.scored.windows, watch)
         with artifacts.writing(job.out, job.overwrite) as folder:
             with watch.stage("write"):
                 _write(folder, made.model, job, checkpoint, text)
-            report = _report(job, checkpoint, text, made, folder, simulate, watch)
+            windows = text.scored.windows
+            measured = _measure(job, made.model, folder, windows, scores, simulate, watch)
+            report = _report(job, checkpoint, text, made, measured, folder, watch)
             artifacts.write_json(folder / artifacts.REPORT, report)
     return report
 
@@ -184,8 +187,8 @@ def _report(
     checkpoint: Checkpoint,
     text: Texts,
     made: pipeline.Quantized,
+    measured: Measured,
     folder: Path,
-    simulate: Simulate,
     watch: Observer,
 ) -> dict[str, Any]:
     return {
@@ -197,7 +200,7 @@ def _report(
         "logits": job.logits,
         "bytes": (folder / artifacts.MODEL).stat().st_size,
         **text.to_json(),
-        **_measure(job, made, folder, text.scored.windows, simulate, watch).to_json(),
+        **measured.to_json(),
         "seconds": {k: round(v, 2) for k, v in watch.seconds.items()},
         "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
         "learned": _learned(job, made.histories),
@@ -301,7 +304,7 @@ class Measured:
 
     Attributes:
       perplexity: of each reading: the original float model, it after the prefix if there is one,
-        fake-quant, simulator, LiteRT.
+        fake-quant; simulator, LiteRT.
       proof: of the file that was written.
     """
 
@@ -313,29 +316,46 @@ class Measured:
         return {"perplexity": dict(self.perplexity), **self.proof.to_json()}
 
 
-def _measure(
-    job: Job,
-    made: pipeline.Quantized,
-    folder: Path,
-    windows: np.ndarray,
-    simulate: Simulate,
-    watch: Observer,
-) -> Measured:
-    """Scores the float readings, after which `made` has no float parameters any more: they are as
-    large as all else. Then proves the file, and scores the integers."""
-    model, file = made.model, folder / artifacts.MODEL
-    read, scores = partial(perplexity.float_logits, model.config, model.plan), {}
+def _score_floats(
+    job: Job, made: pipeline.Quantized, windows: np.ndarray, watch: Observer
+) -> dict[str, float]:
+    """Scores the float readings, after which `made` has no float parameters any more.
+
+    They, those of fake-quant, and the integers of simulator and LiteRT are each as large as all
+    else: one after the other.
+    """
+    model, scores = made.model, {}
+    read = partial(perplexity.float_logits, model.config, model.plan)
 
     def score(name: str, logits: perplexity.Logits) -> None:
-        with watch.stage(f"score {name}"):
-            progress = _steps(watch, f"score {name}")
-            scores[name] = perplexity.perplexity(logits, windows, track=progress)
+        scores[name] = _score(name, logits, windows, watch)
 
     score("float", read(made.reference))
     if prefix_length(made.prefixed) != prefix_length(made.reference):  # else its own BOS, or none
         score("with prefix", read(made.prefixed))
     for params in (made.params, made.reference, made.prefixed):
         params.clear()
+    score("fake-quant", perplexity.fake_quant_logits(model))
+    return scores
+
+
+def _score(name: str, logits: perplexity.Logits, windows: np.ndarray, watch: Observer) -> float:
+    with watch.stage(f"score {name}"):
+        progress = _steps(watch, f"score {name}")
+        return perplexity.perplexity(logits, windows, track=progress)
+
+
+def _measure(
+    job: Job,
+    model: IntegerModel,
+    folder: Path,
+    windows: np.ndarray,
+    scores: dict[str, float],
+    simulate: Simulate,
+    watch: Observer,
+) -> Measured:
+    """Proves the file, and scores the integers beside the float readings."""
+    file, scores = folder / artifacts.MODEL, dict(scores)
     with watch.stage("verify"):
         runner = LiteRT(file, "ref", keep_tensors=True)
         simulator = simulate(model, job.prefill, job.logits)
@@ -347,9 +367,9 @@ def _measure(
             runner = LiteRT(file, "ref")
             file.unlink()
         simulator = simulate(model, job.prefill, "all")
-    score("fake-quant", perplexity.fake_quant_logits(model))
-    score("simulator", perplexity.integer_logits(model, simulator.logits))
-    score("LiteRT", perplexity.integer_logits(model, runner.run))
+    for name, run_on in (("simulator", simulator.logits), ("LiteRT", runner.run)):
+        logits = perplexity.integer_logits(model, run_on)
+        scores[name] = _score(name, logits, windows, watch)
     return Measured(scores, proof)
 
 

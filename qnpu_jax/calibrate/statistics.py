@@ -114,7 +114,7 @@ def collect_statistics(
       scales: resolved QParams of the tensors that are fake-quantized meanwhile; by default none.
     """
     stats: Statistics = {}
-    batch = batch or windows_at_once(dec.config, dec.tokens)
+    batch = batch or windows_at_once(dec.config, dec.tokens, len(windows))
     starts = range(0, len(windows), batch)
     for start in track(starts, len(starts), "calibrate"):
         ids = jnp.asarray(windows[start : start + batch], jnp.int32)

@@ -23,25 +23,28 @@ from qnpu_jax.graph import (
 
 Keep = Callable[[Graph], tuple[str, ...]]
 """Chooses tensors of a graph: local names."""
-LOGIT_BYTES = 2**29
-"""Most memory for the float32 logits of a pass. With copies, those of 8 windows of 256 tokens over
-a vocabulary of 150,000 take more than 0.5 B parameters."""
+LOGIT_BYTES = 2**28
+"""Most memory for the float32 logits of a pass, beside which copies of them stand."""
 
 
-def windows_at_once(config: ModelConfig, tokens: int, most: int = 8) -> int:
-    """Returns how many windows a pass takes: min(most, LOGIT_BYTES / (4 T V)), at least 1.
+def windows_at_once(config: ModelConfig, tokens: int, count: int, most: int = 8) -> int:
+    """Returns how many of `count` windows a pass takes: at most min(most, LOGIT_BYTES / (4 T V)),
+    at least 1, and if possible a divisor of `count`, since each size of a pass is compiled.
 
     >>> from qnpu_jax.config import ModelConfig
     >>> sizes = dict(family="a", hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
     >>> sizes |= dict(num_kv_heads=1, head_dim=8, max_positions=512)
-    >>> windows_at_once(ModelConfig(vocab_size=151_936, **sizes), tokens=256)
-    3
+    >>> windows_at_once(ModelConfig(vocab_size=49_152, **sizes), tokens=256, count=32)
+    4
 
     Args:
       tokens: of a window.
+      count: windows in all.
       most: no more than these.
     """
-    return max(1, min(most, LOGIT_BYTES // (4 * tokens * config.vocab_size)))
+    limit = max(1, min(most, count, LOGIT_BYTES // (4 * tokens * config.vocab_size)))
+    equal = next(n for n in range(limit, 0, -1) if count % n == 0)
+    return equal if 2 * equal > limit else limit
 
 
 @partial(jax.jit, static_argnums=(0, 1, 5))

@@ -33,7 +33,7 @@ from qnpu_jax.graph import (
     Requantize,
     TensorSpec,
 )
-from qnpu_jax.integer.model import QTensor
+from qnpu_jax.integer.model import QTensor, blocks
 
 Interval = tuple[int, int]
 """Lowest and highest value, codes."""
@@ -206,9 +206,11 @@ def linear_interval(
     P high + N low + b. Sums are Python integers, since NumPy's would wrap beside a 64-bit bias near
     its limit.
     """
-    positive = np.where(w > 0, w, 0).sum(axis=1, dtype=np.int64).tolist()
-    total = w.sum(axis=1, dtype=np.int64).tolist()
-    rows = list(zip(positive, total, b.tolist(), strict=True))
+    rows = []
+    for block in blocks(w):  # sums in int64 take eight times the codes
+        positive = np.maximum(w[block], 0).sum(axis=1, dtype=np.int64).tolist()
+        total = w[block].sum(axis=1, dtype=np.int64).tolist()
+        rows += zip(positive, total, b[block].tolist(), strict=True)
     return (
         tuple(p * low + (t - p) * high + b for p, t, b in rows),
         tuple(p * high + (t - p) * low + b for p, t, b in rows),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -28,8 +29,8 @@ from qnpu_jax.text.windows import Windows, cut
 DOCUMENTATION = "pydoc_data.topics"
 OTHER_LENGTH, OTHER_COUNT = 128, 8
 """Tokens of a window, and windows, of the text that judges prefixes beside the calibration text."""
-OWN_TOKENS = 65_536
-"""Most tokens that the model writes to learn from: on a CPU that takes minutes."""
+OWN_TOKENS = {"cpu": 65_536, "gpu": 524_288}
+"""Most tokens that the model writes to learn from, by backend: either takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,8 @@ def written(
     count = max(1, recipe.calibration_tokens // length)
     tokens, rows = count * length, length
     if effort:
-        tokens, rows = max(tokens, min(effort.tokens, OWN_TOKENS)), effort.length
+        most = OWN_TOKENS.get(jax.default_backend(), OWN_TOKENS["gpu"])
+        tokens, rows = max(tokens, min(effort.tokens, most)), effort.length
     writer = self_written.Writer(checkpoint.config, recipe.bits, params)
     windows = self_written.calibration_windows(
         writer, checkpoint.tokenizer, tokens, rows, recipe.seed, progress

@@ -133,10 +133,9 @@ class Bench:
 
     @property
     def _parts(self) -> Iterator[tuple[int, Int[np.ndarray, "p t"]]]:
-        """Where each part of the windows begins, and the part: equal ones, as memory allows."""
+        """Where each part of the windows begins, and the part, as memory allows."""
         count, tokens = self.windows.shape
-        most = windows_at_once(self.config, tokens, count)
-        size = next(n for n in range(most, 0, -1) if count % n == 0)
+        size = windows_at_once(self.config, tokens, count, most=count)
         for start in range(0, count, size):
             yield start, self.windows[start : start + size]
 

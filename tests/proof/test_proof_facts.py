@@ -49,8 +49,9 @@ def test_prefill_and_cache_have_the_simulators_codes(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["opt", "xnn"])
-@pytest.mark.parametrize("plan", ["w8a8", "w4a8i8"])
+@pairwise.parametrize(
+    ("plan", "kernels"), ["w8a8", "w4a8i8"], ["opt", "xnn"], choose=pairwise.levels
+)
 def test_other_kernel_sets(plan, kernels, tmp_path):
     model = facts.quantized("both, qk head, gelu", plan)
     writer.write_prefill(model, tmp_path / "m.tflite", tiny.TOKENS)
@@ -59,7 +60,9 @@ def test_other_kernel_sets(plan, kernels, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", list(FORMS))
-@pytest.mark.parametrize("fact", ["both, qk head, gelu", "after, qk all"])
+@pytest.mark.parametrize(
+    "fact", pairwise.often(["both, qk head, gelu", "after, qk all"], ["both, qk head, gelu"])
+)
 def test_every_form_gives_the_same_logits(fact, form, tmp_path):
     model = facts.quantized(fact, "w8a8")
     built = writer.build_prefill(model, tiny.TOKENS, "all", FORMS[form](model))
