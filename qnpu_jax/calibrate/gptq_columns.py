@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64, Int
 
+from qnpu_jax.errors import UserError
+
 BLOCK = 64
 """Columns whose errors later blocks compensate at once: (BLOCK, N) should fit a CPU's cache."""
 
@@ -25,17 +27,33 @@ Square = Float64[np.ndarray, "k k"]
 def inverse_factor(h: Square) -> Square:
     """Returns the upper triangular U with U^T U = H^-1.
 
-    Cholesky from the last row to the first gives H = R R^T with R upper triangular; U = R^-1.
+    Cholesky from the last row to the first gives H = R R^T with R upper triangular; U = R^-1. In
+    float64 on the device: a GPU has it done while the threads of a host would still be starting.
 
     Args:
       h: symmetric, positive definite.
+
+    Raises:
+      UserError: it is not positive definite.
 
     >>> inverse_factor(np.asarray([[4.0, 0.0], [0.0, 1.0]]))
     array([[0.5, 0. ],
            [0. , 1. ]])
     """
-    r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return np.triu(np.linalg.inv(r))
+    with jax.enable_x64(True):
+        u = np.array(_inverse_factor(jnp.asarray(h)))
+    if not np.isfinite(u).all():  # which XLA's Cholesky does not refuse
+        raise UserError(
+            "GPTQ: the moments of a linear's inputs are not positive definite; expected finite"
+            " activations, and some damping; check the text and the ranges"
+        )
+    return u
+
+
+@jax.jit
+def _inverse_factor(h: jax.Array) -> jax.Array:
+    r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    return jax.scipy.linalg.solve_triangular(r, jnp.eye(len(h), dtype=h.dtype))
 
 
 class Rounded(NamedTuple):

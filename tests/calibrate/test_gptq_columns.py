@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qnpu_jax.calibrate.gptq_columns import inverse_factor, round_columns
+from qnpu_jax.errors import UserError
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -39,6 +40,12 @@ def test_the_factor_is_triangular_and_its_square_is_the_inverse(seed):
     u = inverse_factor(h)
     np.testing.assert_array_equal(u, np.triu(u))
     np.testing.assert_allclose(u.T @ u @ h, np.eye(40), atol=1e-9)  # float64, condition below 1e4
+
+
+def test_moments_of_no_use_are_refused():
+    for h in (np.diag([1.0, -1.0]), np.full((2, 2), np.nan)):
+        with pytest.raises(UserError, match=r"GPTQ: the moments .* not positive definite"):
+            inverse_factor(h)
 
 
 @given(SEEDS)
