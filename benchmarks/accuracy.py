@@ -22,6 +22,7 @@ from protocol import (
     Job,
     Row,
     add_arguments,
+    finite,
     float_job,
     kept_rows,
     load,
@@ -111,13 +112,13 @@ def verdict(rows: list[Row], known: Known | None) -> list[str]:
         if known and name in known.goals:
             most, most_kl = known.goals[name]
             texts = {"text": (original, score), **row.get("others", {})}
-            ratios = {text: quantized / base for text, (base, quantized) in texts.items()}
+            ratios = {text: finite(quantized) / base for text, (base, quantized) in texts.items()}
             short += [
                 f"{row['name']} on {text}: {ratio:.3f} of float > {most}"
                 for text, ratio in ratios.items()
                 if not ratio <= most
             ]
-            kl = row.get("kl", math.inf)
+            kl = finite(row.get("kl"))
             if not kl <= most_kl:
                 short.append(f"{row['name']}: KL {kl:.4f} > {most_kl}")
         apart = abs(score / fake - 1) if math.isfinite(fake) else 0.0

@@ -354,7 +354,11 @@ def _write(path: Path, rows: list[Row]) -> None:
 
 def perplexity(row: Row, reading: str = "fake_quant") -> float:
     """Perplexity of a row, infinite where the recipe diverged."""
-    score = row.get(reading)
+    return finite(row.get(reading))
+
+
+def finite(score: float | None) -> float:
+    """A number of a row; infinite where JSON has none."""
     return math.inf if score is None else score
 
 

@@ -183,6 +183,11 @@ def test_goals_see_divergence():
 
 
 def test_goals_hold_on_every_text():
+    lost = scored("w8a8", 30.5, kl=None, others={"code": (5.0, None)})
+    assert accuracy.verdict([scored("float", 30.0), lost], KNOWN) == [
+        "w8a8 on code: inf of float > 1.02",
+        "w8a8: KL inf > 0.05",
+    ]
     row = scored("w8a8", 30.5, kl=0.051, others={"code": (5.0, 5.05), "sums": (5.0, 5.15)})
     assert accuracy.verdict([scored("float", 30.0), row], KNOWN) == [
         "w8a8 on sums: 1.030 of float > 1.02",
