@@ -17,7 +17,9 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import outcome
 from protocol import (
+    MAIN,
     Bench,
     Job,
     Row,
@@ -32,7 +34,6 @@ from protocol import (
     table,
 )
 
-from qnpu_jax.errors import UserError
 from qnpu_jax.recipes import RECIPES, load_recipe
 
 
@@ -111,7 +112,7 @@ def verdict(rows: list[Row], known: Known | None) -> list[str]:
         score = perplexity(row, "simulator") if "simulator" in row else fake
         if known and name in known.goals:
             most, most_kl = known.goals[name]
-            texts = {"text": (original, score), **row.get("others", {})}
+            texts = {MAIN: (original, score), **row.get("others", {})}
             ratios = {text: finite(quantized) / base for text, (base, quantized) in texts.items()}
             short += [
                 f"{row['name']} on {text}: {ratio:.3f} of float > {most}"
@@ -129,12 +130,12 @@ def verdict(rows: list[Row], known: Known | None) -> list[str]:
 
 def main() -> int:
     args = arguments()
-    try:
-        bench = load(args)
-        rows = kept_rows(args.json, jobs(args, bench))
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return outcome.status(lambda: measured(args))
+
+
+def measured(args: argparse.Namespace) -> int:
+    bench = load(args)
+    rows = kept_rows(args.json, jobs(args, bench))
     table(rows)
     known = KNOWN.get(bench.checkpoint.sha256)
     if known and (args.windows, args.length) != (known.windows, 512):

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from protocol import Bench, add_arguments, load
+from protocol import Bench, add_arguments, in_turn, load
 
 from qnpu_jax import pipeline
 from qnpu_jax.calibrate import calibrate_activations, collect_statistics
@@ -46,7 +46,7 @@ def measure(bench: Bench, args: argparse.Namespace, centred: bool) -> dict[str, 
     recipe = load_recipe("w8a8")
     config = bench.checkpoint.config
     params = pipeline.prepare(config, dict(bench.checkpoint.params), recipe)
-    text = bench.mixed(recipe.calibration_length, recipe.calibration_tokens)
+    text = in_turn(bench.calibration, recipe.calibration_length, recipe.calibration_tokens)
     if centred:
         config, params = centre_keys(config, params, key_centres(config, recipe.bits, params, text))
     bos = starts_of(bench.checkpoint.tokenizer).bos

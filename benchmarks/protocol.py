@@ -19,7 +19,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
@@ -43,12 +43,14 @@ from qnpu_jax.text.windows import Windows, cut
 from qnpu_jax.transform.prefix import add_prefix
 from qnpu_sim.program import compile_model, run
 
-LONGEST = 2**31
-"""Tokens: more than any text has."""
+MOST = 2**31 - 1
+"""Of tokens and windows on the command line."""
 Row = dict[str, Any]
 """Name, settings and readings of one measurement, as JSON has them."""
 SHARED = ("model", "text", "calibration", "windows", "length")
 """Settings that all rows of a table have in common, or their perplexities do not compare."""
+MAIN = "text"
+"""Name of the scored text beside those of --others."""
 COLUMNS = ("fake_quant", "simulator", "kl", "top1", "seconds", "step_seconds")
 
 
@@ -63,16 +65,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to calibrate and learn on; of several texts, windows in turn while each lasts",
     )  # fmt: skip
     parser.add_argument(
-        "--own", type=int, default=0, metavar="TOKENS",
+        "--own", type=count_from(0), default=0, metavar="TOKENS",
         help="written by the model itself, to calibrate and learn on too",
     )  # fmt: skip
     parser.add_argument("--effort", choices=list(EFFORTS), default="full")
     parser.add_argument("--steps", type=int, help="in place of the effort's")
-    parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--windows", type=count_from(1), default=128)
+    parser.add_argument("--length", type=count_from(2), default=512)
+    parser.add_argument("--batch", type=count_from(1), default=4)
     parser.add_argument("--no-simulator", action="store_true", help="fake-quant only")
     parser.add_argument("--json", type=Path, help="rows are kept here, and not measured again")
+
+
+def count_from(least: int) -> Callable[[str], int]:
+    """An option's type: whole numbers from `least` to MOST."""
+
+    def count(text: str) -> int:
+        value = int(text)
+        if not least <= value <= MOST:
+            raise argparse.ArgumentTypeError(f"expected {least} to {MOST}; got {text}")
+        return value
+
+    return count
 
 
 def effort_of(args: argparse.Namespace) -> Effort:
@@ -97,59 +111,70 @@ class Bench:
     """A model and its texts.
 
     Attributes:
-      own: tokens that the model writes itself, a further text to calibrate and learn on.
+      held_out: windows (N, T) of the text that is scored.
+      calibration: token ids of each text to calibrate and learn on, by its path.
+      own: tokens that the model writes itself, a further such text.
+      others: windows of texts that are scored too, by name.
     """
 
     checkpoint: Checkpoint
     held_out: np.ndarray
-    calibration: Sequence[Path]
+    calibration: Mapping[str, list[int]]
     own: int = 0
     others: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def windows(self, path: Path | None, length: int, tokens: int) -> np.ndarray:
-        """Cuts windows from a file, by default from Python's documentation."""
-        texts = [files.default_text()] if path is None else files.read_text(path)
-        tokenizer, size = self.checkpoint.tokenizer, self.checkpoint.config.vocab_size
-        ids = files.tokenize(texts, tokenizer, size, str(path))
-        return cut(ids, length, max(1, tokens // length), str(path))
 
     def text(self, params: Params, recipe: Recipe, effort: Effort) -> Windows:
         """All windows of a run; `params` write the model's own text."""
         effort_if_any = effort if effort.steps else None
-        calibration_length = recipe.calibration_length
-        calibration = [self.windows(p, calibration_length, LONGEST) for p in self.calibration]
-        learning = [self.windows(p, effort.length, LONGEST) for p in self.calibration]
+        texts = dict(self.calibration)
         if self.own:
             writer = self_written.Writer(self.checkpoint.config, recipe.bits, params)
-            own = self_written.calibration_windows(
+            rows = self_written.calibration_windows(
                 writer, self.checkpoint.tokenizer, self.own, effort.length, recipe.seed
             )
-            learning.append(own)
-            calibration.append(cut(own.reshape(-1).tolist(), calibration_length, len(own), "own"))
-        calibrating = in_turn(calibration, recipe.calibration_tokens // calibration_length)
+            texts["--own"] = rows.reshape(-1).tolist()
+        calibrating = in_turn(texts, recipe.calibration_length, recipe.calibration_tokens)
         held_out, other = excerpts.judged(self.checkpoint, effort_if_any)
         if held_out is None:
             return Windows.of(calibrating, other.windows)
-        chosen = in_turn(learning, max(1, effort.tokens // effort.length))
-        return Windows(calibrating, chosen, held_out.windows, other.windows)
+        learning = in_turn(texts, effort.length, effort.tokens)
+        return Windows(calibrating, learning, held_out.windows, other.windows)
 
 
-def in_turn(texts: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """The first windows of several texts, one of each in turn while each lasts.
+def in_turn(texts: Mapping[str, list[int]], length: int, tokens: int) -> np.ndarray:
+    """Cuts texts into windows: one of each in turn while each lasts, `tokens` tokens in all.
 
-    >>> in_turn([np.array([[1], [2], [3]]), np.array([[7]])], 3).ravel().tolist()
+    >>> in_turn({"a": [1, 2, 3], "b": [7]}, 1, 3).ravel().tolist()
     [1, 7, 2]
     """
-    turns = chain.from_iterable(zip_longest(*texts))
-    return np.stack([window for window in turns if window is not None][: max(1, count)])
+    windows = [cut(ids, length, len(ids), name) for name, ids in texts.items()]
+    turns = chain.from_iterable(zip_longest(*windows))
+    count = max(1, tokens // length)
+    return np.stack([window for window in turns if window is not None][:count])
 
 
 def load(args: argparse.Namespace) -> Bench:
-    bench = Bench(models_checkpoint.load(args.model), np.zeros(0), args.calibration, args.own)
-    tokens = args.windows * args.length
-    held_out = bench.windows(args.text, args.length, tokens)
-    others = {path.stem: bench.windows(path, args.length, tokens) for path in args.others}
-    return replace(bench, held_out=held_out, others=others)
+    """Reads the model and all texts, so that a text of no use is refused before the work."""
+    checkpoint, effort = models_checkpoint.load(args.model), effort_of(args)
+
+    def ids(path: Path) -> list[int]:
+        size = checkpoint.config.vocab_size
+        return files.tokenize(files.read_text(path), checkpoint.tokenizer, size, str(path))
+
+    def windows(path: Path) -> np.ndarray:
+        return cut(ids(path), args.length, args.windows, str(path))
+
+    names = [path.stem for path in args.others]
+    if len({*names, MAIN}) <= len(names):
+        raise UserError(
+            f"--others: files named {', '.join(names)}; expected different names, none of them"
+            f" {MAIN}; rename one"
+        )
+    calibration = {str(path): ids(path) for path in args.calibration}
+    if effort.steps:
+        in_turn(calibration, effort.length, effort.length)
+    others = {path.stem: windows(path) for path in args.others}
+    return Bench(checkpoint, windows(args.text), calibration, args.own, others)
 
 
 def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: bool) -> Row:
@@ -268,6 +293,7 @@ def recipe_job(
         "steps": effort.steps,
         "seed": recipe.seed,
         "scored": "simulator" if simulate else "fake_quant",
+        "others_of": " ".join(files.digest(path)[:12] for path in args.others),
         "settings": hashlib.sha256(all_settings.encode()).hexdigest()[:12],
         **labels,
     }

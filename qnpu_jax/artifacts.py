@@ -120,7 +120,7 @@ def check_writable(out: Path, overwrite: bool, kind: Kind = MODELS) -> None:
         parent = next(p for p in out.resolve().parents if p.exists())
         if not parent.is_dir():
             raise UserError(f"{out}: {parent} is a file; expected a folder; choose another --out")
-        _try_to_create(parent)
+        _try_to_create(parent, _partial(out.resolve()).name)
 
 
 def check_can_create(folder: Path) -> None:
@@ -133,10 +133,15 @@ def check_can_create(folder: Path) -> None:
         _try_to_create(folder)
 
 
-def _try_to_create(folder: Path) -> None:
-    """Tries to create something: the only sure test, given root, quotas and read-only disks."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".qnpu"):
-        pass
+def _try_to_create(folder: Path, name: str = "") -> None:
+    """Tries to create something: the only sure test, given root, quotas and read-only disks.
+
+    Args:
+      name: of what will be created, which the system may find too long.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".qnpu") as made:
+        if name:
+            (Path(made) / name).mkdir()
 
 
 def _check_ours(out: Path, held: set[str], overwrite: bool, kind: Kind) -> None:

@@ -45,6 +45,13 @@ def fill(folder: Path, text: str = "x") -> Path:
 # Where to.
 
 
+def test_a_name_with_no_room_for_its_hidden_one(tmp_path):
+    check_writable(tmp_path / ("n" * 200), overwrite=False)
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(tmp_path / ("n" * 250), overwrite=False)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["new", "new/deep/er", "empty"])
 def test_new_or_empty_folder(tmp_path, name):
     (tmp_path / "empty").mkdir()

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C (128 + SIGINT)."""
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+"""Exit status after Ctrl-C, and after a request to end."""
 NOTHING = "interrupted, nothing is left behind"
 
 
@@ -27,11 +27,21 @@ def main() -> None:
     """Runs the command line and ends the process with its exit status."""
     with importing():
         from qnpu_jax.cli.commands import call
+    asked_to_end = []
+
+    def end(number: int, _: Any) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)
+        asked_to_end.append(number)
+        raise KeyboardInterrupt  # what was begun is cleared away as after Ctrl-C
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
     try:
         status = call()
     except KeyboardInterrupt:
         status = complain(NOTHING, INTERRUPTED)
-    sys.exit(status)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would only spoil the last line
+    sys.exit(TERMINATED if asked_to_end and status == INTERRUPTED else status)
 
 
 @contextmanager

@@ -194,9 +194,12 @@ def _chats(tokenizer: Tokenizer) -> list[list[int]]:
     if tokenizer.chat_template is None:
         return []
     try:
-        return [tokenizer.chat([{"role": "user", "content": q}], now=FIXED_DATE) for q in QUESTIONS]
+        asked = [
+            tokenizer.chat([{"role": "user", "content": q}], now=FIXED_DATE) for q in QUESTIONS
+        ]
     except UserError:  # a template for other roles, or for contents that are no text
         return []
+    return [chat for chat in asked if chat]  # a template may leave questions out
 
 
 def _prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], drawing: Drawing) -> Prompts:

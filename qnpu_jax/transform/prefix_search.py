@@ -55,7 +55,8 @@ class Trial:
     """One prefix and what it does.
 
     Attributes:
-      outliers: largest ratio of a token's peak to the median token's, in any layer.
+      outliers: largest ratio of a token's peak to the median token's, in any layer; of a prefix
+        that does not tame them, the largest seen until that was known.
       kl: KL(original || model after the prefix) in float, nats a token, one per domain.
       harm: the same with quantized activations; None where that was not tried.
     """
@@ -125,7 +126,7 @@ def find_prefix(
         last = min((t for t in here if t.trial.harm is not None), key=_score)
         if _score(last) > (1 - GAIN) * _score(best):
             break
-        best = last
+        best = last = last if last.outliers.tame else _whole(bench, last)
     assert best.trial.harm is not None
     return PrefixReport(
         tokens=best.trial.tokens,
@@ -143,7 +144,7 @@ def _longer(bench: Bench, last: _Tried, likely: list[int]) -> list[_Tried]:
     """Prefixes of one token more, the best in float first; those are judged."""
     frequent = [t for t, _ in Counter(bench.windows.ravel().tolist()).most_common(FREQUENT)]
     pool = dict.fromkeys((*likely, *last.outliers.tokens[:FREQUENT], *frequent))
-    here = [_tried(bench, (*last.trial.tokens, token)) for token in pool]
+    here = [_tried(bench, (*last.trial.tokens, token), every=False) for token in pool]
     here.sort(key=lambda t: (not t.outliers.tame, float(np.mean(t.trial.kl))))
     return [_judged(bench, t) for t in here[:QUANTIZED]] + here[QUANTIZED:]
 
@@ -154,9 +155,15 @@ class _Tried:
     outliers: Outliers
 
 
-def _tried(bench: Bench, tokens: tuple[int, ...]) -> _Tried:
-    outliers, kl = bench.outliers(tokens)
+def _tried(bench: Bench, tokens: tuple[int, ...], every: bool = True) -> _Tried:
+    outliers, kl = bench.outliers(tokens, every)
     return _Tried(Trial(tokens, outliers.worst, kl), outliers)
+
+
+def _whole(bench: Bench, tried: _Tried) -> _Tried:
+    """The prefix with all of its outliers."""
+    found = bench.outliers(tried.trial.tokens)[0]
+    return _Tried(replace(tried.trial, outliers=found.worst), found)
 
 
 def _judged(bench: Bench, tried: _Tried) -> _Tried:

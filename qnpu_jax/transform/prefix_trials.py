@@ -139,8 +139,14 @@ class Bench:
         for start in range(0, count, size):
             yield start, self.windows[start : start + size]
 
-    def outliers(self, tokens: tuple[int, ...]) -> tuple[Outliers, tuple[float, ...]]:
+    def outliers(
+        self, tokens: tuple[int, ...], every: bool = True
+    ) -> tuple[Outliers, tuple[float, ...]]:
         """Runs the model after a prefix in float.
+
+        Args:
+          every: look at all beginnings; otherwise only until a token is found to be an outlier,
+            which tells already that the prefix does not tame them.
 
         Returns:
           Its outliers, and KL(original || it) of each domain.
@@ -155,6 +161,8 @@ class Bench:
                     kls += self._kls(start, env["logits"])
         if self.beginnings is not None:
             for name, layer, env in self._passes(self.beginnings, tokens, WATCHED):
+                if not every and seen.ratios.max() > OUTLIER_RATIO:
+                    break
                 if name == "layers.":
                     seen.look(layer, env, self.beginnings)
                     if layer == self.config.num_layers - 1:

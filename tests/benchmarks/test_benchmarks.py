@@ -1,5 +1,6 @@
 """What the benchmarks decide from rows: which are kept, refused, compared. Nothing is measured."""
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from workspace import write_tiny_model
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
@@ -19,6 +21,7 @@ from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 ablation = importlib.import_module("ablation")
 accuracy = importlib.import_module("accuracy")
+key_cache = importlib.import_module("key_cache")
 outcome = importlib.import_module("outcome")
 protocol = importlib.import_module("protocol")
 
@@ -116,7 +119,7 @@ def test_a_job_knows_recipe_effort_and_files(tmp_path):
     args = Namespace(
         text=text, calibration=[text], windows=2, length=8, effort="fast", batch=1, own=0
     )
-    args.steps, args.no_simulator = 7, True
+    args.steps, args.no_simulator, args.others = 7, True, []
     bench = Namespace(checkpoint=Namespace(sha256="0" * 64))
 
     def settings(recipe: Recipe):
@@ -127,9 +130,77 @@ def test_a_job_knows_recipe_effort_and_files(tmp_path):
     assert found["scored"] == "fake_quant" and found["model"] == "0" * 12
     other = settings(dataclasses.replace(W8A8, smooth=0.5))
     assert {k for k in found if found[k] != other[k]} == {"settings"}
+    args.own = 64
+    assert {k for k in found if found[k] != settings(W8A8)[k]} == {"calibration"}
+    args.own, args.others = 0, [text]  # a kept row without them would pass as if they were scored
+    assert {k for k in found if found[k] != settings(W8A8)[k]} == {"others_of"}
     args.effort = "none"
     with pytest.raises(UserError, match=r"--steps: .* got 7 with none"):
         settings(W8A8)
+
+
+# Texts of the command line.
+
+
+def parsed(*given: object) -> Namespace:
+    parser = argparse.ArgumentParser()
+    protocol.add_arguments(parser)
+    return parser.parse_args(list(map(str, given)))
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def written_texts(folder: Path, **texts: str) -> dict[str, Path]:
+    for name, text in texts.items():
+        (folder / name).mkdir()
+        (folder / name / "x.txt").write_text(text)
+    return {name: folder / name / "x.txt" for name in texts}
+
+
+@pytest.mark.parametrize("option", ["--own", "--windows", "--batch", "--length"])
+@pytest.mark.parametrize("value", ["-7", "99999999999999", "x"])
+def test_counts_are_checked_before_anything_is_read(option, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        parsed("--text", "a", "--calibration", "b", option, value)
+    assert end.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+def test_texts_that_would_pass_for_one_another_are_refused(tiny_model, tmp_path):
+    at = written_texts(tmp_path, a="words " * 200, b="other words " * 200)
+    given = ["--model", tiny_model, "--text", at["a"], "--calibration", at["a"]]
+    given += ["--effort", "none", "--windows", 1, "--length", 16]
+    with pytest.raises(UserError, match="--others: files named x, x; expected different names"):
+        protocol.load(parsed(*given, "--others", at["a"], at["b"]))
+    (tmp_path / "text.txt").write_text("words " * 200)
+    with pytest.raises(UserError, match="none of them text"):
+        protocol.load(parsed(*given, "--others", tmp_path / "text.txt"))
+    assert list(protocol.load(parsed(*given, "--others", at["b"])).others) == ["x"]
+
+
+def test_a_text_too_short_to_learn_from_is_refused_before_the_work(tiny_model, tmp_path):
+    at = written_texts(tmp_path, long="words " * 900, short="words " * 9, blank=" \n")
+    given = ["--model", tiny_model, "--text", at["long"], "--windows", 1, "--length", 16]
+    given += ["--calibration", at["long"]]
+    for name in ("short", "blank"):
+        with pytest.raises(UserError, match=r"x\.txt"):
+            protocol.load(parsed(*given, at[name], "--effort", "fast"))
+    found = protocol.load(parsed(*given, at["short"], "--effort", "none"))
+    assert list(found.calibration) == [str(at["long"]), str(at["short"])]
+
+
+@pytest.mark.slow
+def test_the_measurement_of_the_key_cache_runs(tiny_model, tmp_path, monkeypatch, capsys):
+    at = written_texts(tmp_path, text="words of many kinds. " * 900)
+    given = ["--model", tiny_model, "--text", at["text"], "--calibration", at["text"]]
+    monkeypatch.setattr(
+        sys, "argv", ["key_cache", *map(str, given), "--windows", "1", "--length", "32"]
+    )
+    assert key_cache.main() == 0
+    assert "centred: perplexity" in capsys.readouterr().out
 
 
 # A recipe that diverges.

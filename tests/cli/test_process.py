@@ -75,6 +75,19 @@ def test_killed_while_it_writes(tmp_path):
 
 
 @pytest.mark.slow
+def test_asked_to_end_while_it_writes(tmp_path):
+    """SIGTERM, as a scheduler sends it."""
+    write_inputs(tmp_path)
+    with running(*QUANTIZE, cwd=tmp_path) as process:
+        wait_for(lambda: list(tmp_path.glob(".out.*.partial/model.tflite")), process)
+        process.terminate()
+        out, err = process.communicate()
+    assert (process.returncode, out) == (128 + signal.SIGTERM, "")
+    assert err.splitlines()[-1] == "qnpu: interrupted, nothing is left behind"
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "recipe.json", "text.txt"}
+
+
+@pytest.mark.slow
 def test_interrupted(tmp_path):
     """Ctrl-C on a terminal, where the running stage is shown."""
     write_inputs(tmp_path)

@@ -344,6 +344,8 @@ def test_chats_are_the_same_every_day_and_in_every_template(template, begins):
 def test_a_template_that_refuses_questions_leaves_free_text():
     assert _chats(characters(True, "{{ raise_exception('tools only') }}")) == []
     assert _chats(characters(True, None)) == []
+    tools = "{% for m in messages if m.role == 'tool' %}{{ m.content }}{% endfor %}"
+    assert _chats(characters(True, tools)) == []  # it renders questions to nothing
 
 
 def test_beginnings_are_varied():

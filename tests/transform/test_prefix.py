@@ -150,7 +150,7 @@ def test_outliers_that_no_prefix_tames_are_told():
 def report(monkeypatch, whole: list[float], worst: list[float], bos=()) -> PrefixReport:
     """What is chosen where a prefix of n tokens does this harm and leaves this ratio."""
 
-    def outliers(self, tokens):
+    def outliers(self, tokens, every=True):
         ratio = (1.0, float(worst[len(tokens)]))
         return Outliers(ratio, float(len(tokens)), (SINK,)), (0.0,)
 
