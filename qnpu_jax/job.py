@@ -38,7 +38,7 @@ from qnpu_jax.proof import PrefillProof, prove_prefill
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import Texts, excerpts, files, starts_of
 from qnpu_jax.tflite import LiteRT, check_prefill, write_prefill
-from qnpu_jax.transform import prefix_length
+from qnpu_jax.transform import prefix_length, rotations_of
 
 PACKAGES = (
     "qnpu", "jax", "jaxlib", "numpy", "optax", "ai-edge-litert", "flatbuffers", "gguf", "tokenizers"
@@ -202,6 +202,7 @@ def _report(
         **text.to_json(),
         **measured.to_json(),
         "seconds": {k: round(v, 2) for k, v in watch.seconds.items()},
+        "rotations": rotations_of(checkpoint.config) if job.recipe.rotation != "none" else {},
         "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
         "learned": _learned(job, made.histories),
         "ranges": artifacts.columns(made.ranges),

@@ -56,6 +56,9 @@ def _rows(report: dict[str, Any]) -> Iterator[list[tuple[str, str, str]]]:
         ("accumulators", "overflow", "none can, by proof from the weights"),
         ("", "closest", f"{closest['needed']} of {closest['available']} bits: {closest['tensor']}"),
     ]
+    if rotations := report["rotations"]:
+        first, *rest = rotations.items()
+        yield [("rotations", *first), *(("", *row) for row in rest)]
     if prefix:
         yield _prefix_rows(prefix)
     if report["learned"]:

@@ -12,7 +12,13 @@ from qnpu_jax.transform.fold import check_folded, fold_norms
 from qnpu_jax.transform.key_centring import centre_keys, key_centres
 from qnpu_jax.transform.prefix import add_prefix, prefix_length, without_prefix
 from qnpu_jax.transform.prefix_search import PrefixReport, Starts, find_prefix
-from qnpu_jax.transform.rotate import Rotation, random_rotation, rotate, rotate_parameter
+from qnpu_jax.transform.rotate import (
+    Rotation,
+    random_rotation,
+    rotate,
+    rotate_parameter,
+    rotations_of,
+)
 
 __all__ = [
     "Diagonal",
@@ -31,6 +37,7 @@ __all__ = [
     "random_rotation",
     "rotate",
     "rotate_parameter",
+    "rotations_of",
     "scale_channels",
     "scale_parameter",
     "smoothquant",

@@ -52,6 +52,15 @@ class Rotation:
     r2: Float[Array | np.ndarray, "L K K"]
 
 
+def rotations_of(config: ModelConfig) -> dict[str, str]:
+    """Tells of each rotation what it turns, or why it cannot be merged, in plain words."""
+    reason = "not merged: a norm's gain stands between each block and the residual sum"
+    return {
+        "R1": "residual stream" if config.merges_r1 else reason,
+        "R2": "values of each layer",
+    }
+
+
 def random_rotation(config: ModelConfig, seed: int) -> Rotation:
     """Draws R1 (D, D) and R2 (L, K, K), float64: random Hadamard, or orthogonal at orders without.
 

@@ -23,6 +23,7 @@ from qnpu_jax.proof.prefill import PrefillProof
 from qnpu_jax.proof.simulated import Simulated
 from qnpu_jax.recipes import RECIPES, load_recipe
 from qnpu_jax.tflite.interpreter import LiteRT
+from qnpu_jax.transform import rotations_of
 
 # What a user reads.
 
@@ -88,6 +89,16 @@ def test_what_learning_did_is_in_the_table(made, capfd):
     assert "│ learning     │ effort " in shown
     assert "stage 3" in shown
     assert "40 of 60 steps, held-out KL 0.25 -> 0.125" in shown
+
+
+def test_the_table_says_which_rotation_is_not_merged_and_why(made, monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "120")
+    gains_between = dataclasses.replace(OutputFolder.open(made / "out").model.config, norms="after")
+    report_table.show(report_of(made, rotations=rotations_of(gains_between)))
+    shown = capfd.readouterr().out
+    assert "R1" in shown and "not merged: a norm's gain stands between each block" in shown
+    report_table.show(report_of(made, rotations={}))
+    assert "rotations" not in capfd.readouterr().out
 
 
 def test_a_prefix_that_does_not_help_is_a_warning(made, monkeypatch, capfd):
