@@ -50,6 +50,10 @@ def bench(
     No phone was at hand when this was written: those runs are untested.
     """
     if not (on_phone or dry_run):
+        for name, value in (("binary", binary), ("serial", serial), ("model", model)):
+            check_unused(name, value, None, "this CPU, without --adb")
+        for name, several in (("delegate", delegate), ("library", library)):
+            check_unused(name, " ".join(map(str, several or ())), "", "this CPU, without --adb")
         _on_cpu(folder, profile, prefill, context, threads, rounds)
         return
     if binary is None:
@@ -57,6 +61,10 @@ def bench(
             "--binary: missing; expected LiteRT's benchmark_model for the phone's CPU; build or"
             " download it, and give its path"
         )
+    for name in delegate or []:
+        if name not in get_args(Delegate):
+            expected = ", ".join(get_args(Delegate))
+            raise UserError(f"--delegate {name}: expected one of {expected}; correct it")
     if model is not None:
         check_unused("profile", profile, "plain", f"--model {model}, which has its own")
     with importing():
@@ -65,7 +73,7 @@ def bench(
         from qnpu_jax.output import OutputFolder
     asked = deploy.CachedFile(prefill, context, profile)
     file = model or deploy.cached_file(OutputFolder.open(folder), asked)
-    delegates: Any = tuple(delegate or ["cpu"])  # `phone.check_request` refuses others
+    delegates: Any = tuple(delegate or ["cpu"])
     options = (delegates, tuple(library or ()), serial, threads, rounds)
     _on_phone(PhoneRequest(file, binary, *options), dry_run)
 

@@ -303,7 +303,8 @@ def call() -> int:
         return complain(str(error))
     except TyperException as error:  # a misspelt option, a missing argument
         message = error.format_message().rstrip(".?")
-        return complain(f"{message}; see `qnpu --help`") if message else 2
+        command = getattr(getattr(error, "ctx", None), "command_path", "qnpu")
+        return complain(f"{message}; see `{command} --help`") if message else 2
     except OSError as error:
         return complain(f"{error.filename}: {error.strerror or error}; check the file")
     if status == INTERRUPTED:  # what typer makes of Ctrl-C

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,14 +29,16 @@ def save(model: IntegerModel, folder: Path) -> None:
         **{f"zero_point/{n}": t.zero_point for n, t in model.tensors.items()},
     }
     arrays = {n: np.asarray(x, order="C") for n, x in arrays.items()}  # keeps 0-d arrays 0-d
-    safetensors.numpy.save_file(arrays, folder / "integer_model.safetensors")
+    codes, settings = folder / "integer_model.safetensors", folder / "integer_model.json"
+    safetensors.numpy.save_file(arrays, codes)
     meta = {
         "format": FORMAT,
         "config": model.config.to_json(),
         "bits": [list(r) for r in model.plan.rules],
         "prefix": list(model.prefix),
     }
-    (folder / "integer_model.json").write_text(json.dumps(meta, indent=1) + "\n")
+    settings.write_text(json.dumps(meta, indent=1) + "\n")
+    shutil.copymode(settings, codes)  # safetensors lets nobody else read its files
 
 
 def load(folder: str | Path) -> IntegerModel:

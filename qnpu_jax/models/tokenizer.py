@@ -205,6 +205,7 @@ class Tokenizer:
             raise UserError(
                 f"{self.source}: no chat template; expected {TEMPLATE}, or chat_template in"
                 f" {CONFIG}; use an instruct model, or plain text"
+                " (`qnpu generate --raw`)"
             )
         special = {**self.special} | ({} if bos else {"bos_token": ""})
         text = render_question(self.chat_template, messages, special, self.source, now)

@@ -300,7 +300,10 @@ def test_export(qnpu, here):
         ("m.litertlm", "m.litertlm: a plain .tflite would get this name; expected one that"),
         ("m.tflite --prefill 1", "prefill: 1 is too short; expected at least 2"),
         ("m.tflite --prefill 513", "513 positions; expected at most the model's 512"),
-        ("m.tflite --logits first", "'first' is not one of 'all', 'last'; see `qnpu --help`"),
+        (
+            "m.tflite --logits first",
+            "'first' is not one of 'all', 'last'; see `qnpu export --help`",
+        ),
     ],
 )
 def test_export_refused(refused, args, message):

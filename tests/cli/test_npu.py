@@ -152,5 +152,18 @@ def test_a_profile_that_nothing_would_read_is_refused(refused, command, said):
     assert refused(*command.split(), "--profile", "unpacked") == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--dry-run --binary m --delegate foo", "--delegate foo: expected one of cpu, nnapi, qnn"),
+        ("--delegate qnn --library l.so", "--delegate qnn: not for this CPU, without --adb"),
+        ("--library l.so", "--library l.so: not for this CPU, without --adb"),
+        ("--binary m", "--binary m: not for this CPU, without --adb"),
+    ],
+)
+def test_bench_refuses_what_it_would_not_read(refused, given, message):
+    assert refused("bench", "out", *given.split()).startswith(message)
+
+
 def test_bench_on_a_phone_needs_the_program(refused):
     assert refused("bench", "out", "--adb").startswith("--binary: missing; expected")

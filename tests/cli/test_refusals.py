@@ -33,7 +33,10 @@ def quantize(*changes: str) -> list[str]:
         ("--out text.txt", "text.txt: is a file; expected a folder; choose another --out"),
         ("--out text.txt/new", "/text.txt is a file; expected a folder; choose another --out"),
         ("--out model --overwrite", "so it is not ours to overwrite; expected an output folder"),
-        ("--effort most", "'most' is not one of 'none', 'fast', 'full'; see `qnpu --help`"),
+        (
+            "--effort most",
+            "'most' is not one of 'none', 'fast', 'full'; see `qnpu quantize --help`",
+        ),
         (
             "--effort fast --checkpoints model",
             "model: holds no run.json, so it is not ours to write to; expected a new or empty",
@@ -62,8 +65,11 @@ def test_bad_option(refused, args, message):
 
 
 def test_missing_and_unknown_arguments(refused):
-    assert refused("quantize", "model") == "Missing option '--out'; see `qnpu --help`"
-    assert refused("quantize", "--out", "new") == "Missing argument 'model'; see `qnpu --help`"
+    assert refused("quantize", "model") == "Missing option '--out'; see `qnpu quantize --help`"
+    assert (
+        refused("quantize", "--out", "new")
+        == "Missing argument 'model'; see `qnpu quantize --help`"
+    )
     assert refused("quantise").startswith("No such command 'quantise'")
     assert refused("quantize", "nowhere", "--out", "new").startswith(
         "nowhere: no such file or folder; expected a Hugging Face folder"

@@ -181,6 +181,8 @@ def test_save_and_load_give_the_same_bytes(tmp_path, plan):
     for name in FILES:
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert {p.name for p in first.iterdir()} == set(FILES)
+    (tmp_path / "usual").touch()
+    assert len({p.stat().st_mode for p in (*first.iterdir(), tmp_path / "usual")}) == 1
     for field in ("config", "plan", "prefix"):
         assert getattr(loaded, field) == getattr(model, field)
     assert loaded.tensors.keys() == model.tensors.keys()
