@@ -58,6 +58,7 @@ def test_another_process_gives_the_same_bytes(tmp_path, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_while_it_writes(tmp_path):
     write_inputs(tmp_path)
     with running(*QUANTIZE, cwd=tmp_path) as process:

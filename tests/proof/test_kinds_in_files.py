@@ -103,7 +103,7 @@ def test_fake_quantization_is_near_the_integers(name):
 
 
 @pytest.mark.slow
-@models
+@pytest.mark.parametrize("name", pairwise.often(list(kinds.CONFIGS), ["three"]))
 def test_a_whole_quantization_ends_in_an_equal_file(tmp_path, name):
     """Prefix search, calibration, weight rounding, freezing, writing: effort `none`."""
     config, ids = kinds.CONFIGS[name], tiny.random_ids((8, tiny.TOKENS), 5)
