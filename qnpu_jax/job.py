@@ -305,7 +305,7 @@ class Measured:
 
     Attributes:
       perplexity: of each reading: the original float model, it after the prefix if there is one,
-        fake-quant; simulator, LiteRT.
+        fake-quant, simulator, LiteRT.
       proof: of the file that was written.
     """
 

@@ -57,12 +57,18 @@ def test_another_process_gives_the_same_bytes(tmp_path, tmp_path_factory):
         assert (tmp_path / "new" / name).read_bytes() == (made / "out" / name).read_bytes()
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator:
+    """A run that has begun to write its output folder."""
+    write_inputs(folder)
+    with running(*QUANTIZE, cwd=folder) as process:
+        wait_for(lambda: list(folder.glob(".out.*.partial/model.tflite")), process)
+        yield process
+
+
 @pytest.mark.slow
-@pytest.mark.nightly
 def test_killed_while_it_writes(tmp_path):
-    write_inputs(tmp_path)
-    with running(*QUANTIZE, cwd=tmp_path) as process:
-        wait_for(lambda: list(tmp_path.glob(".out.*.partial/model.tflite")), process)
+    with writing(tmp_path) as process:
         process.kill()
         process.wait()
     (left,) = tmp_path.glob(".out.*.partial")
@@ -78,9 +84,7 @@ def test_killed_while_it_writes(tmp_path):
 @pytest.mark.slow
 def test_asked_to_end_while_it_writes(tmp_path):
     """SIGTERM, as a scheduler sends it."""
-    write_inputs(tmp_path)
-    with running(*QUANTIZE, cwd=tmp_path) as process:
-        wait_for(lambda: list(tmp_path.glob(".out.*.partial/model.tflite")), process)
+    with writing(tmp_path) as process:
         process.terminate()
         out, err = process.communicate()
     assert (process.returncode, out) == (128 + signal.SIGTERM, "")
