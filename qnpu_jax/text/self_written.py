@@ -29,7 +29,7 @@ from qnpu_jax.graph import Decoder, Params, Tensors, decoder, layer_inputs, loca
 from qnpu_jax.models import FIXED_DATE, Tokenizer
 from qnpu_jax.text.openers import QUESTIONS, plain
 
-BATCH = {"cpu": 32, "gpu": 256}
+BATCH = {"cpu": 32, "gpu": 512}
 """Rows decoded together at most, by backend: a step reads all weights once, however many rows share
 it."""
 
