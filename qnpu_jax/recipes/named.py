@@ -26,29 +26,31 @@ _TOGETHER = Stage(
 )
 _NUDGED = dataclasses.replace(_TOGETHER, learn=(*_TOGETHER.learn, ("rounding", 2.0)))
 """8-bit weights learn too: by sign descent, fast, each within half a code of where it began."""
-_ROUNDING = Stage(
+_DISTILLED = Stage(
     learn=(
-        ("rounding", 0.15),
+        ("rounding", 0.002),
         ("rotated", 0.003),
         ("unrotated", 0.003),
         ("weights", 0.001),
         ("biases", 3e-4),
     ),
-    share=0.5,
+    share=0.6,
     gptq=True,
+    rounding_optimizer="adam",
 )
+"""4-bit weights learn by Adam, from where GPTQ left them to any code: half a code is not enough."""
 
 
 def _ours(weights: int, activations: int, scores: int = 16, stream: int = 16) -> Recipe:
-    """Everything at once, 8-bit weights too; at 4 bits first all but weights, then which way each
-    rounds: GPTQ, then by gradient.
+    """Everything at once, 8-bit weights too; at 4 bits first all but weights, then GPTQ, and then
+    the weights themselves.
 
     With 8-bit weights and 16-bit activations nothing learns: calibrated, the model is as good as
     float, and every step made it worse (benchmarks/README.md).
     """
     stages: tuple[Stage, ...] = (_NUDGED,)
     if weights < 8:
-        stages = (dataclasses.replace(_TOGETHER, share=0.5), _ROUNDING)
+        stages = (dataclasses.replace(_TOGETHER, share=0.4), _DISTILLED)
     elif activations > 8:
         stages = ()
     suffix = "i8" if stream == 8 else "s8" if scores == 8 else ""
