@@ -79,6 +79,8 @@ class ModelConfig:
         the residual stream, and of the logits.
       centred_keys: keys are stored less one constant vector per layer and KV head
         (`transform.key_centring`).
+      double_norms: norms of the residual stream are taken twice, for tokens that differ so much in
+        length that 16 bits cannot hold their squares (`graph.norms.rms_norm`).
     """
 
     family: str
@@ -104,6 +106,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     centred_keys: bool = False
+    double_norms: bool = False
 
     @property
     def queries_per_kv_head(self) -> int:

@@ -203,6 +203,7 @@ def _report(
         **measured.to_json(),
         "seconds": {k: round(v, 2) for k, v in watch.seconds.items()},
         "rotations": rotations_of(checkpoint.config) if job.recipe.rotation != "none" else {},
+        "norms": "twice" if made.model.config.double_norms else "once",
         "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
         "learned": _learned(job, made.histories),
         "ranges": artifacts.columns(made.ranges),

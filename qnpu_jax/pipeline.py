@@ -1,5 +1,5 @@
-"""From a checkpoint to an `IntegerModel`: fold, rotate, centre keys, prefix, calibrate, learn,
-freeze."""
+"""From a checkpoint to an `IntegerModel`: fold, rotate, centre keys, prefix, norms, calibrate,
+learn, freeze."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 from qnpu_jax.calibrate import calibrate_activations, collect_statistics, weight_scales
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import Decoder, Params, decoder
+from qnpu_jax.graph import Decoder, Params, Scales, decoder
 from qnpu_jax.integer import IntegerModel, check_bits, freeze
 from qnpu_jax.learn import Calibrated, History, Store, learn, learns
 from qnpu_jax.progress import Observer
@@ -33,6 +33,7 @@ from qnpu_jax.transform import (
     rotate,
     scale_channels,
     smoothquant,
+    with_double_norms,
 )
 
 
@@ -139,14 +140,14 @@ def quantize(
     original = add_prefix(config, recipe.bits, params, starts.bos)
     tokens, found = _prefix(config, params, recipe, text, starts, watch)
     params = add_prefix(config, recipe.bits, params, tokens)
-    clips = _clips(found, learns(recipe, effort))
-    dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
+    learning = learns(recipe, effort)
+    clips = _clips(found, learning)
     with watch.stage("calibrate"):
-        params = _smoothed(dec, params, recipe, text)
-        stats = collect_statistics(dec, params, text.calibration, track=watch.track)
-        activations, ranges = calibrate_activations(dec, stats, recipe.activation_init, clips)
-        free = activations | weight_scales(dec, params, recipe.weight_init)
-        if learns(recipe, effort):  # whatever freezing refuses, it refuses before hours of learning
+        if recipe.double_norms:
+            config = with_double_norms(config, recipe.bits, params, text.calibration)
+        dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
+        params, free, ranges = _calibrated(dec, params, recipe, text, clips, watch)
+        if learning:  # whatever freezing refuses, it refuses before hours of learning
             freeze(dec, params, free, tokens)
     with watch.stage("learn"):
         calibrated = Calibrated(dec, params, free, clips, original)
@@ -155,6 +156,16 @@ def quantize(
         model = freeze(dec, made.params, made.free, tokens)
     floats = (dict(made.params), dict(original), dict(params))
     return Quantized(model, *floats, found, ranges, made.histories)
+
+
+def _calibrated(
+    dec: Decoder, params: Params, recipe: Recipe, text: Windows, clips: bool, watch: Observer
+) -> tuple[Params, Scales, list[dict[str, object]]]:
+    """Parameters, scaled by channel where the recipe says so; free scales; a row for each range."""
+    params = _smoothed(dec, params, recipe, text)
+    stats = collect_statistics(dec, params, text.calibration, track=watch.track)
+    activations, ranges = calibrate_activations(dec, stats, recipe.activation_init, clips)
+    return params, activations | weight_scales(dec, params, recipe.weight_init), ranges
 
 
 def _smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:

@@ -50,8 +50,10 @@ PARTIAL = ModelConfig(
     kinds=(LayerKind(50.0, LONG), LayerKind(100.0, window=WINDOW)),
     kind_of_layer=(1, 0, 1),
     rotary_dim=4,
+    double_norms=True,
 )
-"""Half of the channels rotate; the first layer is not of kind 0, and no layer has biases."""
+"""Half of the channels rotate; the first layer is not of kind 0, no layer has biases, and norms are
+taken twice."""
 CONFIGS = {"three": THREE, "partial": PARTIAL}
 
 

@@ -85,6 +85,7 @@ def test_report(folder, out):
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert set(report["sha256"]) == files - {"report.json"}
     assert report["rotations"] == {"R1": "residual stream", "R2": "values of each layer"}
+    assert report["norms"] == "once"
     assert str(folder) not in (out / "report.json").read_text()
     assert max(map(len, (out / "report.json").read_text().splitlines())) < 200
 

@@ -59,6 +59,8 @@ def _rows(report: dict[str, Any]) -> Iterator[list[tuple[str, str, str]]]:
     if rotations := report["rotations"]:
         first, *rest = rotations.items()
         yield [("rotations", *first), *(("", *row) for row in rest)]
+    if report["norms"] == "twice":
+        yield [("norms", "taken twice", "some tokens are over 30 times as long as the median one")]
     if prefix:
         yield _prefix_rows(prefix)
     if report["learned"]:

@@ -251,7 +251,8 @@ def original(source: str, folder: Path, model: IntegerModel) -> tuple[str, Logit
         expected = recipe.get("inputs", {}).get("model", {}).get("sha256", checkpoint.sha256)
     except (OSError, ValueError, AttributeError):
         expected = checkpoint.sha256
-    other_shape = checkpoint.config != replace(model.config, centred_keys=False)
+    plain = replace(model.config, centred_keys=False, double_norms=False)
+    other_shape = checkpoint.config != plain
     if other_shape or expected != checkpoint.sha256:
         raise UserError(
             f"{source}: not the model that {folder} was quantized from, by its"

@@ -58,7 +58,7 @@ def _ours(weights: int, activations: int, scores: int = 16, stream: int = 16) ->
     return Recipe(name=f"w{weights}a{activations}{suffix}", bits=plan, stages=stages)
 
 
-_KEYS: dict[str, Any] = {"centre_keys": False, "smooth_stream": 0.0}
+_KEYS: dict[str, Any] = {"centre_keys": False, "double_norms": False, "smooth_stream": 0.0}
 _PLAIN: dict[str, Any] = {
     **_KEYS,
     "rotation": "none",

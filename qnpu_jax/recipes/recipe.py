@@ -100,6 +100,8 @@ class Recipe:
       max_prefix: the longest prefix the search may choose (tokens).
       centre_keys: take a constant vector per layer and KV head from all keys
         (`transform.key_centring`).
+      double_norms: take norms of the residual stream twice where its tokens differ much in length
+        (`transform.double_norms`).
       smooth: alpha of SmoothQuant's diagonal scales (up->down, v->o, q/k); 0 for none.
       smooth_stream: alpha of those of what blocks read and make where R1 cannot rotate it (Gemma:
         gamma -> linears; o and down, whose rows take any factor); 0 for none.
@@ -129,6 +131,7 @@ class Recipe:
     prefix: Literal["auto", "none"] = "auto"
     max_prefix: int = within(1, LARGEST, 6)
     centre_keys: bool = True
+    double_norms: bool = True
     smooth: float = within(0, 1, 0.0)
     smooth_stream: float = within(0, 1, 0.5)
     activation_init: Ranges = "class"

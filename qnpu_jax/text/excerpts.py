@@ -29,8 +29,8 @@ from qnpu_jax.text.windows import Windows, cut
 DOCUMENTATION = "pydoc_data.topics"
 OTHER_LENGTH, OTHER_COUNT = 128, 8
 """Tokens of a window, and windows, of the text that judges prefixes beside the calibration text."""
-OWN_TOKENS = {"cpu": 65_536, "gpu": 524_288}
-"""Most tokens that the model writes to learn from, by backend: either takes minutes."""
+OWN_TOKENS = {"cpu": 65_536, "gpu": 1_048_576}
+"""Most tokens that the model writes to learn from, by backend: either takes minutes at most."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from qnpu_jax.transform.channel_scales import (
     scale_parameter,
     smoothquant,
 )
+from qnpu_jax.transform.double_norms import with_double_norms
 from qnpu_jax.transform.fold import check_folded, fold_norms
 from qnpu_jax.transform.key_centring import centre_keys, key_centres
 from qnpu_jax.transform.prefix import add_prefix, prefix_length, without_prefix
@@ -41,5 +42,6 @@ __all__ = [
     "scale_channels",
     "scale_parameter",
     "smoothquant",
+    "with_double_norms",
     "without_prefix",
 ]

@@ -97,8 +97,8 @@ def test_the_table_says_which_rotation_is_not_merged_and_why(made, monkeypatch, 
     report_table.show(report_of(made, rotations=rotations_of(gains_between)))
     shown = capfd.readouterr().out
     assert "R1" in shown and "not merged: a norm's gain stands between each block" in shown
-    report_table.show(report_of(made, rotations={}))
-    assert "rotations" not in capfd.readouterr().out
+    report_table.show(report_of(made, rotations={}, norms="twice"))
+    assert "taken twice" in (shown := capfd.readouterr().out) and "rotations" not in shown
 
 
 def test_a_prefix_that_does_not_help_is_a_warning(made, monkeypatch, capfd):
