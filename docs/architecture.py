@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import test_imports as held  # noqa: E402
 
 ARROW = " -> "
-PLUMBING = ("errors", "choices", "artifacts", "extras", "progress")
+PLUMBING = ("errors", "choices", "heap", "artifacts", "extras", "progress")
 """Files that much imports and that say nothing about the structure: listed, without arrows."""
 DEFINITION, READERS = ("graph",), ("fakequant", "calibrate", "qnpu_sim", "tflite")
 COLOURS = {"definition": "#f5c26b", "reader": "#9ecae8", "other": "#eeeeee"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from qnpu_jax import heap
 from qnpu_jax.calibrate import calibrate_activations, collect_statistics, weight_scales
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
@@ -140,20 +141,20 @@ def quantize(
     original = add_prefix(config, recipe.bits, params, starts.bos)
     tokens, found = _prefix(config, params, recipe, text, starts, watch)
     params = add_prefix(config, recipe.bits, params, tokens)
-    learning = learns(recipe, effort)
-    clips = _clips(found, learning)
+    clips = _clips(found, learns(recipe, effort))
     with watch.stage("calibrate"):
         if recipe.double_norms:
             config = with_double_norms(config, recipe.bits, params, text.calibration)
         dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
         params, free, ranges = _calibrated(dec, params, recipe, text, clips, watch)
-        if learning:  # whatever freezing refuses, it refuses before hours of learning
+        if learns(recipe, effort):  # whatever freezing refuses, it refuses before hours of learning
             freeze(dec, params, free, tokens)
     with watch.stage("learn"):
         calibrated = Calibrated(dec, params, free, clips, original)
         made = learn(calibrated, recipe, effort, text, store, watch)
     with watch.stage("freeze"):
         model = freeze(dec, made.params, made.free, tokens)
+    heap.trim()
     floats = (dict(made.params), dict(original), dict(params))
     return Quantized(model, *floats, found, ranges, made.histories)
 
@@ -165,6 +166,7 @@ def _calibrated(
     params = _smoothed(dec, params, recipe, text)
     stats = collect_statistics(dec, params, text.calibration, track=watch.track)
     activations, ranges = calibrate_activations(dec, stats, recipe.activation_init, clips)
+    heap.trim()
     return params, activations | weight_scales(dec, params, recipe.weight_init), ranges
 
 
@@ -197,6 +199,7 @@ def _prefix(
     with watch.stage("prefix"):
         domains = (text.calibration, text.other)
         found = find_prefix(config, recipe.bits, params, domains, starts, recipe.max_prefix)
+    heap.trim()
     return found.tokens, found
 
 

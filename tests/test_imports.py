@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     name: level
     for level, names in enumerate([
-        "choices errors",
+        "choices errors heap",
         "artifacts config extras progress",
         "graph",
         "fakequant integer models recipes",

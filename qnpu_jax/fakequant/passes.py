@@ -23,8 +23,8 @@ from qnpu_jax.graph import (
 
 Keep = Callable[[Graph], tuple[str, ...]]
 """Chooses tensors of a graph: local names."""
-LOGIT_BYTES = 2**28
-"""Most memory for the float32 logits of a pass, beside which copies of them stand."""
+LOGIT_BYTES = {"cpu": 2**27, "gpu": 2**29}
+"""Most memory for the float32 logits of a pass, beside which copies of them stand, by backend."""
 
 
 def windows_at_once(config: ModelConfig, tokens: int, count: int, most: int = 8) -> int:
@@ -35,14 +35,15 @@ def windows_at_once(config: ModelConfig, tokens: int, count: int, most: int = 8)
     >>> sizes = dict(family="a", hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
     >>> sizes |= dict(num_kv_heads=1, head_dim=8, max_positions=512)
     >>> windows_at_once(ModelConfig(vocab_size=49_152, **sizes), tokens=256, count=32)
-    4
+    2
 
     Args:
       tokens: of a window.
       count: windows in all.
       most: no more than these.
     """
-    limit = max(1, min(most, count, LOGIT_BYTES // (4 * tokens * config.vocab_size)))
+    most_bytes = LOGIT_BYTES.get(jax.default_backend(), LOGIT_BYTES["gpu"])
+    limit = max(1, min(most, count, most_bytes // (4 * tokens * config.vocab_size)))
     equal = next(n for n in range(limit, 0, -1) if count % n == 0)
     return equal if 2 * equal > limit else limit
 

@@ -15,7 +15,7 @@ from qnpu_jax.integer.intermediates import (
     check_intermediates,
     proved_intermediates,
 )
-from qnpu_jax.integer.model import IntegerModel, QTensor, activation_scales, dequantize
+from qnpu_jax.integer.model import IntegerModel, QTensor, activation_scales, blocks, dequantize
 from qnpu_jax.integer.simulator import Simulate, Simulator
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Simulate",
     "Simulator",
     "activation_scales",
+    "blocks",
     "channel_bounds",
     "check_accumulators",
     "check_bits",

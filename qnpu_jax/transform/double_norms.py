@@ -27,8 +27,8 @@ WINDOWS = 4
 def widest_lengths(
     config: ModelConfig, plan: BitPlan, params: Params, windows: Int[np.ndarray, "n t"]
 ) -> float:
-    """Measures the longest token over the median one, squared, before any norm of the residual
-    stream, in float.
+    """Measures the longest token over the median one, squared, before any norm of the layers'
+    residual stream, in float.
 
     Args:
       params: folded parameters, prefix K/V included.
@@ -37,9 +37,11 @@ def widest_lengths(
     dec = decoder(config, plan, windows.shape[1], prefix_length(params))
     ids = jnp.asarray(windows[:WINDOWS], jnp.int32)
     found = [1.0]
-    for _, _, env in passes(dec, params, ids, _stream_norms):
+    for graph, layer, env in passes(dec, params, ids, _stream_norms):
         sums = (np.asarray(x) for name, x in env.items() if name.endswith("norm.sum"))
         found += [float(x.max() / np.median(x)) for x in sums]
+        if graph is dec.layer and layer == config.num_layers - 1:
+            break  # the head's logits are larger than all else; its norm is none of the widest
     return max(found)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from qnpu_jax.graph import BatchMatmul, FullyConnected, Graph, Node
-from qnpu_jax.integer import IntegerModel, QTensor
+from qnpu_jax.integer import IntegerModel, QTensor, blocks
 from qnpu_sim.program import Program, steps
 
 
@@ -101,8 +101,10 @@ def _range(
     x = centred(node.inputs[0])
     if isinstance(node.op, FullyConnected):
         w, b = (at(n).codes for n in node.inputs[1:])
-        acc = x @ w.T.astype(np.float64)
-        low, high = (end.astype(np.int64) + b for end in (acc.min(0), acc.max(0)))
+        # A head in float64 whole would be twice as large as in float32, which nothing else needs.
+        sums = [x @ w[block].T.astype(np.float64) for block in blocks(w)]
+        ends = [(acc.min(0), acc.max(0)) for acc in sums]
+        low, high = (np.concatenate(end).astype(np.int64) + b for end in zip(*ends, strict=True))
     else:
         assert isinstance(node.op, BatchMatmul)
         y = centred(node.inputs[1])

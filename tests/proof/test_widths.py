@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.ops import FullyConnected
-from qnpu_jax.integer import intermediates
+from qnpu_jax.integer import intermediates, model
 from qnpu_jax.integer.accumulators import (
     ChannelBounds,
     channel_bounds,
@@ -159,18 +159,28 @@ def test_channels_of_a_model_make_up_the_bounds_of_its_ops(plan):
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", pairwise.often([*tiny.PLANS], ["w8a8", "mixed"]))
 def test_what_runs_reach_lies_within_what_is_proved(plan):
-    model = tiny.quantized("gqa_llama3", plan)
-    dec = model.decoder(8)
-    program = compile_model(model, dec)
+    quantized = tiny.quantized("gqa_llama3", plan)
+    dec = quantized.decoder(8)
+    program = compile_model(quantized, dec)
     ids = tiny.random_ids((2, 8), 9)
-    observed = observed_ranges(model, program, ids)
-    rows = widths.join(channel_bounds(dec, model.tensors), observed)
+    observed = observed_ranges(quantized, program, ids)
+    rows = widths.join(channel_bounds(dec, quantized.tensors), observed)
     assert all(row.holds for row in rows)
     assert all(row.seen <= row.needed <= row.proved.available for row in rows)
-    singly = [observed_accumulators(model, dec, _codes(program, text)) for text in ids]
+    singly = [observed_accumulators(quantized, dec, _codes(program, text)) for text in ids]
     for row in rows:
         assert row.reached == max(found[row.tensor] for found in singly)
     assert observed["layers.0.attn.norm.squares"].low.min() >= 0
+
+
+def test_sums_by_blocks_of_channels_are_those_of_all_at_once(monkeypatch):
+    quantized = tiny.quantized("gqa_llama3", "w8a8")
+    program = compile_model(quantized, quantized.decoder(8))
+    ids = tiny.random_ids((1, 8), 9)
+    whole = observed_ranges(quantized, program, ids)
+    monkeypatch.setattr(model, "BLOCK", 64)  # of any linear some rows
+    for name, seen in observed_ranges(quantized, program, ids).items():
+        np.testing.assert_array_equal(seen, whole[name])
 
 
 def _codes(program, ids: np.ndarray) -> dict[str, np.ndarray]:
