@@ -20,19 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from protocol import (
-    COLUMNS,
-    Bench,
-    Job,
-    Row,
-    add_arguments,
-    kept_rows,
-    load,
-    perplexity,
-    quick,
-    recipe_job,
-    table,
-)
+from protocol import Bench, add_arguments, load, quick, recipe_job
+from rows import COLUMNS, Job, Row, kept_rows, perplexity, table
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.recipes import Recipe, Stage, load_recipe

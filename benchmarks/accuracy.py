@@ -18,21 +18,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import outcome
-from protocol import (
-    MAIN,
-    Bench,
-    Job,
-    Row,
-    add_arguments,
-    finite,
-    float_job,
-    kept_rows,
-    load,
-    perplexity,
-    quick,
-    recipe_job,
-    table,
-)
+from protocol import MAIN, Bench, add_arguments, float_job, load, quick, recipe_job
+from rows import Job, Row, finite, kept_rows, perplexity, table
 
 from qnpu_jax.recipes import RECIPES, load_recipe
 

@@ -17,7 +17,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from protocol import Row, read_rows
+from rows import Row, read_rows
 
 from qnpu_jax import pipeline
 from qnpu_jax.errors import UserError

@@ -1,12 +1,9 @@
-"""Protocol of the accuracy benchmarks: texts, readings of a model, measured rows in a file.
+"""Protocol of the accuracy benchmarks: texts, and readings of a model.
 
 Perplexity: the text tokenized without special tokens, its first 65,536 tokens as 128 windows of
 512, mean negative log-likelihood of the 511 next tokens of each, exponentiated. Calibration and
 learning on another text; the held-out text that decides which step is kept is a third (Python's
 documentation).
-
-Rows are kept in a JSON file as they come, because a table takes several commands and commands get
-killed; a row holds what it was measured with, and is not taken for one measured otherwise.
 """
 
 from __future__ import annotations
@@ -15,18 +12,17 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from checks import checked
+from rows import Job, Row
 
 from qnpu_jax import pipeline
 from qnpu_jax.errors import UserError
@@ -45,13 +41,8 @@ from qnpu_sim.program import compile_model, run
 
 MOST = 2**31 - 1
 """Of tokens and windows on the command line."""
-Row = dict[str, Any]
-"""Name, settings and readings of one measurement, as JSON has them."""
-SHARED = ("model", "text", "calibration", "windows", "length")
-"""Settings that all rows of a table have in common, or their perplexities do not compare."""
 MAIN = "text"
 """Name of the scored text beside those of --others."""
-COLUMNS = ("fake_quant", "simulator", "kl", "top1", "seconds", "step_seconds")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=count_from(2), default=512)
     parser.add_argument("--batch", type=count_from(1), default=4)
     parser.add_argument("--no-simulator", action="store_true", help="fake-quant only")
+    parser.add_argument(
+        "--check", action="store_true",
+        help="write each model, compare every tensor with LiteRT's, and let it answer three chats",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="rows are kept here, and not measured again")
 
 
@@ -177,7 +172,18 @@ def load(args: argparse.Namespace) -> Bench:
     return Bench(checkpoint, windows(args.text), calibration, args.own, others)
 
 
-def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: bool) -> Row:
+Check = Callable[[Bench, pipeline.Quantized], Row]
+"""Further readings of a quantized model."""
+
+
+def measure(
+    bench: Bench,
+    recipe: Recipe,
+    effort: Effort,
+    batch: int,
+    simulate: bool,
+    check: Check | None = None,
+) -> Row:
     """Quantizes by a recipe; perplexities, KL and top-1 agreement, and how learning went.
 
     A recipe that diverges is a result too: a row with `error` and no readings.
@@ -210,6 +216,7 @@ def measure(bench: Bench, recipe: Recipe, effort: Effort, batch: int, simulate: 
     return {
         "recipe": recipe.name,
         **scores,
+        **(check(bench, made) if check else {}),
         "prefix": list(made.model.prefix),
         "trials": dataclasses.asdict(made.prefix)["trials"] if made.prefix else None,
         "seconds": round(seconds, 1),
@@ -253,21 +260,6 @@ def float_perplexity(bench: Bench, recipe: Recipe, batch: int) -> float:
         return measure_perplexity.perplexity(logits, bench.held_out, batch)
 
 
-@dataclass(frozen=True)
-class Job:
-    """A row to measure.
-
-    Attributes:
-      name: of the row, the only one of this name in its file.
-      settings: what it is measured with; a kept row with others is another row.
-      measure: gives its readings.
-    """
-
-    name: str
-    settings: Row
-    measure: Callable[[], Row]
-
-
 def settings_of(args: argparse.Namespace, bench: Bench) -> Row:
     """The settings that all rows share."""
     return {
@@ -295,9 +287,11 @@ def recipe_job(
         "scored": "simulator" if simulate else "fake_quant",
         "others_of": " ".join(files.digest(path)[:12] for path in args.others),
         "settings": hashlib.sha256(all_settings.encode()).hexdigest()[:12],
+        **({"checked": True} if args.check else {}),
         **labels,
     }
-    return Job(name, settings, lambda: measure(bench, recipe, effort, args.batch, simulate))
+    check = checked if args.check else None
+    return Job(name, settings, lambda: measure(bench, recipe, effort, args.batch, simulate, check))
 
 
 def float_job(args: argparse.Namespace, bench: Bench, recipe: Recipe) -> Job:
@@ -305,94 +299,3 @@ def float_job(args: argparse.Namespace, bench: Bench, recipe: Recipe) -> Job:
         return {"recipe": "float", "fake_quant": float_perplexity(bench, recipe, args.batch)}
 
     return Job("float", settings_of(args, bench), score)
-
-
-def kept_rows(path: Path | None, jobs: Sequence[Job]) -> list[Row]:
-    """The rows of a file and of the jobs that it lacks, written after each.
-
-    Raises:
-      UserError: the file is damaged, or a row in it was measured with other settings.
-    """
-    if path and not path.parent.is_dir():  # not after an hour
-        raise UserError(f"--json: no folder {path.parent}; make it, or name another file")
-    rows = read_rows(path) if path and path.exists() else []
-    _check_settings(path, rows, jobs)
-    known = {row["name"] for row in rows}
-    for job in jobs:
-        if job.name in known:
-            continue
-        known.add(job.name)
-        rows.append(_finite({"name": job.name, **job.settings, **job.measure()}))
-        print({k: v for k, v in rows[-1].items() if k not in ("loss", "held_out_kl")}, flush=True)
-        if path:
-            _write(path, rows)
-    return rows
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows that `kept_rows` wrote; a number that JSON does not have is read as none."""
-    try:
-        rows = json.loads(path.read_text(), parse_constant=lambda _: None)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); remove it or name another") from None
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and "name" in r for r in rows):
-        raise UserError(
-            f"{path}: expected a list of rows with names, as --json writes; remove it or name"
-            " another file"
-        )
-    return rows
-
-
-def _check_settings(path: Path | None, rows: list[Row], jobs: Sequence[Job]) -> None:
-    """Refuses rows that would silently pass for others, before anything is measured."""
-    expected = [(row, {k: jobs[0].settings.get(k) for k in SHARED}) for row in rows]
-    known = {row["name"]: row for row in rows}
-    for job in jobs:
-        expected.append(
-            (known.setdefault(job.name, {"name": job.name, **job.settings}), job.settings)
-        )
-    for row, settings in expected:
-        other = [k for k, v in settings.items() if row.get(k) != v]
-        if other:
-            got, wanted = ([f"{k} {x.get(k)}" for k in other] for x in (row, settings))
-            raise UserError(
-                f"{path or 'recipes'}: row {row['name']!r}: expected {', '.join(wanted)}; got"
-                f" {', '.join(got)}; give another --json or the settings of that row, or remove it"
-                " from the file to measure it again"
-            )
-
-
-def _finite(value: Any) -> Any:
-    """Replaces numbers that JSON does not have by null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    """Writes all rows or nothing: a killed command must not cost the rows of earlier ones."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(rows, allow_nan=False) + "\n")
-    os.replace(part, path)
-
-
-def perplexity(row: Row, reading: str = "fake_quant") -> float:
-    """Perplexity of a row, infinite where the recipe diverged."""
-    return finite(row.get(reading))
-
-
-def finite(score: float | None) -> float:
-    """A number of a row; infinite where JSON has none."""
-    return math.inf if score is None else score
-
-
-def table(rows: list[Row], columns: Sequence[str] = COLUMNS) -> None:
-    width = max(24, *(len(row["name"]) + 1 for row in rows))
-    print(f"\n{'':{width}}" + "".join(f"{c:>13}" for c in columns))
-    for row in rows:
-        cells = {c: "" if row.get(c) is None else row[c] for c in columns}
-        cells["fake_quant"] = cells["fake_quant"] or "diverged"
-        texts = (x if isinstance(x, str) else f"{x:.4g}" for x in cells.values())
-        print(f"{row['name']:{width}}" + "".join(f"{x:>13}" for x in texts))

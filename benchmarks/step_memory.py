@@ -1,6 +1,7 @@
 """Reads the memory of a step of learning from XLA's plan, as model and text grow.
 
-Nothing runs and no weights are needed: the step is compiled for shapes. Goal: at most three times
+No weights are needed: the step is compiled for shapes, and with --batches run on zeros, which take
+as long as any numbers. Goal: at most three times
 the float32 weights (model, teacher, and what is learned of them) plus the activations of one layer
 for all tokens of a batch, because layers are computed again in the backward pass.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ from qnpu_jax.graph.qparams import QParams
 from qnpu_jax.graph.scales import is_free
 from qnpu_jax.learn.losses import Batch
 from qnpu_jax.learn.parameters import Base, code_ranges, initial_theta, theta_units
-from qnpu_jax.learn.train import compile_stage, initial_state
+from qnpu_jax.learn.train import compile_stage, initial_state, matmul_precision
 from qnpu_jax.models import checkpoint
 from qnpu_jax.recipes import EFFORTS, load_recipe
 
@@ -67,6 +69,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", default="w8a8")
     parser.add_argument("--stage", type=int, default=0, help="of the recipe")
     parser.add_argument("--quick", action="store_true", help="two layers, 32 tokens")
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=[],
+        help="instead: seconds of a step of the whole model, for so many windows of 512 tokens",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -96,7 +102,15 @@ def _stacked(graph: Graph, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (graph.layers, *shape) if graph.layered else shape
 
 
-def measure(config: ModelConfig, args: argparse.Namespace, batch: int, length: int) -> Row:
+class Compiled(NamedTuple):
+    """A compiled step, the graphs it is of, and shapes of its arguments."""
+
+    step: Any
+    dec: Decoder
+    arguments: tuple[Any, ...]
+
+
+def compiled(config: ModelConfig, args: argparse.Namespace, batch: int, length: int) -> Compiled:
     recipe = load_recipe(args.recipe)
     stage = recipe.stages[args.stage]
     dec = decoder(config, recipe.bits, length, PREFIX)
@@ -113,14 +127,33 @@ def measure(config: ModelConfig, args: argparse.Namespace, batch: int, length: i
         basis=np.eye(config.hidden_size, dtype=np.float32),
     )
     effort = replace(EFFORTS["full"], batch=batch, length=length)
-    step: Any = compile_stage(dec, stage, effort, 100).step
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, base))
     ids: Any = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    warm = jax.ShapeDtypeStruct((), jnp.float32)
-    plan = step.lower(*shapes, Batch(ids), warm).compile().memory_analysis()
+    arguments = (state, base, Batch(ids), jax.ShapeDtypeStruct((), jnp.float32))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    with matmul_precision(effort):
+        step: Any = compile_stage(dec, stage, effort, 100).step.lower(*shapes).compile()
+    return Compiled(step, dec, shapes)
+
+
+def seconds(config: ModelConfig, args: argparse.Namespace, batch: int, length: int) -> float:
+    """Median of six steps, after two."""
+    step, _, shapes = compiled(config, args, batch, length)
+    state, *rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        state, loss, _ = step(state, *rest)
+        loss.block_until_ready()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[2:]))
+
+
+def measure(config: ModelConfig, args: argparse.Namespace, batch: int, length: int) -> Row:
+    step, dec, _ = compiled(config, args, batch, length)
+    plan = step.memory_analysis()
     activations = sum(math.prod(t.shape) for t in dec.layer.tensors if t.kind not in ("param",))
     return Row(
-        weights=4 * sum(x.size for x in params.values()),
+        weights=4 * sum(x.size for x in parameters(dec).values()),
         layer=4 * batch * activations,
         arguments=plan.argument_size_in_bytes,
         temporary=plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes,
@@ -131,6 +164,11 @@ def main() -> int:
     args = arguments()
     try:
         config = checkpoint.load(args.model).config
+        for batch in args.batches:
+            took = seconds(config, args, batch, 64 if args.quick else 512)
+            print(f"{batch} windows: {took:.4f} s a step of {args.recipe}", flush=True)
+        if args.batches:
+            return 0
         rows = []
         print(
             f"{'layers':>6} {'batch':>5} {'tokens':>6} {'weights':>9} {'one layer':>10}"

@@ -103,6 +103,17 @@ def test_activations_grow_with_the_tokens_and_weights_do_not():
     assert 0 < two.temporary - one.temporary < 4 * one.layer
 
 
+@pytest.mark.slow
+def test_seconds_of_a_step_are_measured(monkeypatch, capsys):
+    config = dataclasses.replace(tiny.SMOLLM2, num_layers=1, vocab_size=64)
+    monkeypatch.setattr(step_memory.checkpoint, "load", lambda _: Namespace(config=config))
+    monkeypatch.setattr(sys, "argv", ["step_memory", "--quick", "--batches", "1", "2"])
+    assert step_memory.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" windows: ")[0] for line in lines] == ["1", "2"]
+    assert all(float(line.split()[2]) > 0 for line in lines)
+
+
 def speed_rows(times_float: float, times_reference: float) -> list:
     """w8a8 beside a float model of 1,000 tokens/s at one length."""
     made = {

@@ -21,9 +21,11 @@ from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 ablation = importlib.import_module("ablation")
 accuracy = importlib.import_module("accuracy")
+checks = importlib.import_module("checks")
 key_cache = importlib.import_module("key_cache")
 outcome = importlib.import_module("outcome")
 protocol = importlib.import_module("protocol")
+rows_module = importlib.import_module("rows")
 
 SHARED = {"model": "m", "text": "t", "calibration": "c", "windows": 2, "length": 8}
 W8A8 = RECIPES["w8a8"]
@@ -36,7 +38,7 @@ def job(name="w8a8", score=30.0, calls=None, **settings):
         return {"recipe": "w8a8", "fake_quant": score}
 
     full = {**SHARED, "effort": "full", "steps": 500, "seed": 0, **settings}
-    return protocol.Job(name, full, measure)
+    return rows_module.Job(name, full, measure)
 
 
 # Rows of a file.
@@ -44,8 +46,8 @@ def job(name="w8a8", score=30.0, calls=None, **settings):
 
 def test_rows_are_kept_and_not_measured_again(tmp_path):
     path, calls = tmp_path / "rows.json", []
-    protocol.kept_rows(path, [job("a", calls=calls)])
-    rows = protocol.kept_rows(path, [job("a", calls=calls), job("b", calls=calls)])
+    rows_module.kept_rows(path, [job("a", calls=calls)])
+    rows = rows_module.kept_rows(path, [job("a", calls=calls), job("b", calls=calls)])
     assert calls == ["a", "b"]
     assert [row["name"] for row in rows] == ["a", "b"]
     assert json.loads(path.read_text()) == rows
@@ -54,15 +56,15 @@ def test_rows_are_kept_and_not_measured_again(tmp_path):
 
 def test_a_command_killed_while_it_writes_costs_no_row(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
-    before = protocol.kept_rows(path, [job("a")])
+    before = rows_module.kept_rows(path, [job("a")])
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        protocol.kept_rows(path, [job("a"), job("b")])
-    assert protocol.read_rows(path) == before
+        rows_module.kept_rows(path, [job("a"), job("b")])
+    assert rows_module.read_rows(path) == before
 
 
 @pytest.mark.parametrize(
@@ -70,32 +72,32 @@ def test_a_command_killed_while_it_writes_costs_no_row(tmp_path, monkeypatch):
 )
 def test_a_row_of_other_settings_is_refused_before_anything_is_measured(tmp_path, other):
     path, calls = tmp_path / "rows.json", []
-    protocol.kept_rows(path, [job("a", **other)])
+    rows_module.kept_rows(path, [job("a", **other)])
     (key, value), wanted = *other.items(), job().settings
     message = f"row 'a': expected {key} {wanted[key]}; got {key} {value}; give another --json"
     with pytest.raises(UserError, match=message):
-        protocol.kept_rows(path, [job("b", calls=calls), job("a", calls=calls)])
+        rows_module.kept_rows(path, [job("b", calls=calls), job("a", calls=calls)])
     assert not calls
 
 
 def test_rows_on_other_windows_do_not_stand_in_one_table(tmp_path):
     path = tmp_path / "rows.json"
-    protocol.kept_rows(path, [job("a", windows=128)])
+    rows_module.kept_rows(path, [job("a", windows=128)])
     with pytest.raises(UserError, match="row 'a': expected windows 2; got windows 128"):
-        protocol.kept_rows(path, [job("b")])
-    protocol.kept_rows(path, [job("b", windows=128, effort="fast")])  # efforts may differ
+        rows_module.kept_rows(path, [job("b")])
+    rows_module.kept_rows(path, [job("b", windows=128, effort="fast")])  # efforts may differ
 
 
 def test_rows_without_settings_are_refused(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('[{"name": "a", "fake_quant": Infinity}]')
     with pytest.raises(UserError, match="got model None"):
-        protocol.kept_rows(path, [job("a")])
+        rows_module.kept_rows(path, [job("a")])
 
 
 def test_two_recipes_of_one_name_are_refused():
     with pytest.raises(UserError, match="recipes: row 'mine'"):
-        protocol.kept_rows(None, [job("mine", settings="1"), job("mine", settings="2")])
+        rows_module.kept_rows(None, [job("mine", settings="1"), job("mine", settings="2")])
 
 
 @pytest.mark.parametrize("text", ["[{", "{}", '[{"fake_quant": 1}]'])
@@ -103,13 +105,13 @@ def test_damaged_files_are_named(tmp_path, text):
     path = tmp_path / "rows.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"rows\.json: .*name another"):
-        protocol.kept_rows(path, [job()])
+        rows_module.kept_rows(path, [job()])
 
 
 def test_no_folder_is_said_before_anything_is_measured(tmp_path):
     calls = []
     with pytest.raises(UserError, match="--json: no folder"):
-        protocol.kept_rows(tmp_path / "none" / "rows.json", [job(calls=calls)])
+        rows_module.kept_rows(tmp_path / "none" / "rows.json", [job(calls=calls)])
     assert not calls
 
 
@@ -119,7 +121,7 @@ def test_a_job_knows_recipe_effort_and_files(tmp_path):
     args = Namespace(
         text=text, calibration=[text], windows=2, length=8, effort="fast", batch=1, own=0
     )
-    args.steps, args.no_simulator, args.others = 7, True, []
+    args.steps, args.no_simulator, args.others, args.check = 7, True, [], False
     bench = Namespace(checkpoint=Namespace(sha256="0" * 64))
 
     def settings(recipe: Recipe):
@@ -134,6 +136,8 @@ def test_a_job_knows_recipe_effort_and_files(tmp_path):
     assert {k for k in found if found[k] != settings(W8A8)[k]} == {"calibration"}
     args.own, args.others = 0, [text]  # a kept row without them would pass as if they were scored
     assert {k for k in found if found[k] != settings(W8A8)[k]} == {"others_of"}
+    args.check = True
+    assert settings(W8A8)["checked"] is True
     args.effort = "none"
     with pytest.raises(UserError, match=r"--steps: .* got 7 with none"):
         settings(W8A8)
@@ -203,6 +207,22 @@ def test_the_measurement_of_the_key_cache_runs(tiny_model, tmp_path, monkeypatch
     assert "centred: perplexity" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_checked_model_is_verified_and_answers(tiny_model, tmp_path, monkeypatch):
+    at = written_texts(tmp_path, text="words of many kinds. " * 900)
+    given = ["--model", tiny_model, "--text", at["text"], "--calibration", at["text"]]
+    given += ["--effort", "none", "--recipes", "w8a8", "--windows", "1", "--length", "32"]
+    rows = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["accuracy", *map(str, given), "--check", "--json", str(rows)])
+    for name, tokens in {"PREFILL": 4, "CACHE": 12, "ANSWER": 8}.items():
+        monkeypatch.setattr(checks, name, tokens)  # the tiny model has 64 positions
+    assert accuracy.main() in (0, 1)
+    row = json.loads(rows.read_text())[1]
+    assert row["verify"]["differing"] == 0 and row["verify"]["elements"] > 10_000
+    assert [chat["asked"] for chat in row["chats"]] == [*checks.ASKED]
+    assert all(chat["integers"] and chat["float"] for chat in row["chats"])
+
+
 # A recipe that diverges.
 
 
@@ -217,13 +237,15 @@ def test_divergence_is_a_row_in_valid_json(tmp_path, monkeypatch, capsys):
     bench = SimpleNamespace(checkpoint=checkpoint, text=lambda *_: None)
     measure = lambda: protocol.measure(bench, W8A8, EFFORTS["full"], 1, True)  # noqa: E731
     path = tmp_path / "rows.json"
-    rows = protocol.kept_rows(path, [protocol.Job("w8a8", SHARED, measure), job("b", math.inf)])
+    rows = rows_module.kept_rows(
+        path, [rows_module.Job("w8a8", SHARED, measure), job("b", math.inf)]
+    )
     kept = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert kept == rows
     assert kept[0]["error"] == "w: learning diverged at step 3"
-    assert [protocol.perplexity(row) for row in kept] == [math.inf, math.inf]
+    assert [rows_module.perplexity(row) for row in kept] == [math.inf, math.inf]
     capsys.readouterr()
-    protocol.table(rows)
+    rows_module.table(rows)
     assert capsys.readouterr().out.count("diverged") == 2
 
 
