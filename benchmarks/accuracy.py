@@ -5,7 +5,8 @@ rows already measured are not measured again, so that a table can be made in sev
 method that diverges is a row of the table.
 
 Exit status: 0 if the float model has its known perplexity, our recipes reach the goals of KNOWN on
-every text and the simulator agrees with fake-quant; else 1; 2 if it could not run.
+every text, the simulator agrees with fake-quant, and with --check no element differs from LiteRT's;
+else 1; 2 if it could not run.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ def verdict(rows: list[Row], known: Known | None) -> list[str]:
             kl = finite(row.get("kl"))
             if not kl <= most_kl:
                 short.append(f"{row['name']}: KL {kl:.4f} > {most_kl}")
+        if differing := row.get("verify", {}).get("differing"):
+            short.append(f"{row['name']}: {differing:,} elements differ from LiteRT's")
         apart = abs(score / fake - 1) if math.isfinite(fake) else 0.0
         if name in OURS and not apart <= SIMULATOR_TOLERANCE:
             short.append(f"{row['name']}: simulator {score:.2f} against fake-quant {fake:.2f}")

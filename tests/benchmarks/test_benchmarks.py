@@ -223,6 +223,11 @@ def test_a_checked_model_is_verified_and_answers(tiny_model, tmp_path, monkeypat
     assert all(chat["integers"] and chat["float"] for chat in row["chats"])
 
 
+def test_a_file_of_other_bits_falls_short():
+    rows = [scored("float", 30.03), scored("w8a8", 30.1, verify={"elements": 9, "differing": 2})]
+    assert accuracy.verdict(rows, None) == ["w8a8: 2 elements differ from LiteRT's"]
+
+
 # A recipe that diverges.
 
 
