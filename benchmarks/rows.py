@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -53,7 +54,7 @@ def kept_rows(path: Path | None, jobs: Sequence[Job]) -> list[Row]:
         if job.name in known:
             continue
         known.add(job.name)
-        rows.append(_finite({"name": job.name, **job.settings, **job.measure()}))
+        rows.append(artifacts.finite({"name": job.name, **job.settings, **job.measure()}))
         print({k: v for k, v in rows[-1].items() if k not in ("loss", "held_out_kl")}, flush=True)
         if path:
             _write(path, rows)
@@ -91,15 +92,6 @@ def _check_settings(path: Path | None, rows: list[Row], jobs: Sequence[Job]) -> 
                 f" {', '.join(got)}; give another --json or the settings of that row, or remove it"
                 " from the file to measure it again"
             )
-
-
-def _finite(value: Any) -> Any:
-    """Replaces numbers that JSON does not have by null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, rows: list[Row]) -> None:

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -267,8 +268,21 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes a value as JSON, laid out by `layout`."""
-    path.write_text(layout(data) + "\n")
+    """Writes a value as JSON, laid out by `layout`; numbers that JSON does not have as null."""
+    path.write_text(layout(finite(data)) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Replaces numbers that JSON does not have by None.
+
+    >>> finite({"kl": [0.5, float("nan")]})
+    {'kl': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def layout(value: Any, newline: str = "\n") -> str:

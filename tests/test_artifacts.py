@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -257,3 +258,10 @@ def test_digests(tmp_path):
 
 def test_files_are_named_once():
     assert {MODEL, REPORT, artifacts.RECIPE, artifacts.TOKENIZER} < artifacts.MODELS.files
+
+
+def test_numbers_that_json_does_not_have_are_written_as_null(tmp_path):
+    path = tmp_path / "a.json"
+    artifacts.write_json(path, {"kl": math.nan, "all": [(1.5, -math.inf), {"x": math.inf}], "n": 2})
+    read = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert read == {"kl": None, "all": [[1.5, None], {"x": None}], "n": 2}
