@@ -38,27 +38,29 @@ def checked(bench: Bench, made: pipeline.Quantized) -> Row:
 
 
 def _chats(bench: Bench, made: pipeline.Quantized) -> list[dict[str, str]]:
-    """What integers and the original answer, both greedily; without a chat template they go on
-    with the questions."""
+    """Answers of the integers and of the original, both greedy.
+
+    Without a chat template they go on with the questions.
+    """
     tokenizer = bench.checkpoint.tokenizer
-    chats = [[{"role": "user", "content": question}] for question in ASKED]
-    asked = chats if tokenizer.chat_template else ASKED
+    turns = [[{"role": "user", "content": question}] for question in ASKED]
+    asked = turns if tokenizer.chat_template else ASKED
     answers = [generate(made.model, x, tokenizer=tokenizer, max_tokens=ANSWER) for x in asked]
-    original = _originals(tokenizer, made)
+    prompts = [
+        tokenizer.encode(x) if isinstance(x, str) else tokenizer.chat(x, bos=False, now=FIXED_DATE)
+        for x in asked
+    ]
+    original = _originals(prompts, tokenizer, made)
     return [
         {"asked": question, "integers": mine, "float": other}
         for question, mine, other in zip(ASKED, answers, original, strict=True)
     ]
 
 
-def _originals(tokenizer: Tokenizer, made: pipeline.Quantized) -> list[str]:
-    """The original's answers. Its parameters hold BOS, where it has one."""
-    prompts = [
-        tokenizer.chat([{"role": "user", "content": question}], bos=False, now=FIXED_DATE)
-        if tokenizer.chat_template
-        else tokenizer.encode(question)
-        for question in ASKED
-    ]
+def _originals(
+    prompts: list[list[int]], tokenizer: Tokenizer, made: pipeline.Quantized
+) -> list[str]:
+    """The original's answers to prompts without BOS, which its parameters hold if it has one."""
     writer = self_written.Writer(made.model.config, made.model.plan, made.reference)
     greedy = self_written.Drawing(0, temperature=0.0, stop=tokenizer.eos_ids)
     length = min(max(map(len, prompts)) + ANSWER, made.model.config.max_positions)

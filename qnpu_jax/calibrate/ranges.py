@@ -74,7 +74,7 @@ def _method(kind: str, asked: str, tame: bool) -> str:
 
 AGAIN = {"rows": 4.0, "squares": 8.0, "sum": 8.0, "inv": 4.0}
 """Range of what the first of two norms decides (`norms.rms_norm`), in units of that seen in float:
-there it leaves rows of one length, in integers some are up to three times as long."""
+there it leaves rows of one length, and here is room for integers 2.8 times as long."""
 
 
 def _room(name: str) -> float:

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -221,6 +222,12 @@ def test_a_checked_model_is_verified_and_answers(tiny_model, tmp_path, monkeypat
     assert row["verify"]["differing"] == 0 and row["verify"]["elements"] > 10_000
     assert [chat["asked"] for chat in row["chats"]] == [*checks.ASKED]
     assert all(chat["integers"] and chat["float"] for chat in row["chats"])
+
+
+def test_what_is_not_checked_needs_no_litert():
+    without = "import sys; sys.modules['ai_edge_litert'] = None; import protocol, accuracy"
+    command = [sys.executable, "-c", without]
+    subprocess.run(command, cwd=Path(__file__).parents[2] / "benchmarks", check=True)
 
 
 def test_a_file_of_other_bits_falls_short():

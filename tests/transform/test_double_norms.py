@@ -37,7 +37,7 @@ def model():
 
 
 def length_errors(config, params) -> np.ndarray:
-    """How far the simulator's unit rows are from length 1 after the first norm: (windows, T)."""
+    """How far the simulator's rows are from length 1 after the first layer's norm: (windows, T)."""
     dec = decoder(config, BITS, IDS.shape[1])
     stats = collect_statistics(dec, params, IDS)
     free = calibrate_activations(dec, stats, "class", False)[0] | weight_scales(dec, params, "mse")
