@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from qnpu_jax import pipeline
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Params
 from qnpu_jax.measure import perplexity as measure_perplexity
-from qnpu_jax.measure.perplexity import divergence, fake_quant_logits, float_logits, integer_logits
+from qnpu_jax.measure.perplexity import compare, fake_quant_logits, float_logits, integer_logits
 from qnpu_jax.models import checkpoint as models_checkpoint
 from qnpu_jax.models.checkpoint import Checkpoint
 from qnpu_jax.progress import Observer
@@ -231,22 +230,26 @@ def _scores(
     bench: Bench, recipe: Recipe, made: pipeline.Quantized, batch: int, simulate: bool
 ) -> Row:
     model = made.model
-    readings = {"fake_quant": fake_quant_logits(model)}
+    original = float_logits(model.config, recipe.bits, made.reference)
+    fake_quant = fake_quant_logits(model)
     if simulate:
         program = compile_model(model, model.decoder(bench.held_out.shape[1]), "litert_ref")
-        codes = lambda ids: run(program, ids)["head.logits"]  # noqa: E731
-        readings["simulator"] = integer_logits(model, codes)
-    score = partial(measure_perplexity.perplexity, batch=batch)
-    scores: Row = {name: score(logits, bench.held_out) for name, logits in readings.items()}
-    last = list(readings.values())[-1]
-    original = float_logits(model.config, recipe.bits, made.reference)
-    found = divergence(original, last, bench.held_out, batch)
-    prefixed = float_logits(model.config, recipe.bits, made.prefixed)
-    rest = divergence(prefixed, last, bench.held_out, batch).kl
-    others = {name: [score(original, x), score(last, x)] for name, x in bench.others.items()}
-    # A prefix that shows the model its first token moves the KL to the original, at no loss.
-    readings_of_kl = {"kl": found.kl, "kl_prefixed": rest}
-    return {**scores, **readings_of_kl, "top1": found.top1, "others": others}
+        last = integer_logits(model, lambda ids: run(program, ids)["head.logits"])
+    else:
+        last = fake_quant
+    texts = {MAIN: bench.held_out, **bench.others}
+    found = {name: compare(original, last, windows, batch) for name, windows in texts.items()}
+    main = found.pop(MAIN)
+    score = measure_perplexity.perplexity(fake_quant, bench.held_out, batch)
+    return {
+        "fake_quant": score,
+        **({"simulator": main.other} if simulate else {}),
+        "kl": main.divergence.kl,
+        "top1": main.divergence.top1,
+        "others": {name: [x.reference, x.other] for name, x in found.items()},
+        "others_kl": {name: x.divergence.kl for name, x in found.items()},
+        "others_top1": {name: x.divergence.top1 for name, x in found.items()},
+    }
 
 
 def float_perplexity(bench: Bench, recipe: Recipe, batch: int) -> float:

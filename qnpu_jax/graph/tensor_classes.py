@@ -27,8 +27,8 @@ def tensor_class(name: str, bits: int) -> str:
       bits: of the tensor in one layer.
 
     Returns:
-      `wide` for 16 bits, `probs` for attention probabilities, `cache` for keys and values, else
-      `rotated` (near Gaussian) or `unrotated` (heavy tails).
+      `wide` for 16 bits, `probs` for attention probabilities, `cache` for keys and values,
+      `logits`, else `rotated` (near Gaussian) or `unrotated` (heavy tails).
 
     >>> tensor_class("layers.mlp.act", 8), tensor_class("layers.mlp.act", 16)
     ('unrotated', 'wide')
@@ -39,6 +39,8 @@ def tensor_class(name: str, bits: int) -> str:
         return "probs"
     if name in ("layers.attn.k_cache", "layers.attn.v_cache"):
         return "cache"
+    if name == "head.logits":
+        return "logits"
     return "rotated" if is_rotated(name) else "unrotated"
 
 

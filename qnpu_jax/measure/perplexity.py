@@ -96,6 +96,42 @@ def divergence(
     return Divergence(kl / windows.size, same / windows.size)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` reads.
+
+    Attributes:
+      reference, other: perplexities of the two.
+      divergence: of the other from the reference.
+    """
+
+    reference: float
+    other: float
+    divergence: Divergence
+
+
+def compare(
+    reference: Logits, other: Logits, windows: np.ndarray, batch: int | None = None
+) -> Comparison:
+    """Computes both perplexities and the divergence in one pass over the text.
+
+    Args: as of `divergence`; windows of at least two tokens.
+    """
+    nll = np.zeros(2)
+
+    def counted(logits: Logits, index: int) -> Logits:
+        def read(ids: np.ndarray) -> jax.Array:
+            found = jnp.asarray(logits(ids))
+            nll[index] += float(_sum_nll(found, jnp.asarray(ids, jnp.int32)))
+            return found
+
+        return read
+
+    found = divergence(counted(reference, 0), counted(other, 1), windows, batch)
+    means = np.exp(nll / (windows.shape[0] * (windows.shape[1] - 1)))
+    return Comparison(float(means[0]), float(means[1]), found)
+
+
 @jax.jit
 def _compare(p_logits: jax.Array, q_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums KL in nats and equal argmax over positions."""

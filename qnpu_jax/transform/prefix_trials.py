@@ -35,6 +35,12 @@ RUINED = 1e6
 SHRINKS = np.asarray([1.0, 0.8, 0.63, 0.5, 0.4, 0.31, 0.25, 0.16, 0.1], np.float32)
 """Parts of the observed range that a clipped one may keep."""
 
+WHOLE = ("k_cache", "k_rows", "keys", "logits")
+"""Last parts of the names of keys and logits, never clipped (`calibrate.ranges.WHOLE`)."""
+LENGTHS = ("squares", "sum", "root", "inv_root", "inv")
+"""Last parts of the names of what a norm divides by: in float here, as norms are taken twice where
+tokens differ too much in length for once (`transform.double_norms`)."""
+
 
 @dataclass(frozen=True)
 class Outliers:
@@ -230,15 +236,18 @@ def whole_range(spec: TensorSpec, x: Array) -> Array:
 
     Masked scores, whose scale follows from the scores', stay as they are.
     """
-    if spec.kind != "activation" or spec.name.endswith(".masked"):
+    scope, _, last = spec.name.rpartition(".")
+    length = last in LENGTHS and scope.endswith("norm")
+    if spec.kind != "activation" or last == "masked" or length:
         return x
     return _rounded(spec, x, jnp.float32(1))
 
 
 def clipped_range(spec: TensorSpec, x: Array) -> Array:
     """Quantizes an activation of 8 bits or fewer in the part of its range that leaves the least
-    squared error."""
-    if spec.kind != "activation" or max(spec.quant.bits) > 8:
+    squared error; keys and logits in all of it, as `calibrate_activations` does."""
+    whole = spec.name.rpartition(".")[2] in WHOLE
+    if spec.kind != "activation" or max(spec.quant.bits) > 8 or whole:
         return whole_range(spec, x)
     errors = jax.lax.map(lambda s: jnp.sum(jnp.square(_rounded(spec, x, s) - x)), SHRINKS)
     return _rounded(spec, x, jnp.asarray(SHRINKS)[jnp.argmin(errors)])

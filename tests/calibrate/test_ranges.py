@@ -179,7 +179,7 @@ CLASSES = {
     ("layers.mlp.down", 8): "rotated",
     ("layers.mlp.act", 8): "unrotated",
     ("layers.attn.q", 8): "unrotated",
-    ("head.logits", 8): "unrotated",
+    ("head.logits", 8): "logits",
 }
 
 
@@ -194,8 +194,8 @@ def test_ranges_follow_the_class_of_their_tensor(prefix):
     scales, report = calibrate_activations(dec, stats, "class", tame=bool(prefix))
     methods = {(r["class"], r["method"]) for r in report}
     shaped = "mse" if prefix else "minmax"  # only a prefix takes massive tokens out of the graph
-    expected = {("wide", "minmax"), ("probs", "unit"), ("rotated", "mse")}
-    assert methods == expected | {("cache", shaped), ("unrotated", shaped)}
+    expected = {("wide", "minmax"), ("probs", "unit"), ("rotated", "mse"), ("logits", "minmax")}
+    assert methods == expected | {("cache", "minmax"), ("unrotated", shaped)}
     assert len(report) == sum(q.scale.size for q in scales.values())
     np.testing.assert_array_equal(
         scales["layers.attn.kv0.probs"].scale, np.full(2, np.float32(1 / 255))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from qnpu_jax.measure.perplexity import Logits, divergence, float_logits, perplexity
+from qnpu_jax.measure.perplexity import Logits, compare, divergence, float_logits, perplexity
 
 WINDOWS = tiny.random_ids((5, 12))
 
@@ -75,6 +75,25 @@ def test_divergence_by_definition(batch):
     assert found.kl == pytest.approx(expected, rel=1e-5)  # float32 sums of 96 terms
     agree = np.argmax(p[WINDOWS], axis=-1) == np.argmax(q[WINDOWS], axis=-1)
     assert found.top1 == pytest.approx(float(np.mean(agree)))
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_comparison_is_the_three_readings_in_one_pass(batch):
+    calls = {"p": 0, "q": 0}
+
+    def counted(name: str, rows: np.ndarray) -> Logits:
+        def read(ids: np.ndarray) -> np.ndarray:
+            calls[name] += 1
+            return table(rows)(ids)
+
+        return read
+
+    p, q = random_table(0), random_table(1)
+    found = compare(counted("p", p), counted("q", q), WINDOWS, batch)
+    assert calls == dict.fromkeys("pq", 5 if batch is None else 3)
+    assert found.divergence == divergence(table(p), table(q), WINDOWS, batch)
+    assert found.reference == perplexity(table(p), WINDOWS, batch)
+    assert found.other == perplexity(table(q), WINDOWS, batch)
 
 
 def test_a_small_divergence_is_not_lost_in_rounding():

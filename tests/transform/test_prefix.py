@@ -170,7 +170,8 @@ def report(monkeypatch, whole: list[float], worst: list[float], bos=()) -> Prefi
         ([1.0, 1.1, 0.2, 0.1], [3000, 600, 600, 600], 0),  # the first does more harm
         ([1.0, 0.5, 0.4, 0.3], [3000, 99, 1, 1], 1),  # tame: no longer one is tried
         ([1.0, 1.1, 0.4, 0.3], [3000, 99, 1, 1], 1),  # tame, for a little more harm
-        ([1.0, 0.5, 0.4, 0.3], [99, 1, 1, 1], 0),  # nothing to tame
+        ([1.0, 0.95, 0.4, 0.3], [99, 1, 1, 1], 0),  # nothing to tame, little to save
+        ([1.0, 0.5, 0.4, 0.3], [99, 1, 1, 1], 1),  # nothing to tame, much to save: one is tried
     ],
 )
 def test_what_a_prefix_costs_and_saves_decides(monkeypatch, whole, worst, chosen):
@@ -218,6 +219,12 @@ def test_ranges_of_trials():
     assert float(clipped_range(spec, x)[-1]) < 7.0
     squares = [float(jnp.sum(jnp.square(e(spec, x) - x))) for e in (clipped_range, whole_range)]
     assert squares[0] <= squares[1]
+    for name in ("attn.norm.sum", "attn.kv0.masked"):
+        left = dataclasses.replace(spec, name=name)
+        np.testing.assert_array_equal(whole_range(left, x), x)
+    for name in ("logits", "attn.k_cache", "attn.kv1.keys"):  # of which the largest count
+        kept = dataclasses.replace(spec, name=name)
+        np.testing.assert_array_equal(clipped_range(kept, x), whole_range(kept, x))
 
 
 def test_every_domain_gives_windows_of_one_shape():
