@@ -155,7 +155,8 @@ def _fit_linears(
     """New weight, bias and scale of linears that read the same tensor."""
     strength = settings.asymmetric
     damp = settings.damping * max(np.mean(np.diag(m.gram)), np.finfo(np.float32).tiny)
-    h = m.gram + damp * np.eye(len(m.gram))
+    h = m.gram.copy()
+    np.einsum("jj->j", h)[...] += damp
     target = linear.weight if strength == 0 else _mixed_target(linear.weight, m, h, strength)
     codes, real, scale = round_columns(target, linear.scale, linear.qmax, h, settings.factors)
     rounded = codes * scale[:, None]
@@ -214,6 +215,10 @@ class GraphLayer(NamedTuple):
             self.graph.at(values[self.graph.prefix + name], self.layer)[...] = part
 
 
+_Arrays = tuple[dict[str, Any], tuple[Any, Any]]
+"""One layer's parameters, and the QParams and code ranges of its tensors, on the device."""
+
+
 @dataclass
 class _ForwardPass:
     """A forward pass that has come to some graph and layer.
@@ -228,16 +233,35 @@ class _ForwardPass:
     scales: Scales
     values: list[Tensors]
 
-    def run(self, here: GraphLayer, names: tuple[str, ...]) -> Iterator[Tensors]:
-        """Yields the named tensors, batch by batch."""
+    def arrays(self, here: GraphLayer) -> _Arrays:
+        """What `run` takes. Each array is half a millisecond of a GPU's time, so once a layer."""
         graph = here.graph
         q = local(self.scales, graph.prefix)
-        arrays: Any = (local(self.params, graph.prefix), (q, ranges_of(graph, q)))
-        # Copies: a computation still under way must not see what is written in place meanwhile.
-        params, quant = jax.tree.map(lambda a: jnp.array(graph.at(a, here.layer)), arrays)
-        shared = self.dec.shared(graph, shared_inputs(self.dec), here.layer)
+        found: Any = (local(self.params, graph.prefix), (q, ranges_of(graph, q)))
+        return jax.tree.map(_on_device, graph.at(found, here.layer))
+
+    def refreshed(self, here: GraphLayer, arrays: _Arrays, names: tuple[str, ...]) -> _Arrays:
+        """The arrays after some parameters, or their scales, were written in place."""
+        graph, (params, (q, ranges)) = here.graph, arrays
+        old: Any = (
+            {n: x[graph.prefix + n] for n in names if graph.prefix + n in x}
+            for x in (self.params, self.scales)
+        )
+        new = [jax.tree.map(_on_device, graph.at(x, here.layer)) for x in old]
+        return params | new[0], (q | new[1], ranges)
+
+    def run(self, here: GraphLayer, arrays: _Arrays, names: tuple[str, ...]) -> Iterator[Tensors]:
+        """Yields the named tensors, batch by batch."""
+        params, quant = arrays
+        shared = self.dec.shared(here.graph, shared_inputs(self.dec), here.layer)
         for values in self.values:
-            yield graph_tensors(graph, names, values, params | shared, quant)
+            yield graph_tensors(here.graph, names, values, params | shared, quant)
+
+
+def _on_device(x: Any) -> jax.Array:
+    """A copy of what lies on the host: a computation still under way must not see what is written
+    there in place meanwhile."""
+    return x if isinstance(x, jax.Array) else jnp.array(x)
 
 
 def _fit_layers(
@@ -262,21 +286,27 @@ def _fit_layers(
         # Logits are larger than all else, and nobody reads them.
         out = here.graph.outputs[:1] if here.graph is not dec.head else ()
         inputs = tuple(group.input for group in chosen[here.graph])
-        wanted = list(exact.run(here, (*inputs, *out))) if settings.asymmetric else []
+        wanted: list[Tensors] = []
+        if settings.asymmetric:
+            wanted = list(exact.run(here, exact.arrays(here), (*inputs, *out)))
+        arrays = quantized.arrays(here)
         for group in chosen[here.graph]:
-            m = _moments(group.input, quantized.run(here, (group.input,)), wanted)
-            fitted = _fit_linears(_arrays(here, group, float_params, scale), m, settings)
+            m = _moments(group.input, quantized.run(here, arrays, (group.input,)), wanted)
+            fitted = _fit_linears(_arrays(here, group, params, scale), m, settings)
             here.put(params, group.weights, fitted[0])
             here.put(params, group.biases, fitted[1])
             here.put(scale, group.weights, fitted[2])
+            arrays = quantized.refreshed(here, arrays, (*group.weights, *group.biases))
         for name in out:
             exact.values = [{"input.residual": x[name]} for x in wanted]
-            quantized.values = [{"input.residual": x[name]} for x in quantized.run(here, out)]
+            rows = quantized.run(here, arrays, out)
+            quantized.values = [{"input.residual": x[name]} for x in rows]
     new = {name: jnp.array(params[name]) for name in names}
     return Fitted(params | new, jax.tree.map(jnp.array, scales))
 
 
 def _arrays(here: GraphLayer, group: Linears, params: Params, scale: Params) -> LinearArrays:
+    """The linears as they are before they are rounded: each is rounded once."""
     specs = [here.graph[name] for name in group.weights]
     qmax = [np.full(s.shape[0], code_range(s)[1][here.layer]) for s in specs]
     return LinearArrays(
