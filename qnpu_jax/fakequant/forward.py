@@ -60,36 +60,6 @@ def scanned_inputs(
     return index, lambda kind: {name: x[kind] for name, x in stacked.items()}
 
 
-def pack_scalars(layers: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Packs the scalars that a `lax.scan` over layers slices, into one array.
-
-    On a GPU each of them would be a copy of four bytes, of its own, in every layer, and each of
-    their gradients another: 24,000 of a step of learning (SmolLM2-135M), a sixth of its time.
-
-    Args:
-      layers: any tree of arrays with a leading layer axis.
-
-    Returns:
-      The packed tree, and the function from the scan's slice of it to a slice of `layers`.
-
-    >>> packed, unpack = pack_scalars({"a": jnp.arange(2.0), "b": jnp.ones((2, 3))})
-    >>> unpack(jax.tree.map(lambda x: x[1], packed))["a"]
-    Array(1., dtype=float32)
-    """
-    leaves, tree = jax.tree.flatten(layers)
-    scalars = [i for i, x in enumerate(leaves) if jnp.ndim(x) == 1 and x.dtype == jnp.float32]
-    rest = [None if i in scalars else x for i, x in enumerate(leaves)]
-    row = jnp.stack([leaves[i] for i in scalars], axis=1) if scalars else None
-
-    def unpack(packed: Any) -> Any:
-        row, out = packed[0], list(packed[1])
-        for i, x in zip(scalars, jnp.split(row, len(scalars)) if scalars else (), strict=True):
-            out[i] = x.reshape(())
-        return jax.tree.unflatten(tree, out)
-
-    return (row, rest), unpack
-
-
 Prepare = Callable[[Graph, Tensors], Tensors]
 """Maps stored values of one layer (local names) to the graph's parameters."""
 
@@ -164,7 +134,7 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
     @jax.checkpoint
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCED))
     def step(x: jax.Array, layer) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        p, q, r, kind = unpack(layer)
+        p, q, r, kind = layer
         edge = produced(fake_quant_edge(q, r, reading.masked))
         errors: list[jax.Array] = [jnp.float32(0)]
         edge = measured(edge, errors) if reading.measure else edge
@@ -178,8 +148,7 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
     values, edge = replace(reading, params=rows).whole(dec.embed)
     x = evaluate(dec.embed, {"ids": jnp.arange(len(ids)), **values}, edge)["residual"]
     layers = (local(reading.params, "layers."), *reading.quant(dec.layer), kinds)
-    packed, unpack = pack_scalars(layers)
-    last, (residuals, errors) = jax.lax.scan(step, x, packed)
+    last, (residuals, errors) = jax.lax.scan(step, x, layers)
     return Hidden(residuals, last, jnp.sum(errors))
 
 

@@ -209,7 +209,7 @@ EFFORTS = {
         "fast", 60, batch=2, length=256, tokens=16_384, held_out=4, without=("rotation", "rounding")
     ),
     "full": Effort(
-        "full", steps=600, batch=16, length=512, tokens=4_000_000, held_out=16, precision="default"
+        "full", steps=800, batch=8, length=512, tokens=4_000_000, held_out=16, precision="default"
     ),
 }
 """By name: none; fast, for two CPU cores; full, for a GPU."""
