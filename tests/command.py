@@ -19,6 +19,8 @@ STAGES = (
         "load",
         "fold, rotate",
         "calibration text",
+        "fold",
+        "write text",
         "centre keys",
         "prefix",
         "calibrate",

@@ -22,7 +22,7 @@ LEVELS = {
         "fakequant integer models recipes",
         "qnpu_sim tflite transform",
         "calibrate output runtime text",
-        "learn measure proof",
+        "learn measure own_text proof",
         "compilers diagnose latency pipeline",
         "deploy job",
         "api cli",

@@ -22,6 +22,7 @@ from qnpu_jax.cli import (
     diagnose,
     importing,
     proof,
+    text,
 )
 from qnpu_jax.cli.options import (
     Context,
@@ -73,6 +74,7 @@ app.add_typer(compilers.app)
 app.add_typer(bench.app)
 app.add_typer(diagnose.app)
 app.add_typer(proof.app)
+app.add_typer(text.app)
 
 Effort = Annotated[
     EffortName, typer.Option(help="How much is learned: fast is for two CPU cores, full a GPU.")

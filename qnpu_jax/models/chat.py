@@ -79,6 +79,7 @@ def render_question(
     special: Mapping[str, str],
     source: str,
     now: datetime.datetime | None = None,
+    answer_next: bool = True,
 ) -> str:
     """As `render_chat`, with the system message SYSTEM where the template asks for one.
 
@@ -88,13 +89,13 @@ def render_question(
       UserError: as `render_chat`, whose reason is that of the chat as it was given.
     """
     try:
-        return render_chat(template, messages, special, source, now=now)
+        return render_chat(template, messages, special, source, now=now, answer_next=answer_next)
     except UserError:
         if not messages or messages[0].get("role") != "user":
             raise
         begun = [{"role": "system", "content": SYSTEM}, *messages]
         with contextlib.suppress(UserError):
-            return render_chat(template, begun, special, source, now=now)
+            return render_chat(template, begun, special, source, now=now, answer_next=answer_next)
         raise
 
 

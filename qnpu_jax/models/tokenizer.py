@@ -186,8 +186,9 @@ class Tokenizer:
         *,
         bos: bool = True,
         now: datetime.datetime | None = None,
+        answer_next: bool = True,
     ) -> list[int]:
-        """Encodes a chat up to where the assistant's next answer begins.
+        """Encodes a chat, by default up to where the assistant's next answer begins.
 
         A template that refuses to begin without a system message gets `chat.SYSTEM`.
 
@@ -196,6 +197,7 @@ class Tokenizer:
           bos: put BOS where the template says `bos_token`. False is for a model with a prefix,
             which begins with BOS already.
           now: as in `render_chat`; `chat.FIXED_DATE` where the ids must be the same every day.
+          answer_next: as in `render_chat`.
 
         Raises:
           UserError: the model has no chat template, or its template refuses the messages; they
@@ -208,7 +210,7 @@ class Tokenizer:
                 " (`qnpu generate --raw`)"
             )
         special = {**self.special} | ({} if bos else {"bos_token": ""})
-        text = render_question(self.chat_template, messages, special, self.source, now)
+        text = render_question(self.chat_template, messages, special, self.source, now, answer_next)
         _check_text(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 

@@ -178,12 +178,13 @@ def tokenized(
     """
     if isinstance(given, str | Path):
         where, source = str(given), Path(given).name
-        texts, sha256 = files.read_text(given), files.digest(given)
+        documents, sha256 = files.read_text(given), files.digest(given)
     else:
         where = source = DOCUMENTATION if given is None else "text"
         texts = [files.default_text()] if given is None else list(given)
+        documents = [*texts]
         sha256 = hashlib.sha256(files.SEPARATOR.join(texts).encode()).hexdigest()
-    return Tokens(where, source, sha256, files.tokenize(texts, tokenizer, vocab_size, where))
+    return Tokens(where, source, sha256, files.tokenize(documents, tokenizer, vocab_size, where))
 
 
 def scored_and_judged(

@@ -7,30 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
-from qnpu_jax.models import Tokenizer, sha256
+from qnpu_jax.models import FIXED_DATE, Tokenizer, sha256
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 """Suffixes of files with one JSON value per line; every other file is plain text."""
+
+Document = str | list[dict[str, str]]
+"""A plain text, or the messages of a chat."""
 
 SEPARATOR = "\n\n"
 """Joins documents: a blank line, as published perplexities of WikiText-2 have it."""
 
 
-def read_text(path: str | Path) -> list[str]:
+def read_text(path: str | Path) -> list[Document]:
     """Reads the documents of a UTF-8 file.
 
     A plain text is one document. A file of JSON lines (see `JSON_LINES`) holds one document a line:
-    an object with the document in "text", or the document itself as a string. Blank lines and a
-    byte order mark are ignored.
+    an object with the document in "text" or a chat in "messages", or the document itself as a
+    string. Other keys, blank lines and a byte order mark are ignored.
 
     Raises:
       UserError: no such file, a folder, not readable, not UTF-8, no text in it, or a line that is
-        neither of the two.
+        none of these.
     """
     path = Path(path)
     try:
@@ -41,8 +46,9 @@ def read_text(path: str | Path) -> list[str]:
             f"{path}: byte {error.start} is not UTF-8 (0x{error.object[error.start]:02x}); expected"
             " plain text or JSON lines in UTF-8; convert it, for example with iconv"
         ) from None
-    documents = _documents(path, text) if path.suffix.lower() in JSON_LINES else [text]
-    if not any(document.strip() for document in documents):
+    documents: list[Document] = [text]
+    documents = _documents(path, text) if path.suffix.lower() in JSON_LINES else documents
+    if not any(d if isinstance(d, list) else d.strip() for d in documents):
         raise UserError(f"{path}: no text in it; expected at least one document; give another file")
     return documents
 
@@ -55,8 +61,13 @@ def default_text() -> str:
     return SEPARATOR.join(topics[name] for name in sorted(topics))
 
 
-def tokenize(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, source: str) -> list[int]:
-    """Encodes documents, joined by `SEPARATOR`, as one text; no BOS or EOS is added.
+def tokenize(
+    documents: Sequence[Document], tokenizer: Tokenizer, vocab_size: int, source: str
+) -> list[int]:
+    """Encodes documents as one text; no BOS or EOS is added.
+
+    Plain texts that follow each other are joined by `SEPARATOR`. Chats take the model's template,
+    their last answer as its turns end.
 
     Args:
       vocab_size: the model's.
@@ -66,9 +77,16 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, source
       Token ids, 0 to `vocab_size` - 1.
 
     Raises:
-      UserError: the tokenizer gives a token that the model does not have.
+      UserError: the tokenizer gives a token that the model does not have, or no template takes the
+        chats.
     """
-    ids = tokenizer.encode(SEPARATOR.join(texts))
+    ids: list[int] = []
+    for kind, some in groupby(documents, key=type):
+        if kind is str:
+            ids += tokenizer.encode(SEPARATOR.join(map(str, some)))
+        else:
+            for chat in some:
+                ids += _chat_ids(chat, tokenizer)
     # Indexing inside jit would silently take the last row of the embedding table.
     if (largest := max(ids, default=0)) >= vocab_size:
         raise UserError(
@@ -77,6 +95,10 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, source
             " of the same checkpoint"
         )
     return ids
+
+
+def _chat_ids(chat: Any, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.chat(chat, bos=False, now=FIXED_DATE, answer_next=False)
 
 
 def digest(path: str | Path) -> str:
@@ -108,14 +130,14 @@ def _reading(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _documents(path: Path, text: str) -> list[str]:
+def _documents(path: Path, text: str) -> list[Document]:
     # Not splitlines, which also splits at U+2028: that may stand in a JSON string.
     lines = enumerate(text.split("\n"), start=1)
     return [_document(f"{path}: line {i}", line) for i, line in lines if line.strip()]
 
 
-def _document(where: str, line: str) -> str:
-    expected = 'expected an object with a string "text", or a string'
+def _document(where: str, line: str) -> Document:
+    expected = 'expected an object with a string "text" or a list "messages", or a string'
     try:
         value = artifacts.parse_json(line)
     except ValueError as error:
@@ -123,17 +145,43 @@ def _document(where: str, line: str) -> str:
             f"{where}: not valid JSON ({error}); {expected}, one per line; correct the line, or"
             " name a plain text *.txt"
         ) from None
+    if isinstance(value, dict) and "messages" in value:
+        return [_message(f"{where}: messages", m) for m in _listed(where, value["messages"])]
     document = value.get("text") if isinstance(value, dict) else value
     if not isinstance(document, str):
         got = type(document).__name__
         if isinstance(value, dict):
             got = f'"text" of type {got}' if "text" in value else f"the keys {sorted(value)}"
         raise UserError(f"{where}: {expected}; got {got}; correct or remove the line")
+    return _checked(where, document)
+
+
+def _listed(where: str, messages: Any) -> list[Any]:
+    if isinstance(messages, list) and messages:
+        return messages
+    raise UserError(
+        f'{where}: "messages" must be a list of at least one message; got'
+        f" {artifacts.layout(messages)[:40]}; correct or remove the line"
+    )
+
+
+def _message(where: str, message: Any) -> dict[str, str]:
+    named = ("role", "content")
+    if not isinstance(message, dict) or any(not isinstance(message.get(k), str) for k in named):
+        raise UserError(
+            f'{where}: expected objects with strings "role" and "content"; got'
+            f" {artifacts.layout(message)[:60]}; correct or remove the line"
+        )
+    return {k: _checked(where, message[k]) for k in named}
+
+
+def _checked(where: str, text: str) -> str:
+    """The text, which JSON may have given half a character."""
     try:
-        document.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # "\ud800" is valid JSON
         raise UserError(
             f"{where}: character {error.start} of its text is half a surrogate pair"
-            f" ({document[error.start]!a}); expected Unicode text; correct or remove the line"
+            f" ({text[error.start]!a}); expected Unicode text; correct or remove the line"
         ) from None
-    return document
+    return text

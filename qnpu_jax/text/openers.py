@@ -130,11 +130,11 @@ _OPENERS = {
 """Beginnings of plain text, by domain."""
 
 
-def plain() -> tuple[str, ...]:
-    """Beginnings of plain text, the domains in turn, each beginning once.
+def plain() -> tuple[tuple[str, str], ...]:
+    """Beginnings of plain text, each with its domain: the domains in turn, each beginning once.
 
     >>> plain()[1]
-    'Problem: A shop sells pens at 3 dollars each and notebooks at '
+    ('sums', 'Problem: A shop sells pens at 3 dollars each and notebooks at ')
     """
-    turns = chain.from_iterable(zip_longest(*_OPENERS.values()))
-    return tuple(text for text in turns if text is not None)
+    named = [[(domain, text) for text in texts] for domain, texts in _OPENERS.items()]
+    return tuple(pair for pair in chain.from_iterable(zip_longest(*named)) if pair is not None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, cycle
+from itertools import chain
 from typing import Any
 
 import flax.struct
@@ -26,8 +26,8 @@ from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant import evaluate, scanned_inputs
 from qnpu_jax.graph import Decoder, Params, Tensors, decoder, layer_inputs, local
-from qnpu_jax.models import FIXED_DATE, Tokenizer
-from qnpu_jax.text.openers import QUESTIONS, plain
+from qnpu_jax.models import Tokenizer
+from qnpu_jax.text.prompts import prompts_of
 
 BATCH = {"cpu": 32, "gpu": 512}
 """Rows decoded together at most, by backend: a step reads all weights once, however many rows share
@@ -160,13 +160,9 @@ def calibration_windows(
 ) -> Int32[np.ndarray, "n t"]:
     """Writes windows of `length` tokens, at least `tokens` in all, to calibrate with.
 
-    A third of the windows begin as chats with one of QUESTIONS, on FIXED_DATE where the template
-    prints the date; a third as plain text of several domains (`openers.plain`). The rest are free
-    text after BOS, or after a random token where texts do not begin with BOS by the model's own
-    rule. Without a chat template, or with one that refuses plain questions, plain text takes the
-    chats' place. BOS itself stands in no window where a document begins: the quantized model puts
-    its prefix there, and a BOS behind the prefix would be an outlier that ordinary text does not
-    have.
+    Window i begins with prompt i of `prompts.prompts_of`. BOS itself stands in no window where a
+    document begins: the quantized model puts its prefix there, and a BOS behind the prefix would be
+    an outlier that ordinary text does not have.
 
     Args:
       tokenizer: the model's own.
@@ -176,30 +172,9 @@ def calibration_windows(
       UserError: as `sample`.
     """
     count = max(1, -(-tokens // length))
-    opening = np.random.default_rng(seed).integers(tokenizer.vocab_size, size=count)
-    bos = tokenizer.bos_id if tokenizer.adds_bos else None
-    prompts = [[int(i)] if bos is None else [bos] for i in opening]
-    first = [] if bos is None else [bos]
-    texts = cycle([ids for text in plain() if (ids := first + tokenizer.encode(text))] or prompts)
-    chats = cycle(found) if (found := _chats(tokenizer)) else texts
-    for i in range(count):
-        if i % 3:
-            prompts[i] = next(chats if i % 3 == 1 else texts)
+    prompts = [p.ids for p in prompts_of(tokenizer, count, seed)]
     drawing = Drawing(seed, stop=tokenizer.eos_ids, bos=tokenizer.bos_id)
     return sample(writer, prompts, length, drawing, progress)
-
-
-def _chats(tokenizer: Tokenizer) -> list[list[int]]:
-    """Encodes QUESTIONS as chats; none without a chat template that takes them."""
-    if tokenizer.chat_template is None:
-        return []
-    try:
-        asked = [
-            tokenizer.chat([{"role": "user", "content": q}], now=FIXED_DATE) for q in QUESTIONS
-        ]
-    except UserError:  # a template for other roles, or for contents that are no text
-        return []
-    return [chat for chat in asked if chat]  # a template may leave questions out
 
 
 def _prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], drawing: Drawing) -> Prompts:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from characters import characters
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.tokenizer import Tokenizer
@@ -100,6 +101,14 @@ def test_json_lines_of_empty_documents(tmp_path):
         ("{}", "got the keys []"),
         ('{"text": null}', 'got "text" of type NoneType'),
         ('{"text": ["x"]}', 'got "text" of type list'),
+        ('{"messages": "hi"}', '"messages" must be a list of at least one message; got "hi"'),
+        ('{"messages": []}', "at least one message; got []"),
+        ('{"messages": ["hi"]}', 'objects with strings "role" and "content"; got "hi"'),
+        ('{"messages": [{"role": "user"}]}', 'got {"role": "user"}'),
+        (
+            '{"messages": [{"role": "user", "content": "a\\ud800"}]}',
+            "character 1 of its text is half a surrogate pair ('\\ud800')",
+        ),
         ("[1, 2]", "got list"),
         ("null", "got NoneType"),
         ('{"text": "a\\ud800"}', "character 1 of its text is half a surrogate pair ('\\ud800')"),
@@ -110,7 +119,7 @@ def test_line_without_text(tmp_path, line, expected):
     text = message(tmp_path / "a.jsonl")
     assert text.startswith(": line 3: ")
     assert expected in text
-    assert "; expected" in text or ": expected" in text
+    assert "expected" in text or "must be" in text
 
 
 def test_digest_is_that_of_sha256sum(tmp_path):
@@ -141,6 +150,15 @@ def test_documents_are_joined_by_a_blank_line(tokenizer):
     assert SEPARATOR == "\n\n"
     assert tokenize(["ab", "c"], tokenizer, 27, "f") == [0, 1, 26, 26, 2]
     assert tokenize([], tokenizer, 27, "f") == []
+
+
+def test_chats_take_the_template_between_texts():
+    made = characters(False, "{% for m in messages %}<{{ m.role[0] }}{{ m.content }}>{% endfor %}")
+    turns = [("user", "Hi"), ("assistant", "Ho")]
+    chat = [{"role": r, "content": c} for r, c in turns]
+    ids = tokenize(["a", "b", chat, chat, "c"], made, 96, "f")
+    # No line break is in this vocabulary; nothing follows the last answer.
+    assert made.decode(ids) == "ab<uHi><aHo><uHi><aHo>c"
 
 
 def test_token_outside_the_vocabulary(tokenizer):

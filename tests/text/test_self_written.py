@@ -10,7 +10,7 @@ import kinds
 import numpy as np
 import pairwise
 import pytest
-import tokenizers
+from characters import BOS, EOS, TEMPLATE, characters
 from model_files import GOLDEN, NAMES
 
 from qnpu_jax.config import ModelConfig
@@ -18,15 +18,14 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.forward import forward
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.models.checkpoint import load_params
-from qnpu_jax.models.tokenizer import Tokenizer
 from qnpu_jax.recipes import RECIPES
 from qnpu_jax.text import self_written
 from qnpu_jax.text.openers import QUESTIONS, plain
+from qnpu_jax.text.prompts import _chats
 from qnpu_jax.text.self_written import (
     BATCH,
     Drawing,
     Writer,
-    _chats,
     calibration_windows,
     sample,
 )
@@ -34,7 +33,6 @@ from qnpu_jax.transform.fold import fold_norms
 from qnpu_jax.transform.prefix import add_prefix
 
 PLAN = RECIPES["w8a8"].bits
-EOS, BOS = 94, 95  # of the character tokenizer
 TOGETHER = BATCH["cpu"]
 
 
@@ -253,26 +251,13 @@ def test_tokens_are_drawn_from_the_softmax(tiny: Writer, temperature):
 # Calibration windows.
 
 
-def characters(bos: bool, template: str | None) -> Tokenizer:
-    """Printable ASCII, one token a character, "~" being EOS; and BOS."""
-    vocab = {chr(32 + i): i for i in range(95)} | {"<s>": BOS}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    backend.add_special_tokens(["<s>"])
-    backend.decoder = tokenizers.decoders.Fuse()  # no spaces between tokens
-    ids = [BOS if bos else None]
-    return Tokenizer.build(backend, ids, [EOS], template, "characters", adds_bos=bos)
-
-
-TEMPLATE = "{{ bos_token }}U:{{ messages[0].content }}A:"
-
-
 @pytest.mark.slow
 def test_windows_begin_as_free_text_as_chats_and_as_plain_text_in_turn(tiny: Writer):
     tokenizer = characters(True, TEMPLATE)
     windows = calibration_windows(tiny, tokenizer, 2500, 100, 0)
     assert windows.shape == (25, 100)
     texts = [tokenizer.decode(row.tolist()) for row in windows]
-    known = [tokenizer.decode(tokenizer.encode(text)) for text in plain()]  # of this vocabulary
+    known = [tokenizer.decode(tokenizer.encode(text)) for _, text in plain()]  # of this vocabulary
     for i, text in enumerate(texts):
         chat, opener = f"U:{QUESTIONS[i // 3]}A:", known[i // 3]
         assert text.startswith(chat[:100]) == (i % 3 == 1)  # without BOS
@@ -289,7 +274,7 @@ def test_windows_begin_as_free_text_as_chats_and_as_plain_text_in_turn(tiny: Wri
 def test_without_a_chat_template_plain_text_takes_the_chats_place(tiny: Writer):
     tokenizer = characters(False, None)
     windows = calibration_windows(tiny, tokenizer, 9 * 60, 60, 0)
-    known = [tokenizer.decode(tokenizer.encode(text))[:60] for text in plain()[:6]]
+    known = [tokenizer.decode(tokenizer.encode(text))[:60] for _, text in plain()[:6]]
     begun = [i for i in range(9) if i % 3]
     assert [
         tokenizer.decode(windows[i].tolist())[: len(k)] for i, k in zip(begun, known, strict=True)
@@ -338,7 +323,8 @@ def test_chats_are_the_same_every_day_and_in_every_template(template, begins):
     made = characters(True, template)
     chats = _chats(made)
     assert len(chats) == len(QUESTIONS)
-    assert made.decode(chats[0]).startswith(begins)
+    assert made.decode(chats[0].ids).startswith(begins)
+    assert [chat.question for chat in chats] == [*QUESTIONS]
 
 
 def test_a_template_that_refuses_questions_leaves_free_text():
@@ -353,7 +339,7 @@ def test_beginnings_are_varied():
     assert max(map(len, QUESTIONS)) < 80
     assert len(set(plain())) == len(plain()) > 60
     tokenizer = characters(False, None)
-    assert sum(bool(tokenizer.encode(text)) for text in plain()) > 50
+    assert sum(bool(tokenizer.encode(text)) for _, text in plain()) > 50
 
 
 # Errors.

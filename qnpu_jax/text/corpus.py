@@ -1,0 +1,148 @@
+"""Documents of the text that a model writes itself, to look at, to edit and to learn from.
+
+`self_written.sample` gives rows of tokens in which documents follow each other. Here they are cut
+apart again; what repeats another, or itself, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from qnpu_jax.models import Tokenizer
+from qnpu_jax.text.prompts import Prompt
+
+GRAM = 4
+"""Tokens of the pieces whose repetition is counted."""
+LEAST_DISTINCT = 0.5
+"""Least part of a document's pieces that are different ones: less is a loop. Prose has above .95,
+source code and tables above .7."""
+
+
+class Written(NamedTuple):
+    """A document as it was written.
+
+    Attributes:
+      prompt: what it began with.
+      ids: its tokens, without BOS and the one that ended it.
+      answer: those that the model drew.
+    """
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def split(
+    rows: Int32[np.ndarray, "b t"],
+    prompts: Sequence[Prompt],
+    stop: Collection[int],
+    bos: int | None,
+) -> Iterator[Written]:
+    """Yields the documents of rows that `sample` wrote.
+
+    Document j of row b began with prompt b + j, cyclically, and ends with the first token of `stop`
+    behind its prompt, or where the row is full. What holds no drawn token is left out.
+
+    Args:
+      bos: as in `self_written.Drawing`: it stands before a document, and in no row.
+    """
+    ends = set(stop)
+    for b, row in enumerate(rows.tolist()):
+        start = document = 0
+        while start < len(row):
+            prompt = prompts[(b + document) % len(prompts)]
+            drawn = start + len(prompt.ids) - (prompt.ids[0] == bos)
+            found = (i for i in range(drawn, len(row)) if row[i] in ends)
+            end = next(found, len(row))
+            if end > drawn:
+                yield Written(prompt, tuple(row[start:end]), tuple(row[drawn:end]))
+            start, document = end + 1, document + 1
+
+
+def distinct(ids: Sequence[int]) -> float:
+    """Tells which part of the pieces of GRAM tokens are different ones; 1 for a shorter text.
+
+    >>> distinct([1, 2] * 4), distinct([1, 2, 3, 4, 5])
+    (0.4, 1.0)
+    """
+    pieces = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
+    return len(set(pieces)) / len(pieces) if pieces else 1.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one domain has of a corpus.
+
+    Attributes:
+      documents, tokens: those that are kept.
+      distinct: mean of `distinct` over them.
+      loops, repeats: documents that are left out: they repeat themselves, or another one.
+    """
+
+    documents: int
+    tokens: int
+    distinct: float
+    loops: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents as the lines of a JSON-lines file, and what each domain has of them.
+
+    Attributes:
+      lines: {"domain": .., "text": ..}, or {"domain": "chat", "messages": [..]}.
+      shares: by domain.
+    """
+
+    lines: list[dict[str, Any]]
+    shares: dict[str, Share]
+
+
+def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
+    """Keeps the documents that are worth learning from: no loops, none twice, none without text."""
+    lines: list[dict[str, Any]] = []
+    seen: set[tuple[int, ...]] = set()
+    counts: dict[str, dict[str, float]] = {}
+    for document in written:
+        n = counts.setdefault(document.prompt.domain, dict.fromkeys(Share.__annotations__, 0))
+        fresh, line = distinct(document.answer), _line(document, tokenizer)
+        if fresh < LEAST_DISTINCT:
+            n["loops"] += 1
+        elif document.ids in seen or line is None:
+            n["repeats"] += 1
+        else:
+            seen.add(document.ids)
+            lines.append(line)
+            n["documents"] += 1
+            n["tokens"] += len(document.ids)
+            n["distinct"] += fresh
+    shares = {
+        domain: Share(
+            documents=int(n["documents"]),
+            tokens=int(n["tokens"]),
+            distinct=n["distinct"] / n["documents"] if n["documents"] else 0.0,
+            loops=int(n["loops"]),
+            repeats=int(n["repeats"]),
+        )
+        for domain, n in counts.items()
+    }
+    return Corpus(lines, shares)
+
+
+def _line(document: Written, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The document as a line of JSON; None where nothing can be read in it."""
+    domain, _, question = document.prompt
+    if question is None:
+        text = tokenizer.decode(document.ids, skip_special=True)
+        return {"domain": domain, "text": text} if text.strip() else None
+    answer = tokenizer.decode(document.answer, skip_special=True)
+    if not answer.strip():
+        return None
+    turns = [("user", question), ("assistant", answer)]
+    return {"domain": domain, "messages": [{"role": r, "content": c} for r, c in turns]}

@@ -1,0 +1,52 @@
+"""`qnpu text`: a file of the model's own text, which `qnpu quantize` takes."""
+
+import json
+
+import pytest
+from workspace import QUANTIZE
+
+from qnpu_jax.text.prompts import FREE
+
+TEXT = ["text", "model", "--out", "own.jsonl", "--tokens", "2048", "--length", "64"]
+
+
+@pytest.mark.slow
+def test_a_text_is_written_shown_and_calibrated_on(qnpu, here):
+    status, out, err = qnpu(*TEXT)
+    assert status == 0, err
+    assert "wrote own.jsonl" in out and FREE in out and "distinct" in out
+    lines = [json.loads(line) for line in (here / "own.jsonl").read_text().splitlines()]
+    assert len(lines) > 10 and all(line["text"].strip() for line in lines)
+    assert len({line["domain"] for line in lines}) > 4  # no chats: the model has no template
+    first = (here / "own.jsonl").read_bytes()
+    assert qnpu(*TEXT, "--overwrite")[0] == 0
+    assert (here / "own.jsonl").read_bytes() == first
+    args = [*QUANTIZE, "--out", "new", "--calibration", "own.jsonl"]
+    status, out, err = qnpu(*args)
+    assert status == 0, err
+    report = json.loads((here / "new/report.json").read_text())
+    assert report["calibration"]["source"] == "own.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--out own.txt", "own.txt: expected a name that ends in one of .jsonl, .ndjson, .json"),
+        ("--out there.jsonl", "there.jsonl: exists; expected a new file"),
+        ("--out no/own.jsonl", "no/own.jsonl: its folder does not exist"),
+        ("--length 100000", "length: 100000 tokens; expected at most the model's 512 positions"),
+        ("--length 4", "Invalid value for '--length'"),
+        ("--tokens 0", "Invalid value for '--tokens'"),
+    ],
+)
+def test_what_is_refused(refused, here, args, message):
+    (here / "there.jsonl").write_text("mine")
+    assert message in refused(*TEXT, *args.split())
+    assert (here / "there.jsonl").read_text() == "mine"
+
+
+def test_chats_need_a_template(refused, here):
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    (here / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    args = [*QUANTIZE, "--out", "new", "--calibration", "chats.jsonl"]
+    assert "no chat template" in refused(*args)
