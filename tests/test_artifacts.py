@@ -217,6 +217,25 @@ def test_new_file_refused(tmp_path):
     (tmp_path / "f").write_text("")
     assert message(write, tmp_path / "f").startswith(f"{tmp_path / 'f'}: exists; expected a new")
     assert "its folder does not exist" in message(write, tmp_path / "no" / "f")
+    (tmp_path / "lost").symlink_to("nowhere")
+    assert "exists" in message(write, tmp_path / "lost")
+    assert "is a folder" in message(write, tmp_path)
+    with pytest.raises(UserError, match="cannot be written"):
+        write(tmp_path / ("n" * 250))  # found before the work
+
+
+def test_a_file_that_comes_meanwhile_is_left(tmp_path):
+    path = tmp_path / "f"
+
+    def write(replace):
+        with new_file(path, replace=replace) as partial:
+            partial.write_text("mine")
+            path.write_text("another's")
+
+    assert message(write, False).startswith(f"{path}: exists")
+    assert path.read_text() == "another's" and len(list(tmp_path.iterdir())) == 1
+    write(True)
+    assert path.read_text() == "mine"
 
 
 # JSON.

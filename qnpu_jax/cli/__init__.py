@@ -41,25 +41,32 @@ def main() -> None:
     except KeyboardInterrupt:
         status = complain(NOTHING, INTERRUPTED)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would only spoil the last line
-    sys.exit(TERMINATED if asked_to_end and status == INTERRUPTED else status)
+    if status != INTERRUPTED:
+        sys.exit(status)
+    # The interpreter's own end crashes where XLA was interrupted while it compiled.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(TERMINATED if asked_to_end else status)
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Lets Ctrl-C end the process at once while the block imports, which takes seconds:
-    KeyboardInterrupt, raised while jaxlib is imported, crashes it."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # not ignored, as under nohup
-        signal.signal(signal.SIGINT, _leave)
+    """Lets Ctrl-C and SIGTERM end the process at once while the block imports, which takes seconds:
+    KeyboardInterrupt, raised while jaxlib is imported, crashes it, or is swallowed."""
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in usual.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
-def _leave(*_: Any) -> NoReturn:
+def _leave(number: int, _: Any) -> NoReturn:
     complain(NOTHING)
-    os._exit(INTERRUPTED)
+    os._exit(128 + number)
 
 
 def complain(message: str, status: int = 2) -> int:

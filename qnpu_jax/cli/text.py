@@ -17,8 +17,12 @@ app = typer.Typer()
 def text(
     model: Model,
     out: Annotated[Path, typer.Option(help="The .jsonl to write, a document a line.")],
-    tokens: Annotated[int, typer.Option(min=1, help="To write, at least.")] = 65_536,
-    length: Annotated[int, typer.Option(min=8, help="Of the longest document, in tokens.")] = 512,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=100_000_000, help="To write, at least.")
+    ] = 65_536,
+    length: Annotated[
+        int, typer.Option(min=32, max=4096, help="Of the longest document, in tokens.")
+    ] = 512,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of every draw.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that is there.")

@@ -81,7 +81,8 @@ class Share:
     Attributes:
       documents, tokens: those that are kept.
       distinct: mean of `distinct` over them.
-      loops, repeats: documents that are left out: they repeat themselves, or another one.
+      loops, repeats: documents that are left out: they repeat themselves, or another one, or hold
+        nothing that can be read.
     """
 
     documents: int
@@ -136,8 +137,11 @@ def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
 
 
 def _line(document: Written, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The document as a line of JSON; None where nothing can be read in it."""
+    """The document as a line of JSON; None where it cannot be read: no text, or a token that only
+    the model's padded table has."""
     domain, _, question = document.prompt
+    if max(document.ids) >= tokenizer.vocab_size:
+        return None
     if question is None:
         text = tokenizer.decode(document.ids, skip_special=True)
         return {"domain": domain, "text": text} if text.strip() else None

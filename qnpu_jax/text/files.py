@@ -86,7 +86,7 @@ def tokenize(
             ids += tokenizer.encode(SEPARATOR.join(map(str, some)))
         else:
             for chat in some:
-                ids += _chat_ids(chat, tokenizer)
+                ids += _chat_ids(chat, tokenizer, source)
     # Indexing inside jit would silently take the last row of the embedding table.
     if (largest := max(ids, default=0)) >= vocab_size:
         raise UserError(
@@ -97,8 +97,17 @@ def tokenize(
     return ids
 
 
-def _chat_ids(chat: Any, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.chat(chat, bos=False, now=FIXED_DATE, answer_next=False)
+def _chat_ids(chat: Any, tokenizer: Tokenizer, source: str) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{source}: holds chats, and {tokenizer.source} has no chat template; expected plain"
+            ' text, or lines with "text"; give such, or take an instruct model'
+        )
+    try:
+        return tokenizer.chat(chat, bos=False, now=FIXED_DATE, answer_next=False)
+    except UserError as error:
+        first = chat[0]["content"][:30]
+        raise UserError(f"{source}: chat that begins {first!r}: {error}") from None
 
 
 def digest(path: str | Path) -> str:
@@ -145,7 +154,7 @@ def _document(where: str, line: str) -> Document:
             f"{where}: not valid JSON ({error}); {expected}, one per line; correct the line, or"
             " name a plain text *.txt"
         ) from None
-    if isinstance(value, dict) and "messages" in value:
+    if isinstance(value, dict) and value.get("messages") is not None:
         return [_message(f"{where}: messages", m) for m in _listed(where, value["messages"])]
     document = value.get("text") if isinstance(value, dict) else value
     if not isinstance(document, str):
@@ -156,12 +165,20 @@ def _document(where: str, line: str) -> Document:
     return _checked(where, document)
 
 
+def _shown(value: Any) -> str:
+    """The beginning of a JSON value."""
+    try:
+        return artifacts.layout(value)[:60]
+    except RecursionError:
+        return f"{type(value).__name__} of too many levels"
+
+
 def _listed(where: str, messages: Any) -> list[Any]:
     if isinstance(messages, list) and messages:
         return messages
     raise UserError(
         f'{where}: "messages" must be a list of at least one message; got'
-        f" {artifacts.layout(messages)[:40]}; correct or remove the line"
+        f" {_shown(messages)}; correct or remove the line"
     )
 
 
@@ -170,7 +187,7 @@ def _message(where: str, message: Any) -> dict[str, str]:
     if not isinstance(message, dict) or any(not isinstance(message.get(k), str) for k in named):
         raise UserError(
             f'{where}: expected objects with strings "role" and "content"; got'
-            f" {artifacts.layout(message)[:60]}; correct or remove the line"
+            f" {_shown(message)}; correct or remove the line"
         )
     return {k: _checked(where, message[k]) for k in named}
 

@@ -62,6 +62,9 @@ def _chats(tokenizer: Tokenizer) -> list[Prompt]:
             Prompt(CHAT, tokenizer.chat([{"role": "user", "content": q}], now=FIXED_DATE), q)
             for q in QUESTIONS
         ]
+        whole = [("user", QUESTIONS[0]), ("assistant", "Paris.")]
+        answered = [{"role": role, "content": content} for role, content in whole]
+        tokenizer.chat(answered, now=FIXED_DATE, answer_next=False)
     except UserError:  # a template for other roles, or for contents that are no text
         return []
     return [chat for chat in asked if chat.ids]  # a template may leave questions out

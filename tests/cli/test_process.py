@@ -117,17 +117,36 @@ def test_interrupted(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"model", "recipe.json", "text.txt"}
 
 
-def test_interrupted_while_it_imports(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_it_imports(tmp_path, number):
     """The first two seconds of a command that computes."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("the system does not show what a process has imported")
     with running(*QUANTIZE, cwd=tmp_path) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         wait_for(lambda: "jaxlib" in maps.read_text(), process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate()
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (128 + number, "")
     assert err == "qnpu: interrupted, nothing is left behind\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_it_compiles(tmp_path, number):
+    """XLA, interrupted there, crashes when the interpreter ends."""
+    write_inputs(tmp_path)
+    args = ["text", "model", "--out", "own.jsonl", "--tokens", "4096", "--length", "128"]
+    with running(*args, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        while "write text" not in process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(1.0)  # compiling takes two seconds
+        process.send_signal(number)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (128 + number, "")
+    assert err == "qnpu: interrupted, nothing is left behind\n"
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "recipe.json", "text.txt"}
 
 
 def learning(folder: Path) -> list[str]:

@@ -34,13 +34,19 @@ def test_a_text_is_written_shown_and_calibrated_on(qnpu, here):
         ("--out own.txt", "own.txt: expected a name that ends in one of .jsonl, .ndjson, .json"),
         ("--out there.jsonl", "there.jsonl: exists; expected a new file"),
         ("--out no/own.jsonl", "no/own.jsonl: its folder does not exist"),
-        ("--length 100000", "length: 100000 tokens; expected at most the model's 512 positions"),
+        ("--length 1024", "length: 1024 tokens; expected at most the model's 512 positions"),
         ("--length 4", "Invalid value for '--length'"),
         ("--tokens 0", "Invalid value for '--tokens'"),
+        ("--tokens 99999999999999999999999", "Invalid value for '--tokens'"),
+        ("--out folder.jsonl --overwrite", "folder.jsonl: is a folder; expected a file"),
+        ("--out lost.jsonl", "lost.jsonl: exists; expected a new file"),
+        (f"--out {'n' * 246}.jsonl", "cannot be written (File name too long)"),
     ],
 )
 def test_what_is_refused(refused, here, args, message):
     (here / "there.jsonl").write_text("mine")
+    (here / "folder.jsonl").mkdir()
+    (here / "lost.jsonl").symlink_to("nowhere")
     assert message in refused(*TEXT, *args.split())
     assert (here / "there.jsonl").read_text() == "mine"
 
@@ -49,4 +55,4 @@ def test_chats_need_a_template(refused, here):
     chat = {"messages": [{"role": "user", "content": "Hi"}]}
     (here / "chats.jsonl").write_text(json.dumps(chat) + "\n")
     args = [*QUANTIZE, "--out", "new", "--calibration", "chats.jsonl"]
-    assert "no chat template" in refused(*args)
+    assert "chats.jsonl: holds chats, and model has no chat template" in refused(*args)

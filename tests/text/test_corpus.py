@@ -69,11 +69,12 @@ def test_loops_and_repeats_are_left_out():
     told = tuple(tokenizer.encode("the quick brown fox jumps over it"))
     loop = tuple(tokenizer.encode("ab" * 20))
     assert distinct(loop) < LEAST_DISTINCT < distinct(told)
-    some = [told, told, loop, tuple(tokenizer.encode("   "))]
+    padding = (*told, tokenizer.vocab_size)  # a token that only a padded table has
+    some = [told, told, loop, tuple(tokenizer.encode("   ")), padding]
     found = corpus([Written(PROMPTS[0], ids, ids) for ids in some], tokenizer)
     assert [line["text"] for line in found.lines] == [tokenizer.decode(told)]
     share = found.shares[FREE]
-    assert (share.documents, share.tokens, share.loops, share.repeats) == (1, len(told), 1, 2)
+    assert (share.documents, share.tokens, share.loops, share.repeats) == (1, len(told), 1, 3)
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):

@@ -101,6 +101,8 @@ def test_json_lines_of_empty_documents(tmp_path):
         ("{}", "got the keys []"),
         ('{"text": null}', 'got "text" of type NoneType'),
         ('{"text": ["x"]}', 'got "text" of type list'),
+        ('{"messages": null}', "got the keys ['messages']"),
+        ('{"messages": [' + "[" * 500 + "]" * 500 + "]}", "got list of too many levels"),
         ('{"messages": "hi"}', '"messages" must be a list of at least one message; got "hi"'),
         ('{"messages": []}', "at least one message; got []"),
         ('{"messages": ["hi"]}', 'objects with strings "role" and "content"; got "hi"'),
@@ -159,6 +161,15 @@ def test_chats_take_the_template_between_texts():
     ids = tokenize(["a", "b", chat, chat, "c"], made, 96, "f")
     # No line break is in this vocabulary; nothing follows the last answer.
     assert made.decode(ids) == "ab<uHi><aHo><uHi><aHo>c"
+
+
+def test_a_chat_that_a_template_refuses_is_named():
+    made = characters(False, "{{ raise_exception('no') }}")
+    chat = [{"role": "user", "content": "How are you?"}]
+    with pytest.raises(UserError, match=r"f\.jsonl: chat that begins 'How are you\?': characters"):
+        tokenize([chat], made, 96, "f.jsonl")
+    with pytest.raises(UserError, match=r"f\.jsonl: holds chats, and characters has no chat templ"):
+        tokenize(["text", chat], characters(False, None), 96, "f.jsonl")
 
 
 def test_token_outside_the_vocabulary(tokenizer):
