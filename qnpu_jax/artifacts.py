@@ -26,8 +26,7 @@ from qnpu_jax.errors import UserError
 MODEL = "model.tflite"
 REPORT = "report.json"
 RECIPE = "recipe.json"
-TOKENIZER = "tokenizer"
-DIAGNOSIS = "diagnosis"
+TOKENIZER, DIAGNOSIS = "tokenizer", "diagnosis"
 ACCUMULATORS, ACCUMULATORS_FIGURE = "accumulators.json", "accumulators.svg"
 
 FORMAT = 1
@@ -185,27 +184,24 @@ def writing(out: Path, overwrite: bool, kind: Kind = MODELS) -> Iterator[Path]:
 def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Gives a path to write to; the file becomes `path` when the block ends well, else vanishes.
 
-    Whatever stands against it is found at the start, before the work.
-
     Args:
       replace: replace an older file of that name, at the end; without it, one is an error, and one
         that has come meanwhile is left as it is.
 
     Raises:
-      UserError: the file exists, its folder does not, or it cannot be written.
+      UserError: before the block, the file exists, its folder does not, or it cannot be written.
     """
     with system_errors(path):
         if path.is_dir():
             raise UserError(f"{path}: is a folder; expected a file; choose another name")
-        if os.path.lexists(path) and not replace:
-            raise _exists(path)
+        if not replace:
+            _refuse_existing(path)
         if not path.absolute().parent.is_dir():
-            raise UserError(
-                f"{path}: its folder does not exist; expected an existing one; make it first"
-            )
+            way_out = "expected an existing one; make it first"
+            raise UserError(f"{path}: its folder does not exist; {way_out}")
         partial = _partial(path)
         partial.touch()
-        partial.unlink()  # some that write it want no file there
+        partial.unlink()
         try:
             yield partial
             if replace:
@@ -216,19 +212,17 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _exists(path: Path) -> UserError:
-    return UserError(f"{path}: exists; expected a new file; choose another name")
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"{path}: exists; expected a new file; choose another name")
 
 
 def _link(partial: Path, path: Path) -> None:
     """Gives a file its name, in one step, where nothing has that name."""
     try:
         os.link(partial, path)
-    except FileExistsError:
-        raise _exists(path) from None
-    except OSError:  # a disk without hard links
-        if os.path.lexists(path):
-            raise _exists(path) from None
+    except OSError:  # something has, or the disk has no hard links
+        _refuse_existing(path)
         partial.rename(path)
 
 
