@@ -1,5 +1,6 @@
 """Fixtures, loaded by conftest.py: the command in this process, in a working folder of its own."""
 
+import os
 import re
 import shutil
 import sys
@@ -79,6 +80,7 @@ def qnpu(monkeypatch, capfd) -> Command:
     def call(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["qnpu", *args])
         monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(os, "_exit", sys.exit)  # what ends an interrupted process
         with pytest.raises(SystemExit) as end:
             main()
         out, err = capfd.readouterr()

@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit status after Ctrl-C, and after a request to end."""
+LATER = 0.01
+"""Seconds until a signal comes again that cannot be heeded now."""
 NOTHING = "interrupted, nothing is left behind"
 
 
@@ -29,13 +33,19 @@ def main() -> None:
         from qnpu_jax.cli.commands import call
     asked_to_end = []
 
-    def end(number: int, _: Any) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)
-        asked_to_end.append(number)
+    def end(number: int, frame: FrameType | None) -> None:
+        if _ignores(frame):
+            threading.Timer(LATER, os.kill, (os.getpid(), number)).start()
+            return
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+            asked_to_end.append(number)
         raise KeyboardInterrupt  # what was begun is cleared away as after Ctrl-C
 
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
     try:
         status = call()
     except KeyboardInterrupt:
@@ -47,6 +57,16 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(TERMINATED if asked_to_end else status)
+
+
+def _ignores(frame: FrameType | None) -> bool:
+    """Tells whether an exception raised in this frame would only be printed: JAX's callback of the
+    garbage collector is on the stack."""
+    while frame is not None:
+        if frame.f_code.co_name == "_xla_gc_callback":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

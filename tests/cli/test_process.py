@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from command import STAGE, without_stages
 from workspace import QUANTIZE, request, start, workspace, write_inputs
 
-from qnpu_jax import job, progress
+from qnpu_jax import cli, job, progress
 from qnpu_jax.errors import UserError
 from qnpu_jax.output import OutputFolder
 from qnpu_jax.proof.simulated import Simulated
@@ -129,6 +130,18 @@ def test_interrupted_while_it_imports(tmp_path, number):
         out, err = process.communicate()
     assert (process.returncode, out) == (128 + number, "")
     assert err == "qnpu: interrupted, nothing is left behind\n"
+
+
+def test_where_an_exception_would_only_be_printed():
+    """In JAX's callback of the garbage collector, and in what it calls."""
+
+    def called() -> bool:
+        return cli._ignores(sys._getframe())
+
+    def _xla_gc_callback() -> bool:
+        return called()
+
+    assert _xla_gc_callback() and not called()
 
 
 @pytest.mark.slow
