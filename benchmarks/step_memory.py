@@ -1,9 +1,9 @@
 """Reads the memory of a step of learning from XLA's plan, as model and text grow.
 
 No weights are needed: the step is compiled for shapes, and with --batches run on zeros, which take
-as long as any numbers. Goal: at most three times
-the float32 weights (model, teacher, and what is learned of them) plus the activations of one layer
-for all tokens of a batch, because layers are computed again in the backward pass.
+as long as any numbers. Goal: at most three times the float32 weights (model, teacher, and what is
+learned of them) plus the activations of one layer for all tokens of a batch, because layers are
+computed again in the backward pass.
 """
 
 from __future__ import annotations

@@ -234,7 +234,8 @@ class _ForwardPass:
     values: list[Tensors]
 
     def arrays(self, here: GraphLayer) -> _Arrays:
-        """What `run` takes. Each array is half a millisecond of a GPU's time, so once a layer."""
+        """Copies what `run` takes to the device: once a layer, as each array takes a GPU half a
+        millisecond."""
         graph = here.graph
         q = local(self.scales, graph.prefix)
         found: Any = (local(self.params, graph.prefix), (q, ranges_of(graph, q)))

@@ -6,8 +6,10 @@ apart again; what repeats another, or itself, is left out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +21,8 @@ from qnpu_jax.text.prompts import Prompt
 GRAM = 4
 """Tokens of the pieces whose repetition is counted."""
 LEAST_DISTINCT = 0.5
-"""Least part of a document's pieces that are different ones: less is a loop. Prose has above .95,
-source code and tables above .7."""
+"""Least part of a document's pieces that are different ones: less is a loop. Means of the domains
+lie at .76 to 1.00 where SmolLM2-135M writes 4,096 tokens."""
 
 
 class Written(NamedTuple):
@@ -109,29 +111,29 @@ def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
     """Keeps the documents that are worth learning from: no loops, none twice, none without text."""
     lines: list[dict[str, Any]] = []
     seen: set[tuple[int, ...]] = set()
-    counts: dict[str, dict[str, float]] = {}
+    kept: dict[str, list[Written]] = {}
+    loops: Counter[str] = Counter()
+    repeats: Counter[str] = Counter()
     for document in written:
-        n = counts.setdefault(document.prompt.domain, dict.fromkeys(Share.__annotations__, 0))
-        fresh, line = distinct(document.answer), _line(document, tokenizer)
-        if fresh < LEAST_DISTINCT:
-            n["loops"] += 1
+        domain, line = document.prompt.domain, _line(document, tokenizer)
+        of_domain = kept.setdefault(domain, [])
+        if distinct(document.answer) < LEAST_DISTINCT:
+            loops[domain] += 1
         elif document.ids in seen or line is None:
-            n["repeats"] += 1
+            repeats[domain] += 1
         else:
             seen.add(document.ids)
             lines.append(line)
-            n["documents"] += 1
-            n["tokens"] += len(document.ids)
-            n["distinct"] += fresh
+            of_domain.append(document)
     shares = {
         domain: Share(
-            documents=int(n["documents"]),
-            tokens=int(n["tokens"]),
-            distinct=n["distinct"] / n["documents"] if n["documents"] else 0.0,
-            loops=int(n["loops"]),
-            repeats=int(n["repeats"]),
+            documents=len(some),
+            tokens=sum(len(document.ids) for document in some),
+            distinct=fmean(distinct(d.answer) for d in some) if some else 0.0,
+            loops=loops[domain],
+            repeats=repeats[domain],
         )
-        for domain, n in counts.items()
+        for domain, some in kept.items()
     }
     return Corpus(lines, shares)
 
