@@ -226,6 +226,7 @@ def _learned(job: Job, histories: list[History]) -> list[dict[str, Any]]:
             "loss": [_short(sum(part) / len(part)) for part in parts],
             "evaluated": [step for step, _ in history.held_out],
             "held_out_kl": [_short(kl) for _, kl in history.held_out],
+            "domains": {name: [*map(_short, kls)] for name, kls in history.domains.items()},
         })  # fmt: skip
     return out
 

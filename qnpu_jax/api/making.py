@@ -32,7 +32,7 @@ from qnpu_jax.models import Checkpoint
 from qnpu_jax.progress import Observer
 from qnpu_jax.proof import bound_accumulators
 from qnpu_jax.recipes import Effort, Recipe
-from qnpu_jax.text import Excerpt, excerpts, starts_of
+from qnpu_jax.text import excerpts, starts_of
 from qnpu_jax.tflite import build_cached, build_prefill, check_name
 
 
@@ -99,7 +99,7 @@ def _check_lengths(
 
 def _written(
     checkpoint: Checkpoint, params: Params, recipe: Recipe, taught: Effort | None, watch: Observer
-) -> tuple[Excerpt, Excerpt | None]:
+) -> excerpts.Material:
     """Calibration and learning text that the model writes itself."""
     with watch.stage("calibration text"):
         steps = partial(watch.track, what="calibration text")
