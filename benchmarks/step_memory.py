@@ -26,7 +26,7 @@ from qnpu_jax.graph.graph import Graph
 from qnpu_jax.graph.qparams import QParams
 from qnpu_jax.graph.scales import is_free
 from qnpu_jax.learn.losses import Batch
-from qnpu_jax.learn.parameters import Base, code_ranges, initial_theta, theta_units
+from qnpu_jax.learn.parameters import Base, initial_theta, theta_units
 from qnpu_jax.learn.train import compile_stage, initial_state, matmul_precision
 from qnpu_jax.models import checkpoint
 from qnpu_jax.recipes import EFFORTS, load_recipe
@@ -121,7 +121,6 @@ def compiled(config: ModelConfig, args: argparse.Namespace, batch: int, length: 
     base = Base(
         params=params,
         free=free,
-        ranges=code_ranges(dec),
         units=theta_units(dec, free),
         teacher=params,
         basis=np.eye(config.hidden_size, dtype=np.float32),

@@ -18,7 +18,7 @@ from qnpu_jax.graph.layered import Params
 from qnpu_jax.graph.qparams import Scales
 from qnpu_jax.learn import train
 from qnpu_jax.learn.orthogonal import cayley
-from qnpu_jax.learn.parameters import Base, Theta, code_ranges, initial_theta, theta_units
+from qnpu_jax.learn.parameters import Base, Theta, initial_theta, theta_units
 from qnpu_jax.models.llama import ATTENTION, MLP
 from qnpu_jax.recipes import GROUPS, Effort, Stage
 from qnpu_jax.transform.fold import fold_norms
@@ -98,7 +98,6 @@ def base_of(dec: Decoder, params: Params, free: Scales, **changes: Any) -> Base:
     settings: dict[str, Any] = {
         "params": dict(params),
         "free": free,
-        "ranges": code_ranges(dec),
         "units": theta_units(dec, free),
         "teacher": dict(params),
         "basis": EYE,

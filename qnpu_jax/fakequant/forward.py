@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.fakequant.evaluate import (
@@ -76,8 +77,6 @@ class Reading:
     Attributes:
       params: real values by stacked global name.
       scales: QParams by stacked global name; tensors without an entry stay in float.
-      ranges: code ranges of the tensors in `scales`; None takes the decoder's, as constants of the
-        compiled program.
       prepare: makes the graph's parameters of them (learning merges rotations here).
       masked: stop the gradient of clipped values, as `fake_quant.fake_quant` says.
       measure: also sum up the local errors (`evaluate.measured`).
@@ -85,7 +84,6 @@ class Reading:
 
     params: Mapping[str, Any]
     scales: Scales
-    ranges: Mapping[str, Bounds] | None = None
     prepare: Prepare = stored
     masked: bool = True
     measure: bool = False
@@ -98,10 +96,29 @@ class Reading:
     def quant(self, graph: Graph) -> tuple[dict[str, QParams], dict[str, Bounds]]:
         """Scales and code ranges of a graph by local name."""
         q = local(self.scales, graph.prefix)
-        if self.ranges is None:
-            return q, ranges_of(graph, q)
-        known = local(self.ranges, graph.prefix)
-        return q, {name: known[name] for name in q}
+        return q, ranges_of(graph, q)
+
+
+def _alike(values: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Takes what is known to be alike in all layers out of values that `lax.scan` would slice: a
+    GPU takes as long for one scalar of a layer as for a small matrix, and there are hundreds.
+
+    Args:
+      values: arrays with a leading axis of layers; NumPy's are known, JAX's may be traced.
+
+    Returns:
+      The other values, and the function that puts those of one layer into the structure again.
+    """
+    leaves, structure = jax.tree.flatten(values)
+    known = [isinstance(x, np.ndarray) and bool((x == x[:1]).all()) for x in leaves]
+    sliced = [x for x, alike in zip(leaves, known, strict=True) if not alike]
+
+    def whole(own: list[Any]) -> Any:
+        rest = iter(own)
+        pairs = zip(leaves, known, strict=True)
+        return jax.tree.unflatten(structure, [x[0] if alike else next(rest) for x, alike in pairs])
+
+    return sliced, whole
 
 
 class Hidden(NamedTuple):
@@ -128,13 +145,15 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
       ids: (T,) token ids.
     """
     kinds, tables = scanned_inputs(dec, shared_inputs(dec))
+    sliced, whole = _alike(reading.quant(dec.layer))
 
     # Between layers autodiff keeps the residual stream; within the layer that is computed again,
     # what each op produced, and not what quantization made of it too.
     @jax.checkpoint
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCED))
     def step(x: jax.Array, layer) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        p, q, r, kind = layer
+        p, own, kind = layer
+        q, r = whole(own)
         edge = produced(fake_quant_edge(q, r, reading.masked))
         errors: list[jax.Array] = [jnp.float32(0)]
         edge = measured(edge, errors) if reading.measure else edge
@@ -147,7 +166,7 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
     rows = {"embed.weight": jnp.asarray(reading.params["embed.weight"])[ids]}
     values, edge = replace(reading, params=rows).whole(dec.embed)
     x = evaluate(dec.embed, {"ids": jnp.arange(len(ids)), **values}, edge)["residual"]
-    layers = (local(reading.params, "layers."), *reading.quant(dec.layer), kinds)
+    layers = (local(reading.params, "layers."), sliced, kinds)
     last, (residuals, errors) = jax.lax.scan(step, x, layers)
     return Hidden(residuals, last, jnp.sum(errors))
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from qnpu_jax.graph.decoder import MASK_CODE, Decoder
 from qnpu_jax.graph.graph import Graph, Node, is_identity
@@ -98,9 +99,11 @@ def bias_scales(dec: Decoder, resolved: Scales) -> Scales:
         for node in graph.nodes:
             if isinstance(node.op, FullyConnected):
                 x, w = (resolved[graph.prefix + name] for name in node.inputs[:2])
-                scale = x.scale[..., None] * w.scale
-                name = graph.prefix + node.inputs[2]
-                out[name] = QParams(scale=scale, zero_point=jnp.zeros_like(scale))
+                # Rounding a bias steers no scale: where its code is large, float32 leaves nothing
+                # of the rounding error that would.
+                scale = jax.lax.stop_gradient(x.scale[..., None] * w.scale)
+                zero_point = np.zeros(scale.shape, np.float32)
+                out[graph.prefix + node.inputs[2]] = QParams(scale=scale, zero_point=zero_point)
     return out
 
 
@@ -124,8 +127,10 @@ def _of_root(graph: Graph, name: str, node: Node | None, free: Scales, of: Any) 
     spec = graph[name]
     layers = np.shape(spec.quant.bits)[0]
 
-    def constant(values: Any) -> jax.Array:
-        array = jnp.broadcast_to(jnp.asarray(values, jnp.float32), (layers,))
+    def constant(values: Any) -> Any:
+        known = not isinstance(values, Tracer)  # stays so under jit: layers may share it
+        xp: Any = np if known else jnp
+        array = xp.broadcast_to(xp.asarray(values, xp.float32), (layers,))
         return array if graph.layered else array[0]
 
     if spec.fixed is not None:

@@ -30,7 +30,6 @@ from flax import struct
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.fakequant import Reading, lsq_factor, round_ste, scale_gradient
 from qnpu_jax.graph import (
-    Bounds,
     Decoder,
     Graph,
     Params,
@@ -41,7 +40,6 @@ from qnpu_jax.graph import (
     is_constant,
     is_free,
     is_rotated,
-    ranges_of,
     resolve,
 )
 from qnpu_jax.recipes import Stage
@@ -98,7 +96,6 @@ class Base:
     Attributes:
       params: folded parameters by global name, prefix K/V included.
       free: QParams of every free tensor.
-      ranges: qmin and qmax of every quantized tensor, `code_ranges`.
       units: real value of one unit of each bias and prefix parameter, `theta_units`.
       teacher: parameters of the float model.
       basis: (D, D) product B of the rotations that earlier stages merged: where the teacher's
@@ -107,7 +104,6 @@ class Base:
 
     params: Any
     free: Any
-    ranges: Any
     units: Any
     teacher: Any
     basis: Any
@@ -188,15 +184,6 @@ def _has_no_zero_point(graph: Graph, name: str) -> bool:
     return quant.symmetric or min(quant.bits) >= 16
 
 
-def code_ranges(dec: Decoder) -> dict[str, Bounds]:
-    """Returns qmin and qmax of every quantized tensor, in codes, by stacked global name."""
-    return {
-        graph.prefix + name: bounds
-        for graph in dec.graphs
-        for name, bounds in ranges_of(graph, {t.name: t for t in graph.tensors}).items()
-    }
-
-
 def theta_units(dec: Decoder, free: Scales) -> dict[ThetaKey, np.ndarray]:
     """Returns the real value of one unit of each bias and prefix parameter, s 2^(bits - 1).
 
@@ -252,7 +239,7 @@ def student_reading(
     def prepare(graph: Graph, values: Tensors) -> Tensors:
         return _moved_params(graph, values, turn)
 
-    return Reading(params, scales, base.ranges, prepare, stage.masked, measure)
+    return Reading(params, scales, prepare, stage.masked, measure)
 
 
 class _Turn(NamedTuple):
@@ -290,9 +277,7 @@ def student_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
     """Returns the QParams of every tensor that the stage quantizes, moved by theta."""
     resolved = resolve(dec, learned_scales(dec, stage, free, theta))
     if stage.quantized == "all":
-        # A bias is rounded to its sums' codes as it is frozen, which steers no scale: where its
-        # code is large, float32 leaves nothing of the rounding error that would.
-        return resolved | jax.lax.stop_gradient(bias_scales(dec, resolved))
+        return resolved | bias_scales(dec, resolved)
     roots = {g.prefix + t.name: g.prefix + g.ties[t.name] for g in dec.graphs for t in g.tensors}
     return {n: q for n, q in resolved.items() if n.endswith("weight") or is_rotated(roots[n])}
 
@@ -327,7 +312,7 @@ def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
                 b = None if b is None else scale_gradient(b, factor / ZERO_POINT_UNIT**2)
             out[name] = QParams(
                 scale=q.scale if a is None else q.scale * _scale_factor(stage, a),
-                zero_point=q.zero_point if b is None else _zero_point(graph, spec.name, q, b),
+                zero_point=_zero_point(graph, spec.name, q, b),
             )
     return out
 
@@ -343,8 +328,12 @@ def _scale_factor(stage: Stage, a: jax.Array) -> jax.Array:
     return 1 + a + jax.lax.stop_gradient(jnp.maximum(1 + a, LEAST_FACTOR) - (1 + a))
 
 
-def _zero_point(graph: Graph, name: str, q: QParams, b: jax.Array) -> jax.Array:
+def _zero_point(graph: Graph, name: str, q: QParams, b: jax.Array | None) -> Any:
     """clip(round(z0 + 128 b), qmin, qmax), an integer; 0 in layers of 16 bits."""
+    if _has_no_zero_point(graph, name):
+        return np.zeros(np.shape(q.zero_point), np.float32)  # known, so that layers share it
+    if b is None:
+        return q.zero_point
     quant = graph[name].quant
     bits = np.asarray(quant.bits, np.float32)
     bits = bits if graph.layered else bits[0]

@@ -16,7 +16,6 @@ from qnpu_jax.learn.parameters import (
     R1,
     Base,
     Theta,
-    code_ranges,
     initial_theta,
     merge_theta,
     student_scales,
@@ -73,7 +72,7 @@ def schedule(recipe: Recipe, effort: Effort) -> list[tuple[Stage, int]]:
 
     >>> from qnpu_jax import EFFORTS, RECIPES
     >>> [steps for _, steps in schedule(RECIPES["w4a8"], EFFORTS["full"])]
-    [320, 480]
+    [120, 680]
     """
     out = []
     for stage in recipe.stages:
@@ -211,7 +210,6 @@ class _Run:
         base = Base(
             params=dict(model.params),
             free=model.free,
-            ranges=code_ranges(dec),
             units=theta_units(dec, model.free),
             teacher=self.teacher,
             basis=basis,

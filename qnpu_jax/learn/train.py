@@ -36,6 +36,13 @@ COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
 }
 """By backend. On a GPU, XLA spends two minutes on choosing kernels for a step that runs for one; on
 a CPU, it orders ops for threads that two cores do not have, in half as much memory again."""
+CHOSEN_KERNELS: dict[str, dict[str, bool | int | str]] = {
+    "gpu": COMPILER_OPTIONS["gpu"] | {"xla_gpu_autotune_level": 4}
+}
+"""By backend, of steps that run for longer: a step of SmolLM2-135M with 16 windows takes .26 s on an
+H200 in place of .29, and 16 s more to compile."""
+LONG = 8_000_000
+"""Tokens of a stage from which on CHOSEN_KERNELS saves more time than it costs."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +147,17 @@ class CompiledStage:
     held_out: Callable[[Theta, Base, jax.Array], jax.Array]
 
 
-def jit_for_stage(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """Applies `jax.jit` with compiler options for programs that run no longer than a stage."""
-    options = COMPILER_OPTIONS.get(jax.default_backend(), {})
+def jit_for_stage(
+    function: Callable[..., Any], long: bool = False, **settings: Any
+) -> Callable[..., Any]:
+    """Applies `jax.jit` with compiler options for programs that run no longer than a stage.
+
+    Args:
+      long: the stage is a long one (LONG).
+    """
+    backend = jax.default_backend()
+    options = COMPILER_OPTIONS.get(backend, {})
+    options = options | (CHOSEN_KERNELS.get(backend, {}) if long else {})
     return jax.jit(function, compiler_options=options, **settings)
 
 
@@ -191,7 +206,8 @@ def compile_stage(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> Com
     def held_out(theta: Theta, base: Base, ids: jax.Array) -> jax.Array:
         return held_out_kl(dec, stage, base, theta, ids)
 
-    return CompiledStage(jit_for_stage(step, donate_argnums=0), jit_for_stage(held_out))
+    long = steps * effort.batch * effort.length >= LONG
+    return CompiledStage(jit_for_stage(step, long, donate_argnums=0), jit_for_stage(held_out))
 
 
 def initial_state(stage: Stage, theta: Theta, steps: int) -> TrainState:
@@ -335,7 +351,10 @@ def matmul_precision(effort: Effort) -> AbstractContextManager[object]:
     """Returns the context in which matrix products have the effort's precision."""
     if effort.precision == "default":
         return nullcontext()
-    return jax.default_matmul_precision(effort.precision)
+    named = effort.precision
+    if named == "bfloat16" and jax.default_backend() == "gpu":
+        named = "BF16_BF16_F32"  # "bfloat16" asks for no less there, and TF32 is what it gets
+    return jax.default_matmul_precision(named)
 
 
 def _evaluate(

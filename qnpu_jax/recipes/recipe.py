@@ -178,7 +178,8 @@ class Effort:
       patience: evaluations without a better held-out KL before a stage ends; many, because the gain
         of a cosine schedule comes near its end.
       without: groups that do not learn at this effort.
-      precision: of matrix products: `highest` (float32), `default` (TF32 on a GPU), `bfloat16`.
+      precision: of matrix products: `highest` (float32), `default` (TF32 on a GPU), or `bfloat16`
+        operands with float32 sums (on a GPU).
       teacher_bytes: of host memory, at most, in which the teacher's `top_k` likeliest tokens are
         kept (8 bytes each) and not recomputed at every step; 0 recomputes them. Of stages with loss
         `kl`, a `top_k` and no `hidden_mse`: the others need more of the teacher.
@@ -225,11 +226,11 @@ EFFORTS = {
     ),
     "best": Effort(
         "best",
-        steps=1500,
+        steps=1450,
         batch=32,
         length=512,
-        tokens=32_000_000,
-        own_tokens=4_194_304,
+        tokens=24_000_000,
+        own_tokens=2_400_000,
         held_out=16,
         precision="default",
     ),
