@@ -128,9 +128,10 @@ def cover(
     Of equal gains the earlier window is taken; so where all is covered, the first of the pool
     follow. A tensor that is 0 on the whole pool is covered by any window.
 
-    >>> found = cover({"a": np.float32([[1], [4], [3]]), "b": np.float32([[5], [0], [4]])}, 2)
+    >>> peaks = {"a": np.array([[1], [4], [3]], "f"), "b": np.array([[4], [0], [4]], "f")}
+    >>> found = cover(peaks, 2)
     >>> found.windows, found.curve
-    ((2, 0), (0.775, 0.875))
+    ((2, 1), (0.875, 1.0))
 
     Args:
       peaks: m_ts, as `window_peaks` gives them.
@@ -168,7 +169,8 @@ def cover(
         windows.append(window)
         curve.append(float((weight * covered).sum()))
         top = np.argsort(-own, kind="stable")[:SERVED]
-        serves.append(tuple(Served(*labels[t], float(own[t])) for t in top if own[t] > 0))
+        named = ((*labels[t], float(own[t])) for t in top if own[t] > 0)
+        serves.append(tuple(Served(name, layer, gain) for name, layer, gain in named))
     return Coverage(tuple(windows), tuple(curve), tuple(serves))
 
 

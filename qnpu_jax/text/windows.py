@@ -23,12 +23,15 @@ class Windows:
         rows where nothing is learned.
       other: judges prefixes beside `calibration`, being of another domain; no rows where there is
         no such text.
+      pool: as many windows as `calibration` has are chosen from it by coverage, to set ranges and
+        round weights in its place; no rows where `calibration` itself does.
     """
 
     calibration: Int[np.ndarray, "n t"]
     learning: Int[np.ndarray, "m u"]
     held_out: Int[np.ndarray, "k u"]
     other: Int[np.ndarray, "j v"] = field(default_factory=lambda: np.zeros((0, 1), np.int32))
+    pool: Int[np.ndarray, "p w"] = field(default_factory=lambda: np.zeros((0, 1), np.int32))
 
     @staticmethod
     def of(

@@ -1,15 +1,23 @@
 """Windows chosen by coverage: against all subsets, against plain greedy, and by hand."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 import tiny
 
-from qnpu_jax.calibrate.coverage import Served, cover, window_peaks
+from qnpu_jax import pipeline
+from qnpu_jax.calibrate.coverage import cover, window_peaks
 from qnpu_jax.calibrate.statistics import collect_statistics
 from qnpu_jax.errors import UserError
+from qnpu_jax.text.windows import Windows
+from qnpu_jax.transform import Starts
+
+
+def rows(values) -> np.ndarray:
+    return np.asarray(values, np.float32)
 
 
 def random_peaks(seed: int, windows: int = 9) -> dict[str, np.ndarray]:
@@ -25,8 +33,8 @@ def random_peaks(seed: int, windows: int = 9) -> dict[str, np.ndarray]:
 def value(peaks, windows, quantile=1.0, weights=None) -> float:
     """F as its equation says, term by term."""
     total = norm = 0.0
-    for name, rows in peaks.items():
-        for column in rows.T.astype(np.float64):
+    for name, found in peaks.items():
+        for column in found.T.astype(np.float64):
             weight = (weights or {}).get(name, 1.0)
             total += weight * min(1.0, max(column[list(windows)]) / np.quantile(column, quantile))
             norm += weight
@@ -59,13 +67,14 @@ def test_lazy_is_greedy_and_reaches_its_bound(seed, settings):
 
 
 def test_by_hand():
-    peaks = {"a": np.float32([[1], [4], [2]]), "layers.b": np.float32([[8, 0], [0, 1], [8, 3]])}
+    peaks = {"a": rows([[1], [4], [2]]), "layers.b": rows([[8, 0], [0, 1], [8, 3]])}
     found = cover(peaks, 5)
     assert found.windows == (2, 1, 0)  # all of the pool; window 0 serves nothing any more
     assert found.curve == pytest.approx((2.5 / 3, 1, 1), rel=1e-12)
-    third = pytest.approx(1 / 3, rel=1e-12)
-    assert found.serves[0][:2] == (Served("layers.b", 0, third), Served("layers.b", 1, third))
-    assert found.serves[1] == (Served("a", 0, pytest.approx(1 / 6, rel=1e-12)),)
+    assert [x[:2] for x in found.serves[0]] == [("layers.b", 0), ("layers.b", 1), ("a", 0)]
+    assert [x[:2] for x in found.serves[1]] == [("a", 0)]
+    gains = [x.gain for some in found.serves for x in some]
+    assert gains == pytest.approx([1 / 3, 1 / 3, 1 / 6, 1 / 6], rel=1e-12)
     assert found.serves[2] == ()
 
 
@@ -79,7 +88,7 @@ def test_gains_fall_and_add_up():
 
 def test_the_order_of_the_pool_does_not_matter():
     peaks, order = random_peaks(2, windows=30), np.random.default_rng(3).permutation(30)
-    found, other = cover(peaks, 6), cover({n: rows[order] for n, rows in peaks.items()}, 6)
+    found, other = cover(peaks, 6), cover({n: x[order] for n, x in peaks.items()}, 6)
     assert found.windows == tuple(order[list(other.windows)])
     assert found.curve == other.curve and found.serves == other.serves
 
@@ -92,7 +101,7 @@ def test_equal_windows_and_tensors_of_zeros():
 
 def test_a_quantile_bounds_what_one_window_is_worth():
     """One wild window: with the maximum it is worth a window; below it, any of the others is."""
-    peaks = {"a": np.float32([[1], [2], [100], [2]]), "b": np.float32([[1], [3], [0], [3]])}
+    peaks = {"a": rows([[1], [2], [100], [2]]), "b": rows([[1], [3], [0], [3]])}
     assert cover(peaks, 1).windows == (1,) and cover(peaks, 2).windows == (1, 2)
     assert cover(peaks, 2, quantile=0.5).curve[0] == 1
 
@@ -112,7 +121,7 @@ def test_a_quantile_bounds_what_one_window_is_worth():
             {"peaks": {"a": np.ones((2, 1), np.float32), "b": np.ones((3, 1), np.float32)}},
             r"peaks: tensors with \[2, 3\] windows",
         ),
-        ({"peaks": {"a": np.float32([[np.nan]])}}, "a: its peaks are not finite"),
+        ({"peaks": {"a": rows([[np.nan]])}}, "a: its peaks are not finite"),
     ],
 )
 def test_what_is_refused(change, message):
@@ -127,12 +136,12 @@ def test_peaks_are_the_extremes_of_statistics(name):
     peaks = window_peaks(dec, params, windows, batch=2)
     stats = collect_statistics(dec, params, windows)
     assert peaks.keys() == stats.keys()
-    for tensor, rows in peaks.items():
+    for tensor, x in peaks.items():
         bounds = [max(-s.low, s.high) for s in stats[tensor]]
-        np.testing.assert_allclose(rows.max(axis=0), bounds, rtol=1e-5)  # batches of other sizes
+        np.testing.assert_allclose(x.max(axis=0), bounds, rtol=1e-5)  # batches of other sizes
     alone = window_peaks(dec, params, windows[3:4])
-    for tensor, rows in alone.items():
-        np.testing.assert_allclose(rows[0], peaks[tensor][3], rtol=1e-4, atol=1e-6)
+    for tensor, x in alone.items():
+        np.testing.assert_allclose(x[0], peaks[tensor][3], rtol=1e-4, atol=1e-6)
     assert len(cover(peaks, 2).windows) == 2
 
 
@@ -141,3 +150,29 @@ def test_peaks_without_a_prefix():
     peaks = window_peaks(dec, params, tiny.random_ids((2, tiny.TOKENS)))
     assert peaks["layers.mlp.act"].shape == (2, dec.config.num_layers)
     assert peaks["head.logits"].shape == (2, 1)
+
+
+def test_statistics_go_on_from_others():
+    dec, params, _ = tiny.calibrated("mha_tied", "w8a8")
+    windows = tiny.random_ids((6, tiny.TOKENS), seed=2)
+    whole = collect_statistics(dec, params, windows, batch=2)
+    parts = collect_statistics(dec, params, windows[:2], batch=2)
+    assert collect_statistics(dec, params, windows[2:], batch=2, onto=parts) is parts
+    for name, rows in whole.items():
+        for a, b in zip(rows, parts[name], strict=True):
+            assert (a.low, a.high, a.count, a.total) == (b.low, b.high, b.count, b.total)
+            assert a.width == b.width
+            np.testing.assert_array_equal(a.bins, b.bins)
+
+
+def test_a_model_calibrated_from_a_pool_is_that_of_the_windows_chosen():
+    config, params = tiny.prepared("gqa_llama3")
+    recipe = replace(tiny.recipe("w8a8"), prefix="none", centre_keys=False)
+    pool = tiny.random_ids((12, tiny.TOKENS), seed=3)
+    text = Windows.of(pool[:3])
+    made = pipeline.quantize(config, params, recipe, replace(text, pool=pool), Starts())
+    assert made.coverage is not None and len(made.coverage.windows) == 3
+    chosen = Windows.of(pool[sorted(made.coverage.windows)])
+    again = pipeline.quantize(config, params, recipe, chosen, Starts())
+    first = pipeline.quantize(config, params, recipe, text, Starts())
+    assert again.coverage is None and made.ranges == again.ranges != first.ranges

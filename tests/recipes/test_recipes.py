@@ -176,6 +176,8 @@ def test_missing_key(key):
         ({"smooth": "half"}, "smooth must be a number from 0 to 1; got 'half'"),
         ({"calibration_tokens": 0}, "calibration_tokens must be an integer from 1 to"),
         ({"calibration_tokens": 512.0}, "got 512.0"),
+        ({"calibration_pool": -1}, "calibration_pool must be an integer from 0 to"),
+        ({"calibration_pool": 8191}, "expected 0, or at least calibration_tokens, 8192"),
         ({"calibration_length": 7}, "calibration_length must be an integer from 8 to"),
         ({"seed": -1}, "seed must be an integer from 0 to 4294967295; got -1"),
         ({"seed": 2**32}, "seed must be an integer from 0 to 4294967295; got 4294967296"),
