@@ -146,7 +146,16 @@ def cover(
         quantile outside 0 to 1, weights of tensors that have no peaks, negative ones, or none
         above 0.
     """
-    labels, shares, weight = _table(peaks, count, weights or {}, quantile)
+    return _greedy(*_table(peaks, count, weights or {}, quantile), count)
+
+
+def _greedy(
+    labels: list[tuple[str, int]],
+    shares: Float64[np.ndarray, "n t"],
+    weight: Float64[np.ndarray, " t"],
+    count: int,
+) -> Coverage:
+    """Takes the window of the largest gain until there are enough, or no more."""
     covered = np.zeros(len(labels))
 
     def gains(window: int) -> Float64[np.ndarray, " t"]:

@@ -99,7 +99,8 @@ class Corpus:
     """Documents as the lines of a JSON-lines file, and what each domain has of them.
 
     Attributes:
-      lines: {"domain": .., "text": ..}, or {"domain": "chat", "messages": [..]}.
+      lines: {"domain": .., "text": ..}, or {"domain": .., "messages": [..]} of a chat: all of its
+        messages, from a system prompt to the answer.
       shares: by domain.
     """
 
@@ -141,14 +142,14 @@ def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
 def _line(document: Written, tokenizer: Tokenizer) -> dict[str, Any] | None:
     """The document as a line of JSON; None where it cannot be read: no text, or a token that only
     the model's padded table has."""
-    domain, _, question = document.prompt
+    domain, _, messages = document.prompt
     if max(document.ids) >= tokenizer.vocab_size:
         return None
-    if question is None:
+    if not messages:
         text = tokenizer.decode(document.ids, skip_special=True)
         return {"domain": domain, "text": text} if text.strip() else None
     answer = tokenizer.decode(document.answer, skip_special=True)
     if not answer.strip():
         return None
-    turns = [("user", question), ("assistant", answer)]
+    turns = (*messages, ("assistant", answer))
     return {"domain": domain, "messages": [{"role": r, "content": c} for r, c in turns]}
