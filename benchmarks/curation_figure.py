@@ -65,17 +65,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             sizes = sorted({row["size"] for row in rows})
             axis.set_xscale("log", base=2)
             axis.set_xticks(sizes, list(map(str, sizes)))
-            axis.set_ylim(bottom=0)
             axis.set_title(f"pool of {pool}: {title}", fontsize=9)
             axis.set_ylabel("KL to float, nats per token", fontsize=8)
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel(f"calibration windows of {rows[0]['window']} tokens", fontsize=8)
     axes[0][0].legend(fontsize=8, frameon=False)
+    seeds = len({row["seed"] for row in rows if row["choice"] == "random"})
     figure.supxlabel(
         f"{rows[0]['recipe']} as calibrated, nothing learned, model {rows[0]['model']}. Chosen: by"
         " coverage of activation peaks;\nfirst: of the pool; random: mean and range of"
-        f" {len({r['seed'] for r in rows if r['choice'] == 'random'})} seeds. Judged texts are in"
+        f" {seeds} {'seed' if seeds == 1 else 'seeds'}. Judged texts are in"
         " no pool.",
         fontsize=8,
     )
