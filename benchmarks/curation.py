@@ -40,6 +40,7 @@ from qnpu_jax.calibrate import (
     calibrate_activations,
     collect_statistics,
     cover,
+    coverage_of,
     weight_scales,
     window_peaks,
 )
@@ -224,14 +225,10 @@ class Study:
         }
 
     def coverage(self, name: str, windows: np.ndarray) -> float:
-        """Mean over tensors of the part of the pool's peak that a set of its windows shows."""
+        """F of a set of the pool's windows."""
         pool = self.pool(name)
         among = (pool.windows[:, None] == windows[None]).all(axis=2).any(axis=1)
-        shares = [
-            np.minimum(1, rows[among].max(axis=0) / np.quantile(rows, self.args.quantile, axis=0))
-            for rows in pool.peaks.values()
-        ]
-        return float(np.mean(np.concatenate(shares)))
+        return coverage_of(pool.peaks, np.nonzero(among)[0].tolist(), quantile=self.args.quantile)
 
 
 def fake_quant_reading(model: Model, scales: Scales) -> Logits:

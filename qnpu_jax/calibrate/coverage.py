@@ -10,7 +10,7 @@ Reference: COVERCAL (arXiv 2604.24008), calibration sets by greedy coverage of a
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -147,6 +147,23 @@ def cover(
         above 0.
     """
     return _greedy(*_table(peaks, count, weights or {}, quantile), count)
+
+
+def coverage_of(
+    peaks: Mapping[str, Float32[np.ndarray, "n l"]],
+    windows: Sequence[int],
+    weights: Mapping[str, float] | None = None,
+    quantile: float = 1.0,
+) -> float:
+    """Evaluates F, 0 to 1, on any set of windows.
+
+    >>> coverage_of({"a": np.array([[1], [4], [3]], "f")}, [0, 2])
+    0.75
+
+    Args: as of `cover`; the windows by their indices, one at least.
+    """
+    _, shares, weight = _table(peaks, len(windows), weights or {}, quantile)
+    return float((weight * shares[list(windows)].max(axis=0)).sum())
 
 
 def _greedy(

@@ -102,15 +102,18 @@ class Corpus:
       lines: {"domain": .., "text": ..}, or {"domain": .., "messages": [..]} of a chat: all of its
         messages, from a system prompt to the answer.
       shares: by domain.
+      documents: those that are kept, as they were written, in the order of `lines`.
     """
 
     lines: list[dict[str, Any]]
     shares: dict[str, Share]
+    documents: list[Written]
 
 
 def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
     """Keeps the documents that are worth learning from: no loops, none twice, none without text."""
     lines: list[dict[str, Any]] = []
+    documents: list[Written] = []
     seen: set[tuple[int, ...]] = set()
     kept: dict[str, list[Written]] = {}
     loops: Counter[str] = Counter()
@@ -125,6 +128,7 @@ def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
         else:
             seen.add(document.ids)
             lines.append(line)
+            documents.append(document)
             of_domain.append(document)
     shares = {
         domain: Share(
@@ -136,7 +140,7 @@ def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
         )
         for domain, some in kept.items()
     }
-    return Corpus(lines, shares)
+    return Corpus(lines, shares, documents)
 
 
 def _line(document: Written, tokenizer: Tokenizer) -> dict[str, Any] | None:
