@@ -208,6 +208,7 @@ def _report(
         "rotations": rotations_of(checkpoint.config) if job.recipe.rotation != "none" else {},
         "norms": "twice" if made.model.config.double_norms else "once",
         "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
+        **({"coverage": dataclasses.asdict(made.coverage)} if made.coverage else {}),
         "learned": _learned(job, made.histories),
         "ranges": artifacts.columns(made.ranges),
         "sha256": artifacts.digests(folder),
