@@ -266,6 +266,7 @@ def jobs(args: argparse.Namespace, bench: Bench) -> Iterator[Job]:
                 here = {"pool": pool, "choice": choice, "seed": seed, "size": size}
                 if choice == CHOSEN:
                     here["quantile"] = args.quantile
+                    name += f" quantile {args.quantile}" if args.quantile != 1 else ""
                 yield Job(
                     name, {**shared, **here}, partial(study.measure, pool, choice, seed, size)
                 )

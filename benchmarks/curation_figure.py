@@ -16,6 +16,8 @@ from qnpu_jax.errors import UserError
 
 LOOKS = {"chosen": ("#0072B2", "o"), "first": ("#555555", "s"), "random": ("#D55E00", "^")}
 """Colour, which the colour-blind tell apart (Okabe and Ito), and marker, by choice."""
+OTHERS = (("#009E73", "D"), ("#CC79A7", "v"), ("#56B4E9", "P"))
+"""Of choices at other quantiles than the pool's maximum."""
 PANELS = {"kl": "mean of the texts", "worst": "worst text"}
 
 
@@ -34,13 +36,17 @@ def check(path: Path) -> None:
         ) from None
 
 
-def curve(
-    rows: Sequence[Row], pool: str, choice: str, reading: str
-) -> list[tuple[int, list[float]]]:
+def label(row: Row) -> str:
+    """The choice, and its quantile where that is not the pool's maximum."""
+    quantile = row.get("quantile", 1.0)
+    return row["choice"] if quantile == 1 else f"{row['choice']}, quantile {quantile}"
+
+
+def curve(rows: Sequence[Row], pool: str, name: str, reading: str) -> list[tuple[int, list[float]]]:
     """Readings of a choice by size: one, or one a seed."""
     found: dict[int, list[float]] = {}
     for row in rows:
-        if (row["pool"], row["choice"]) == (pool, choice) and row.get(reading) is not None:
+        if (row["pool"], label(row)) == (pool, name) and row.get(reading) is not None:
             found.setdefault(row["size"], []).append(row[reading])
     return sorted(found.items())
 
@@ -54,14 +60,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "qnpu"  # equal bytes for equal numbers
     pools = list(dict.fromkeys(row["pool"] for row in rows))
+    others = dict.fromkeys(label(row) for row in rows if label(row) not in LOOKS)
+    looks = LOOKS | dict(zip(others, OTHERS, strict=False))
     height = 3.0 * len(pools) + 0.9
     figure, axes = plt.subplots(
         len(pools), 2, figsize=(8.4, height), squeeze=False, sharex=True, layout="constrained"
     )
     for line, pool in zip(axes, pools, strict=True):
         for axis, (reading, title) in zip(line, PANELS.items(), strict=True):
-            for choice in LOOKS:
-                _draw_curve(axis, choice, curve(rows, pool, choice, reading))
+            for name, look in looks.items():
+                _draw_curve(axis, name, look, curve(rows, pool, name, reading))
             sizes = sorted({row["size"] for row in rows})
             axis.set_xscale("log", base=2)
             axis.set_xticks(sizes, list(map(str, sizes)))
@@ -83,13 +91,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_curve(axis: Any, choice: str, points: list[tuple[int, list[float]]]) -> None:
+def _draw_curve(
+    axis: Any, name: str, look: tuple[str, str], points: list[tuple[int, list[float]]]
+) -> None:
     if not points:
         return
-    color, marker = LOOKS[choice]
+    color, marker = look
     sizes = [size for size, _ in points]
     means = [sum(values) / len(values) for _, values in points]
-    axis.plot(sizes, means, marker=marker, ms=4, lw=1.4, color=color, label=choice)
+    axis.plot(sizes, means, marker=marker, ms=4, lw=1.4, color=color, label=name)
     if any(len(values) > 1 for _, values in points):
         low, high = ([pick(values) for _, values in points] for pick in (min, max))
         axis.fill_between(sizes, low, high, color=color, alpha=0.2, lw=0)
