@@ -2,8 +2,8 @@
 
 Perplexity: the text tokenized without special tokens, its first 65,536 tokens as 128 windows of
 512, mean negative log-likelihood of the 511 next tokens of each, exponentiated. Calibration and
-learning on another text; the held-out text that decides which step is kept is a third (Python's
-documentation).
+learning on other texts; which step is kept is decided by the ends of those, which are not learned
+from, and by a further one (Python's documentation).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from qnpu_jax.models.checkpoint import Checkpoint
 from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import excerpts, files, self_written
+from qnpu_jax.text.excerpts import END
 from qnpu_jax.text.starts import starts_of
 from qnpu_jax.text.windows import Windows, cut
 from qnpu_jax.transform.prefix import add_prefix
@@ -122,16 +123,22 @@ class Bench:
         texts = dict(self.calibration)
         if self.own:
             writer = self_written.Writer(self.checkpoint.config, recipe.bits, params)
+            tokens = self.own + effort.held_out * effort.length
             rows = self_written.calibration_windows(
-                writer, self.checkpoint.tokenizer, self.own, effort.length, recipe.seed
+                writer, self.checkpoint.tokenizer, tokens, effort.length, recipe.seed
             )
             texts["--own"] = rows.reshape(-1).tolist()
         calibrating = in_turn(texts, recipe.calibration_length, recipe.calibration_tokens)
         held_out, other = excerpts.judged(self.checkpoint, effort_if_any)
         if held_out is None:
             return Windows.of(calibrating, other.windows)
+        reserved = effort.length * effort.held_out
+        ends = {name: ids[-reserved:] for name, ids in texts.items() if len(ids) >= END * reserved}
+        texts |= {name: texts[name][: -len(ids)] for name, ids in ends.items()}
         learning = in_turn(texts, effort.length, effort.tokens)
-        return Windows(calibrating, learning, held_out.windows, other.windows)
+        judges = {"documentation": held_out.windows}
+        judges |= {n: cut(ids, effort.length, len(ids), n) for n, ids in ends.items()}
+        return Windows.learned(calibrating, learning, judges, other.windows)
 
 
 def in_turn(texts: Mapping[str, list[int]], length: int, tokens: int) -> np.ndarray:
@@ -170,6 +177,24 @@ def load(args: argparse.Namespace) -> Bench:
     return Bench(checkpoint, windows(args.text), calibration, args.own, others)
 
 
+class Watch(Observer):
+    """Prints every fiftieth step.
+
+    Attributes:
+      marks: stage, step and time (s) of each step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[tuple[int, int, float]] = []
+
+    def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
+        self.marks.append((stage, step, time.perf_counter()))
+        if step == 1 or step % 50 == 0:
+            line = f"  stage {stage} step {step}/{steps} loss {loss:.4f} held-out {held_out:.4f}"
+            print(line, flush=True)
+
+
 Check = Callable[[Bench, pipeline.Quantized], Row]
 """Further readings of a quantized model."""
 
@@ -190,27 +215,17 @@ def measure(
     start = time.perf_counter()
     params = pipeline.prepare(config, bench.checkpoint.params, recipe)
     text = bench.text(params, recipe, effort)
-    marks: list[tuple[int, int, float]] = []
-
-    class Watch(Observer):
-        def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
-            marks.append((stage, step, time.perf_counter()))
-            if step == 1 or step % 50 == 0:
-                line = (
-                    f"  stage {stage} step {step}/{steps} loss {loss:.4f} held-out {held_out:.4f}"
-                )
-                print(line, flush=True)
-
+    watch = Watch()
     try:  # around this alone: any other mistake of the user ends the run
         made = pipeline.quantize(
-            config, params, recipe, text, starts_of(tokenizer), effort=effort, watch=Watch()
+            config, params, recipe, text, starts_of(tokenizer), effort=effort, watch=watch
         )
     except UserError as error:
         return {"recipe": recipe.name, "fake_quant": None, "error": str(error)}
     seconds = time.perf_counter() - start
     with jax.default_matmul_precision("highest"):
         scores = _scores(bench, recipe, made, batch, simulate)
-    steps = [b[2] - a[2] for a, b in pairwise(marks) if a[0] == b[0]]
+    steps = [b[2] - a[2] for a, b in pairwise(watch.marks) if a[0] == b[0]]
     return {
         "recipe": recipe.name,
         **scores,
@@ -221,6 +236,7 @@ def measure(
         "step_seconds": round(float(np.median(steps)), 4) if steps else None,
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "held_out_kl": [h.held_out for h in made.histories],
+        "domains": [h.domains for h in made.histories],
         "loss": [[round(x, 5) for x in h.loss] for h in made.histories],
         "device": str(jax.devices()[0]),
     }

@@ -19,9 +19,9 @@ FormName = Literal["plain", "unpacked", "hexagon"]
 """How a file holds a model: 4-bit weights two to a byte; one to a byte for prefill, which is faster
 on CPUs with AMX; norms as Hexagon's own op."""
 
-EffortName = Literal["none", "fast", "full"]
-"""How much is learned: nothing; what two CPU cores learn in minutes; all of the recipe, on a
-GPU."""
+EffortName = Literal["none", "fast", "full", "best"]
+"""How much is learned: nothing; what two CPU cores learn in minutes; all of the recipe, in
+minutes of a GPU; the same on far more text."""
 
 Snapdragon = Literal[
     "SM8350", "SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8845", "SM8850"

@@ -122,15 +122,9 @@ def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
     text, starts = Texts(scored, *found, judges), starts_of(checkpoint.tokenizer)
     with _kept(job, checkpoint, text, watch) as store:
         made = pipeline.quantize(
-            config,
-            params,
-            recipe,
-            text.windows(),
-            starts,
-            effort=job.effort,
-            store=store,
-            watch=watch,
-        )
+            config, params, recipe, text.windows(), starts,
+            effort=job.effort, store=store, watch=watch,
+        )  # fmt: skip
         del params  # `made` has them, and lets them go
         scores = _score_floats(job, made, text.scored.windows, watch)
         with artifacts.writing(job.out, job.overwrite) as folder:
@@ -230,6 +224,7 @@ def _learned(job: Job, histories: list[History]) -> list[dict[str, Any]]:
             "loss": [_short(sum(part) / len(part)) for part in parts],
             "evaluated": [step for step, _ in history.held_out],
             "held_out_kl": [_short(kl) for _, kl in history.held_out],
+            "domains": {name: [*map(_short, kls)] for name, kls in history.domains.items()},
         })  # fmt: skip
     return out
 

@@ -33,7 +33,7 @@ from qnpu_jax.models import Checkpoint
 from qnpu_jax.progress import Observer
 from qnpu_jax.proof import bound_accumulators
 from qnpu_jax.recipes import Effort, Recipe
-from qnpu_jax.text import Excerpt, check_share, excerpts, mixed, starts_of
+from qnpu_jax.text import check_share, excerpts, mixed, starts_of
 from qnpu_jax.tflite import build_cached, build_prefill, check_name
 
 
@@ -113,19 +113,20 @@ def _given(
 
 
 def _with_own(
-    found: tuple[Excerpt, Excerpt | None] | None,
+    found: excerpts.Material | None,
     own_share: float,
     checkpoint: Checkpoint,
     params: Params,
     recipe: Recipe,
     taught: Effort | None,
     watch: Observer,
-) -> tuple[Excerpt, Excerpt | None]:
+) -> excerpts.Material:
     """Calibration and learning text: what was given, with what the model writes itself."""
     if found is not None and not own_share:
         return found
     if found is not None:  # windows of ids have a length of their own
-        recipe = replace(recipe, calibration_length=found[0].windows.shape[1])
+        length = found.calibration.windows.shape[1]
+        recipe = replace(recipe, calibration_length=length)
     with watch.stage("calibration text"):
         steps = partial(watch.track, what="calibration text")
         own = excerpts.written(checkpoint, params, recipe, taught, steps)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Float64, Int
 
 from qnpu_jax.calibrate.gptq_columns import Channels, Rows, Square, round_columns
+from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant import graph_tensors, shared_inputs
 from qnpu_jax.graph import (
     Decoder,
@@ -118,8 +119,7 @@ def gptq(
     return _fit_layers(quantized, params, settings, track)
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Moments of a linear's input over all tokens: x in the float model, x_q in the quantized one.
 
     Attributes:
@@ -127,14 +127,13 @@ class Moments:
       cross, gram: E[x x_q^T], E[x_q x_q^T].
     """
 
-    mean: Float64[np.ndarray, " k"]
+    mean: Float64[Array, " k"]
     cross: Square
-    mean_q: Float64[np.ndarray, " k"]
+    mean_q: Float64[Array, " k"]
     gram: Square
 
 
-@dataclass(frozen=True)
-class LinearArrays:
+class LinearArrays(NamedTuple):
     """Linears of one layer that read the same tensor, their output channels stacked.
 
     Attributes:
@@ -145,25 +144,41 @@ class LinearArrays:
 
     weight: Rows
     bias: Channels
-    scale: Float32[np.ndarray, " n"]
-    qmax: Float32[np.ndarray, " n"]
+    scale: Float32[Array, " n"]
+    qmax: Float32[Array, " n"]
 
 
+@partial(jax.jit, static_argnames="settings")
 def _fit_linears(
     linear: LinearArrays, m: Moments, settings: GptqSettings
 ) -> tuple[Rows, Channels, Channels]:
-    """New weight, bias and scale of linears that read the same tensor."""
+    """New weight, bias and scale of linears that read the same tensor; in float64."""
     strength = settings.asymmetric
-    damp = settings.damping * max(np.mean(np.diag(m.gram)), np.finfo(np.float32).tiny)
-    h = m.gram.copy()
-    np.einsum("jj->j", h)[...] += damp
-    target = linear.weight if strength == 0 else _mixed_target(linear.weight, m, h, strength)
+    diagonal = jnp.diagonal(m.gram)
+    damp = settings.damping * jnp.maximum(jnp.mean(diagonal), float(np.finfo(np.float32).tiny))
+    h = m.gram + damp * jnp.eye(len(diagonal), dtype=jnp.float64)
+    weight, bias = (x.astype(jnp.float64) for x in (linear.weight, linear.bias))
+    target = weight if strength == 0 else _mixed_target(weight, m, h, strength)
     codes, real, scale = round_columns(target, linear.scale, linear.qmax, h, settings.factors)
     rounded = codes * scale[:, None]
     mean = m.mean_q + strength * (m.mean - m.mean_q)
-    bias = linear.bias + linear.weight @ mean - rounded @ m.mean_q
-    inside = np.clip(real, codes - INSIDE, codes + INSIDE) * scale[:, None]
+    bias = bias + weight @ mean - rounded @ m.mean_q
+    inside = jnp.clip(real, codes - INSIDE, codes + INSIDE) * scale[:, None]
     return rounded if settings.exact else inside, bias, scale
+
+
+def _fitted(
+    linear: LinearArrays, m: Moments, settings: GptqSettings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`_fit_linears` on the device, which has it done while a host would still be starting."""
+    with jax.enable_x64(True):
+        found = jax.device_get(_fit_linears(linear, m, settings))
+    if not np.isfinite(found[0]).all():  # which XLA's Cholesky does not refuse
+        raise UserError(
+            "GPTQ: the moments of a linear's inputs are not positive definite; expected finite"
+            " activations, and some damping; check the text and the ranges"
+        )
+    return found
 
 
 def _mixed_target(w: Rows, m: Moments, h: Square, strength: float) -> Rows:
@@ -175,7 +190,7 @@ def _mixed_target(w: Rows, m: Moments, h: Square, strength: float) -> Rows:
 
     Rounding W' adds (W_q - W') H (W_q - W')^T to that minimum, which is what GPTQ minimises.
     """
-    return np.linalg.solve(h, (w @ (h + strength * (m.cross - m.gram))).T).T
+    return jnp.linalg.solve(h, (w @ (h + strength * (m.cross - m.gram))).T).T
 
 
 class Linears(NamedTuple):
@@ -203,10 +218,10 @@ class GraphLayer(NamedTuple):
     graph: Graph
     layer: int
 
-    def get(self, values: Params, names: tuple[str, ...]) -> Float64[np.ndarray, "n *k"]:
+    def get(self, values: Params, names: tuple[str, ...]) -> Float32[np.ndarray, "n *k"]:
         """Returns the layer's entries of some local names, stacked along their output channels."""
         parts = [self.graph.at(values[self.graph.prefix + name], self.layer) for name in names]
-        return np.concatenate([np.asarray(x, np.float64) for x in parts])
+        return np.concatenate([np.asarray(x, np.float32) for x in parts])
 
     def put(self, values: dict[str, Any], names: tuple[str, ...], rows: np.ndarray) -> None:
         """Overwrites, in place, what `get` would return."""
@@ -293,7 +308,7 @@ def _fit_layers(
         arrays = quantized.arrays(here)
         for group in chosen[here.graph]:
             m = _moments(group.input, quantized.run(here, arrays, (group.input,)), wanted)
-            fitted = _fit_linears(_arrays(here, group, params, scale), m, settings)
+            fitted = _fitted(_arrays(here, group, params, scale), m, settings)
             here.put(params, group.weights, fitted[0])
             here.put(params, group.biases, fitted[1])
             here.put(scale, group.weights, fitted[2])
@@ -311,10 +326,10 @@ def _arrays(here: GraphLayer, group: Linears, params: Params, scale: Params) -> 
     specs = [here.graph[name] for name in group.weights]
     qmax = [np.full(s.shape[0], code_range(s)[1][here.layer]) for s in specs]
     return LinearArrays(
-        weight=here.get(params, group.weights),
-        bias=here.get(params, group.biases),
-        scale=here.get(scale, group.weights).astype(np.float32),
-        qmax=np.concatenate(qmax),
+        weight=jnp.asarray(here.get(params, group.weights)),
+        bias=jnp.asarray(here.get(params, group.biases)),
+        scale=jnp.asarray(here.get(scale, group.weights)),
+        qmax=jnp.asarray(np.concatenate(qmax)),
     )
 
 
@@ -325,14 +340,16 @@ def _moments(name: str, got: Iterable[Tensors], wanted: list[Tensors]) -> Moment
       got: the quantized model's tensors, batch by batch.
       wanted: the float model's; where there are none, x is x_q.
     """
-    total: list[np.ndarray] = []
+    total: list[jax.Array] = []
     count = 0
     for i, x_q in enumerate(tensors[name] for tensors in got):
         pairs = [(wanted[i][name], x_q), (x_q, x_q)] if wanted else [(x_q, x_q)]
-        sums = [np.asarray(s, np.float64) for pair in pairs for s in _sums(*pair)]
-        total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
+        sums = [s for pair in pairs for s in _sums(*pair)]
+        with jax.enable_x64(True):  # here alone: the passes themselves are float32
+            total = _added(total or [jnp.zeros_like(s, jnp.float64) for s in sums], sums)
         count += x_q.shape[0] * x_q.shape[1]
-    means = [s / count for s in total]
+    with jax.enable_x64(True):
+        means = [s / np.float64(count) for s in total]
     return Moments(*(means if wanted else means * 2))
 
 
@@ -343,3 +360,9 @@ def _sums(
     """sum x and sum x y^T over all tokens."""
     x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
     return x.sum(0), jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _added(total: list[jax.Array], sums: list[jax.Array]) -> list[jax.Array]:
+    """float64 totals plus float32 sums."""
+    return [a + b.astype(jnp.float64) for a, b in zip(total, sums, strict=True)]

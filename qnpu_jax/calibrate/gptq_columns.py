@@ -11,53 +11,34 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float32, Float64, Int
-
-from qnpu_jax.errors import UserError
 
 BLOCK = 64
 """Columns whose errors later blocks compensate at once: (BLOCK, N) should fit a CPU's cache."""
 
-Rows = Float64[np.ndarray, "n k"]
-Channels = Float64[np.ndarray, " n"]
-Square = Float64[np.ndarray, "k k"]
+Rows = Float64[Array, "n k"]
+Channels = Float64[Array, " n"]
+Square = Float64[Array, "k k"]
 
 
 def inverse_factor(h: Square) -> Square:
-    """Returns the upper triangular U with U^T U = H^-1.
+    """Returns the upper triangular U with U^T U = H^-1; NaN where H is not positive definite.
 
-    Cholesky from the last row to the first gives H = R R^T with R upper triangular; U = R^-1. In
-    float64 on the device: a GPU has it done while the threads of a host would still be starting.
+    Cholesky from the last row to the first gives H = R R^T with R upper triangular; U = R^-1.
 
     Args:
       h: symmetric, positive definite.
 
-    Raises:
-      UserError: it is not positive definite.
-
-    >>> inverse_factor(np.asarray([[4.0, 0.0], [0.0, 1.0]]))
-    array([[0.5, 0. ],
-           [0. , 1. ]])
+    >>> with jax.enable_x64(True):
+    ...     inverse_factor(jnp.asarray([[4.0, 0.0], [0.0, 1.0]])).tolist()
+    [[0.5, 0.0], [0.0, 1.0]]
     """
-    with jax.enable_x64(True):
-        u = np.array(_inverse_factor(jnp.asarray(h)))
-    if not np.isfinite(u).all():  # which XLA's Cholesky does not refuse
-        raise UserError(
-            "GPTQ: the moments of a linear's inputs are not positive definite; expected finite"
-            " activations, and some damping; check the text and the ranges"
-        )
-    return u
-
-
-@jax.jit
-def _inverse_factor(h: jax.Array) -> jax.Array:
     r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     return jax.scipy.linalg.solve_triangular(r, jnp.eye(len(h), dtype=h.dtype))
 
 
 class Rounded(NamedTuple):
-    """Weights after rounding.
+    """Weights after rounding; NaN where H was not positive definite.
 
     Attributes:
       codes: integers.
@@ -72,15 +53,16 @@ class Rounded(NamedTuple):
 
 def round_columns(
     w: Rows,
-    scale: Float32[np.ndarray, " n"],
-    qmax: Float32[np.ndarray, " n"],
+    scale: Float32[Array, " n"],
+    qmax: Float32[Array, " n"],
     h: Square,
     factors: tuple[float, ...] = (1.0,),
 ) -> Rounded:
     """Rounds w by GPTQ under the Hessian h, each row with the best of scale * factors.
 
     A row's best scale leaves the least (w_q - w) H (w_q - w)^T. Columns go by falling H_jj
-    (act-order): the largest H_jj first, because the last column's error is not compensated.
+    (act-order): the largest H_jj first, because the last column's error is not compensated. H is
+    factored in float64, which `jax.enable_x64` must allow; columns are rounded in float32.
 
     Args:
       w: real weights.
@@ -88,14 +70,17 @@ def round_columns(
       qmax: largest code of each row; the least is -qmax.
       h: damped E[x x^T], positive definite.
     """
-    order = np.argsort(-np.diag(h), kind="stable")
-    u = inverse_factor(h[np.ix_(order, order)])
-    real = [jnp.asarray(x, jnp.float32) for x in (w, scale, qmax, factors, u)]
-    found = _round_columns(*real, jnp.asarray(order, jnp.int32))
-    return Rounded(*(np.asarray(x, np.float64) for x in found))
+    order = jnp.argsort(-jnp.diagonal(h), stable=True)
+    u = inverse_factor(h[order][:, order])
+    w32, scale32, qmax32, factors32, u32 = (
+        jnp.asarray(x, jnp.float32) for x in (w, scale, qmax, factors, u)
+    )
+    codes, compensated, chosen = _round_columns(w32, scale32, qmax32, factors32, u32, order)
+    # NaN is no code, and clipping would make one of it.
+    codes = jnp.where(jnp.isfinite(u).all(), codes, jnp.float32(jnp.nan))
+    return Rounded(*(x.astype(jnp.float64) for x in (codes, compensated, chosen)))
 
 
-@jax.jit
 def _round_columns(
     w: Float32[Array, "n k"],
     scale: Float32[Array, " n"],

@@ -31,7 +31,7 @@ from qnpu_jax.graph.ops import (
     tied_inputs,
 )
 from qnpu_jax.graph.qparams import Array, QParams, Scales, code_range, expand, from_range, quantize
-from qnpu_jax.graph.scales import is_free, mask_scale, resolve
+from qnpu_jax.graph.scales import bias_scales, is_free, mask_scale, resolve
 from qnpu_jax.graph.shared_inputs import layer_inputs, mask_codes, masks, visible
 from qnpu_jax.graph.shared_names import mask_name, shared_names
 from qnpu_jax.graph.tensor_classes import is_constant, is_rotated, tensor_class
@@ -76,6 +76,7 @@ __all__ = [
     "Tensors",
     "TokenIds",
     "Transpose",
+    "bias_scales",
     "code_range",
     "constraint",
     "decoder",

@@ -20,6 +20,7 @@ from qnpu_jax.graph.ops import (
     AddMask,
     Fixed,
     Free,
+    FullyConnected,
     Masked,
     Narrowed,
     Same,
@@ -83,6 +84,24 @@ def resolve(dec: Decoder, free: Scales) -> Scales:
     head = _resolve_graph(dec.head, free, {"input.residual": last})
     parts = zip(dec.graphs, (embed, layer, head), strict=True)
     return {g.prefix + name: q for g, resolved in parts for name, q in resolved.items()}
+
+
+def bias_scales(dec: Decoder, resolved: Scales) -> Scales:
+    """Returns the QParams of the biases of FULLY_CONNECTED, whose codes are those of its sums:
+    s_b = s_x s_w, by channel, as `freeze` rounds them.
+
+    Args:
+      resolved: of `resolve`, of every quantized tensor.
+    """
+    out: Scales = {}
+    for graph in dec.graphs:
+        for node in graph.nodes:
+            if isinstance(node.op, FullyConnected):
+                x, w = (resolved[graph.prefix + name] for name in node.inputs[:2])
+                scale = x.scale[..., None] * w.scale
+                name = graph.prefix + node.inputs[2]
+                out[name] = QParams(scale=scale, zero_point=jnp.zeros_like(scale))
+    return out
 
 
 def _resolve_graph(graph: Graph, free: Scales, known: Scales) -> Scales:

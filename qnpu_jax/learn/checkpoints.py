@@ -130,13 +130,14 @@ class Checkpoints:
             return None
         path, record = self._place(stage, step)
         kept = _read(record)
-        if not {"loss", "held_out", "sha256"} <= kept.keys():
+        if not {"loss", "held_out", "domains", "sha256"} <= kept.keys():
             raise UserError(f"{record}: incomplete; {_way_out(record)}")
         artifacts.check_files(path, kept["sha256"], f"by {record.name}", _way_out(record))
         self._clean(stage)
         stored = _read_arrays(path)
         held_out = [(int(step), kl) for step, kl in kept["held_out"]]
-        return Progress(_restore(path, stored, like), History(kept["loss"], held_out))
+        history = History(kept["loss"], held_out, kept["domains"])
+        return Progress(_restore(path, stored, like), history)
 
     def save(self, stage: int, state: TrainState, history: History) -> None:
         """Writes a state; until it is whole on disk, the one before counts.

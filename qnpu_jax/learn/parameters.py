@@ -37,6 +37,7 @@ from qnpu_jax.graph import (
     QParams,
     Scales,
     Tensors,
+    bias_scales,
     is_constant,
     is_free,
     is_rotated,
@@ -289,7 +290,9 @@ def student_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
     """Returns the QParams of every tensor that the stage quantizes, moved by theta."""
     resolved = resolve(dec, learned_scales(dec, stage, free, theta))
     if stage.quantized == "all":
-        return resolved
+        # A bias is rounded to its sums' codes as it is frozen, which steers no scale: where its
+        # code is large, float32 leaves nothing of the rounding error that would.
+        return resolved | jax.lax.stop_gradient(bias_scales(dec, resolved))
     roots = {g.prefix + t.name: g.prefix + g.ties[t.name] for g in dec.graphs for t in g.tensors}
     return {n: q for n, q in resolved.items() if n.endswith("weight") or is_rotated(roots[n])}
 

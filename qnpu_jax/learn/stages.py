@@ -174,7 +174,9 @@ def _calibrate_and_round(
         free = {**free, **chosen}
     if stage.gptq:
         # What learns to round needs to know how near a code each weight is.
-        settings = GptqSettings(exact=not stage.rate("rounding"), asymmetric=stage.gptaq)
+        settings = GptqSettings(
+            exact=not stage.rate("rounding"), asymmetric=stage.gptaq, damping=stage.damping
+        )
         fitted = gptq(dec, params, resolve(dec, free), windows, settings)
         params, free = fitted.params, {n: fitted.scales.get(n, q) for n, q in free.items()}
     return replace(model, params=params, free=free)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +67,7 @@ class TrainState:
       step: steps taken in this stage.
       theta: learned parameters, `parameters.Theta`.
       optimizer: optax's state.
-      best, best_kl: the parameters of least held-out KL so far, and that KL (nats per token).
+      best, best_kl: the parameters of least held-out KL so far, and that KL (`History.held_out`).
       stale: evaluations since then.
       first_loss: loss of the stage's first step, by which divergence is judged.
     """
@@ -82,10 +83,18 @@ class TrainState:
 
 @dataclass
 class History:
-    """Record of a stage: losses by step, and held-out KLs (nats per token) as (step, KL)."""
+    """Record of a stage.
+
+    Attributes:
+      loss: by step.
+      held_out: (step, KL) of each evaluation: half the sum of the domains' mean and of the worst
+        one, nats per token.
+      domains: the KL of each domain, evaluation by evaluation.
+    """
 
     loss: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    domains: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Progress(NamedTuple):
@@ -122,7 +131,7 @@ class CompiledStage:
 
     Attributes:
       step: (state, base, batch, warm) -> (state, loss, norm of each parameter's gradient).
-      held_out: (theta, base, ids) -> KL.
+      held_out: (theta, base, ids) -> KL of each window.
     """
 
     step: Callable[
@@ -266,9 +275,8 @@ def fit(
     every = settings.every or evaluation_interval(steps)
     with matmul_precision(effort):
         run = compile_stage(settings.dec, stage, effort, steps)
-        held_out = jnp.asarray(text.held_out, jnp.int32)
         if int(state.step) == 0 and not history.held_out:
-            state = _evaluate(run, base, state, history, held_out)
+            state = _evaluate(run, base, state, history, text)
         warm_steps = round(stage.warmup * steps)
         for rows in batches(len(text.learning), effort.batch, settings.seed, int(state.step)):
             at = int(state.step)
@@ -279,7 +287,7 @@ def fit(
             history.loss.append(loss)
             callbacks.report(at + 1, loss, float(state.best_kl))
             if (at + 1) % every == 0 or at + 1 == steps:
-                state = _evaluate(run, base, state, history, held_out)
+                state = _evaluate(run, base, state, history, text)
                 callbacks.save(state, history)
     _check_end(stage, history)
     return {key: jnp.asarray(x) for key, x in state.best.items()}
@@ -331,11 +339,15 @@ def matmul_precision(effort: Effort) -> AbstractContextManager[object]:
 
 
 def _evaluate(
-    run: CompiledStage, base: Base, state: TrainState, history: History, ids: jax.Array
+    run: CompiledStage, base: Base, state: TrainState, history: History, text: Windows
 ) -> TrainState:
     """Measures the held-out KL and appends it to the history; if it fell, the current parameters
     become `best`."""
-    value = float(run.held_out(state.theta, base, ids))
+    by_window = np.asarray(run.held_out(state.theta, base, jnp.asarray(text.held_out, jnp.int32)))
+    domains = text.domains or {"held-out": len(by_window)}
+    ends = np.cumsum([*domains.values()])[:-1]
+    kls = dict(zip(domains, (float(x.mean()) for x in np.split(by_window, ends)), strict=True))
+    value = 0.5 * (fmean(kls.values()) + max(kls.values()))
     if not np.isfinite(value):  # before it is saved: a checkpoint must be worth going on from
         broken = [key for key, x in state.theta.items() if not np.isfinite(np.asarray(x)).all()]
         raise UserError(
@@ -344,6 +356,8 @@ def _evaluate(
             " the last checkpoint is kept"
         )
     history.held_out.append((int(state.step), value))
+    for name, kl in kls.items():
+        history.domains.setdefault(name, []).append(kl)
     if value < float(state.best_kl):
         best = jax.tree.map(np.array, state.theta)  # a copy: the next step donates the original
         return replace(state, best=best, best_kl=np.float32(value), stale=np.int32(0))

@@ -33,6 +33,7 @@ _DISTILLED = Stage(
         ("unrotated", 0.003),
         ("weights", 0.001),
         ("biases", 3e-4),
+        ("prefix", 0.001),
     ),
     share=0.6,
     gptq=True,

@@ -46,6 +46,7 @@ class Stage:
       gptaq: how far GPTQ's target moves from the outputs of the weights on the quantized model's
         inputs (0, GPTQ) to the float model's outputs (1, GPTAQ); 1 lost where it was measured
         (SmolLM2-135M, 8,192 tokens).
+      damping: lambda of GPTQ's H = E[x x^T] + lambda I, as a fraction of the mean of H's diagonal.
       loss: `kl` to the float teacher, `ce` of the next token, or `hidden` (mean squared error of
         every layer's residual stream, relative to its square).
       top_k: KL over the teacher's k likeliest tokens, renormalised; 0 takes all.
@@ -72,6 +73,7 @@ class Stage:
     ranges: Ranges = "minmax"
     gptq: bool = False
     gptaq: float = within(0, 1, 0.0)
+    damping: float = within(1e-6, 1e3, 0.05)
     loss: Literal["kl", "ce", "hidden"] = "kl"
     top_k: int = within(0, LARGEST, 0)
     hidden_mse: float = within(0, 1e6, 0.0)
@@ -179,7 +181,9 @@ class Effort:
       batch, length: sequences of a step, and tokens of each.
       accumulate: parts that a step's batch is cut into, one after the other, to save memory.
       tokens: of learning text, at most; passed over again when used up.
-      held_out: sequences of the held-out text whose KL decides which step is kept.
+      own_tokens: that the model writes itself to learn from, where no text is given; at most
+        `tokens`.
+      held_out: sequences of each held-out text whose KL decides which step is kept.
       patience: evaluations without a better held-out KL before a stage ends; many, because the gain
         of a cosine schedule comes near its end.
       without: groups that do not learn at this effort.
@@ -202,6 +206,7 @@ class Effort:
     length: int = within(2, LARGEST, 256)
     accumulate: int = within(1, LARGEST, 1)
     tokens: int = within(0, LARGEST, 0)
+    own_tokens: int = within(0, LARGEST, 65_536)
     held_out: int = within(0, LARGEST, 0)
     patience: int = within(1, LARGEST, 8)
     without: tuple[str, ...] = chosen(GROUPS)
@@ -218,7 +223,25 @@ EFFORTS = {
         "fast", 60, batch=2, length=256, tokens=16_384, held_out=4, without=("rotation", "rounding")
     ),
     "full": Effort(
-        "full", steps=800, batch=8, length=512, tokens=4_000_000, held_out=16, precision="default"
+        "full",
+        steps=800,
+        batch=8,
+        length=512,
+        tokens=4_000_000,
+        own_tokens=1_048_576,
+        held_out=16,
+        precision="default",
+    ),
+    "best": Effort(
+        "best",
+        steps=1500,
+        batch=32,
+        length=512,
+        tokens=32_000_000,
+        own_tokens=4_194_304,
+        held_out=16,
+        precision="default",
     ),
 }
-"""By name: none; fast, for two CPU cores; full, for a GPU."""
+"""By name: none; fast, for two CPU cores; full, for minutes of a GPU; best, for a quarter of an
+hour of it and more."""

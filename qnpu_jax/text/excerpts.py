@@ -1,10 +1,10 @@
 """Excerpts: the windows of token ids that a run uses, each with the text that it was cut from.
 
-A run takes up to five excerpts. Calibration and learning take theirs from the start of the given
-text; without one, the model writes the text for both. The others come from Python's own
-documentation: perplexity is measured on its beginning, and its end judges prefixes and decides
-which step of learning is kept. Beginning and end must not overlap, or the model would be chosen by
-what is measured.
+A run takes up to six excerpts. Calibration and learning take theirs from the start of the given
+text; without one, the model writes the text for both. The end of that text is learned by nobody: it
+decides, with the documentation below, which step of learning is kept. The others come from Python's
+own documentation: perplexity is measured on its beginning, and its end judges prefixes and steps of
+learning. Beginning and end must not overlap, or the model would be chosen by what is measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -29,8 +28,8 @@ from qnpu_jax.text.windows import Windows, cut
 DOCUMENTATION = "pydoc_data.topics"
 OTHER_LENGTH, OTHER_COUNT = 128, 8
 """Tokens of a window, and windows, of the text that judges prefixes beside the calibration text."""
-OWN_TOKENS = {"cpu": 65_536, "gpu": 1_048_576}
-"""Most tokens that the model writes to learn from, by backend: either takes minutes at most."""
+END = 8
+"""The end of a text that is learned from is an eighth of it at most."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +81,19 @@ class Texts:
       scored: perplexity is measured on it.
       calibration: sets ranges and rounds weights.
       learning: is learned from; None where nothing is learned.
+      end: as in `Material`.
       judges: what prefixes and steps of learning are judged on.
     """
 
     scored: Excerpt
     calibration: Excerpt
     learning: Excerpt | None
+    end: Excerpt | None
     judges: Judges
 
     def windows(self) -> Windows:
         """The windows that `pipeline.quantize` takes."""
-        return windows_of(self.calibration, self.learning, self.judges)
+        return windows_of(self.calibration, self.learning, self.end, self.judges)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Entries of report.json and recipe.json, by use."""
@@ -100,6 +101,7 @@ class Texts:
             "calibration": self.calibration,
             "learning": self.learning,
             "early_stopping": self.judges.held_out,
+            "learning_end": self.end,
             "prefix": self.judges.other,
             "held_out": self.scored,
         }
@@ -108,20 +110,41 @@ class Texts:
     def digests(self) -> dict[str, str]:
         """SHA-256 of the windows of each excerpt that decides what is learned, by use."""
         assert self.learning is not None and self.judges.held_out is not None
-        return {
-            "calibration": self.calibration.digest(),
-            "learning": self.learning.digest(),
-            "held_out": self.judges.held_out.digest(),
-            "other": self.judges.other.digest(),
+        named = {
+            "calibration": self.calibration,
+            "learning": self.learning,
+            "end": self.end,
+            "held_out": self.judges.held_out,
+            "other": self.judges.other,
         }
+        return {name: excerpt.digest() for name, excerpt in named.items() if excerpt}
 
 
-def windows_of(calibration: Excerpt, learning: Excerpt | None, judges: Judges) -> Windows:
+class Material(NamedTuple):
+    """Excerpts of the text that a model is calibrated with and learns from.
+
+    Attributes:
+      calibration: sets ranges and rounds weights.
+      learning: None where nothing is learned.
+      end: windows of its end that are not learned from, and judge steps of learning beside
+        `Judges.held_out`; None where nothing is learned, or the text is too short for some.
+    """
+
+    calibration: Excerpt
+    learning: Excerpt | None
+    end: Excerpt | None
+
+
+def windows_of(
+    calibration: Excerpt, learning: Excerpt | None, end: Excerpt | None, judges: Judges
+) -> Windows:
     """Joins the windows of a run; those of a run that does not learn only calibrate."""
     other = judges.other.windows
     made = Windows.of(calibration.windows, other)
     if learning is not None and judges.held_out is not None:
-        made = replace(made, learning=learning.windows, held_out=judges.held_out.windows)
+        held_out = {DOCUMENTATION: judges.held_out.windows}
+        held_out |= {end.source: end.windows} if end else {}
+        made = Windows.learned(calibration.windows, learning.windows, held_out, other)
     return made if calibration.pool is None else replace(made, pool=calibration.pool)
 
 
@@ -251,16 +274,13 @@ def given(
     checkpoint: Checkpoint,
     recipe: Recipe,
     effort: Effort | None,
-) -> tuple[Excerpt, Excerpt | None]:
+) -> Material:
     """Cuts calibration and learning text from the start of what the caller gives.
 
     Args:
       source: path of a file; documents; or windows (N, T) of token ids. Calibration takes windows
         of ids as they are, up to the recipe's number of tokens; learning cuts them anew.
       effort: None where nothing is learned.
-
-    Returns:
-      The excerpt to calibrate with and the one to learn from, None where nothing is learned.
 
     Raises:
       UserError: too short for a window, or not text.
@@ -271,13 +291,23 @@ def given(
         count = max(1, recipe.calibration_tokens // source.shape[1])
         pool = source[: recipe.calibration_pool // source.shape[1]]
         calibration = _choosing(replace(found, windows=source[:count]), pool)
-        return calibration, text.first(effort.length, effort.tokens) if effort else None
+        return Material(calibration, *_learned(text, effort))
     text = tokenized(source, checkpoint.tokenizer, checkpoint.config.vocab_size)
     calibration = text.first(recipe.calibration_length, recipe.calibration_tokens)
     if recipe.calibration_pool:
         pool = text.first(recipe.calibration_length, recipe.calibration_pool).windows
         calibration = _choosing(calibration, pool)
-    return calibration, text.first(effort.length, effort.tokens) if effort else None
+    return Material(calibration, *_learned(text, effort))
+
+
+def _learned(text: Tokens, effort: Effort | None) -> tuple[Excerpt | None, Excerpt | None]:
+    """Excerpts to learn from and to judge by, from the text's start and end, without overlap."""
+    if effort is None:
+        return None, None
+    length, available = effort.length, len(text.ids) // effort.length
+    count = min(effort.held_out, available // END)
+    learning = text.first(length, min(effort.tokens, (available - count) * length))
+    return learning, text.last(length, count) if count else None
 
 
 def _choosing(calibration: Excerpt, pool: Int[np.ndarray, "m t"]) -> Excerpt:
@@ -291,16 +321,13 @@ def written(
     recipe: Recipe,
     effort: Effort | None,
     progress: self_written.Progress,
-) -> tuple[Excerpt, Excerpt | None]:
+) -> Material:
     """Lets the model write a text, and cuts it into windows to calibrate with and to learn from.
 
     Args:
       params: folded parameters (`fold_norms`).
       effort: None where nothing is learned.
       progress: as in `self_written.sample`.
-
-    Returns:
-      The excerpt to calibrate with and the one to learn from, None where nothing is learned.
 
     Raises:
       UserError: as `self_written.calibration_windows`.
@@ -310,8 +337,8 @@ def written(
     held = max(count, recipe.calibration_pool // length)
     tokens, rows = held * length, length
     if effort:
-        most = OWN_TOKENS.get(jax.default_backend(), OWN_TOKENS["gpu"])
-        tokens, rows = max(tokens, min(effort.tokens, most)), effort.length
+        learned = min(effort.own_tokens, effort.tokens) + effort.held_out * effort.length
+        tokens, rows = max(tokens, learned), effort.length
     writer = self_written.Writer(checkpoint.config, recipe.bits, params)
     windows = self_written.calibration_windows(
         writer, checkpoint.tokenizer, tokens, rows, recipe.seed, progress
@@ -321,7 +348,6 @@ def written(
     # begin within a document, as those of a file do.
     anew = windows.reshape(-1)[: held * length].reshape(held, length)
     calibration = _choosing(Excerpt("written by the model", sha256, anew[:count]), anew)
-    if effort is None:
-        return calibration, None
-    learning = windows[: max(1, effort.tokens // rows)]
-    return calibration, replace(calibration, windows=learning, pool=None)
+    ids = windows.reshape(-1).tolist()
+    text = Tokens(calibration.source, calibration.source, sha256, ids)
+    return Material(calibration, *_learned(text, effort))

@@ -9,10 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from qnpu_jax.errors import UserError
-from qnpu_jax.text.excerpts import Excerpt
-
-Taught = tuple[Excerpt, Excerpt | None]
-"""Excerpts to calibrate with and to learn from, None where nothing is learned."""
+from qnpu_jax.text.excerpts import Excerpt, Material
 
 
 def check_share(share: object, given: bool) -> None:
@@ -33,20 +30,20 @@ def check_share(share: object, given: bool) -> None:
         )
 
 
-def mixed(given: Taught, own: Taught, share: float) -> Taught:
-    """Mixes windows to calibrate with, and windows to learn from.
+def mixed(given: Material, own: Material, share: float) -> Material:
+    """Mixes windows to calibrate with, to learn from and to judge by.
 
     Args:
       given, own: of `excerpts.given` and `excerpts.written`, for the same recipe and effort.
       share: of own windows, 0 to 1.
 
     Returns:
-      As many windows as the longer of each pair has, fewer where one of the two is used up first.
+      Of each kind as many windows as the longer of the two has, fewer where one is used up first;
+      those of one alone where the other has none of the kind.
     """
-    learning = None
-    if given[1] is not None and own[1] is not None:
-        learning = _mixed(given[1], own[1], share)
-    return _mixed(given[0], own[0], share), learning
+    pairs = ((given.learning, own.learning), (given.end, own.end))
+    others = (_mixed(a, b, share) if a and b else a or b for a, b in pairs)
+    return Material(_mixed(given.calibration, own.calibration, share), *others)
 
 
 def _mixed(given: Excerpt, own: Excerpt, share: float) -> Excerpt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,11 @@ class Windows:
     Attributes:
       calibration: sets ranges and rounds weights.
       learning: is learned from; no rows where nothing is learned.
-      held_out: decides which step of learning is kept; from another domain than the other two. No
-        rows where nothing is learned.
+      held_out: decides which step of learning is kept; nothing is learned from it. No rows where
+        nothing is learned.
       other: judges prefixes beside `calibration`, being of another domain; no rows where there is
         no such text.
+      domains: rows of `held_out` that each domain has, by its name, in order; empty for one domain.
       pool: as many windows as `calibration` has are chosen from it by coverage, to set ranges and
         round weights in its place; no rows where `calibration` itself does.
     """
@@ -31,7 +32,20 @@ class Windows:
     learning: Int[np.ndarray, "m u"]
     held_out: Int[np.ndarray, "k u"]
     other: Int[np.ndarray, "j v"] = field(default_factory=lambda: np.zeros((0, 1), np.int32))
+    domains: Mapping[str, int] = field(default_factory=dict)
     pool: Int[np.ndarray, "p w"] = field(default_factory=lambda: np.zeros((0, 1), np.int32))
+
+    @staticmethod
+    def learned(
+        calibration: Int[np.ndarray, "n t"],
+        learning: Int[np.ndarray, "m u"],
+        held_out: Mapping[str, Int[np.ndarray, "_ u"]],
+        other: Int[np.ndarray, "j v"],
+    ) -> Windows:
+        """Windows to calibrate with and to learn from, held-out ones by domain."""
+        joined = np.concatenate([*held_out.values()])
+        domains = {name: len(windows) for name, windows in held_out.items()}
+        return Windows(calibration, learning, joined, other, domains)
 
     @staticmethod
     def of(

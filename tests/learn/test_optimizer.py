@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from qnpu_jax.learn.optimizer import optimizer
+from qnpu_jax.learn.optimizer import clip_by_usual_norm, optimizer
 from qnpu_jax.learn.orthogonal import orthogonality_error
 from qnpu_jax.learn.parameters import R1, R2, Theta, group_of, initial_theta
 from qnpu_jax.recipes import GROUPS, Stage
@@ -114,3 +114,46 @@ def test_groups_that_do_not_learn_are_refused():
     stage = dataclasses.replace(stage, learn=(("rotation", 0.1),))
     with pytest.raises(ValueError, match="label"):
         optimizer(stage, 10).init(theta)
+
+
+def test_a_gradient_counts_for_twice_the_usual_at_most():
+    """By hand: norms 5, 5, 500, 5 of one parameter of two entries."""
+    tx = clip_by_usual_norm()
+    along = np.asarray([3.0, 4.0], np.float32)
+    state: Any = tx.init({"x": jnp.asarray(along)})
+    out = []
+    with jax.numpy_dtype_promotion("standard"):
+        for size in (1, 1, 100, 1):
+            update: Any
+            update, state = tx.update({"x": jnp.asarray(along * size)}, state)
+            out.append(np.asarray(update["x"]))
+    np.testing.assert_array_equal(out[0], along)
+    np.testing.assert_array_equal(out[1], along)
+    np.testing.assert_allclose(out[2], 2 * along, rtol=1e-6)  # float32
+    np.testing.assert_array_equal(out[3], along)
+
+
+def test_a_gradient_after_none_passes_whole():
+    """What has no gradient at first is no group that never learns."""
+    tx = clip_by_usual_norm()
+    zero, one = {"x": jnp.zeros(3)}, {"x": jnp.ones(3)}
+    state: Any = tx.init(zero)
+    with jax.numpy_dtype_promotion("standard"):
+        for g in (zero, zero, one, zero):
+            update: Any
+            update, state = tx.update(g, state)
+            np.testing.assert_array_equal(update["x"], g["x"])
+
+
+def test_a_broken_window_moves_adam_by_little_more_than_any_other():
+    stage, theta = every_group()
+    theta = {key: x for key, x in theta.items() if group_of(key) == "biases"}
+    stage = dataclasses.replace(stage, learn=(("biases", 0.01),))
+    sizes = [1.0] * 40 + [1000.0] + [1.0] * 9
+    one = jax.tree.map(jnp.ones_like, theta)
+    steps = run(stage, theta, 50, lambda i: jax.tree.map(lambda x: x * sizes[i], one), 10_000)
+    (key,) = list(theta)[:1]
+    at = np.asarray([np.asarray(x[key]).ravel()[0] for x in steps])
+    moved = np.abs(np.diff(at))
+    # A gradient of twice the usual beside 1 - b1 = .1: 1.1 in the first moment.
+    assert moved[40] < 1.1 * moved[39]

@@ -3,6 +3,7 @@ as from a teacher that is recomputed."""
 
 import dataclasses
 import itertools
+from copy import deepcopy
 from typing import Any
 
 import jax
@@ -145,10 +146,10 @@ class Memory(Nowhere):
         state = jax.tree.map(
             lambda x, y: jnp.array(x) if isinstance(y, jax.Array) else np.asarray(x), state, like
         )
-        return Progress(state, History(list(history.loss), list(history.held_out)))
+        return Progress(state, deepcopy(history))
 
     def save(self, stage: int, state: TrainState, history: History) -> None:
-        held = History(list(history.loss), list(history.held_out))
+        held = deepcopy(history)
         self.saved[int(state.step)] = jax.tree.map(np.array, state), held
 
 

@@ -3,6 +3,7 @@ the model does not matter, a quadratic stands in for it."""
 
 import dataclasses
 import itertools
+from copy import deepcopy
 from typing import Any
 
 import jax
@@ -104,7 +105,7 @@ def quadratic(monkeypatch):
         return jnp.sum(jnp.square(x)) * size + warm * jnp.sum(jnp.abs(theta[X]))
 
     def held_out_kl(dec, stage, base, theta, ids):
-        return jnp.sum(jnp.square(theta[X] - TARGET / 2))
+        return jnp.full(len(ids), jnp.sum(jnp.square(theta[X] - TARGET / 2)))
 
     monkeypatch.setattr(train, "objective", objective)
     monkeypatch.setattr(train, "held_out_kl", held_out_kl)
@@ -119,7 +120,7 @@ Kept = list[tuple[TrainState, History]]
 
 def copied(state: TrainState, history: History) -> tuple[TrainState, History]:
     """What a checkpoint would hold: the loop goes on to change both."""
-    held = History(list(history.loss), list(history.held_out))
+    held = deepcopy(history)
     return jax.tree.map(np.array, state), held
 
 
@@ -131,6 +132,7 @@ def loop(
     resume: tuple[TrainState, History] | None = None,
     every: int = 2,
     report: Any = lambda *_: None,
+    text: Windows = TEXT,
 ) -> tuple[Theta, Kept, History]:
     """What `fit` returns, every state that it saved, and the history."""
     dec, params, free = learnable.made()
@@ -140,7 +142,7 @@ def loop(
         History(),
     )
     state = jax.tree.map(jnp.asarray, state)
-    history = History(list(history.loss), list(history.held_out))
+    history = deepcopy(history)
     saved: Kept = []
 
     def save(state: TrainState, history: History) -> None:
@@ -148,7 +150,7 @@ def loop(
 
     settings = TrainSettings(dec, stage, effort, steps, seed=0, every=every)
     begun, callbacks = Progress(state, history), Callbacks(save, report)
-    best = fit(settings, base, begun, TEXT, callbacks=callbacks)
+    best = fit(settings, base, begun, text, callbacks=callbacks)
     return best, saved, history
 
 
@@ -245,7 +247,7 @@ def test_offsets_of_rounding_stay_within_half_a_code(monkeypatch):
         return jnp.sum(theta[OFFSET] * np.asarray([1, -1, 1], np.float32))
 
     monkeypatch.setattr(train, "objective", objective)
-    monkeypatch.setattr(train, "held_out_kl", lambda *a: -jnp.sum(jnp.square(a[3][OFFSET])))
+    monkeypatch.setattr(train, "held_out_kl", lambda *a: -jnp.sum(jnp.square(a[3][OFFSET]))[None])
     stage = Stage(learn=(("rounding", 3.0),))
     best, _, _ = loop(stage, theta={OFFSET: jnp.zeros(3)})
     np.testing.assert_array_equal(best[OFFSET], [-0.5, 0.5, -0.5])
@@ -253,6 +255,25 @@ def test_offsets_of_rounding_stay_within_half_a_code(monkeypatch):
         dataclasses.replace(stage, rounding_optimizer="adam"), theta={OFFSET: jnp.zeros(3)}
     )
     assert (np.abs(free[OFFSET]) > 1).all()  # distilled weights go where the loss takes them
+
+
+@pytest.mark.usefixtures("quadratic")
+def test_the_kept_step_is_the_best_of_the_mean_and_the_worst_domain(monkeypatch):
+    """Two domains of two and one windows: the second one's KL rises from step 6 on."""
+
+    def held_out_kl(dec, stage, base, theta, ids):
+        far = jnp.sum(jnp.square(theta[X] - TARGET))
+        return jnp.stack([far, 3 * far, 100 * jnp.sum(jnp.square(theta[X] - TARGET / 2))])
+
+    monkeypatch.setattr(train, "held_out_kl", held_out_kl)
+    text = dataclasses.replace(TEXT, held_out=HELD_OUT[:3], domains={"prose": 2, "code": 1})
+    best, _, history = loop(text=text)
+    prose, code = (np.asarray(history.domains[name]) for name in ("prose", "code"))
+    value = (prose + code) / 4 + np.maximum(prose, code) / 2
+    np.testing.assert_allclose([kl for _, kl in history.held_out], value, rtol=1e-6)
+    x = np.asarray(best[X])
+    np.testing.assert_allclose(2 * np.square(x - TARGET).sum(), prose[value.argmin()], rtol=1e-6)
+    assert 0 < value.argmin() < len(value) - 1 and value.argmin() != prose.argmin()
 
 
 # --- What goes wrong ---
@@ -300,7 +321,8 @@ def test_nan_is_named_with_its_step_and_parameter(monkeypatch):
 def test_a_held_out_kl_that_is_not_finite_is_never_saved(monkeypatch):
     def held_out_kl(dec, stage, base, theta, ids):
         x = theta[X]
-        return jnp.where(jnp.max(x) > 0.35, jnp.nan, jnp.sum(jnp.square(x - TARGET)))
+        kl = jnp.where(jnp.max(x) > 0.35, jnp.nan, jnp.sum(jnp.square(x - TARGET)))
+        return jnp.full(len(ids), kl)
 
     monkeypatch.setattr(train, "held_out_kl", held_out_kl)
     with pytest.raises(
@@ -335,7 +357,7 @@ def test_a_model_learns(learned):
     # The same windows before and after: losses of single steps are of other texts each.
     held_out = learnable.compile_stage(dec, learnable.ROTATED, EFFORT, 40).held_out
     before, after = (
-        float(held_out(theta, learnable.base_of(dec, params, free), jnp.asarray(WINDOWS)))
+        float(held_out(theta, learnable.base_of(dec, params, free), jnp.asarray(WINDOWS)).mean())
         for theta in (begin, best)
     )
     assert after < 0.85 * before, "less KL on the text that it learned from"

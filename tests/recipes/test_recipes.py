@@ -31,6 +31,7 @@ STAGE = {
     "ranges": "sigma",
     "gptq": True,
     "gptaq": 0.5,
+    "damping": 0.1,
     "loss": "ce",
     "top_k": 1000,
     "hidden_mse": 0.5,
@@ -139,7 +140,9 @@ def test_lists_and_numbers_of_numpy_become_what_json_holds():
 def test_an_effort_by_its_name():
     assert {name: load_effort(name) for name in EFFORTS} == EFFORTS
     text = message(load_effort, "quick")
-    assert text.startswith("quick: no such effort; expected one of ['none', 'fast', 'full']")
+    assert text.startswith(
+        "quick: no such effort; expected one of ['none', 'fast', 'full', 'best']"
+    )
 
 
 # --- What cannot be read ---
@@ -241,7 +244,7 @@ RATES = "learn must be a list of [group, learning rate above 0]"
         ({"loss": "mse"}, "loss must be one of ['kl', 'ce', 'hidden']; got 'mse'"),
         ({"optimizer": "adamw"}, "optimizer must be one of ['adam', 'sgd']; got 'adamw'"),
         ({"rotation_optimizer": "sgd"}, "rotation_optimizer must be one of ['adam', 'cayley_sgd']"),
-        ({"laerning": 1}, "unknown key 'laerning'; expected one of ['calibrate', 'gptaq', "),
+        ({"laerning": 1}, "unknown key 'laerning'; expected one of ['calibrate', 'damping', "),
     ],
 )
 def test_bad_value_in_a_stage(change, expected):

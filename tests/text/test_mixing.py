@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qnpu_jax.errors import UserError
-from qnpu_jax.text.excerpts import Excerpt
+from qnpu_jax.text.excerpts import Excerpt, Material
 from qnpu_jax.text.mixing import check_share, in_turn, mixed
 
 
@@ -34,18 +34,20 @@ def test_a_text_that_is_used_up_ends_the_mixture(given, own, share, count):
 
 
 def test_calibration_learning_and_pool():
-    given = (excerpt(0, 4, pool=8), excerpt(10, 6))
-    own = (excerpt(100, 4, pool=8), excerpt(110, 6))
-    calibration, learning = mixed(given, own, 0.5)
-    assert learning is not None and calibration.pool is not None
+    given = Material(excerpt(0, 4, pool=8), excerpt(10, 6), excerpt(20, 2))
+    own = Material(excerpt(100, 4, pool=8), excerpt(110, 6), excerpt(120, 2))
+    calibration, learning, end = mixed(given, own, 0.5)
+    assert learning is not None and end is not None and calibration.pool is not None
     assert calibration.windows.ravel().tolist() == [0, 100, 1, 101]
     assert calibration.pool.ravel().tolist() == [0, 100, 1, 101, 2, 102, 3, 103]
     assert learning.windows.ravel().tolist() == [10, 110, 11, 111, 12, 112]
+    assert end.windows.ravel().tolist() == [20, 120]
     assert calibration.source == "text 0, a share of 0.5 text 100"
-    assert calibration.sha256 != mixed(given, own, 0.25)[0].sha256
-    one, none = mixed((given[0], None), (excerpt(100, 4), None), 0.5)
-    assert none is None and one.pool is not None  # own text has no more to choose from
-    assert one.pool.ravel().tolist() == calibration.pool.ravel().tolist()
+    assert calibration.sha256 != mixed(given, own, 0.25).calibration.sha256
+    one = mixed(Material(given[0], None, None), Material(excerpt(100, 4), None, own[2]), 0.5)
+    assert one.learning is None and one.end is own.end
+    assert one.calibration.pool is not None  # own text has no more to choose from
+    assert one.calibration.pool.ravel().tolist() == calibration.pool.ravel().tolist()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, math.nan, True, "half", None])
