@@ -116,6 +116,7 @@ def table(rows: list[Row], columns: Sequence[str] = COLUMNS) -> None:
     print(f"\n{'':{width}}" + "".join(f"{c:>13}" for c in columns))
     for row in rows:
         cells = {c: "" if row.get(c) is None else row[c] for c in columns}
-        cells["fake_quant"] = cells["fake_quant"] or "diverged"
+        if not cells.get("fake_quant", True):
+            cells["fake_quant"] = "diverged"
         texts = (x if isinstance(x, str) else f"{x:.4g}" for x in cells.values())
         print(f"{row['name']:{width}}" + "".join(f"{x:>13}" for x in texts))

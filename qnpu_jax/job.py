@@ -36,7 +36,7 @@ from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Clock, Observer
 from qnpu_jax.proof import PrefillProof, prove_prefill
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
-from qnpu_jax.text import Texts, excerpts, files, starts_of
+from qnpu_jax.text import Texts, check_share, excerpts, files, mixed, starts_of
 from qnpu_jax.tflite import LiteRT, check_prefill, write_prefill
 from qnpu_jax.transform import prefix_length, rotations_of
 
@@ -58,6 +58,7 @@ class Job:
       effort: how much is learned.
       calibration: file of text or JSONL to calibrate with and learn from; None lets the model write
         its own.
+      own_share: of windows that the model writes itself, beside those of `calibration`; 0 to 1.
       eval_text: file of text that is scored; None takes `pydoc_data.topics`.
       prefill: static length of the signature, tokens.
       logits: positions that the signature gives logits of.
@@ -71,6 +72,7 @@ class Job:
     out: Path
     effort: Effort = EFFORTS["none"]
     calibration: Path | None = None
+    own_share: float = 0.0
     eval_text: Path | None = None
     prefill: int = 128
     logits: Positions = "all"
@@ -111,23 +113,18 @@ def run(job: Job, simulate: Simulate, watch: Observer) -> dict[str, Any]:
             found = excerpts.given(job.calibration, checkpoint, recipe, job.learning())
     with watch.stage("fold, rotate"):
         params = pipeline.prepare(config, checkpoint.params, recipe, consume=True)
-    if found is None:
+    if found is None or job.own_share:
         with watch.stage("calibration text"):
-            found = excerpts.written(
+            own = excerpts.written(
                 checkpoint, params, recipe, job.learning(), _steps(watch, "calibration text")
             )
+            found = own if found is None else mixed(found, own, job.own_share)
     text, starts = Texts(scored, *found, judges), starts_of(checkpoint.tokenizer)
     with _kept(job, checkpoint, text, watch) as store:
         made = pipeline.quantize(
-            config,
-            params,
-            recipe,
-            text.windows(),
-            starts,
-            effort=job.effort,
-            store=store,
-            watch=watch,
-        )
+            config, params, recipe, text.windows(), starts,
+            effort=job.effort, store=store, watch=watch,
+        )  # fmt: skip
         del params  # `made` has them, and lets them go
         scores = _score_floats(job, made, text.scored.windows, watch)
         with artifacts.writing(job.out, job.overwrite) as folder:
@@ -205,6 +202,7 @@ def _report(
         "rotations": rotations_of(checkpoint.config) if job.recipe.rotation != "none" else {},
         "norms": "twice" if made.model.config.double_norms else "once",
         "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
+        **({"coverage": dataclasses.asdict(made.coverage)} if made.coverage else {}),
         "learned": _learned(job, made.histories),
         "ranges": artifacts.columns(made.ranges),
         "sha256": artifacts.digests(folder),
@@ -238,6 +236,7 @@ def _short(x: float) -> float:
 def _check_request(job: Job) -> None:
     """Refuses what can be known to be wrong before the model is read, which takes a while."""
     check_prefill(job.prefill)
+    check_share(job.own_share, job.calibration is not None)
     if job.eval_tokens < job.prefill:
         raise UserError(
             f"eval-tokens: {job.eval_tokens} is less than one window; expected at least the"
@@ -276,11 +275,7 @@ def _steps(watch: Observer, what: str) -> Callable[[Iterable[int], int], Iterabl
 
 
 def _write(
-    folder: Path,
-    model: IntegerModel,
-    job: Job,
-    checkpoint: Checkpoint,
-    text: Texts,
+    folder: Path, model: IntegerModel, job: Job, checkpoint: Checkpoint, text: Texts
 ) -> None:
     storage.save(model, folder)
     checkpoint.tokenizer.save(folder / artifacts.TOKENIZER)

@@ -10,7 +10,14 @@ from typing import Any
 import jax
 
 from qnpu_jax import heap
-from qnpu_jax.calibrate import calibrate_activations, collect_statistics, weight_scales
+from qnpu_jax.calibrate import (
+    Coverage,
+    calibrate_activations,
+    collect_statistics,
+    cover,
+    weight_scales,
+    window_peaks,
+)
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Decoder, Params, Scales, decoder
@@ -51,6 +58,7 @@ class Quantized:
       prefix: how the prefix was chosen; None where none was searched.
       ranges: one row per calibrated tensor and layer.
       histories: record of each stage that learned.
+      coverage: how calibration windows were chosen; None where there was no pool.
     """
 
     model: IntegerModel
@@ -60,6 +68,26 @@ class Quantized:
     prefix: PrefixReport | None
     ranges: list[dict[str, object]]
     histories: list[History] = field(default_factory=list)
+    coverage: Coverage | None = None
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """A float model that is ready to calibrate.
+
+    Attributes:
+      config: with the double norms that the model needs.
+      params: keys centred, with the prefix's K/V.
+      original: parameters of the original float model: no prefix but its own BOS.
+      tokens: the prefix.
+      found: how it was chosen; None where none was searched.
+    """
+
+    config: ModelConfig
+    params: Params
+    original: Params
+    tokens: tuple[int, ...]
+    found: PrefixReport | None
 
 
 def prepare(
@@ -132,8 +160,38 @@ def quantize(
       UserError: parameters that are not prepared, an accumulator can overflow, non-finite values,
         learning diverged.
     """
-    check_folded(config, params)
     watch = watch or Observer()
+    begun = with_prefix(config, params, recipe, text, starts, watch)
+    clips = prefix_clips(begun.found, learns(recipe, effort))
+    with watch.stage("calibrate"):
+        dec = decoder(begun.config, recipe.bits, text.calibration.shape[1], len(begun.tokens))
+        text, coverage = _chosen(dec, begun.params, text, watch)
+        params, free, ranges = _calibrated(dec, begun.params, recipe, text, clips, watch)
+        if learns(recipe, effort):  # whatever freezing refuses, it refuses before hours of learning
+            freeze(dec, params, free, begun.tokens)
+    with watch.stage("learn"):
+        calibrated = Calibrated(dec, params, free, clips, begun.original)
+        made = learn(calibrated, recipe, effort, text, store, watch)
+    with watch.stage("freeze"):
+        model = freeze(dec, made.params, made.free, begun.tokens)
+    heap.trim()
+    floats = (dict(made.params), dict(begun.original), dict(params))
+    return Quantized(model, *floats, begun.found, ranges, made.histories, coverage)
+
+
+def with_prefix(
+    config: ModelConfig,
+    params: Params,
+    recipe: Recipe,
+    text: Windows,
+    starts: Starts,
+    watch: Observer,
+) -> Prefixed:
+    """Centres keys, chooses and adds the prefix, and takes norms twice where that is needed.
+
+    Args: as of `quantize`.
+    """
+    check_folded(config, params)
     if recipe.centre_keys:
         with watch.stage("centre keys"):
             centres = key_centres(config, recipe.bits, params, text.calibration)
@@ -141,36 +199,36 @@ def quantize(
     original = add_prefix(config, recipe.bits, params, starts.bos)
     tokens, found = _prefix(config, params, recipe, text, starts, watch)
     params = add_prefix(config, recipe.bits, params, tokens)
-    clips = _clips(found, learns(recipe, effort))
-    with watch.stage("calibrate"):
-        if recipe.double_norms:
+    if recipe.double_norms:
+        with watch.stage("calibrate"):
             config = with_double_norms(config, recipe.bits, params, text.calibration)
-        dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
-        params, free, ranges = _calibrated(dec, params, recipe, text, clips, watch)
-        if learns(recipe, effort):  # whatever freezing refuses, it refuses before hours of learning
-            freeze(dec, params, free, tokens)
-    with watch.stage("learn"):
-        calibrated = Calibrated(dec, params, free, clips, original)
-        made = learn(calibrated, recipe, effort, text, store, watch)
-    with watch.stage("freeze"):
-        model = freeze(dec, made.params, made.free, tokens)
+    return Prefixed(config, params, original, tokens, found)
+
+
+def _chosen(
+    dec: Decoder, params: Params, text: Windows, watch: Observer
+) -> tuple[Windows, Coverage | None]:
+    """The windows, those of calibration chosen from the pool if there is one."""
+    if not len(text.pool):
+        return text, None
+    peaks = window_peaks(dec, params, text.pool, track=watch.track)
+    found = cover(peaks, len(text.calibration))
     heap.trim()
-    floats = (dict(made.params), dict(original), dict(params))
-    return Quantized(model, *floats, found, ranges, made.histories)
+    return replace(text, calibration=text.pool[sorted(found.windows)]), found
 
 
 def _calibrated(
     dec: Decoder, params: Params, recipe: Recipe, text: Windows, clips: bool, watch: Observer
 ) -> tuple[Params, Scales, list[dict[str, object]]]:
     """Parameters, scaled by channel where the recipe says so; free scales; a row for each range."""
-    params = _smoothed(dec, params, recipe, text)
+    params = smoothed(dec, params, recipe, text)
     stats = collect_statistics(dec, params, text.calibration, track=watch.track)
     activations, ranges = calibrate_activations(dec, stats, recipe.activation_init, clips)
     heap.trim()
     return params, activations | weight_scales(dec, params, recipe.weight_init), ranges
 
 
-def _smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:
+def smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:
     """Parameters with SmoothQuant's diagonal scales, where the recipe has some."""
     inputs = 0.0 if dec.config.merges_r1 else recipe.smooth_stream
     if not (recipe.smooth or inputs):
@@ -203,7 +261,7 @@ def _prefix(
     return found.tokens, found
 
 
-def _clips(found: PrefixReport | None, learning: bool) -> bool:
+def prefix_clips(found: PrefixReport | None, learning: bool) -> bool:
     """Whether ranges clip: where outliers are tame if something learns, and else where clipping
     does less harm.
 

@@ -137,6 +137,21 @@ def test_another_text_gives_other_integers(made, checkpoint, model, ids):
         assert_same(other, model)
 
 
+@pytest.mark.slow
+def test_a_pool_mixed_with_own_text_is_the_command_lines(made, checkpoint, model, tmp_path):
+    recipe = dataclasses.replace(load_recipe(made / "recipe.json"), calibration_pool=320)
+    asked = job_request(made, out=tmp_path / "out", recipe=recipe, own_share=0.5)
+    report = job.run(asked, Simulated, progress.Observer())
+    calibration = report["calibration"]
+    assert calibration["source"] == "text.txt, a share of 0.5 written by the model"
+    assert (calibration["tokens"], calibration["pool"]) == (128, 320)
+    assert len(report["coverage"]["windows"]) == len(report["coverage"]["curve"]) == 4
+    chosen = qnpu.quantize(checkpoint, recipe, text=made / "text.txt", own_share=0.5)
+    assert_same(chosen, storage.load(tmp_path / "out"))
+    with pytest.raises(AssertionError):
+        assert_same(chosen, model)
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_it_learns_as_the_command_line_does_on_text_that_the_model_writes(

@@ -109,6 +109,8 @@ MISTAKES = [
         " of ids; put text itself in a list",
     ),
     ("qnpu.quantize(checkpoint, text=['short'])", "text: "),
+    ("qnpu.quantize(checkpoint, own_share=0.5)", "own-share: 0.5 beside no other text; expected"),
+    ("qnpu.quantize(checkpoint, text=windows, own_share=2.0)", "own-share: expected a number from"),
     ("qnpu.quantize(checkpoint, text=['', ' '])", "text: no text in it; expected at least one"),
     ("qnpu.quantize(checkpoint, text=[])", "text: no token; expected integer token ids of shape"),
     (

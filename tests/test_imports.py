@@ -22,9 +22,9 @@ LEVELS = {
         "fakequant integer models recipes",
         "qnpu_sim tflite transform",
         "calibrate output runtime text",
-        "learn measure own_text proof",
+        "learn measure proof",
         "compilers diagnose latency pipeline",
-        "deploy job",
+        "deploy job own_text",
         "api cli",
         "__init__",
     ])

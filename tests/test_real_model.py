@@ -25,8 +25,8 @@ from qnpu_jax.measure.tasks import Scoring
 from qnpu_jax.models.checkpoint import Checkpoint, load, resolve
 from qnpu_jax.models.llama import expected_tensors
 from qnpu_jax.recipes import RECIPES
+from qnpu_jax.text.dialogues import QUESTIONS
 from qnpu_jax.text.files import default_text
-from qnpu_jax.text.openers import QUESTIONS
 from qnpu_jax.text.self_written import Drawing, Writer, calibration_windows, sample
 from qnpu_jax.transform.fold import fold_norms
 from qnpu_jax.transform.prefix_trials import OUTLIER_RATIO

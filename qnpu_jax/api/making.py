@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from qnpu_jax.models import Checkpoint
 from qnpu_jax.progress import Observer
 from qnpu_jax.proof import bound_accumulators
 from qnpu_jax.recipes import Effort, Recipe
-from qnpu_jax.text import excerpts, starts_of
+from qnpu_jax.text import check_share, excerpts, mixed, starts_of
 from qnpu_jax.tflite import build_cached, build_prefill, check_name
 
 
@@ -42,6 +43,7 @@ def quantize(
     *,
     effort: str | Effort = "none",
     text: str | Path | Sequence[str] | Ids | None = None,
+    own_share: float = 0.0,
     progress: Observer | Callable[[str, int, int], object] | None = None,
 ) -> IntegerModel:
     """Quantizes a model: every tensor an integer with a scale that is fixed before it runs.
@@ -56,15 +58,16 @@ def quantize(
         stages calibrate and round only.
       text: calibrated with and learned from. None: the model writes it. A path: plain text or JSON
         lines. A list of strings: documents. (N, T) token ids without BOS: windows as they are.
+      own_share: of windows that the model writes itself, beside those of `text`: 0 to 1.
       progress: called with (what runs, how much is done, how much there is; 0 where that is not
         known), or an `Observer`. By default nothing is shown.
 
     Returns: the integers; nothing is written.
 
     Raises:
-      UserError: no such recipe, effort or file; text that is too short or not of this vocabulary; a
-        model with fewer positions than the recipe needs; an accumulator that can overflow; learning
-        that diverges.
+      UserError: no such recipe, effort or file; a share beside no text; text that is too short or
+        not of this vocabulary; a model with fewer positions than the recipe needs; an accumulator
+        that can overflow; learning that diverges.
 
     Example:
       >>> model = qnpu.quantize(checkpoint, "w8a8", text=windows)
@@ -75,14 +78,12 @@ def quantize(
     recipe, effort = recipe_of(recipe), effort_of(effort)
     config, watch = checkpoint.config, observer_of(progress)
     taught = effort if learns(recipe, effort) else None
-    given = None if text is None else text_of(text, config)
-    _check_lengths(config, recipe, given, taught)
+    given = _given(text, own_share, config, recipe, taught)
     judges = excerpts.judged(checkpoint, taught)
     found = None if given is None else excerpts.given(given, checkpoint, recipe, taught)
     with watch.stage("fold, rotate"):
         params = pipeline.prepare(config, checkpoint.params, recipe)
-    if found is None:
-        found = _written(checkpoint, params, recipe, taught, watch)
+    found = _with_own(found, own_share, checkpoint, params, recipe, taught, watch)
     windows, starts = excerpts.windows_of(*found, judges), starts_of(checkpoint.tokenizer)
     made = pipeline.quantize(config, params, recipe, windows, starts, effort=effort, watch=watch)
     return made.model
@@ -97,13 +98,39 @@ def _check_lengths(
     pipeline.check_model(config, recipe, asked | ({"effort": taught.length} if taught else {}))
 
 
-def _written(
-    checkpoint: Checkpoint, params: Params, recipe: Recipe, taught: Effort | None, watch: Observer
+def _given(
+    text: str | Path | Sequence[str] | Ids | None,
+    own_share: float,
+    config: ModelConfig,
+    recipe: Recipe,
+    taught: Effort | None,
+) -> Path | list[str] | np.ndarray | None:
+    """The caller's text, checked."""
+    check_share(own_share, text is not None)
+    given = None if text is None else text_of(text, config)
+    _check_lengths(config, recipe, given, taught)
+    return given
+
+
+def _with_own(
+    found: excerpts.Material | None,
+    own_share: float,
+    checkpoint: Checkpoint,
+    params: Params,
+    recipe: Recipe,
+    taught: Effort | None,
+    watch: Observer,
 ) -> excerpts.Material:
-    """Calibration and learning text that the model writes itself."""
+    """Calibration and learning text: what was given, with what the model writes itself."""
+    if found is not None and not own_share:
+        return found
+    if found is not None:  # windows of ids have a length of their own
+        length = found.calibration.windows.shape[1]
+        recipe = replace(recipe, calibration_length=length)
     with watch.stage("calibration text"):
         steps = partial(watch.track, what="calibration text")
-        return excerpts.written(checkpoint, params, recipe, taught, steps)
+        own = excerpts.written(checkpoint, params, recipe, taught, steps)
+    return own if found is None else mixed(found, own, own_share)
 
 
 def write_tflite(

@@ -100,10 +100,11 @@ def collect_statistics(
     batch: int | None = None,
     track: Track = untracked,
     scales: Scales | None = None,
+    onto: Statistics | None = None,
 ) -> Statistics:
     """Collects statistics of every free activation over the windows.
 
-    Those of the KV caches include the prefix's keys and values.
+    Those of the KV caches include the prefix's keys and values, once.
 
     Args:
       dec: staged for windows of T tokens.
@@ -112,15 +113,17 @@ def collect_statistics(
       batch: windows per pass; None for as many as there is memory for.
       track: wraps the iteration, for a progress bar.
       scales: resolved QParams of the tensors that are fake-quantized meanwhile; by default none.
+      onto: statistics of other windows by the same decoder and parameters, to which these are
+        added; by default none.
     """
-    stats: Statistics = {}
+    stats: Statistics = {} if onto is None else onto
     batch = batch or windows_at_once(dec.config, dec.tokens, len(windows))
     starts = range(0, len(windows), batch)
     for start in track(starts, len(starts), "calibrate"):
         ids = jnp.asarray(windows[start : start + batch], jnp.int32)
         for graph, layer, env in passes(dec, params, ids, _produced, scales):
             _record(stats, graph, layer, env)
-    for spec in dec.layer.named("param"):
+    for spec in dec.layer.named("param") if onto is None else ():
         name = "layers." + dec.layer.ties[spec.name]
         if name in stats:  # prefix K/V share the scale of the cache
             for layer, x in enumerate(params["layers." + spec.name]):

@@ -96,6 +96,10 @@ def quantize(
     recipe: RecipeName = "w8a8",
     effort: Effort = "fast",
     calibration: Calibration = None,
+    own_share: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Of windows the model writes, beside --calibration."),
+    ] = 0.0,
     eval_text: EvalText = None,
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens to score.")] = 2048,
     prefill: Prefill = 128,
@@ -119,8 +123,8 @@ def quantize(
         from qnpu_jax.proof import Simulated
     request = job.Job(
         model=model, recipe=recipes.load_recipe(recipe), out=out, effort=recipes.EFFORTS[effort],
-        calibration=calibration, eval_text=eval_text, prefill=prefill, logits=logits,
-        eval_tokens=eval_tokens, overwrite=overwrite, checkpoints=checkpoints,
+        calibration=calibration, own_share=own_share, eval_text=eval_text, prefill=prefill,
+        logits=logits, eval_tokens=eval_tokens, overwrite=overwrite, checkpoints=checkpoints,
     )  # fmt: skip
     with Display() as display, resumable(request):
         report = job.run(request, Simulated, display)

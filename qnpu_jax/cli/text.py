@@ -27,19 +27,27 @@ def text(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that is there.")
     ] = False,
+    choose: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Windows to choose by coverage, and show.")
+    ] = 0,
 ) -> None:
     """Lets a model write text to calibrate with and to learn from.
 
     Chats, code, sums, prose, data and other languages: what `quantize`
     writes without --calibration, and what --calibration takes. Loops and
     repeated documents are left out, and counted.
+
+    --choose shows which windows of it show the activations their largest
+    values, and marks their documents in the file: "chosen".
     """
     with importing():
         from qnpu_jax import own_text
         from qnpu_jax.cli.display import Display
-        from qnpu_jax.cli.text_table import print_shares
-    asked = own_text.OwnText(model, out, tokens, length, seed, overwrite)
+        from qnpu_jax.cli.text_table import print_choice, print_shares
+    asked = own_text.OwnText(model, out, tokens, length, seed, overwrite, choose)
     with Display() as display:
         found = own_text.write(asked, display)
-    print_shares(found)
+    print_shares(found.corpus, found.choice)
+    if found.choice is not None:
+        print_choice(found.choice)
     typer.echo(f"wrote {out}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qnpu_jax.config import BitPlan
+from qnpu_jax.errors import UserError
 from qnpu_jax.recipes.fields import LARGEST, check, chosen, read, within
 
 Ranges = Literal["minmax", "sigma", "sigma-rotated", "mse", "class"]
@@ -113,6 +114,8 @@ class Recipe:
       weight_init: per-channel range of weights: `minmax`, `sigma` or `mse`.
       calibration_tokens: tokens of calibration text used.
       calibration_length: tokens per calibration window, prefix not counted.
+      calibration_pool: tokens of text from whose windows those of calibration are chosen
+        (`calibrate.coverage`); 0 takes the first `calibration_tokens`. Not smaller than those.
       seed: rotation signs, sampling of the default calibration text, order of the learning text.
       stages: what follows calibration.
 
@@ -140,11 +143,17 @@ class Recipe:
     weight_init: Literal["minmax", "sigma", "mse"] = "mse"
     calibration_tokens: int = within(1, LARGEST, 8192)
     calibration_length: int = within(8, LARGEST, 256)
+    calibration_pool: int = within(0, LARGEST, 0)
     seed: int = within(0, 2**32 - 1, 0)  # what a key of jax.random holds
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         check(self)
+        if 0 < self.calibration_pool < self.calibration_tokens:
+            raise UserError(
+                f"{self.name}: calibration_pool: {self.calibration_pool} tokens; expected 0, or at"
+                f" least calibration_tokens, {self.calibration_tokens}; raise it"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values: what `from_json` reads."""

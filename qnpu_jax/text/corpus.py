@@ -99,17 +99,21 @@ class Corpus:
     """Documents as the lines of a JSON-lines file, and what each domain has of them.
 
     Attributes:
-      lines: {"domain": .., "text": ..}, or {"domain": "chat", "messages": [..]}.
+      lines: {"domain": .., "text": ..}, or {"domain": .., "messages": [..]} of a chat: all of its
+        messages, from a system prompt to the answer.
       shares: by domain.
+      documents: those that are kept, as they were written, in the order of `lines`.
     """
 
     lines: list[dict[str, Any]]
     shares: dict[str, Share]
+    documents: list[Written]
 
 
 def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
     """Keeps the documents that are worth learning from: no loops, none twice, none without text."""
     lines: list[dict[str, Any]] = []
+    documents: list[Written] = []
     seen: set[tuple[int, ...]] = set()
     kept: dict[str, list[Written]] = {}
     loops: Counter[str] = Counter()
@@ -124,6 +128,7 @@ def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
         else:
             seen.add(document.ids)
             lines.append(line)
+            documents.append(document)
             of_domain.append(document)
     shares = {
         domain: Share(
@@ -135,20 +140,20 @@ def corpus(written: Iterable[Written], tokenizer: Tokenizer) -> Corpus:
         )
         for domain, some in kept.items()
     }
-    return Corpus(lines, shares)
+    return Corpus(lines, shares, documents)
 
 
 def _line(document: Written, tokenizer: Tokenizer) -> dict[str, Any] | None:
     """The document as a line of JSON; None where it cannot be read: no text, or a token that only
     the model's padded table has."""
-    domain, _, question = document.prompt
+    domain, _, messages = document.prompt
     if max(document.ids) >= tokenizer.vocab_size:
         return None
-    if question is None:
+    if not messages:
         text = tokenizer.decode(document.ids, skip_special=True)
         return {"domain": domain, "text": text} if text.strip() else None
     answer = tokenizer.decode(document.answer, skip_special=True)
     if not answer.strip():
         return None
-    turns = [("user", question), ("assistant", answer)]
+    turns = (*messages, ("assistant", answer))
     return {"domain": domain, "messages": [{"role": r, "content": c} for r, c in turns]}

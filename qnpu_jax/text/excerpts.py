@@ -40,19 +40,25 @@ class Excerpt:
       source: name of the text, for reports.
       sha256: hash of the whole text, not only of the windows.
       windows: token ids (N, T).
+      pool: windows from which as many are chosen in place of these; None where these are used.
     """
 
     source: str
     sha256: str
     windows: Int[np.ndarray, "n t"]
+    pool: Int[np.ndarray, "m t"] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"source": self.source, "sha256": self.sha256, "tokens": self.windows.size}
+        pool = {} if self.pool is None else {"pool": self.pool.size}
+        return {"source": self.source, "sha256": self.sha256, "tokens": self.windows.size, **pool}
 
     def digest(self) -> str:
-        """SHA-256 of the windows and their shape."""
-        header = f"{self.windows.dtype} {self.windows.shape}\n".encode()
-        return hashlib.sha256(header + np.ascontiguousarray(self.windows).tobytes()).hexdigest()
+        """SHA-256 of the windows, and the pool's, and their shapes."""
+        made = hashlib.sha256()
+        for windows in (self.windows,) if self.pool is None else (self.windows, self.pool):
+            made.update(f"{windows.dtype} {windows.shape}\n".encode())
+            made.update(np.ascontiguousarray(windows).tobytes())
+        return made.hexdigest()
 
 
 class Judges(NamedTuple):
@@ -134,11 +140,12 @@ def windows_of(
 ) -> Windows:
     """Joins the windows of a run; those of a run that does not learn only calibrate."""
     other = judges.other.windows
-    if learning is None or judges.held_out is None:
-        return Windows.of(calibration.windows, other)
-    held_out = {DOCUMENTATION: judges.held_out.windows}
-    held_out |= {end.source: end.windows} if end else {}
-    return Windows.learned(calibration.windows, learning.windows, held_out, other)
+    made = Windows.of(calibration.windows, other)
+    if learning is not None and judges.held_out is not None:
+        held_out = {DOCUMENTATION: judges.held_out.windows}
+        held_out |= {end.source: end.windows} if end else {}
+        made = Windows.learned(calibration.windows, learning.windows, held_out, other)
+    return made if calibration.pool is None else replace(made, pool=calibration.pool)
 
 
 @dataclass(frozen=True)
@@ -282,10 +289,14 @@ def given(
         found = Excerpt("windows", hashlib.sha256(source.tobytes()).hexdigest(), source)
         text = Tokens("text", found.source, found.sha256, source.reshape(-1).tolist())
         count = max(1, recipe.calibration_tokens // source.shape[1])
-        calibration = replace(found, windows=source[:count])
+        pool = source[: recipe.calibration_pool // source.shape[1]]
+        calibration = _choosing(replace(found, windows=source[:count]), pool)
         return Material(calibration, *_learned(text, effort))
     text = tokenized(source, checkpoint.tokenizer, checkpoint.config.vocab_size)
     calibration = text.first(recipe.calibration_length, recipe.calibration_tokens)
+    if recipe.calibration_pool:
+        pool = text.first(recipe.calibration_length, recipe.calibration_pool).windows
+        calibration = _choosing(calibration, pool)
     return Material(calibration, *_learned(text, effort))
 
 
@@ -297,6 +308,11 @@ def _learned(text: Tokens, effort: Effort | None) -> tuple[Excerpt | None, Excer
     count = min(effort.held_out, available // END)
     learning = text.first(length, min(effort.tokens, (available - count) * length))
     return learning, text.last(length, count) if count else None
+
+
+def _choosing(calibration: Excerpt, pool: Int[np.ndarray, "m t"]) -> Excerpt:
+    """The excerpt with a pool to choose from, where that leaves a choice."""
+    return replace(calibration, pool=pool) if len(pool) > len(calibration.windows) else calibration
 
 
 def written(
@@ -318,7 +334,8 @@ def written(
     """
     length = recipe.calibration_length
     count = max(1, recipe.calibration_tokens // length)
-    tokens, rows = count * length, length
+    held = max(count, recipe.calibration_pool // length)
+    tokens, rows = held * length, length
     if effort:
         learned = min(effort.own_tokens, effort.tokens) + effort.held_out * effort.length
         tokens, rows = max(tokens, learned), effort.length
@@ -329,8 +346,8 @@ def written(
     sha256 = hashlib.sha256(windows.tobytes()).hexdigest()
     # The text was written in windows to learn from. Calibration cuts it anew, and its windows may
     # begin within a document, as those of a file do.
-    anew = windows.reshape(-1)[: count * length].reshape(count, length)
-    calibration = Excerpt("written by the model", sha256, anew)
+    anew = windows.reshape(-1)[: held * length].reshape(held, length)
+    calibration = _choosing(Excerpt("written by the model", sha256, anew[:count]), anew)
     ids = windows.reshape(-1).tolist()
     text = Tokens(calibration.source, calibration.source, sha256, ids)
     return Material(calibration, *_learned(text, effort))

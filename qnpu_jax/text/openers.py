@@ -1,4 +1,4 @@
-"""Beginnings of the texts that a model writes itself: what its user may ask for, and plain text.
+"""Beginnings of the plain text that a model writes itself, by domain (of chats: `dialogues`).
 
 Static ranges hold for the kinds of text that they were set on, and learning fits the kinds that it
 saw: SmolLM2-135M in w8a8 is 2.7% above float's perplexity on code after learning on an encyclopedia
@@ -8,42 +8,6 @@ alone, and 0.7% with code and text of its own beside it (benchmarks/README.md).
 from __future__ import annotations
 
 from itertools import chain, zip_longest
-
-QUESTIONS = (
-    "What is the capital of France?",
-    "Explain photosynthesis to a ten-year-old.",
-    "Write a Python function that reverses a string.",
-    "Give me three tips for sleeping better.",
-    "Translate 'Good morning, how are you?' into Spanish.",
-    "Write a short poem about the sea.",
-    "A train travels 120 km in 90 minutes. What is its average speed?",
-    "Summarize the causes of the First World War.",
-    "What is the difference between a virus and a bacterium?",
-    "Write a polite email asking for a day off.",
-    "How do I cook rice?",
-    "List five animals that live in the desert.",
-    "Who wrote Romeo and Juliet, and what is it about?",
-    "Correct the grammar: 'She don't like apples.'",
-    "Tell me a story about a robot that learns to paint.",
-    "What should I see in Japan in one week?",
-    "Write a SQL query that counts the orders of each customer.",
-    "Is 221 a prime number? Explain step by step.",
-    "Give the planets and their moons as a JSON object.",
-    "Compare cats and dogs as pets in a table.",
-    "Write a C program that sorts an array of integers.",
-    "A shirt costs 40 dollars and is 15% off. What do I pay?",
-    "Argue for and against school uniforms.",
-    "Explain the difference between a list and a tuple in Python.",
-    "Write a unit test for a function that adds two numbers.",
-    "How many seconds are there in a week? Show your work.",
-    "Erkläre in zwei Sätzen, was ein Vulkan ist.",
-    "Escribe una carta corta a un amigo.",
-    "Rewrite this more formally: 'Hey, send me the file asap.'",
-    "What happens in the body when we exercise?",
-    "Find the bug: for i in range(len(a)): a[i] = a[i + 1]",
-    "Plan a vegetarian dinner for four people.",
-)
-"""First messages of chats: facts, code, sums, languages, tables and tales."""
 
 _OPENERS = {
     "code": (
@@ -109,22 +73,62 @@ _OPENERS = {
     "data": (
         '{"name": "',
         '[{"id": 1, "',
-        "| Year | Population |\n|---|---|\n| 1990 | ",
+        '<?xml version="1.0"?>\n<',
         "date,open,high,low,close\n",
         "# Installation\n\n```\npip install ",
         "1. First, ",
         "name: build\non:\n  push:\n",
         "- [ ] ",
+        "[2024-03-01 12:00:07] INFO ",
+        "[tool.poetry]\nname = ",
+    ),
+    "tables": (
+        "| Year | Population |\n|---|---|\n| 1990 | ",
+        "Country,Capital,Area\nNorway,Oslo,",
+        "| Name | Age | City |\n|:-----|----:|------|\n| ",
+        "id\tname\tprice\n1\t",
+        "<table>\n  <tr><th>Month</th><th>Sales</th></tr>\n  <tr><td>",
+        "| Feature | Basic | Pro |\n| --- | --- | --- |\n| ",
+        "Team         Played  Won  Lost\n",
+        "\\begin{tabular}{lrr}\nMethod & Accuracy & Time \\\\\n",
+        "| Command | Description |\n|---|---|\n| `",
+        "Element  Symbol  Number\nHydrogen H       1\n",
+    ),
+    "tools": (
+        '{"tool_calls": [{"name": "get_weather", "arguments": {"city": "',
+        '{"name": "search", "arguments": {"query": "',
+        '<tool_call>\n{"name": "',
+        '{"type": "function", "function": {"name": "',
+        '{"role": "tool", "content": "{\\"temperature\\": ',
+        '{"jsonrpc": "2.0", "method": "tools/call", "params": {"name": "',
+        '{"action": "create_event", "parameters": {"title": "',
+        '{"$schema": "https://json-schema.org/draft/2020-12/schema", "properties": {',
     ),
     "languages": (
         "Der Roman erzählt von ",
-        "La ville est située ",
+        "La ville est située",
         "El presidente anunció ",
         "Il libro racconta ",
         "O Brasil é ",
         "Москва является ",
         "日本の首都は",
         "中国的经济",
+        "De stad ligt aan ",
+        "한국의 수도는",
+        "تقع المدينة في ",
+        "भारत की राजधानी ",
+        "Miasto leży nad ",
+        "Şehir ülkenin ",
+        "Thành phố nằm ",
+        "Kota ini terletak ",
+        "Книга розповідає про ",
+        "Staden ligger vid ",
+        "Η πόλη βρίσκεται ",
+        "เมืองหลวงของ",
+        "העיר נמצאת ",
+        "Město leží na ",
+        "این شهر در ",
+        "শহরটি অবস্থিত ",
     ),
 }
 """Beginnings of plain text, by domain."""

@@ -9,33 +9,34 @@ import numpy as np
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.models import FIXED_DATE, Tokenizer
-from qnpu_jax.text.openers import QUESTIONS, plain
+from qnpu_jax.text.dialogues import Messages, chats
+from qnpu_jax.text.openers import plain
 
 CHAT, FREE = "chat", "free"
-"""Domains beside those of `openers.plain`."""
+"""The domain of single questions, and that of free text."""
 
 
 class Prompt(NamedTuple):
     """The beginning of a document.
 
     Attributes:
-      domain: kind of text: CHAT, FREE, or one of `openers.plain`.
+      domain: kind of text: FREE, or one of `dialogues.chats` or `openers.plain`.
       ids: token ids, with BOS where the model's texts begin with it.
-      question: first message of a chat; None for the others.
+      messages: of a chat, up to the answer that is asked for; none of the others.
     """
 
     domain: str
     ids: list[int]
-    question: str | None = None
+    messages: Messages = ()
 
 
 def prompts_of(tokenizer: Tokenizer, count: int, seed: int) -> list[Prompt]:
     """Makes prompts, the kinds in turn.
 
-    A third are chats with one of QUESTIONS, on FIXED_DATE where the template prints the date; a
-    third plain text of several domains. The rest are free: BOS, or a random token where texts do
-    not begin with BOS by the model's own rule. Without a chat template, or with one that refuses
-    plain questions, plain text takes the chats' place.
+    A third are chats of several kinds, on FIXED_DATE where the template prints the date; a third
+    plain text of several domains. The rest are free: BOS, or a random token where texts do not
+    begin with BOS by the model's own rule. Kinds of chats that the template refuses, or prints only
+    in part, are left out; without any, plain text takes the chats' place.
 
     Args:
       seed: of the random tokens.
@@ -46,25 +47,40 @@ def prompts_of(tokenizer: Tokenizer, count: int, seed: int) -> list[Prompt]:
     first = [] if bos is None else [bos]
     opened = [Prompt(domain, first + tokenizer.encode(text)) for domain, text in plain()]
     texts = cycle([p for p in opened if p.ids] or prompts)
-    chats = cycle(found) if (found := _chats(tokenizer)) else texts
+    answered = cycle(found) if (found := _chats(tokenizer)) else texts
     for i in range(count):
         if i % 3:
-            prompts[i] = next(chats if i % 3 == 1 else texts)
+            prompts[i] = next(answered if i % 3 == 1 else texts)
     return prompts
 
 
 def _chats(tokenizer: Tokenizer) -> list[Prompt]:
-    """Chats of QUESTIONS; none without a chat template that takes them."""
+    """Chats of the kinds that the model's template takes, in turn."""
     if tokenizer.chat_template is None:
         return []
+    kinds = chats()
+    first = dict(reversed(kinds))
+    taken = {domain for domain, messages in first.items() if _takes(tokenizer, messages)}
+    asked = [(domain, x, _rendered(tokenizer, x)) for domain, x in kinds if domain in taken]
+    return [Prompt(domain, ids, messages) for domain, messages, ids in asked if ids]
+
+
+def _takes(tokenizer: Tokenizer, messages: Messages) -> bool:
+    """Whether a template takes a chat and its answer, and prints each of the messages."""
+    ids = _rendered(tokenizer, messages)
+    answered = _rendered(tokenizer, (*messages, ("assistant", "Yes.")), answer_next=False)
+    if not ids or answered is None:
+        return False
+    parts = (messages[:i] + messages[i + 1 :] for i in range(len(messages)))
+    return all(_rendered(tokenizer, part) != ids for part in parts if part)
+
+
+def _rendered(
+    tokenizer: Tokenizer, messages: Messages, answer_next: bool = True
+) -> list[int] | None:
+    """Token ids of a chat; None where the template refuses it."""
+    chat = [{"role": role, "content": content} for role, content in messages]
     try:
-        asked = [
-            Prompt(CHAT, tokenizer.chat([{"role": "user", "content": q}], now=FIXED_DATE), q)
-            for q in QUESTIONS
-        ]
-        whole = [("user", QUESTIONS[0]), ("assistant", "Paris.")]
-        answered = [{"role": role, "content": content} for role, content in whole]
-        tokenizer.chat(answered, now=FIXED_DATE, answer_next=False)
+        return tokenizer.chat(chat, now=FIXED_DATE, answer_next=answer_next)
     except UserError:  # a template for other roles, or for contents that are no text
-        return []
-    return [chat for chat in asked if chat.ids]  # a template may leave questions out
+        return None

@@ -24,6 +24,8 @@ class Windows:
       other: judges prefixes beside `calibration`, being of another domain; no rows where there is
         no such text.
       domains: rows of `held_out` that each domain has, by its name, in order; empty for one domain.
+      pool: as many windows as `calibration` has are chosen from it by coverage, to set ranges and
+        round weights in its place; no rows where `calibration` itself does.
     """
 
     calibration: Int[np.ndarray, "n t"]
@@ -31,6 +33,7 @@ class Windows:
     held_out: Int[np.ndarray, "k u"]
     other: Int[np.ndarray, "j v"] = field(default_factory=lambda: np.zeros((0, 1), np.int32))
     domains: Mapping[str, int] = field(default_factory=dict)
+    pool: Int[np.ndarray, "p w"] = field(default_factory=lambda: np.zeros((0, 1), np.int32))
 
     @staticmethod
     def learned(

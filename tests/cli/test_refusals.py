@@ -28,6 +28,8 @@ def quantize(*changes: str) -> list[str]:
         ("--logits most", "'--logits': Value error, 'most' is not one of 'all', 'last'; see"),
         ("--calibration no.txt", "no.txt: no such file; expected plain text, or JSON lines"),
         ("--eval-text no.txt", "no.txt: no such file"),
+        ("--own-share 1.5", "Invalid value for '--own-share'"),
+        ("--own-share some", "Invalid value for '--own-share'"),
         ("--calibration model", "model: is a folder; expected a file of text"),
         ("--out out", "out: not empty; expected a new or empty folder; use --overwrite"),
         ("--out text.txt", "text.txt: is a file; expected a folder; choose another --out"),
@@ -62,6 +64,11 @@ def quantize(*changes: str) -> list[str]:
 )
 def test_bad_option(refused, args, message):
     assert message in refused(*quantize(*args.split()))
+
+
+def test_a_share_of_own_text_beside_no_other(refused):
+    args = [x for x in quantize("--own-share", "0.5") if x not in ("--calibration", "text.txt")]
+    assert "own-share: 0.5 beside no other text; expected a calibration text" in refused(*args)
 
 
 def test_missing_and_unknown_arguments(refused):

@@ -28,9 +28,32 @@ def test_a_text_is_written_shown_and_calibrated_on(qnpu, here):
     assert report["calibration"]["source"] == "own.jsonl"
 
 
+@pytest.mark.slow
+def test_what_coverage_chooses_is_shown_and_marked(qnpu, here):
+    status, out, err = qnpu(*TEXT)
+    plain = (here / "own.jsonl").read_text().splitlines()
+    status, out, err = qnpu(*TEXT, "--overwrite", "--choose", "5")
+    assert status == 0, err
+    for shown in ("coverage of activation peaks", "chosen windows", "serves most"):
+        assert shown in out
+    assert "layers.1." in out or "layers.0." in out
+    lines = [json.loads(line) for line in (here / "own.jsonl").read_text().splitlines()]
+    marks = [line.pop("chosen", None) for line in lines]
+    assert lines == [json.loads(line) for line in plain]  # the same text, but for the marks
+    assert set(marks) > {None, 1, 2, 3} and set(marks) <= {None, 1, 2, 3, 4, 5}
+    status, out, err = qnpu(*QUANTIZE, "--out", "new", "--calibration", "own.jsonl")
+    assert status == 0, err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (
+            "--choose 33",
+            "choose: 33 windows of 64 tokens; expected at most the 32 that",
+        ),
+        ("--choose 32", "choose: 32 windows of 64 tokens; expected at most the"),
+        ("--choose -1", "Invalid value for '--choose'"),
         ("--out own.txt", "own.txt: expected a name that ends in one of .jsonl, .ndjson, .json"),
         ("--out there.jsonl", "there.jsonl: exists; expected a new file"),
         ("--out no/own.jsonl", "no/own.jsonl: its folder does not exist"),

@@ -179,6 +179,7 @@ def test_missing_key(key):
         ({"smooth": "half"}, "smooth must be a number from 0 to 1; got 'half'"),
         ({"calibration_tokens": 0}, "calibration_tokens must be an integer from 1 to"),
         ({"calibration_tokens": 512.0}, "got 512.0"),
+        ({"calibration_pool": -1}, "calibration_pool must be an integer from 0 to"),
         ({"calibration_length": 7}, "calibration_length must be an integer from 8 to"),
         ({"seed": -1}, "seed must be an integer from 0 to 4294967295; got -1"),
         ({"seed": 2**32}, "seed must be an integer from 0 to 4294967295; got 4294967296"),
@@ -196,6 +197,14 @@ def test_bad_value(change, expected):
     assert text.startswith("own.json: ")
     assert expected in text
     assert text.endswith("correct it")
+
+
+def test_a_pool_smaller_than_what_is_chosen_from_it():
+    text = message(lambda: dataclasses.replace(RECIPES["w8a8"], calibration_pool=8191))
+    assert text == (
+        "w8a8: calibration_pool: 8191 tokens; expected 0, or at least calibration_tokens, 8192;"
+        " raise it"
+    )
 
 
 RATES = "learn must be a list of [group, learning rate above 0]"

@@ -16,7 +16,8 @@ from qnpu_jax.text.prompts import CHAT, FREE, Prompt, prompts_of
 from qnpu_jax.text.self_written import Drawing, Writer, sample
 from qnpu_jax.transform.fold import fold_norms
 
-PROMPTS = [Prompt(FREE, [5]), Prompt("code", [9, 6, 7]), Prompt(CHAT, [9, 8], "Why?")]
+ASKED = (("user", "Why?"),)
+PROMPTS = [Prompt(FREE, [5]), Prompt("code", [9, 6, 7]), Prompt(CHAT, [9, 8], ASKED)]
 STOP = (0,)
 
 
@@ -39,7 +40,7 @@ def test_documents_by_hand():
 
 
 def test_a_stop_token_in_a_prompt_ends_nothing():
-    prompt = [Prompt(CHAT, [3, 0, 4], "Why?")]
+    prompt = [Prompt(CHAT, [3, 0, 4], ASKED)]
     rows = np.asarray([[3, 0, 4, 8, 0, 3]], np.int32)
     assert [w.answer for w in split(rows, prompt, STOP, bos=None)] == [(8,)]
 
@@ -82,7 +83,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     template = TEMPLATE + "{{ messages[1].content if messages|length > 1 }}"
     tokenizer = characters(False, template)
     told, answer = tokenizer.encode("once upon"), tokenizer.encode("because")
-    chat = Prompt(CHAT, tokenizer.encode("U:Why?A:"), "Why?")
+    chat = Prompt(CHAT, tokenizer.encode("U:Why?A:"), ASKED)
     written = [
         Written(Prompt(FREE, told[:1]), tuple(told), tuple(told[1:])),
         Written(chat, (*chat.ids, *answer), tuple(answer)),
@@ -93,3 +94,17 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ids = files.tokenize(files.read_text(path), tokenizer, 96, "own.jsonl")
     assert ids == [*told, *chat.ids, *answer]
+
+
+def test_whole_chats_are_written():
+    """System prompt and earlier turns come back through the template, as they went in."""
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    tokenizer = characters(False, template)
+    asked = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Why?"))
+    begun = tokenizer.encode("s:Be brief.;u:Hi;a:Yes?;u:Why?;")
+    answer = tokenizer.encode("because")
+    written = Written(Prompt("turns", begun, asked), (*begun, *answer), tuple(answer))
+    (line,) = corpus([written], tokenizer).lines
+    turns = [(m["role"], m["content"]) for m in line["messages"]]
+    assert turns == [*asked, ("assistant", "because")] and line["domain"] == "turns"
+    assert tokenizer.chat(line["messages"], answer_next=False)[: len(begun)] == begun

@@ -1,5 +1,6 @@
 """Which text a run uses for what: no token serves two ends that must not meet."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -105,6 +106,33 @@ def test_written(checkpoint, recipe, monkeypatch, tokens):
     calibration, learning, end = excerpts.written(checkpoint, {}, recipe, None, lambda s, _: s)
     assert asked == [(128, 32, recipe.seed)]
     assert learning is None and end is None
+
+
+def test_a_pool_to_choose_from(folder, checkpoint, recipe, monkeypatch):
+    """It begins as the windows do that it replaces; where it holds no more, nothing is chosen."""
+    wide = dataclasses.replace(recipe, calibration_pool=320)
+    path, ids = folder / "text.txt", (np.arange(600) % VOCAB).astype(np.int32).reshape(30, 20)
+
+    def write(writer, tokenizer, tokens, length, seed, progress):
+        return np.arange(-(-tokens // length) * length, dtype=np.int32).reshape(-1, length)
+
+    monkeypatch.setattr("qnpu_jax.text.self_written.calibration_windows", write)
+    for source, length in ((path, 32), (ids, 20), (None, 32)):
+        for effort in (None, EFFORT):
+            if source is None:
+                made = excerpts.written(checkpoint, {}, wide, effort, lambda s, _: s)
+            else:
+                made = excerpts.given(source, checkpoint, wide, effort)
+            calibration, judges = made[0], excerpts.judged(checkpoint, effort)
+            windows = excerpts.windows_of(*made, judges)
+            assert windows.pool.shape == (320 // length, length)
+            assert len(windows.learning) == (0 if effort is None else 10)
+            assert calibration.windows.shape == (128 // length, length)
+            np.testing.assert_array_equal(windows.pool[: 128 // length], windows.calibration)
+            assert calibration.to_json()["pool"] == windows.pool.size
+            assert calibration.digest() != dataclasses.replace(calibration, pool=None).digest()
+    few, _, _ = excerpts.given(ids[:6], checkpoint, wide, None)
+    assert few.pool is None and len(few.windows) == 6
 
 
 @pytest.mark.slow

@@ -20,8 +20,9 @@ from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.recipes import RECIPES
 from qnpu_jax.text import self_written
-from qnpu_jax.text.openers import QUESTIONS, plain
-from qnpu_jax.text.prompts import _chats
+from qnpu_jax.text.dialogues import QUESTIONS, chats
+from qnpu_jax.text.openers import plain
+from qnpu_jax.text.prompts import CHAT, _chats
 from qnpu_jax.text.self_written import (
     BATCH,
     Drawing,
@@ -321,10 +322,33 @@ def test_texts_of_a_model_with_bos_begin_by_its_own_rule(tiny: Writer):
 )
 def test_chats_are_the_same_every_day_and_in_every_template(template, begins):
     made = characters(True, template)
-    chats = _chats(made)
-    assert len(chats) == len(QUESTIONS)
-    assert made.decode(chats[0].ids).startswith(begins)
-    assert [chat.question for chat in chats] == [*QUESTIONS]
+    found = _chats(made)
+    assert made.decode(found[0].ids).startswith(begins)
+    asked = [chat.messages for chat in found if chat.domain == CHAT]
+    assert asked == [(("user", question),) for question in QUESTIONS]
+    kinds = {chat.domain for chat in found}  # the others' first message is not their last
+    assert kinds == ({CHAT, "system", "turns", "tools"} if "for m in" in template else {CHAT})
+
+
+@pytest.mark.parametrize(
+    ("template", "kinds"),
+    [
+        ("{% for m in messages %}[{{ m.content }}]{% endfor %}", ["system", "turns", "tools"]),
+        (
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif"
+            " %}[{{ m.content }}]{% endfor %}",
+            ["turns"],
+        ),
+        ("{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}", ["turns"]),
+        ("[{{ messages[-1].content }}]", []),
+    ],
+)
+def test_kinds_of_chats_that_a_template_takes(template, kinds):
+    """Those of which it prints every message."""
+    found = _chats(characters(False, template))
+    expected = {CHAT, *kinds}
+    assert [chat.domain for chat in found[: len(expected)]] == [CHAT, *kinds]
+    assert [x.messages for x in found] == [x for domain, x in chats() if domain in expected]
 
 
 def test_a_template_that_refuses_questions_leaves_free_text():
@@ -335,9 +359,14 @@ def test_a_template_that_refuses_questions_leaves_free_text():
 
 
 def test_beginnings_are_varied():
-    assert len(set(QUESTIONS)) == len(QUESTIONS) == 32
+    assert len(set(QUESTIONS)) == len(QUESTIONS) == 40
     assert max(map(len, QUESTIONS)) < 80
-    assert len(set(plain())) == len(plain()) > 60
+    assert len(set(chats())) == len(chats()) > 70
+    for _, messages in chats():
+        roles = [role for role, _ in messages if role != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert sum(len(content) for _, content in messages) < 400  # room for an answer
+    assert len(set(plain())) == len(plain()) > 100
     tokenizer = characters(False, None)
     assert sum(bool(tokenizer.encode(text)) for _, text in plain()) > 50
 
