@@ -39,8 +39,8 @@ a CPU, it orders ops for threads that two cores do not have, in half as much mem
 CHOSEN_KERNELS: dict[str, dict[str, bool | int | str]] = {
     "gpu": COMPILER_OPTIONS["gpu"] | {"xla_gpu_autotune_level": 4}
 }
-"""By backend, of steps that run for longer: a step of SmolLM2-135M with 16 windows takes .26 s on an
-H200 in place of .29, and 16 s more to compile."""
+"""By backend, of steps that run for longer: a step of SmolLM2-135M with 16 windows takes .26 s on
+an H200 in place of .29, and 16 s more to compile."""
 LONG = 8_000_000
 """Tokens of a stage from which on CHOSEN_KERNELS saves more time than it costs."""
 
