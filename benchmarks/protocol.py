@@ -256,10 +256,18 @@ def _scores(
     texts = {MAIN: bench.held_out, **bench.others}
     found = {name: compare(original, last, windows, batch) for name, windows in texts.items()}
     main = found.pop(MAIN)
-    score = measure_perplexity.perplexity(fake_quant, bench.held_out, batch)
+    if simulate:
+        gap = compare(fake_quant, last, bench.held_out, batch)
+        readings = {
+            "fake_quant": gap.reference,
+            "simulator": gap.other,
+            "gap_stderr": gap.stderr,
+            "gap_kl": gap.divergence.kl,
+        }
+    else:
+        readings = {"fake_quant": main.other}
     return {
-        "fake_quant": score,
-        **({"simulator": main.other} if simulate else {}),
+        **readings,
         "kl": main.divergence.kl,
         "top1": main.divergence.top1,
         "others": {name: [x.reference, x.other] for name, x in found.items()},

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32, Float64, Int
 
 from qnpu_jax.calibrate.gptq_columns import Channels, Rows, Square, round_columns
 from qnpu_jax.errors import UserError
-from qnpu_jax.fakequant import graph_tensors, shared_inputs
+from qnpu_jax.fakequant import graph_tensors, jit_brief, shared_inputs
 from qnpu_jax.graph import (
     Decoder,
     FullyConnected,
@@ -148,7 +148,7 @@ class LinearArrays(NamedTuple):
     qmax: Float32[Array, " n"]
 
 
-@partial(jax.jit, static_argnames="settings")
+@jit_brief(static_argnames="settings")
 def _fit_linears(
     linear: LinearArrays, m: Moments, settings: GptqSettings
 ) -> tuple[Rows, Channels, Channels]:

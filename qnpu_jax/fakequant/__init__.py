@@ -1,5 +1,6 @@
 """The graph in float, and on the integer grid with straight-through gradients."""
 
+from qnpu_jax.fakequant.compiling import BRIEF, Options, jit_brief
 from qnpu_jax.fakequant.evaluate import Edge, evaluate
 from qnpu_jax.fakequant.fake_quant import fake_quant, lsq_factor, round_ste, scale_gradient
 from qnpu_jax.fakequant.forward import (
@@ -15,8 +16,10 @@ from qnpu_jax.fakequant.forward import (
 from qnpu_jax.fakequant.passes import graph_tensors, passes, windows_at_once
 
 __all__ = [
+    "BRIEF",
     "Edge",
     "Hidden",
+    "Options",
     "Reading",
     "evaluate",
     "fake_quant",
@@ -24,6 +27,7 @@ __all__ = [
     "graph_tensors",
     "head",
     "hidden",
+    "jit_brief",
     "lsq_factor",
     "passes",
     "round_ste",

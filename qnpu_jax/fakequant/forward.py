@@ -100,25 +100,27 @@ class Reading:
 
 
 def _alike(values: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Takes what is known to be alike in all layers out of values that `lax.scan` would slice: a
-    GPU takes as long for one scalar of a layer as for a small matrix, and there are hundreds.
+    """Takes what is known to be alike in all layers out of values that `lax.scan` would slice, and
+    leaves every array in once: a GPU takes as long for one scalar of a layer as for a small matrix,
+    and there are hundreds.
 
     Args:
       values: arrays with a leading axis of layers; NumPy's are known, JAX's may be traced.
 
     Returns:
-      The other values, and the function that puts those of one layer into the structure again.
+      The other arrays, and the function that puts those of one layer into the structure again.
     """
     leaves, structure = jax.tree.flatten(values)
-    known = [isinstance(x, np.ndarray) and bool((x == x[:1]).all()) for x in leaves]
-    sliced = [x for x, alike in zip(leaves, known, strict=True) if not alike]
+    known = {i for i, x in enumerate(leaves) if isinstance(x, np.ndarray) and (x == x[:1]).all()}
+    # Tensors that are tied to another have its array.
+    sliced = {id(x): x for i, x in enumerate(leaves) if i not in known}
 
     def whole(own: list[Any]) -> Any:
-        rest = iter(own)
-        pairs = zip(leaves, known, strict=True)
-        return jax.tree.unflatten(structure, [x[0] if alike else next(rest) for x, alike in pairs])
+        found = dict(zip(sliced, own, strict=True))
+        rows = (x[0] if i in known else found[id(x)] for i, x in enumerate(leaves))
+        return jax.tree.unflatten(structure, rows)
 
-    return sliced, whole
+    return list(sliced.values()), whole
 
 
 class Hidden(NamedTuple):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
 
 from qnpu_jax.config import ModelConfig
+from qnpu_jax.fakequant.compiling import jit_brief
 from qnpu_jax.fakequant.evaluate import Edge, evaluate, fake_quant_edge
 from qnpu_jax.fakequant.forward import shared_inputs
 from qnpu_jax.graph import (
@@ -48,7 +48,7 @@ def windows_at_once(config: ModelConfig, tokens: int, count: int, most: int = 8)
     return equal if 2 * equal > limit else limit
 
 
-@partial(jax.jit, static_argnums=(0, 1, 5))
+@jit_brief(static_argnums=(0, 1, 5))
 def graph_tensors(
     graph: Graph,
     keep: tuple[str, ...],

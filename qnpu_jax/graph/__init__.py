@@ -31,7 +31,7 @@ from qnpu_jax.graph.ops import (
     tied_inputs,
 )
 from qnpu_jax.graph.qparams import Array, QParams, Scales, code_range, expand, from_range, quantize
-from qnpu_jax.graph.scales import bias_scales, is_free, mask_scale, resolve
+from qnpu_jax.graph.scales import bias_scales, has_no_zero_point, is_free, mask_scale, resolve
 from qnpu_jax.graph.shared_inputs import layer_inputs, mask_codes, masks, visible
 from qnpu_jax.graph.shared_names import mask_name, shared_names
 from qnpu_jax.graph.tensor_classes import is_constant, is_rotated, tensor_class
@@ -83,6 +83,7 @@ __all__ = [
     "eval_op",
     "expand",
     "from_range",
+    "has_no_zero_point",
     "is_constant",
     "is_free",
     "is_identity",

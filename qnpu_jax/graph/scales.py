@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from qnpu_jax.graph.decoder import MASK_CODE, Decoder
-from qnpu_jax.graph.graph import Graph, Node, is_identity
+from qnpu_jax.graph.graph import Graph, Node, TensorSpec, is_identity
 from qnpu_jax.graph.ops import (
     HEADROOM,
     WIDENING,
@@ -119,8 +119,18 @@ def _resolve_graph(graph: Graph, free: Scales, known: Scales) -> Scales:
             done[root] = _of_root(graph, root, producer.get(root), free, of)
         return done[root]
 
-    names = [t.name for t in graph.tensors if not t.name.endswith("bias")]
-    return {name: of(name) for name in names}
+    specs = [t for t in graph.tensors if not t.name.endswith("bias")]
+    return {t.name: _known_zero(of(t.name)) if has_no_zero_point(t) else of(t.name) for t in specs}
+
+
+def has_no_zero_point(spec: TensorSpec) -> bool:
+    """Tells whether a tensor's zero point is 0 in every layer, whatever is chosen or learned."""
+    return spec.quant.symmetric or min(spec.quant.bits) >= 16
+
+
+def _known_zero(q: QParams) -> QParams:
+    """The same with a zero point that is known to be 0 under jit, so that layers may share it."""
+    return QParams(scale=q.scale, zero_point=np.zeros(np.shape(q.zero_point), np.float32))
 
 
 def _of_root(graph: Graph, name: str, node: Node | None, free: Scales, of: Any) -> QParams:

@@ -37,6 +37,7 @@ from qnpu_jax.graph import (
     Scales,
     Tensors,
     bias_scales,
+    has_no_zero_point,
     is_constant,
     is_free,
     is_rotated,
@@ -169,7 +170,7 @@ def _shapes(dec: Decoder, free: Scales) -> dict[ThetaKey, tuple[int, ...]]:
                 weight = spec.kind == "param"
                 scale = free[name].scale.shape
                 shapes[ThetaKey("weight_scale" if weight else "scale", name)] = scale
-                if not (weight or _has_no_zero_point(graph, spec.name)):
+                if not (weight or has_no_zero_point(spec)):
                     shapes[ThetaKey("zero_point", name)] = scale
                 if weight and graph.layered:
                     shapes[ThetaKey("rounding", name)] = stacked
@@ -177,11 +178,6 @@ def _shapes(dec: Decoder, free: Scales) -> dict[ThetaKey, tuple[int, ...]]:
                 # The head's bias would learn the vocabulary of the calibration text.
                 shapes[ThetaKey("bias" if name.endswith("bias") else "prefix", name)] = stacked
     return shapes
-
-
-def _has_no_zero_point(graph: Graph, name: str) -> bool:
-    quant = graph[name].quant
-    return quant.symmetric or min(quant.bits) >= 16
 
 
 def theta_units(dec: Decoder, free: Scales) -> dict[ThetaKey, np.ndarray]:
@@ -312,7 +308,7 @@ def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
                 b = None if b is None else scale_gradient(b, factor / ZERO_POINT_UNIT**2)
             out[name] = QParams(
                 scale=q.scale if a is None else q.scale * _scale_factor(stage, a),
-                zero_point=_zero_point(graph, spec.name, q, b),
+                zero_point=q.zero_point if b is None else _zero_point(graph, spec.name, q, b),
             )
     return out
 
@@ -328,12 +324,8 @@ def _scale_factor(stage: Stage, a: jax.Array) -> jax.Array:
     return 1 + a + jax.lax.stop_gradient(jnp.maximum(1 + a, LEAST_FACTOR) - (1 + a))
 
 
-def _zero_point(graph: Graph, name: str, q: QParams, b: jax.Array | None) -> Any:
+def _zero_point(graph: Graph, name: str, q: QParams, b: jax.Array) -> jax.Array:
     """clip(round(z0 + 128 b), qmin, qmax), an integer; 0 in layers of 16 bits."""
-    if _has_no_zero_point(graph, name):
-        return np.zeros(np.shape(q.zero_point), np.float32)  # known, so that layers share it
-    if b is None:
-        return q.zero_point
     quant = graph[name].quant
     bits = np.asarray(quant.bits, np.float32)
     bits = bits if graph.layered else bits[0]

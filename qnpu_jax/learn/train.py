@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.errors import UserError
+from qnpu_jax.fakequant import BRIEF, Options
 from qnpu_jax.graph import Decoder
 from qnpu_jax.learn.losses import Batch, TopK, held_out_kl, objective
 from qnpu_jax.learn.optimizer import optimizer
@@ -30,15 +31,11 @@ DIVERGED_LOSS = 20.0
 """Learning has diverged at a loss this many times the first one: no step comes back from there."""
 DIVERGED_KL = 10.0
 """Learning has diverged if the held-out KL ends this many times above its start (at least 0.1)."""
-COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
-    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
-    "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
-}
-"""By backend. On a GPU, XLA spends two minutes on choosing kernels for a step that runs for one; on
-a CPU, it orders ops for threads that two cores do not have, in half as much memory again."""
-CHOSEN_KERNELS: dict[str, dict[str, bool | int | str]] = {
-    "gpu": COMPILER_OPTIONS["gpu"] | {"xla_gpu_autotune_level": 4}
-}
+FEW_BUFFERS: Options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+COMPILER_OPTIONS = BRIEF | {"cpu": FEW_BUFFERS}
+"""By backend, of steps that run for a minute. On a CPU, XLA would order ops for threads that two
+cores do not have, in half as much memory again."""
+CHOSEN_KERNELS: dict[str, Options] = {"gpu": BRIEF["gpu"] | {"xla_gpu_autotune_level": 4}}
 """By backend, of steps that run for longer: a step of SmolLM2-135M with 16 windows takes .26 s on
 an H200 in place of .29, and 16 s more to compile."""
 LONG = 8_000_000

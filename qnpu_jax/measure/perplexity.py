@@ -47,14 +47,15 @@ def perplexity(
     """
     total = 0.0
     for ids in _batches(windows, batch, track):
-        total += float(_sum_nll(jnp.asarray(logits(ids)), jnp.asarray(ids, jnp.int32)))
+        total += float(jnp.sum(_sum_nll(jnp.asarray(logits(ids)), jnp.asarray(ids, jnp.int32))))
     return float(np.exp(total / (windows.shape[0] * (windows.shape[1] - 1))))
 
 
 @jax.jit
 def _sum_nll(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Sums of the windows, (B,)."""
     flat = logits.reshape(-1, *logits.shape[-2:])
-    return jnp.sum(jax.vmap(token_nll)(flat, ids.reshape(-1, ids.shape[-1])))
+    return jnp.sum(jax.vmap(token_nll)(flat, ids.reshape(-1, ids.shape[-1])), axis=1)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,13 @@ class Comparison:
     Attributes:
       reference, other: perplexities of the two.
       divergence: of the other from the reference.
+      stderr: standard error of log(other / reference), of the mean over windows; 0 of one window.
     """
 
     reference: float
     other: float
     divergence: Divergence
+    stderr: float
 
 
 def compare(
@@ -117,19 +120,22 @@ def compare(
 
     Args: as of `divergence`; windows of at least two tokens.
     """
-    nll = np.zeros(2)
+    nll: tuple[list[float], list[float]] = [], []  # sums of each window
 
     def counted(logits: Logits, index: int) -> Logits:
         def read(ids: np.ndarray) -> jax.Array:
             found = jnp.asarray(logits(ids))
-            nll[index] += float(_sum_nll(found, jnp.asarray(ids, jnp.int32)))
+            nll[index].extend(np.ravel(_sum_nll(found, jnp.asarray(ids, jnp.int32))).tolist())
             return found
 
         return read
 
     found = divergence(counted(reference, 0), counted(other, 1), windows, batch)
-    means = np.exp(nll / (windows.shape[0] * (windows.shape[1] - 1)))
-    return Comparison(float(means[0]), float(means[1]), found)
+    by_window = np.asarray(nll) / (windows.shape[1] - 1)
+    p, q = np.exp(by_window.mean(axis=1))
+    difference, n = by_window[1] - by_window[0], len(windows)
+    stderr = float(np.std(difference, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+    return Comparison(float(p), float(q), found, stderr)
 
 
 @jax.jit

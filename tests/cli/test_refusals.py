@@ -37,7 +37,7 @@ def quantize(*changes: str) -> list[str]:
         ("--out model --overwrite", "so it is not ours to overwrite; expected an output folder"),
         (
             "--effort most",
-            "'most' is not one of 'none', 'fast', 'full'; see `qnpu quantize --help`",
+            "'most' is not one of 'none', 'fast', 'full', 'best'; see `qnpu quantize --help`",
         ),
         (
             "--effort fast --checkpoints model",
