@@ -22,7 +22,7 @@ from qnpu_jax.recipes import RECIPES
 from qnpu_jax.text import self_written
 from qnpu_jax.text.dialogues import QUESTIONS, chats
 from qnpu_jax.text.openers import plain
-from qnpu_jax.text.prompts import CHAT, _chats
+from qnpu_jax.text.prompts import CHAT, _chats, _knows
 from qnpu_jax.text.self_written import (
     BATCH,
     Drawing,
@@ -258,7 +258,8 @@ def test_windows_begin_as_free_text_as_chats_and_as_plain_text_in_turn(tiny: Wri
     windows = calibration_windows(tiny, tokenizer, 2500, 100, 0)
     assert windows.shape == (25, 100)
     texts = [tokenizer.decode(row.tolist()) for row in windows]
-    known = [tokenizer.decode(tokenizer.encode(text)) for _, text in plain()]  # of this vocabulary
+    begun = [text for _, text in plain() if _knows(tokenizer, text)]
+    known = [tokenizer.decode(tokenizer.encode(text)) for text in begun]  # of this vocabulary
     for i, text in enumerate(texts):
         chat, opener = f"U:{QUESTIONS[i // 3]}A:", known[i // 3]
         assert text.startswith(chat[:100]) == (i % 3 == 1)  # without BOS
@@ -325,7 +326,8 @@ def test_chats_are_the_same_every_day_and_in_every_template(template, begins):
     found = _chats(made)
     assert made.decode(found[0].ids).startswith(begins)
     asked = [chat.messages for chat in found if chat.domain == CHAT]
-    assert asked == [(("user", question),) for question in QUESTIONS]
+    assert asked == [(("user", question),) for question in QUESTIONS if _knows(made, question)]
+    assert len(asked) > 30
     kinds = {chat.domain for chat in found}  # the others' first message is not their last
     assert kinds == ({CHAT, "system", "turns", "tools"} if "for m in" in template else {CHAT})
 
@@ -344,11 +346,22 @@ def test_chats_are_the_same_every_day_and_in_every_template(template, begins):
     ],
 )
 def test_kinds_of_chats_that_a_template_takes(template, kinds):
-    """Those of which it prints every message."""
-    found = _chats(characters(False, template))
+    """Those of which it prints every message, in scripts that the tokenizer does not spell out."""
+    made = characters(False, template)
+    found = _chats(made)
     expected = {CHAT, *kinds}
     assert [chat.domain for chat in found[: len(expected)]] == [CHAT, *kinds]
-    assert [x.messages for x in found] == [x for domain, x in chats() if domain in expected]
+    asked = [x for domain, x in chats() if domain in expected]
+    assert [x.messages for x in found] == [
+        x for x in asked if all(_knows(made, text) for _, text in x)
+    ]
+
+
+def test_a_script_that_is_spelled_out_is_not_known():
+    """Characters are tokens of this one, and those that it lacks none."""
+    made = characters(False, None)
+    assert _knows(made, "A plain text.") and _knows(made, "中文 A")
+    assert not _knows(made, "naïve it is")
 
 
 def test_a_template_that_refuses_questions_leaves_free_text():
