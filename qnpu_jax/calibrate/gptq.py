@@ -33,6 +33,7 @@ from qnpu_jax.graph import (
     code_range,
     local,
     ranges_of,
+    segments,
 )
 from qnpu_jax.progress import Track, untracked
 
@@ -239,8 +240,8 @@ class _ForwardPass:
     """A forward pass that has come to some graph and layer.
 
     Attributes:
-      values: inputs of that graph, batch by batch; one residual stream is all that is kept of the
-        text.
+      values: what the next part of that graph reads, batch by batch: between graphs one residual
+        stream is all that is kept of the text.
     """
 
     dec: Decoder
@@ -266,12 +267,17 @@ class _ForwardPass:
         new = [jax.tree.map(_on_device, graph.at(x, here.layer)) for x in old]
         return params | new[0], (q | new[1], ranges)
 
-    def run(self, here: GraphLayer, arrays: _Arrays, names: tuple[str, ...]) -> Iterator[Tensors]:
-        """Yields the named tensors, batch by batch."""
+    def run(
+        self, here: GraphLayer, part: Graph, arrays: _Arrays, names: tuple[str, ...]
+    ) -> Iterator[Tensors]:
+        """Yields the named tensors of a part of the graph, batch by batch."""
         params, quant = arrays
         shared = self.dec.shared(here.graph, shared_inputs(self.dec), here.layer)
+        own = {t.name for t in part.tensors}
+        given = {name: x for name, x in (params | shared).items() if name in own}
         for values in self.values:
-            yield graph_tensors(here.graph, names, values, params | shared, quant)
+            read = {name: x for name, x in values.items() if name in own or name == "ids"}
+            yield graph_tensors(part, names, read, given, quant)
 
 
 def _on_device(x: Any) -> jax.Array:
@@ -304,10 +310,12 @@ def _fit_layers(
         inputs = tuple(group.input for group in chosen[here.graph])
         wanted: list[Tensors] = []
         if settings.asymmetric:
-            wanted = list(exact.run(here, exact.arrays(here), (*inputs, *out)))
+            wanted = list(exact.run(here, here.graph, exact.arrays(here), (*inputs, *out)))
         arrays = quantized.arrays(here)
-        for group in chosen[here.graph]:
-            m = _moments(group.input, quantized.run(here, arrays, (group.input,)), wanted)
+        *parts, last = segments(here.graph, inputs, out)
+        for group, part in zip(chosen[here.graph], parts, strict=True):
+            quantized.values = list(quantized.run(here, part, arrays, part.outputs))
+            m = _moments(group.input, quantized.values, wanted)
             fitted = _fitted(_arrays(here, group, params, scale), m, settings)
             here.put(params, group.weights, fitted[0])
             here.put(params, group.biases, fitted[1])
@@ -315,7 +323,7 @@ def _fit_layers(
             arrays = quantized.refreshed(here, arrays, (*group.weights, *group.biases))
         for name in out:
             exact.values = [{"input.residual": x[name]} for x in wanted]
-            rows = quantized.run(here, arrays, out)
+            rows = quantized.run(here, last, arrays, out)
             quantized.values = [{"input.residual": x[name]} for x in rows]
     new = {name: jnp.array(params[name]) for name in names}
     return Fitted(params | new, jax.tree.map(jnp.array, scales))

@@ -32,6 +32,7 @@ from qnpu_jax.graph.ops import (
 )
 from qnpu_jax.graph.qparams import Array, QParams, Scales, code_range, expand, from_range, quantize
 from qnpu_jax.graph.scales import bias_scales, has_no_zero_point, is_free, mask_scale, resolve
+from qnpu_jax.graph.segments import segments
 from qnpu_jax.graph.shared_inputs import layer_inputs, mask_codes, masks, visible
 from qnpu_jax.graph.shared_names import mask_name, shared_names
 from qnpu_jax.graph.tensor_classes import is_constant, is_rotated, tensor_class
@@ -97,6 +98,7 @@ __all__ = [
     "quantize",
     "ranges_of",
     "resolve",
+    "segments",
     "shared_names",
     "split_name",
     "tensor_class",

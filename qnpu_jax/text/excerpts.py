@@ -337,8 +337,7 @@ def written(
     held = max(count, recipe.calibration_pool // length)
     tokens, rows = held * length, length
     if effort:
-        learned = min(effort.own_tokens, effort.tokens) + effort.held_out * effort.length
-        tokens, rows = max(tokens, learned), effort.length
+        tokens, rows = max(tokens, min(effort.own_tokens, effort.tokens)), effort.length
     writer = self_written.Writer(checkpoint.config, recipe.bits, params)
     windows = self_written.calibration_windows(
         writer, checkpoint.tokenizer, tokens, rows, recipe.seed, progress

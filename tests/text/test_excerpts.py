@@ -93,10 +93,10 @@ def test_written(checkpoint, recipe, monkeypatch, tokens):
 
     monkeypatch.setattr("qnpu_jax.text.self_written.calibration_windows", write)
     calibration, learning, end = excerpts.written(checkpoint, {}, recipe, effort, lambda s, _: s)
-    assert asked == [(min(tokens, 2000) + 3 * 48, 48, recipe.seed)]
+    assert asked == [(max(128, min(tokens, 2000)), 48, recipe.seed)]
     np.testing.assert_array_equal(calibration.windows, np.arange(128).reshape(4, 32))
     assert learning is not None
-    assert learning.windows.shape == ({10: 1, 500: 10, 10**9: 42}[tokens], 48)
+    assert learning.windows.shape == ({10: 1, 500: 10, 10**9: 39}[tokens], 48)
     np.testing.assert_array_equal(learning.windows.ravel(), np.arange(learning.windows.size))
     assert (end is None) == (tokens == 10), "four windows: an eighth is none"
     if end is not None:
