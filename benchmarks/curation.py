@@ -225,10 +225,10 @@ class Study:
         }
 
     def coverage(self, name: str, windows: np.ndarray) -> float:
-        """F of a set of the pool's windows."""
+        """F of a set of the pool's windows, against the pool's maximum whatever chose them."""
         pool = self.pool(name)
         among = (pool.windows[:, None] == windows[None]).all(axis=2).any(axis=1)
-        return coverage_of(pool.peaks, np.nonzero(among)[0].tolist(), quantile=self.args.quantile)
+        return coverage_of(pool.peaks, np.nonzero(among)[0].tolist())
 
 
 def fake_quant_reading(model: Model, scales: Scales) -> Logits:

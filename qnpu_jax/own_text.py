@@ -120,6 +120,8 @@ def write(asked: OwnText, watch: Observer) -> Written:
                 f"length: {asked.length} tokens; expected at most the model's"
                 f" {config.max_positions} positions; choose a shorter --length"
             )
+        if asked.choose:
+            pipeline.check_model(config, RECIPE, {"length": _window(asked)})
         with watch.stage("fold"):
             folded = fold_norms(config, checkpoint.params, consume=True)
             params = {name: jax.device_put(x) for name, x in folded.items()}

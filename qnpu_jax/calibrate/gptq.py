@@ -177,7 +177,8 @@ def _fitted(
     if not np.isfinite(found[0]).all():  # which XLA's Cholesky does not refuse
         raise UserError(
             "GPTQ: the moments of a linear's inputs are not positive definite; expected finite"
-            " activations, and some damping; check the text and the ranges"
+            " activations, and some damping; check the text and the ranges, raise the stage's"
+            " damping, or calibrate with more tokens"
         )
     return found
 

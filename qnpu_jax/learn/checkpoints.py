@@ -27,7 +27,7 @@ from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
 from qnpu_jax.learn.train import History, Progress, TrainState
 
-FORMAT = 1
+FORMAT = 2
 RUN = "run.json"
 PACKAGES = ("qnpu", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 """Another version of any of these may compute, or store, something else."""
@@ -130,13 +130,12 @@ class Checkpoints:
             return None
         path, record = self._place(stage, step)
         kept = _read(record)
-        if not {"loss", "held_out", "domains", "sha256"} <= kept.keys():
-            raise UserError(f"{record}: incomplete; {_way_out(record)}")
+        history = _history(kept)
+        if history is None or "sha256" not in kept:
+            raise UserError(f"{record}: incomplete or damaged; {_way_out(record)}")
         artifacts.check_files(path, kept["sha256"], f"by {record.name}", _way_out(record))
         self._clean(stage)
         stored = _read_arrays(path)
-        held_out = [(int(step), kl) for step, kl in kept["held_out"]]
-        history = History(kept["loss"], held_out, kept["domains"])
         return Progress(_restore(path, stored, like), history)
 
     def save(self, stage: int, state: TrainState, history: History) -> None:
@@ -293,6 +292,18 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: expected a JSON object, got {type(data).__name__}; {_way_out(path)}"
         )
     return data
+
+
+def _history(kept: Mapping[str, Any]) -> History | None:
+    """The record of a stage; None where it is none, or parts of it are missing."""
+    try:
+        held_out = [(int(step), float(kl)) for step, kl in kept["held_out"]]
+        domains = {name: [float(kl) for kl in kls] for name, kls in kept["domains"].items()}
+        loss = [float(x) for x in kept["loss"]]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    whole = domains and all(len(kls) == len(held_out) for kls in domains.values())
+    return History(loss, held_out, domains) if whole else None
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

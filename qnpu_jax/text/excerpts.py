@@ -143,7 +143,7 @@ def windows_of(
     made = Windows.of(calibration.windows, other)
     if learning is not None and judges.held_out is not None:
         held_out = {DOCUMENTATION: judges.held_out.windows}
-        held_out |= {end.source: end.windows} if end else {}
+        held_out |= {f"end of {end.source}": end.windows} if end else {}
         made = Windows.learned(calibration.windows, learning.windows, held_out, other)
     return made if calibration.pool is None else replace(made, pool=calibration.pool)
 

@@ -38,8 +38,8 @@ def mixed(given: Material, own: Material, share: float) -> Material:
       share: of own windows, 0 to 1.
 
     Returns:
-      Of each kind as many windows as the longer of the two has, fewer where one is used up first;
-      those of one alone where the other has none of the kind.
+      Of each kind as many windows as the longer of the two has, where the shorter one begins again
+      when it is used up; those of one alone where the other has none of the kind.
     """
     pairs = ((given.learning, own.learning), (given.end, own.end))
     others = (_mixed(a, b, share) if a and b else a or b for a, b in pairs)
@@ -54,7 +54,8 @@ def _mixed(given: Excerpt, own: Excerpt, share: float) -> Excerpt:
         pool = in_turn(a, b, share)
         pool = pool if len(pool) > len(windows) else None
     sha256 = hashlib.sha256(f"{given.sha256} {own.sha256} {share}".encode()).hexdigest()
-    source = f"{given.source}, a share of {share} {own.source}"
+    count = len(windows)
+    source = f"{given.source}, {math.floor(count * share)} of {count} windows {own.source}"
     return Excerpt(source, sha256, windows, pool)
 
 
@@ -63,18 +64,15 @@ def in_turn(
 ) -> Int[np.ndarray, "k t"]:
     """Takes windows of two texts in turn: of the first k, floor(k share) are of the second.
 
-    Ends after as many as the longer of them has, or where the one whose turn it is has none left;
-    takes one window at least.
+    Takes as many as the longer of them has; one that is used up begins again.
 
-    >>> given, own = np.zeros((4, 1), int), np.ones((4, 1), int)
-    >>> in_turn(given, own, 0.5).ravel().tolist(), in_turn(given, own, 0.3).ravel().tolist()
-    ([0, 1, 0, 1], [0, 0, 0, 1])
+    >>> given, own = np.asarray([[1], [2]]), np.asarray([[7], [8], [9], [10]])
+    >>> in_turn(given, own, 0.5).ravel().tolist(), in_turn(given, own, 0.25).ravel().tolist()
+    ([1, 7, 2, 8], [1, 2, 1, 7])
     """
     rows: list[np.ndarray] = []
     for k in range(max(len(given), len(own))):
         owned = math.floor((k + 1) * share)
         text, at = (own, owned - 1) if owned > math.floor(k * share) else (given, k - owned)
-        if at >= len(text):
-            break
-        rows.append(text[at])
+        rows.append(text[at % len(text)])
     return np.stack(rows)

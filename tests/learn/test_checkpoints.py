@@ -22,7 +22,7 @@ from qnpu_jax.recipes import Stage
 
 INPUTS = {"model": "m" * 64, "recipe": {"seed": 0, "stages": [{"share": 1.0}]}}
 BIAS = ThetaKey("bias", "layers.attn.q.bias")
-HISTORY = History([0.1, 1 / 3], [(0, 0.7), (2, math.pi)])
+HISTORY = History([0.1, 1 / 3], [(0, 0.7), (2, math.pi)], {"a": [0.6, 3.0], "b": [0.8, math.pi]})
 
 
 def state(step: int, seed: int = 0) -> TrainState:
@@ -246,12 +246,19 @@ def test_damaged_state(folder, damage):
     assert_equal(found[0], state(4, seed=4))
 
 
+RECORD = {"loss": [0.5], "held_out": [[0, 0.5]], "sha256": {}}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"lo', "cannot be read"),
         ("{}", "incomplete"),
         ("[]", "expected a JSON object, got list"),
+        *(
+            (json.dumps(RECORD | {"domains": domains}), "incomplete or damaged")
+            for domains in (5, {}, {"a": 1}, {"a": []}, {"a": ["x"]})
+        ),
     ],
 )
 def test_damaged_record(folder, text, message):

@@ -196,7 +196,7 @@ def test_all_texts_of_a_run():
     ] == [
         (2, 6), (3, 4), (3, 4), (5, 2)
     ]  # fmt: skip
-    assert found.domains == {"pydoc_data.topics": 2, "a": 1}
+    assert found.domains == {"pydoc_data.topics": 2, "end of a": 1}
     assert every.digests().keys() == {"calibration", "learning", "end", "held_out", "other"}
     assert len(set(every.digests().values())) == 5
 
