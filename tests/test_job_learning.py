@@ -70,6 +70,12 @@ def test_learned(folder, learned):
     assert stage["evaluated"] == [0, 1, 2, 3, 4]
     assert len(stage["loss"]) == 4
     assert len(stage["held_out_kl"]) == 5
+    domains = stage["domains"]
+    assert domains.keys() == {"pydoc_data.topics", "end of text.txt"}
+    for i, kl in enumerate(stage["held_out_kl"]):
+        kls = [by_step[i] for by_step in domains.values()]
+        # Each is rounded to five digits.
+        assert kl == pytest.approx((sum(kls) / 2 + max(kls)) / 2, rel=1e-4)
     assert report["effort"] == "tiny"
     assert report["verify"]["differing"] == 0
     assert report["learning"]["tokens"] == EFFORT.tokens
@@ -80,7 +86,7 @@ def test_learned(folder, learned):
     settings = read(out / "recipe.json")
     assert settings["effort"] == json.loads(json.dumps(dataclasses.asdict(EFFORT)))
     assert set(settings["inputs"]) == {
-        "model", "calibration", "learning", "early_stopping", "prefix", "held_out"
+        "model", "calibration", "learning", "learning_end", "early_stopping", "prefix", "held_out"
     }  # fmt: skip
     assert [p.name for p in out.parent.iterdir()] == ["out"]  # no checkpoints
 
