@@ -54,7 +54,11 @@ def read(kind: type[T], data: Any, source: str) -> T:
             raise UserError(
                 f"{source}: key {key!r} is missing; add it (see `qnpu recipe w8a8` for an example)"
             )
-    return kind(**_checked(kind, data, source))
+    values = _checked(kind, data, source)
+    try:
+        return kind(**values)
+    except UserError as error:  # of values that do not go together
+        raise UserError(f"{source}: {error}") from None
 
 
 def check(made: Any) -> None:

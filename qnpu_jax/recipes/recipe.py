@@ -151,7 +151,7 @@ class Recipe:
         check(self)
         if 0 < self.calibration_pool < self.calibration_tokens:
             raise UserError(
-                f"{self.name}: calibration_pool: {self.calibration_pool} tokens; expected 0, or at"
+                f"calibration_pool: {self.calibration_pool} tokens; expected 0, or at"
                 f" least calibration_tokens, {self.calibration_tokens}; raise it"
             )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -12,7 +14,7 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.text.excerpts import Excerpt, Material
 
 
-def check_share(share: object, given: bool) -> None:
+def check_share(share: Any, given: bool) -> None:
     """Checks the share of the model's own text beside a given one.
 
     Args:
@@ -21,7 +23,8 @@ def check_share(share: object, given: bool) -> None:
     Raises:
       UserError: no number from 0 to 1; a share of own text where there is no other.
     """
-    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1:
+    number = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    if not number or not 0 <= float(share) <= 1:
         raise UserError(f"own-share: expected a number from 0 to 1; got {share!r}; change it")
     if share and not given:
         raise UserError(

@@ -202,9 +202,10 @@ def test_bad_value(change, expected):
 def test_a_pool_smaller_than_what_is_chosen_from_it():
     text = message(lambda: dataclasses.replace(RECIPES["w8a8"], calibration_pool=8191))
     assert text == (
-        "w8a8: calibration_pool: 8191 tokens; expected 0, or at least calibration_tokens, 8192;"
-        " raise it"
+        "calibration_pool: 8191 tokens; expected 0, or at least calibration_tokens, 8192; raise it"
     )
+    said = message(lambda: Recipe.from_json(own(calibration_pool=1), "own.json"))
+    assert said.startswith("own.json: calibration_pool: 1 tokens; expected 0, or at least")
 
 
 RATES = "learn must be a list of [group, learning rate above 0]"

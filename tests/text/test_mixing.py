@@ -60,5 +60,6 @@ def test_what_is_no_share(share):
 
 def test_a_share_of_own_text_alone():
     check_share(0.0, given=False)
+    check_share(np.float32(0.5), given=True)
     with pytest.raises(UserError, match=r"own-share: 0\.5 beside no other text"):
         check_share(0.5, given=False)
