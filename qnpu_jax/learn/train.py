@@ -33,13 +33,10 @@ DIVERGED_KL = 10.0
 """Learning has diverged if the held-out KL ends this many times above its start (at least 0.1)."""
 FEW_BUFFERS: Options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 COMPILER_OPTIONS = BRIEF | {"cpu": FEW_BUFFERS}
-"""By backend, of steps that run for a minute. On a CPU, XLA would order ops for threads that two
-cores do not have, in half as much memory again."""
-CHOSEN_KERNELS: dict[str, Options] = {"gpu": BRIEF["gpu"] | {"xla_gpu_autotune_level": 4}}
-"""By backend, of steps that run for longer: a step of SmolLM2-135M with 16 windows takes .26 s on
-an H200 in place of .29, and 16 s more to compile."""
-LONG = 8_000_000
-"""Tokens of a stage from which on CHOSEN_KERNELS saves more time than it costs."""
+"""By backend, of steps. On a GPU, kernels that XLA chose by timing them would be a tenth faster
+(SmolLM2-135M, 16 windows: .26 s in place of .29), but a run that goes on after a kill might choose
+others, and end in other bytes. On a CPU, XLA would order ops for threads that two cores do not
+have, in half as much memory again."""
 
 
 @dataclass(frozen=True)
@@ -144,17 +141,9 @@ class CompiledStage:
     held_out: Callable[[Theta, Base, jax.Array], jax.Array]
 
 
-def jit_for_stage(
-    function: Callable[..., Any], long: bool = False, **settings: Any
-) -> Callable[..., Any]:
-    """Applies `jax.jit` with compiler options for programs that run no longer than a stage.
-
-    Args:
-      long: the stage is a long one (LONG).
-    """
-    backend = jax.default_backend()
-    options = COMPILER_OPTIONS.get(backend, {})
-    options = options | (CHOSEN_KERNELS.get(backend, {}) if long else {})
+def jit_for_stage(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """Applies `jax.jit` with compiler options for programs that run no longer than a stage."""
+    options = COMPILER_OPTIONS.get(jax.default_backend(), {})
     return jax.jit(function, compiler_options=options, **settings)
 
 
@@ -203,8 +192,7 @@ def compile_stage(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> Com
     def held_out(theta: Theta, base: Base, ids: jax.Array) -> jax.Array:
         return held_out_kl(dec, stage, base, theta, ids)
 
-    long = steps * effort.batch * effort.length >= LONG
-    return CompiledStage(jit_for_stage(step, long, donate_argnums=0), jit_for_stage(held_out))
+    return CompiledStage(jit_for_stage(step, donate_argnums=0), jit_for_stage(held_out))
 
 
 def initial_state(stage: Stage, theta: Theta, steps: int) -> TrainState:
