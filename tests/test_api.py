@@ -143,7 +143,7 @@ def test_a_pool_mixed_with_own_text_is_the_command_lines(made, checkpoint, model
     asked = job_request(made, out=tmp_path / "out", recipe=recipe, own_share=0.5)
     report = job.run(asked, Simulated, progress.Observer())
     calibration = report["calibration"]
-    assert calibration["source"] == "text.txt, a share of 0.5 written by the model"
+    assert calibration["source"] == "text.txt, 2 of 4 windows written by the model"
     assert (calibration["tokens"], calibration["pool"]) == (128, 320)
     assert len(report["coverage"]["windows"]) == len(report["coverage"]["curve"]) == 4
     chosen = qnpu.quantize(checkpoint, recipe, text=made / "text.txt", own_share=0.5)
