@@ -32,7 +32,6 @@ from qnpu_jax.models.checkpoint import Checkpoint
 from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import excerpts, files, self_written
-from qnpu_jax.text.excerpts import END
 from qnpu_jax.text.starts import starts_of
 from qnpu_jax.text.windows import Windows, cut
 from qnpu_jax.transform.prefix import add_prefix
@@ -132,12 +131,14 @@ class Bench:
         held_out, other = excerpts.judged(self.checkpoint, effort_if_any)
         if held_out is None:
             return Windows.of(calibrating, other.windows)
-        reserved = effort.length * effort.held_out
-        ends = {name: ids[-reserved:] for name, ids in texts.items() if len(ids) >= END * reserved}
-        texts |= {name: texts[name][: -len(ids)] for name, ids in ends.items()}
+        judges = {excerpts.DOCUMENTATION: held_out.windows}
+        for name, ids in texts.items():
+            count = excerpts.end_windows(len(ids) // effort.length, effort)
+            if count:
+                begin = len(ids) - count * effort.length
+                judges[f"end of {name}"] = cut(ids[begin:], effort.length, count, name)
+                texts[name] = ids[:begin]
         learning = in_turn(texts, effort.length, effort.tokens)
-        judges = {"documentation": held_out.windows}
-        judges |= {n: cut(ids, effort.length, len(ids), n) for n, ids in ends.items()}
         return Windows.learned(calibrating, learning, judges, other.windows)
 
 

@@ -129,7 +129,7 @@ def has_no_zero_point(spec: TensorSpec) -> bool:
 
 
 def _known_zero(q: QParams) -> QParams:
-    """The same with a zero point that is known to be 0 under jit, so that layers may share it."""
+    """Replaces the zero point by a NumPy 0: it is known under jit, so that layers may share it."""
     return QParams(scale=q.scale, zero_point=np.zeros(np.shape(q.zero_point), np.float32))
 
 

@@ -300,12 +300,21 @@ def given(
     return Material(calibration, *_learned(text, effort))
 
 
+def end_windows(available: int, effort: Effort) -> int:
+    """Returns how many of a text's windows are its end, which is held out.
+
+    >>> end_windows(100, Effort("a", 1, held_out=4)), end_windows(20, Effort("a", 1, held_out=4))
+    (4, 2)
+    """
+    return min(effort.held_out, available // END)
+
+
 def _learned(text: Tokens, effort: Effort | None) -> tuple[Excerpt | None, Excerpt | None]:
     """Excerpts to learn from and to judge by, from the text's start and end, without overlap."""
     if effort is None:
         return None, None
     length, available = effort.length, len(text.ids) // effort.length
-    count = min(effort.held_out, available // END)
+    count = end_windows(available, effort)
     learning = text.first(length, min(effort.tokens, (available - count) * length))
     return learning, text.last(length, count) if count else None
 
