@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from qnpu_jax.fakequant.fake_quant import fake_quant
 from qnpu_jax.graph import (
@@ -66,15 +65,6 @@ def fake_quant_edge(
         return fake_quant(x, scale, zero_point, qmin, qmax, masked=masked)
 
     return edge
-
-
-PRODUCED = "produced"
-"""Name that rematerialisation policies know raw op outputs by."""
-
-
-def produced(edge: Edge) -> Edge:
-    """Tags raw op outputs with `checkpoint_name`, so that rematerialisation keeps them."""
-    return lambda spec, x: edge(spec, checkpoint_name(x, PRODUCED))
 
 
 def measured(edge: Edge, errors: list[jax.Array]) -> Edge:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.fakequant.evaluate import (
-    PRODUCED,
     Edge,
     evaluate,
     fake_quant_edge,
     measured,
-    produced,
 )
 from qnpu_jax.graph import (
     Bounds,
@@ -149,14 +146,13 @@ def hidden(dec: Decoder, reading: Reading, ids: Int[Array, " t"]) -> Hidden:
     kinds, tables = scanned_inputs(dec, shared_inputs(dec))
     sliced, whole = _alike(reading.quant(dec.layer))
 
-    # Between layers autodiff keeps the residual stream; within the layer that is computed again,
-    # what each op produced, and not what quantization made of it too.
+    # Autodiff keeps the residual stream between layers alone: writing out what is in a layer, and
+    # reading it again, takes a GPU longer than computing it.
     @jax.checkpoint
-    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCED))
     def step(x: jax.Array, layer) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         p, own, kind = layer
         q, r = whole(own)
-        edge = produced(fake_quant_edge(q, r, reading.masked))
+        edge = fake_quant_edge(q, r, reading.masked)
         errors: list[jax.Array] = [jnp.float32(0)]
         edge = measured(edge, errors) if reading.measure else edge
         values = {"input.residual": x, **tables(kind), **reading.prepare(dec.layer, p)}

@@ -6,7 +6,7 @@ A run killed at any step and started again goes on from the last checkpoint to t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -189,8 +189,12 @@ def compile_stage(dec: Decoder, stage: Stage, effort: Effort, steps: int) -> Com
         loss = jnp.where(finite, loss, jnp.float32(jnp.nan))
         return replace(state, step=state.step + 1, theta=theta, optimizer=opt), loss, norms
 
+    # What decides is not measured with the noise that a step may have.
+    judged = replace(effort, precision="default") if effort.precision == "bfloat16" else effort
+
     def held_out(theta: Theta, base: Base, ids: jax.Array) -> jax.Array:
-        return held_out_kl(dec, stage, base, theta, ids)
+        with matmul_precision(judged):
+            return held_out_kl(dec, stage, base, theta, ids)
 
     return CompiledStage(jit_for_stage(step, donate_argnums=0), jit_for_stage(held_out))
 
@@ -334,8 +338,6 @@ def _check_end(stage: Stage, history: History) -> None:
 
 def matmul_precision(effort: Effort) -> AbstractContextManager[object]:
     """Returns the context in which matrix products have the effort's precision."""
-    if effort.precision == "default":
-        return nullcontext()
     named = effort.precision
     if named == "bfloat16" and jax.default_backend() == "gpu":
         named = "BF16_BF16_F32"  # "bfloat16" asks for no less there, and TF32 is what it gets

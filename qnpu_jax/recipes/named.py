@@ -35,7 +35,7 @@ _DISTILLED = Stage(
         ("biases", 3e-4),
         ("prefix", 0.001),
     ),
-    share=0.85,
+    share=0.9,
     gptq=True,
     rounding_optimizer="adam",
 )
@@ -51,7 +51,7 @@ def _ours(weights: int, activations: int, scores: int = 16, stream: int = 16) ->
     """
     stages: tuple[Stage, ...] = (_NUDGED,)
     if weights < 8:
-        stages = (dataclasses.replace(_TOGETHER, share=0.15), _DISTILLED)
+        stages = (dataclasses.replace(_TOGETHER, share=0.1), _DISTILLED)
     elif activations > 8:
         stages = ()
     suffix = "i8" if stream == 8 else "s8" if scores == 8 else ""

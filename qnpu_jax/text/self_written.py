@@ -20,7 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
@@ -29,9 +29,13 @@ from qnpu_jax.graph import Decoder, Params, Tensors, decoder, layer_inputs, loca
 from qnpu_jax.models import Tokenizer
 from qnpu_jax.text.prompts import prompts_of
 
-BATCH = {"cpu": 32, "gpu": 512}
+BATCH = {"cpu": 32, "gpu": 2048}
 """Rows decoded together at most, by backend: a step reads all weights once, however many rows share
 it."""
+CACHE = {"cpu": jnp.float32, "gpu": jnp.bfloat16}
+"""Type of the cache, by backend: a GPU spends most of a step on reading it, a CPU on products."""
+CACHE_BYTES = 2**34
+"""Most memory for the cache of the rows that are decoded together."""
 
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 """Shows progress: wraps the iteration over decoding steps; its second argument is their number."""
@@ -95,7 +99,7 @@ class Stream:
       token: latest token of each row, not yet in the cache.
       position: position of `token` in its document, 0 or more.
       ended: whether `token` is the last one of its document.
-      k, v: cache of all layers; slots from `position` on are free.
+      k, v: cache of all layers, of the type that CACHE names; slots from `position` on are free.
     """
 
     key: Key[Array, ""]
@@ -103,8 +107,8 @@ class Stream:
     token: Int32[Array, " b"]
     position: Int32[Array, " b"]
     ended: Bool[Array, " b"]
-    k: Float32[Array, "l b n c h"]
-    v: Float32[Array, "l b n h c"]
+    k: Float[Array, "l b n c h"]
+    v: Float[Array, "l b n h c"]
 
 
 def sample(
@@ -135,7 +139,7 @@ def sample(
     """
     table = _prompts(writer.config, prompts, drawing)
     dec = _decoder(writer, cache=length - 1)
-    groups = -(-len(prompts) // BATCH.get(jax.default_backend(), BATCH["gpu"]))
+    groups = -(-len(prompts) // _rows_at_once(dec))
     rows = -(-len(prompts) // groups)  # per group, equal so that one compiled step serves all
     keys = jax.random.split(jax.random.key(drawing.seed), groups)
     starts = (_start(dec, keys[i], i * rows, rows, len(prompts)) for i in range(groups))
@@ -209,18 +213,36 @@ def _decoder(writer: Writer, cache: int) -> Decoder:
     return decoder(writer.config, writer.plan, 1, length, max(cache, 1))
 
 
+def _of_backend(values: Mapping[str, Any]) -> Any:
+    return values.get(jax.default_backend(), values["gpu"])
+
+
+def _rows_at_once(dec: Decoder) -> int:
+    """Rows decoded together: at least one."""
+    cfg = dec.config
+    slot = (
+        2
+        * cfg.num_layers
+        * cfg.num_kv_heads
+        * cfg.head_dim
+        * jnp.dtype(_of_backend(CACHE)).itemsize
+    )
+    return max(1, min(_of_backend(BATCH), CACHE_BYTES // (slot * dec.cache)))
+
+
 def _start(dec: Decoder, key: Key[Array, ""], first: int, rows: int, prompts: int) -> Stream:
     """Makes the state before the first token: every row as if a document had just ended."""
     cfg = dec.config
     cache = (cfg.num_layers, rows, cfg.num_kv_heads, dec.cache, cfg.head_dim)
+    kept = _of_backend(CACHE)
     return Stream(
         key=key,
         prompt=(jnp.arange(rows, dtype=jnp.int32) + (first - 1)) % prompts,
         token=jnp.zeros(rows, jnp.int32),
         position=jnp.zeros(rows, jnp.int32),
         ended=jnp.ones(rows, bool),
-        k=jnp.zeros(cache, jnp.float32),
-        v=jnp.zeros((*cache[:3], cfg.head_dim, dec.cache), jnp.float32),
+        k=jnp.zeros(cache, kept),
+        v=jnp.zeros((*cache[:3], cfg.head_dim, dec.cache), kept),
     )
 
 
@@ -304,8 +326,9 @@ def _next_logits(
     x, (k, v) = jax.lax.scan(layer, x, (kinds, local(params, "layers."), at.k, at.v))
     # Written in place for all layers at once: a cache that the scan returned would be a copy.
     every, rows = slice(None), jnp.arange(len(at.token))
-    k = at.k.at[every, rows, :, at.position].set(jnp.moveaxis(k, 1, 0), mode="drop")
-    v = at.v.at[every, rows, :, :, at.position].set(jnp.moveaxis(v, 1, 0), mode="drop")
+    k, v = (jnp.moveaxis(x, 1, 0).astype(at.k.dtype) for x in (k, v))
+    k = at.k.at[every, rows, :, at.position].set(k, mode="drop")
+    v = at.v.at[every, rows, :, :, at.position].set(v, mode="drop")
     return jax.vmap(head)(x, shared["norm.eps"]), replace(at, k=k, v=v)
 
 
@@ -314,13 +337,14 @@ def _layer(
     shared: Tensors,
     x: Float32[Array, "b 1 d"],
     weights: Tensors,
-    k: Float32[Array, "b n c h"],
-    v: Float32[Array, "b n h c"],
+    k: Float[Array, "b n c h"],
+    v: Float[Array, "b n h c"],
 ) -> tuple[Float32[Array, "b 1 d"], tuple[Float32[Array, "b n h"], Float32[Array, "b n h"]]]:
     """Runs one layer; returns the new residual, and the token's row of keys and of values."""
 
     def row(x: Array, k: Array, v: Array, shared: Mapping[str, Array]):
-        inputs = {"input.residual": x, "attn.cache_k": k, "attn.cache_v": v}
+        cache = {"attn.cache_k": k, "attn.cache_v": v}
+        inputs = {"input.residual": x, **{n: c.astype(jnp.float32) for n, c in cache.items()}}
         env = evaluate(dec.layer, {**inputs, **shared, **weights})
         return env["mlp.residual"], (env["attn.k_rows"][:, 0], env["attn.v_rows"][..., 0])
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import learnable
 import pytest
 
@@ -22,7 +23,30 @@ def test_bfloat16_products_are_such_on_a_gpu(monkeypatch, backend, named):
     with matmul_precision(dataclasses.replace(EFFORT, precision="bfloat16")):
         assert jax.config.jax_default_matmul_precision == named  # type: ignore[attr-defined]
     with matmul_precision(dataclasses.replace(EFFORT, precision="default")):
-        assert jax.config.jax_default_matmul_precision is None  # type: ignore[attr-defined]
+        assert jax.config.jax_default_matmul_precision == "default"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("precision", "judged"),
+    [("bfloat16", "default"), ("default", "default"), ("highest", "highest")],
+)
+def test_what_decides_has_no_bfloat16_noise(monkeypatch, precision, judged):
+    """Steps of bfloat16 products are judged by what `default` computes."""
+    dec, params, free = learnable.made()
+    base, theta = learnable.base_of(dec, params, free), {}
+    ids = learnable.random_ids(1)
+    effort = dataclasses.replace(EFFORT, precision=precision)
+    seen = []
+
+    def held_out_kl(*_: Any) -> jax.Array:
+        seen.append(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+        return jnp.zeros(1)
+
+    monkeypatch.setattr(train, "held_out_kl", held_out_kl)
+    with matmul_precision(effort):
+        train.compile_stage(dec, learnable.ROTATED, effort, 10).held_out(theta, base, ids)
+        outside = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    assert (seen, outside) == ([judged], precision)
 
 
 def test_no_kernel_is_chosen_by_its_time(monkeypatch):

@@ -200,6 +200,41 @@ def test_more_rows_than_a_batch(tiny: Writer):
 
 
 @pytest.mark.slow
+def test_no_more_rows_than_the_cache_may_take(tiny: Writer, monkeypatch):
+    """A cache of 11 slots for 3 rows: the fourth row is another group's."""
+    cfg, prompts = tiny.config, [[i] for i in range(4)]
+    slot = 2 * 4 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim  # keys and values, float32
+    monkeypatch.setattr(self_written, "CACHE_BYTES", 3 * 11 * slot)
+    steps = []
+    rows = sample(tiny, prompts, 12, GREEDY, lambda wrapped, n: steps.append(n) or wrapped)
+    assert steps == [2 * 12]
+    assert rows[3].tolist() == [3, *continuation(tiny, [3], 11)]
+
+
+@pytest.mark.slow
+def test_a_cache_of_bfloat16_is_one(model: Writer, monkeypatch):
+    """On a GPU: it holds keys and values rounded to 8 bits of mantissa, and no more is lost."""
+    ids = [1, 17, 5, 80, 3, 9, 2, 44]
+    dec = decoder(model.config, model.plan, 1, cache=len(ids))
+    tables, rounded = self_written._tables(dec), {}
+    for kept in (jnp.float32, jnp.bfloat16):
+        monkeypatch.setitem(self_written.CACHE, "cpu", kept)
+        at = self_written._start(dec, jax.random.key(0), 0, 1, 1)
+        for position, token in enumerate(ids):
+            step = {"position": position, "token": token}
+            at = replace(at, **{n: jnp.asarray([x], jnp.int32) for n, x in step.items()})
+            logits, at = next_logits(dec, model.params, tables, at)
+        assert at.k.dtype == at.v.dtype == kept
+        rounded[kept] = (np.asarray(logits), np.asarray(at.k[0], np.float32))
+    (logits, k), (expected, exact) = rounded[jnp.bfloat16], rounded[jnp.float32]
+    # Keys of the first layer have seen no cache: they differ by their own rounding, 2^-9.
+    np.testing.assert_allclose(k, exact, rtol=2**-8, atol=1e-6)
+    # Some layers of such roundings: .3% of the logits' size was seen.
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    assert 0 < error < 0.01
+
+
+@pytest.mark.slow
 def test_seeds(tiny: Writer):
     prompts = [[1]] * (TOGETHER + 8)
     first = sample(tiny, prompts, 16, Drawing(3))
