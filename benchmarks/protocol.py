@@ -127,10 +127,12 @@ class Bench:
                 writer, self.checkpoint.tokenizer, tokens, effort.length, recipe.seed
             )
             texts["--own"] = rows.reshape(-1).tolist()
-        calibrating = in_turn(texts, recipe.calibration_length, recipe.calibration_tokens)
+        pool = max(recipe.calibration_tokens, recipe.pool_tokens())
+        pool = in_turn(texts, recipe.calibration_length, pool)
+        calibrating = pool[: max(1, recipe.calibration_tokens // recipe.calibration_length)]
         held_out, other = excerpts.judged(self.checkpoint, effort_if_any)
         if held_out is None:
-            return Windows.of(calibrating, other.windows)
+            return dataclasses.replace(Windows.of(calibrating, other.windows), pool=pool)
         judges = {excerpts.DOCUMENTATION: held_out.windows}
         for name, ids in texts.items():
             count = excerpts.end_windows(len(ids) // effort.length, effort)
@@ -139,7 +141,9 @@ class Bench:
                 judges[f"end of {name}"] = cut(ids[begin:], effort.length, count, name)
                 texts[name] = ids[:begin]
         learning = in_turn(texts, effort.length, effort.tokens)
-        return Windows.learned(calibrating, learning, judges, other.windows)
+        return dataclasses.replace(
+            Windows.learned(calibrating, learning, judges, other.windows), pool=pool
+        )
 
 
 def in_turn(texts: Mapping[str, list[int]], length: int, tokens: int) -> np.ndarray:

@@ -58,7 +58,7 @@ class Quantized:
       prefix: how the prefix was chosen; None where none was searched.
       ranges: one row per calibrated tensor and layer.
       histories: record of each stage that learned.
-      coverage: how calibration windows were chosen; None where there was no pool.
+      coverage: how calibration windows were chosen; None where they were not.
     """
 
     model: IntegerModel
@@ -165,7 +165,7 @@ def quantize(
     clips = prefix_clips(begun.found, learns(recipe, effort))
     with watch.stage("calibrate"):
         dec = decoder(begun.config, recipe.bits, text.calibration.shape[1], len(begun.tokens))
-        text, coverage = _chosen(dec, begun.params, text, watch)
+        text, coverage = _chosen(dec, begun.params, recipe, text, watch)
         params, free, ranges = _calibrated(dec, begun.params, recipe, text, clips, watch)
         if learns(recipe, effort):  # whatever freezing refuses, it refuses before hours of learning
             freeze(dec, params, free, begun.tokens)
@@ -206,15 +206,15 @@ def with_prefix(
 
 
 def _chosen(
-    dec: Decoder, params: Params, text: Windows, watch: Observer
+    dec: Decoder, params: Params, recipe: Recipe, text: Windows, watch: Observer
 ) -> tuple[Windows, Coverage | None]:
-    """The windows, those of calibration chosen from the pool if there is one."""
-    if not len(text.pool):
+    """The windows, those of calibration chosen from the pool where the recipe says so."""
+    pool = text.pool[: recipe.calibration_pool // text.calibration.shape[1]]
+    if len(pool) <= len(text.calibration):
         return text, None
-    peaks = window_peaks(dec, params, text.pool, track=watch.track)
-    found = cover(peaks, len(text.calibration))
+    found = cover(window_peaks(dec, params, pool, track=watch.track), len(text.calibration))
     heap.trim()
-    return replace(text, calibration=text.pool[sorted(found.windows)]), found
+    return replace(text, calibration=pool[sorted(found.windows)]), found
 
 
 def _calibrated(

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
 from qnpu_jax.calibrate import GptqSettings, calibrate_activations, collect_statistics, gptq
 from qnpu_jax.graph import Decoder, Params, Scales, decoder, is_rotated, resolve
@@ -147,7 +146,7 @@ def learn(
     basis = np.eye(model.dec.config.hidden_size, dtype=np.float32)
     histories = []
     for i, (stage, steps) in enumerate(planned):
-        model = _calibrate_and_round(model, stage, text.calibration)
+        model = _calibrate_and_round(model, stage, text)
         if steps == 0:
             continue
         theta, history = run.fit(i, stage, steps, model, basis)
@@ -159,15 +158,13 @@ def learn(
     return Learned(model.params, model.free, histories)
 
 
-def _calibrate_and_round(
-    model: Calibrated, stage: Stage, windows: Int[np.ndarray, "n t"]
-) -> Calibrated:
+def _calibrate_and_round(model: Calibrated, stage: Stage, text: Windows) -> Calibrated:
     """Sets ranges, then rounds weights by GPTQ, where the stage asks for it."""
     dec, params, free = model.dec, model.params, model.free
     if stage.calibrate != "none":
         active = Stage(quantized="rotated") if stage.calibrate == "unrotated" else None
         scales = student_scales(dec, active, free, {}) if active else None
-        stats = collect_statistics(dec, params, windows, scales=scales)
+        stats = collect_statistics(dec, params, text.calibration, scales=scales)
         found, _ = calibrate_activations(dec, stats, stage.ranges, model.tame)
         chosen = {n: q for n, q in found.items() if active is None or not is_rotated(n)}
         free = {**free, **chosen}
@@ -176,7 +173,9 @@ def _calibrate_and_round(
         settings = GptqSettings(
             exact=not stage.rate("rounding"), asymmetric=stage.gptaq, damping=stage.damping
         )
-        fitted = gptq(dec, params, resolve(dec, free), windows, settings)
+        windows = text.pool if len(text.pool) else text.calibration
+        count = max(1, stage.gptq_tokens // windows.shape[1])
+        fitted = gptq(dec, params, resolve(dec, free), windows[:count], settings)
         params, free = fitted.params, {n: fitted.scales.get(n, q) for n, q in free.items()}
     return replace(model, params=params, free=free)
 

@@ -46,6 +46,8 @@ class Stage:
       gptaq: how far GPTQ's target moves from the outputs of the weights on the quantized model's
         inputs (0, GPTQ) to the float model's outputs (1, GPTAQ); 1 lost where it was measured
         (SmolLM2-135M, 8,192 tokens).
+      gptq_tokens: of calibration text that GPTQ reads, or as many as there are: a weight per input
+        takes more of them to fit than a range does.
       damping: lambda of GPTQ's H = E[x x^T] + lambda I, as a fraction of the mean of H's diagonal.
       loss: `kl` to the float teacher, `ce` of the next token, or `hidden` (mean squared error of
         every layer's residual stream, relative to its square).
@@ -73,6 +75,7 @@ class Stage:
     ranges: Ranges = "minmax"
     gptq: bool = False
     gptaq: float = within(0, 1, 0.0)
+    gptq_tokens: int = within(1, LARGEST, 32_768)
     damping: float = within(1e-6, 1e3, 0.05)
     loss: Literal["kl", "ce", "hidden"] = "kl"
     top_k: int = within(0, LARGEST, 0)
@@ -154,6 +157,18 @@ class Recipe:
                 f"calibration_pool: {self.calibration_pool} tokens; expected 0, or at"
                 f" least calibration_tokens, {self.calibration_tokens}; raise it"
             )
+
+    def pool_tokens(self) -> int:
+        """Returns the tokens of calibration text that coverage chooses from or GPTQ reads, where
+        they are more than set the ranges; else 0.
+
+        >>> from qnpu_jax import RECIPES
+        >>> RECIPES["w8a8"].pool_tokens(), RECIPES["w4a8"].pool_tokens()
+        (0, 32768)
+        """
+        rounding = (stage.gptq_tokens for stage in self.stages if stage.gptq)
+        most = max(self.calibration_pool, *rounding, 0)
+        return most if most > self.calibration_tokens else 0
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values: what `from_json` reads."""

@@ -40,7 +40,7 @@ class Excerpt:
       source: name of the text, for reports.
       sha256: hash of the whole text, not only of the windows.
       windows: token ids (N, T).
-      pool: windows from which as many are chosen in place of these; None where these are used.
+      pool: more windows of the text, these first, as `Windows.pool`; None where these serve.
     """
 
     source: str
@@ -289,14 +289,13 @@ def given(
         found = Excerpt("windows", hashlib.sha256(source.tobytes()).hexdigest(), source)
         text = Tokens("text", found.source, found.sha256, source.reshape(-1).tolist())
         count = max(1, recipe.calibration_tokens // source.shape[1])
-        pool = source[: recipe.calibration_pool // source.shape[1]]
-        calibration = _choosing(replace(found, windows=source[:count]), pool)
+        pool = source[: recipe.pool_tokens() // source.shape[1]]
+        calibration = _with_pool(replace(found, windows=source[:count]), pool)
         return Material(calibration, *_learned(text, effort))
     text = tokenized(source, checkpoint.tokenizer, checkpoint.config.vocab_size)
     calibration = text.first(recipe.calibration_length, recipe.calibration_tokens)
-    if recipe.calibration_pool:
-        pool = text.first(recipe.calibration_length, recipe.calibration_pool).windows
-        calibration = _choosing(calibration, pool)
+    if tokens := recipe.pool_tokens():
+        calibration = _with_pool(calibration, text.first(recipe.calibration_length, tokens).windows)
     return Material(calibration, *_learned(text, effort))
 
 
@@ -319,8 +318,8 @@ def _learned(text: Tokens, effort: Effort | None) -> tuple[Excerpt | None, Excer
     return learning, text.last(length, count) if count else None
 
 
-def _choosing(calibration: Excerpt, pool: Int[np.ndarray, "m t"]) -> Excerpt:
-    """The excerpt with a pool to choose from, where that leaves a choice."""
+def _with_pool(calibration: Excerpt, pool: Int[np.ndarray, "m t"]) -> Excerpt:
+    """The excerpt with a pool, where that has more windows."""
     return replace(calibration, pool=pool) if len(pool) > len(calibration.windows) else calibration
 
 
@@ -343,8 +342,8 @@ def written(
     """
     length = recipe.calibration_length
     count = max(1, recipe.calibration_tokens // length)
-    held = max(count, recipe.calibration_pool // length)
-    tokens, rows = held * length, length
+    # GPTQ reads what is there: more is not written for its sake.
+    tokens, rows = max(count, recipe.calibration_pool // length) * length, length
     if effort:
         tokens, rows = max(tokens, min(effort.own_tokens, effort.tokens)), effort.length
     writer = self_written.Writer(checkpoint.config, recipe.bits, params)
@@ -354,8 +353,9 @@ def written(
     sha256 = hashlib.sha256(windows.tobytes()).hexdigest()
     # The text was written in windows to learn from. Calibration cuts it anew, and its windows may
     # begin within a document, as those of a file do.
+    held = min(max(count, recipe.pool_tokens() // length), windows.size // length)
     anew = windows.reshape(-1)[: held * length].reshape(held, length)
-    calibration = _choosing(Excerpt("written by the model", sha256, anew[:count]), anew)
+    calibration = _with_pool(Excerpt("written by the model", sha256, anew[:count]), anew)
     ids = windows.reshape(-1).tolist()
     text = Tokens(calibration.source, calibration.source, sha256, ids)
     return Material(calibration, *_learned(text, effort))

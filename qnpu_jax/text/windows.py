@@ -17,15 +17,15 @@ class Windows:
     """Windows of token ids, without BOS, by what they are for.
 
     Attributes:
-      calibration: sets ranges and rounds weights.
+      calibration: sets ranges.
       learning: is learned from; no rows where nothing is learned.
       held_out: decides which step of learning is kept; nothing is learned from it. No rows where
         nothing is learned.
       other: judges prefixes beside `calibration`, being of another domain; no rows where there is
         no such text.
       domains: rows of `held_out` that each domain has, by its name, in order; empty for one domain.
-      pool: as many windows as `calibration` has are chosen from it by coverage, to set ranges and
-        round weights in its place; no rows where `calibration` itself does.
+      pool: windows of the calibration text, the first of which are `calibration`: GPTQ reads them,
+        and coverage chooses from them. No rows where `calibration` itself serves.
     """
 
     calibration: Int[np.ndarray, "n t"]

@@ -233,7 +233,7 @@ def test_weights_are_rounded_after_ranges_and_before_learning(
     stage = Stage(learn=((learns, 0.1),), calibrate="all", ranges="minmax", gptq=True, gptaq=gptaq)
     learned(stage)
     ((scales, windows, asked),) = seen
-    assert windows is TEXT.calibration
+    np.testing.assert_array_equal(windows, TEXT.calibration)
     assert asked == GptqSettings(exact=exact, asymmetric=gptaq)
     dec, params, free = learnable.made()
     stats = collect_statistics(dec, params, TEXT.calibration)
@@ -243,6 +243,28 @@ def test_weights_are_rounded_after_ranges_and_before_learning(
     np.testing.assert_array_equal(base.params[name], params[name] + 1)
     np.testing.assert_array_equal(base.free[name].scale, 2 * free[name].scale)
     assert changed(base.free, {**free, **ranges}) == {name}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "windows"),
+    [(10**6, 12), (5 * learnable.TOKENS, 5), (2 * learnable.TOKENS, 2), (1, 1)],
+)
+def test_more_windows_round_weights_than_set_ranges(monkeypatch, tokens, windows):
+    """As many of the pool as the stage asks for; ranges are those of the calibration windows."""
+    seen: list[np.ndarray] = []
+
+    def gptq(dec, params, scales, windows, settings):
+        seen.append(windows)
+        return Fitted(params, {})
+
+    monkeypatch.setattr(stages, "gptq", gptq)
+    pool = np.concatenate([TEXT.calibration, learnable.random_ids(8, seed=6)])
+    stage = Stage(calibrate="all", ranges="minmax", gptq=True, gptq_tokens=tokens)
+    dec, params, free = learnable.made()
+    model, own = Calibrated(dec, params, free, tame=True), recipe(stage)
+    made = learn(model, own, learnable.EFFORT, dataclasses.replace(TEXT, pool=pool))
+    np.testing.assert_array_equal(seen[0], pool[:windows])
+    same(dict(made.free), dict(learned(dataclasses.replace(stage, gptq=False)).free))
 
 
 # --- All of it ---

@@ -31,6 +31,7 @@ STAGE = {
     "ranges": "sigma",
     "gptq": True,
     "gptaq": 0.5,
+    "gptq_tokens": 4096,
     "damping": 0.1,
     "loss": "ce",
     "top_k": 1000,

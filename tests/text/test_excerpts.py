@@ -10,7 +10,7 @@ from workspace import VOCAB, request, workspace
 from qnpu_jax import pipeline
 from qnpu_jax.errors import UserError
 from qnpu_jax.models.checkpoint import load
-from qnpu_jax.recipes import Effort
+from qnpu_jax.recipes import Effort, Stage
 from qnpu_jax.text import excerpts, files
 from qnpu_jax.text.windows import Windows
 
@@ -133,6 +133,27 @@ def test_a_pool_to_choose_from(folder, checkpoint, recipe, monkeypatch):
             assert calibration.digest() != dataclasses.replace(calibration, pool=None).digest()
     few, _, _ = excerpts.given(ids[:6], checkpoint, wide, None)
     assert few.pool is None and len(few.windows) == 6
+
+
+def test_a_pool_for_gptq(folder, checkpoint, recipe, monkeypatch):
+    """Of a text as much as it has; of the model's own no more is written for it."""
+    stage = Stage(gptq=True, gptq_tokens=320)
+    wide = dataclasses.replace(recipe, stages=(stage,))
+    asked = []
+
+    def write(writer, tokenizer, tokens, length, seed, progress):
+        asked.append(tokens)
+        return np.arange(-(-tokens // length) * length, dtype=np.int32).reshape(-1, length)
+
+    monkeypatch.setattr("qnpu_jax.text.self_written.calibration_windows", write)
+    calibration, _, _ = excerpts.given(folder / "text.txt", checkpoint, wide, None)
+    assert calibration.pool is not None and calibration.pool.shape == (10, 32)
+    np.testing.assert_array_equal(calibration.pool[:4], calibration.windows)
+    for effort, tokens, windows in ((None, 128, None), (EFFORT, 500, 10)):
+        calibration, _, _ = excerpts.written(checkpoint, {}, wide, effort, lambda s, _: s)
+        assert asked.pop() == tokens
+        assert (None if calibration.pool is None else len(calibration.pool)) == windows
+        assert calibration.windows.shape == (4, 32)
 
 
 @pytest.mark.slow
