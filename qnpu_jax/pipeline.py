@@ -37,6 +37,7 @@ from qnpu_jax.transform import (
     fold_norms,
     identity_diagonal,
     key_centres,
+    limit_peaks,
     random_rotation,
     rotate,
     scale_channels,
@@ -229,9 +230,9 @@ def _calibrated(
 
 
 def smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Params:
-    """Parameters with SmoothQuant's diagonal scales, where the recipe has some."""
+    """Parameters with the recipe's diagonal scales, where it has some."""
     inputs = 0.0 if dec.config.merges_r1 else recipe.smooth_stream
-    if not (recipe.smooth or inputs):
+    if not (recipe.smooth or inputs or recipe.peak_limit):
         return params
     peaks, cfg = channel_peaks(dec, params, text.calibration), dec.config
     one = identity_diagonal(cfg)
@@ -239,6 +240,9 @@ def smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Par
     outer = smoothquant(cfg, params, peaks, inputs) if inputs else one
     ends = ("attn_in", "mlp_in", "attn_out", "mlp_out")
     factors = replace(inner, **{end: getattr(outer, end) for end in ends})
+    if recipe.peak_limit:
+        scaled = peaks.act * inner.up_down
+        factors = replace(factors, up_down=inner.up_down * limit_peaks(scaled, recipe.peak_limit))
     return scale_channels(cfg, params, factors)
 
 

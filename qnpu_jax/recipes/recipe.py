@@ -111,6 +111,8 @@ class Recipe:
       smooth: alpha of SmoothQuant's diagonal scales (up->down, v->o, q/k); 0 for none.
       smooth_stream: alpha of those of what blocks read and make where R1 cannot rotate it (Gemma:
         gamma -> linears; o and down, whose rows take any factor); 0 for none.
+      peak_limit: channels of `down`'s input whose peak is above this many times the 99th percentile
+        of their layer's peaks are scaled down to it (`transform.limit_peaks`); 0 for none.
       activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma),
         `sigma-rotated` (sigma where rotated, min-max elsewhere: Quant.npu's), `mse`, or `class` (by
         tensor class, see `qnpu_jax.calibrate.ranges`). 16-bit tensors always take min-max.
@@ -142,6 +144,7 @@ class Recipe:
     double_norms: bool = True
     smooth: float = within(0, 1, 0.0)
     smooth_stream: float = within(0, 1, 0.5)
+    peak_limit: float = within(0, 1e6, 0.0)
     activation_init: Ranges = "class"
     weight_init: Literal["minmax", "sigma", "mse"] = "mse"
     calibration_tokens: int = within(1, LARGEST, 8192)

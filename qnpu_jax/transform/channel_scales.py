@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from numpy.typing import DTypeLike
 
 from qnpu_jax.config import ModelConfig
@@ -341,6 +341,28 @@ def smoothquant(config: ModelConfig, params: Params, peaks: ChannelPeaks, alpha:
         q_k=np.exp((_log(peaks.q) - _log(peaks.k)) / 2 * ((peaks.q > 0) & (peaks.k > 0))),
         **read,
     )
+
+
+def limit_peaks(peaks: Float[np.ndarray, "L F"], times: float) -> Float64[np.ndarray, "L F"]:
+    """Factors that bring the few largest channels of a layer to a limit: min(1, t / max|x_j|).
+
+    t is `times` the 99th percentile of the layer's peaks, so that at most a hundredth of the
+    channels change. One range holds all channels of a static tensor: where one channel reaches ten
+    times further than the rest, the rest is left a tenth of the codes.
+
+    >>> limit_peaks(np.asarray([[1.0, 2.0, 2.0, 8.0]]), 0.5).round(2).tolist()
+    [[1.0, 1.0, 1.0, 0.49]]
+
+    Args:
+      peaks: largest |x| of each channel, 0 or more.
+      times: above 0.
+
+    Reference: Outlier Suppression+ (arXiv 2304.09145), equation 5, s_j = max(1, max|x_j| / t), with
+    t from the peaks in place of a search.
+    """
+    limit = times * np.quantile(peaks.astype(np.float64), 0.99, axis=1, keepdims=True)
+    above = (peaks > limit) & (limit > 0)
+    return np.where(above, limit / np.where(above, peaks, 1), 1.0)
 
 
 def _column_peaks(params: Params, block: str) -> Float[np.ndarray, "L D"]:

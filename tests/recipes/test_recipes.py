@@ -178,6 +178,7 @@ def test_missing_key(key):
         ({"max_prefix": True}, "max_prefix must be an integer from 1 to"),
         ({"smooth": 1.5}, "smooth must be a number from 0 to 1; got 1.5"),
         ({"smooth": "half"}, "smooth must be a number from 0 to 1; got 'half'"),
+        ({"peak_limit": -1}, "peak_limit must be a number from 0 to"),
         ({"calibration_tokens": 0}, "calibration_tokens must be an integer from 1 to"),
         ({"calibration_tokens": 512.0}, "got 512.0"),
         ({"calibration_pool": -1}, "calibration_pool must be an integer from 0 to"),

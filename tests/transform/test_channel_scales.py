@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import tiny
 
+from qnpu_jax import pipeline
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.forward import forward
 from qnpu_jax.graph.decoder import Decoder, decoder
 from qnpu_jax.graph.layered import Params
+from qnpu_jax.text import Windows
 from qnpu_jax.transform.channel_scales import (
     ChannelPeaks,
     Diagonal,
     channel_peaks,
     identity_diagonal,
+    limit_peaks,
     scale_channels,
     scale_parameter,
     smoothquant,
@@ -204,6 +207,47 @@ def test_dead_channels_are_left_alone():
     assert np.ptp(factors.up_down) > 0.1
     np.testing.assert_array_equal(factors.v_o, np.ones_like(factors.v_o))
     np.testing.assert_array_equal(factors.q_k, np.ones_like(factors.q_k))
+
+
+@pytest.mark.slow
+def test_few_channels_are_brought_to_a_limit():
+    """A channel that is loud in one layer: nothing else changes, and the logits stay."""
+    dec, params = model("gqa_llama3", tiny.PREFIX)
+    for n in ("layers.mlp.up.weight", "layers.mlp.up.bias"):
+        params[n] = params[n].at[1, OUTLIER].multiply(64.0)
+    params["layers.mlp.down.weight"] = params["layers.mlp.down.weight"].at[1, :, OUTLIER].divide(64)
+    act = peaks_of(dec, params).act
+    limit = 1.5 * np.quantile(act, 0.99, axis=1)
+    factors = limit_peaks(act, 1.5)
+    changed = {(int(layer), int(channel)) for layer, channel in np.argwhere(factors < 1)}
+    assert (1, OUTLIER) in changed and len(changed) < 0.05 * factors.size
+    assert factors.max() == 1
+    one = identity_diagonal(dec.config)
+    after = scale_channels(dec.config, params, dataclasses.replace(one, up_down=factors))
+    peaks = peaks_of(dec, after).act
+    assert (peaks <= limit[:, None] * (1 + 1e-5)).all()  # rounding of float32
+    np.testing.assert_allclose(peaks[factors == 1], act[factors == 1], rtol=1e-4)
+    expected = logits(dec, params)
+    assert np.abs(logits(dec, after) - expected).max() <= 1e-5 * np.ptp(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("smooth", [0.0, 0.5])
+def test_a_recipe_limits_what_its_smoothing_left(smooth):
+    dec, params = model("gqa_llama3", tiny.PREFIX)
+    text = Windows.of(tiny.random_ids((3, dec.tokens)))
+    recipe = dataclasses.replace(tiny.recipe("w8a8"), smooth=smooth)
+    before = peaks_of(dec, pipeline.smoothed(dec, params, recipe, text)).act
+    limited = dataclasses.replace(recipe, peak_limit=0.9)
+    after = peaks_of(dec, pipeline.smoothed(dec, params, limited, text)).act
+    limit = 0.9 * np.quantile(before, 0.99, axis=1, keepdims=True)
+    np.testing.assert_allclose(after, np.minimum(before, limit), rtol=1e-4)  # float32
+
+
+@pytest.mark.parametrize("peaks", [np.zeros((2, 8)), np.ones((2, 8)), np.eye(2, 400)])
+def test_where_no_channel_stands_out_no_limit_changes_any(peaks):
+    """Nor where nearly all channels are silent: there is no limit to bring one to."""
+    np.testing.assert_array_equal(limit_peaks(peaks, 1.0), np.ones_like(peaks))
 
 
 def test_peaks_are_of_the_whole_text_and_of_the_prefix():
