@@ -45,7 +45,7 @@ class Stage:
       gptq: round weights by GPTQ first.
       gptaq: how far GPTQ's target moves from the outputs of the weights on the quantized model's
         inputs (0, GPTQ) to the float model's outputs (1, GPTAQ); 1 lost where it was measured
-        (SmolLM2-135M, 8,192 tokens).
+        (SmolLM2-135M, 8,192 tokens), 0.25 gained 6% of the KL before learning.
       gptq_tokens: of calibration text that GPTQ reads, or as many as there are: a weight per input
         takes more of them to fit than a range does.
       damping: lambda of GPTQ's H = E[x x^T] + lambda I, as a fraction of the mean of H's diagonal.
