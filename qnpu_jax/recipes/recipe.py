@@ -94,6 +94,11 @@ class Stage:
         return dict(self.learn).get(group, 0.0)
 
 
+LEAST_LIMIT = 0.0625
+"""Least `Recipe.peak_limit`: at half the 99th percentile a tenth of the channels are scaled, and
+more is lost than won. Weights take the factors' inverses, which would overflow without a limit."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All settings of one quantization run but its effort.
@@ -112,7 +117,8 @@ class Recipe:
       smooth_stream: alpha of those of what blocks read and make where R1 cannot rotate it (Gemma:
         gamma -> linears; o and down, whose rows take any factor); 0 for none.
       peak_limit: channels of `down`'s input whose peak is above this many times the 99th percentile
-        of their layer's peaks are scaled down to it (`transform.limit_peaks`); 0 for none.
+        of their layer's peaks are scaled down to it (`transform.limit_peaks`); 0 for none, else at
+        least LEAST_LIMIT.
       activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma),
         `sigma-rotated` (sigma where rotated, min-max elsewhere: Quant.npu's), `mse`, or `class` (by
         tensor class, see `qnpu_jax.calibrate.ranges`). 16-bit tensors always take min-max.
@@ -155,6 +161,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
+        if 0 < self.peak_limit < LEAST_LIMIT:
+            raise UserError(
+                f"peak_limit: {self.peak_limit} times the 99th percentile; expected 0, or at least"
+                f" {LEAST_LIMIT}: less would scale every channel; raise it"
+            )
         if 0 < self.calibration_pool < self.calibration_tokens:
             raise UserError(
                 f"calibration_pool: {self.calibration_pool} tokens; expected 0, or at"

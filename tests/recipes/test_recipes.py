@@ -206,6 +206,9 @@ def test_a_pool_smaller_than_what_is_chosen_from_it():
     assert text == (
         "calibration_pool: 8191 tokens; expected 0, or at least calibration_tokens, 8192; raise it"
     )
+    text = message(lambda: dataclasses.replace(RECIPES["w8a8"], peak_limit=1e-30))
+    assert text.startswith("peak_limit: 1e-30 times the 99th percentile; expected 0, or at least")
+    assert dataclasses.replace(RECIPES["w8a8"], peak_limit=0.0625).peak_limit == 0.0625
     said = message(lambda: Recipe.from_json(own(calibration_pool=1), "own.json"))
     assert said.startswith("own.json: calibration_pool: 1 tokens; expected 0, or at least")
 
