@@ -34,7 +34,7 @@ def test_what_decides_has_no_bfloat16_noise(monkeypatch, precision, judged):
     """Steps of bfloat16 products are judged by what `default` computes."""
     dec, params, free = learnable.made()
     base, theta = learnable.base_of(dec, params, free), {}
-    ids = learnable.random_ids(1)
+    ids = jnp.asarray(learnable.random_ids(1))
     effort = dataclasses.replace(EFFORT, precision=precision)
     seen = []
 

@@ -220,6 +220,7 @@ def test_a_cache_of_bfloat16_is_one(model: Writer, monkeypatch):
     for kept in (jnp.float32, jnp.bfloat16):
         monkeypatch.setitem(self_written.CACHE, "cpu", kept)
         at = self_written._start(dec, jax.random.key(0), 0, 1, 1)
+        logits = jnp.zeros(0)
         for position, token in enumerate(ids):
             step = {"position": position, "token": token}
             at = replace(at, **{n: jnp.asarray([x], jnp.int32) for n, x in step.items()})
