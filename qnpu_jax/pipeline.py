@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from qnpu_jax import heap
 from qnpu_jax.calibrate import (
@@ -209,13 +210,15 @@ def with_prefix(
 def _chosen(
     dec: Decoder, params: Params, recipe: Recipe, text: Windows, watch: Observer
 ) -> tuple[Windows, Coverage | None]:
-    """The windows, those of calibration chosen from the pool where the recipe says so."""
+    """The windows, those of calibration chosen from the pool where the recipe says so, and first in
+    it."""
     pool = text.pool[: recipe.calibration_pool // text.calibration.shape[1]]
     if len(pool) <= len(text.calibration):
         return text, None
     found = cover(window_peaks(dec, params, pool, track=watch.track), len(text.calibration))
     heap.trim()
-    return replace(text, calibration=pool[sorted(found.windows)]), found
+    chosen, others = text.pool[sorted(found.windows)], np.delete(text.pool, found.windows, axis=0)
+    return replace(text, calibration=chosen, pool=np.concatenate([chosen, others])), found
 
 
 def _calibrated(

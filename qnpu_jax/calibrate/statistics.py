@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant import passes, windows_at_once
 from qnpu_jax.graph import Decoder, Graph, Params, Scales, Tensors, is_free, tied_inputs
 from qnpu_jax.progress import Track, untracked
@@ -165,6 +166,11 @@ def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
             kept.append(Stats())
         quant = graph[root].quant
         for name in members:
+            if not np.isfinite(moments[name][:2]).all():  # no histogram is wide enough
+                raise UserError(
+                    f"{graph.prefix}{name}, layer {layer}: holds NaN or Inf on the calibration"
+                    " text; expected finite activations; check the model file and the recipe's factors"
+                )
             rows[name] = kept[layer]
             kept[layer].merge(env[name].size, moments[name])
             if quant.bits[layer] <= 8:

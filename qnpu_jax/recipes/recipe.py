@@ -46,8 +46,8 @@ class Stage:
       gptaq: how far GPTQ's target moves from the outputs of the weights on the quantized model's
         inputs (0, GPTQ) to the float model's outputs (1, GPTAQ); 1 lost where it was measured
         (SmolLM2-135M, 8,192 tokens), 0.25 gained 6% of the KL before learning.
-      gptq_tokens: of calibration text that GPTQ reads, or as many as there are: a weight per input
-        takes more of them to fit than a range does.
+      gptq_tokens: of calibration text that GPTQ reads, those that set the ranges first, or as many
+        as there are: a weight per input takes more of them to fit than a range does.
       damping: lambda of GPTQ's H = E[x x^T] + lambda I, as a fraction of the mean of H's diagonal.
       loss: `kl` to the float teacher, `ce` of the next token, or `hidden` (mean squared error of
         every layer's residual stream, relative to its square).
@@ -217,7 +217,7 @@ class Effort:
         of a cosine schedule comes near its end.
       without: groups that do not learn at this effort.
       precision: of matrix products: `highest` (float32), `default` (TF32 on a GPU), or `bfloat16`
-        operands with float32 sums (on a GPU).
+        operands with float32 sums (on a GPU), in steps alone: they are judged by `default`.
       teacher_bytes: of host memory, at most, in which the teacher's `top_k` likeliest tokens are
         kept (8 bytes each) and not recomputed at every step; 0 recomputes them. Of stages with loss
         `kl`, a `top_k` and no `hidden_mse`: the others need more of the teacher.

@@ -79,7 +79,7 @@ class Texts:
 
     Attributes:
       scored: perplexity is measured on it.
-      calibration: sets ranges and rounds weights.
+      calibration: sets ranges, and rounds weights with the rest of its pool.
       learning: is learned from; None where nothing is learned.
       end: as in `Material`.
       judges: what prefixes and steps of learning are judged on.
@@ -124,7 +124,7 @@ class Material(NamedTuple):
     """Excerpts of the text that a model is calibrated with and learns from.
 
     Attributes:
-      calibration: sets ranges and rounds weights.
+      calibration: sets ranges, and rounds weights with the rest of its pool.
       learning: None where nothing is learned.
       end: windows of its end that are not learned from, and judge steps of learning beside
         `Judges.held_out`; None where nothing is learned, or the text is too short for some.

@@ -54,12 +54,19 @@ def _mixed(given: Excerpt, own: Excerpt, share: float) -> Excerpt:
     pool = None
     if given.pool is not None or own.pool is not None:
         a, b = (x.windows if x.pool is None else x.pool for x in (given, own))
-        pool = in_turn(a, b, share)
+        pool = _without_repeats(in_turn(a, b, share), len(windows))
         pool = pool if len(pool) > len(windows) else None
     sha256 = hashlib.sha256(f"{given.sha256} {own.sha256} {share}".encode()).hexdigest()
     count = len(windows)
     source = f"{given.source}, {math.floor(count * share)} of {count} windows {own.source}"
     return Excerpt(source, sha256, windows, pool)
+
+
+def _without_repeats(pool: Int[np.ndarray, "n t"], first: int) -> Int[np.ndarray, "m t"]:
+    """Leaves out windows behind the `first` ones that stand before: reading them again adds nothing
+    but their weight."""
+    _, earliest = np.unique(pool, axis=0, return_index=True)
+    return pool[np.union1d(np.arange(min(first, len(pool))), earliest)]
 
 
 def in_turn(

@@ -346,9 +346,10 @@ def smoothquant(config: ModelConfig, params: Params, peaks: ChannelPeaks, alpha:
 def limit_peaks(peaks: Float[np.ndarray, "L F"], times: float) -> Float64[np.ndarray, "L F"]:
     """Factors that bring the few largest channels of a layer to a limit: min(1, t / max|x_j|).
 
-    t is `times` the 99th percentile of the layer's peaks, so that at most a hundredth of the
-    channels change. One range holds all channels of a static tensor: where one channel reaches ten
-    times further than the rest, the rest is left a tenth of the codes.
+    t is `times` the 99th percentile of the layer's peaks: from 1 on about a hundredth of the
+    channels change, or fewer; at a half 11% of SmolLM2-135M's. One range holds all channels of a
+    static tensor: where one channel reaches ten times further than the rest, the rest is left a
+    tenth of the codes.
 
     >>> limit_peaks(np.asarray([[1.0, 2.0, 2.0, 8.0]]), 0.5).round(2).tolist()
     [[1.0, 1.0, 1.0, 0.49]]

@@ -12,6 +12,8 @@ from qnpu_jax import pipeline
 from qnpu_jax.calibrate.coverage import cover, window_peaks
 from qnpu_jax.calibrate.statistics import collect_statistics
 from qnpu_jax.errors import UserError
+from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.progress import Observer
 from qnpu_jax.text.windows import Windows
 from qnpu_jax.transform import Starts
 
@@ -165,6 +167,16 @@ def test_statistics_go_on_from_others():
             np.testing.assert_array_equal(a.bins, b.bins)
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_what_is_not_finite_is_refused_by_name(value):
+    """Its histogram would grow without end."""
+    dec, params, _ = tiny.calibrated("mha_tied", "w8a8")
+    broken = dict(params)
+    broken["layers.mlp.down.bias"] = broken["layers.mlp.down.bias"].at[1, 0].set(value)
+    with pytest.raises(UserError, match=r"^layers\.mlp\.down.*, layer 1: holds NaN or Inf on the"):
+        collect_statistics(dec, broken, tiny.random_ids((2, tiny.TOKENS)))
+
+
 def test_a_model_calibrated_from_a_pool_is_that_of_the_windows_chosen():
     config, params = tiny.prepared("gqa_llama3")
     recipe = replace(tiny.recipe("w8a8"), prefix="none", centre_keys=False)
@@ -177,6 +189,13 @@ def test_a_model_calibrated_from_a_pool_is_that_of_the_windows_chosen():
     again = pipeline.quantize(config, params, recipe, chosen, Starts())
     first = pipeline.quantize(config, params, recipe, text, Starts())
     assert again.coverage is None and made.ranges == again.ranges != first.ranges
+    # Weights are rounded by what was chosen first, then by the others.
+    dec = decoder(config, recipe.bits, tiny.TOKENS)
+    held = {n: np.asarray(x) for n, x in params.items()}
+    found, coverage = pipeline._chosen(dec, held, wide, replace(text, pool=pool), Observer())
+    assert coverage is not None
+    np.testing.assert_array_equal(found.pool[:3], found.calibration)
+    assert sorted(map(tuple, found.pool.tolist())) == sorted(map(tuple, pool.tolist()))
     # A pool may be there for GPTQ's sake.
     other = pipeline.quantize(config, params, recipe, replace(text, pool=pool), Starts())
     assert other.coverage is None and other.ranges == first.ranges

@@ -52,6 +52,16 @@ def test_calibration_learning_and_pool():
     assert one.calibration.pool.ravel().tolist() == calibration.pool.ravel().tolist()
 
 
+@pytest.mark.parametrize(("share", "windows"), [(0.5, [0, 100, 1, 101, 2, 3]), (1.0, None)])
+def test_a_pool_repeats_no_window(share, windows):
+    """Own text is used up after two: calibration begins it again, the rest of the pool does not."""
+    given = Material(excerpt(0, 4, pool=8), None, None)
+    calibration = mixed(given, Material(excerpt(100, 2), None, None), share).calibration
+    assert len(calibration.windows) == 4
+    found = None if calibration.pool is None else calibration.pool.ravel().tolist()
+    assert found == windows
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, math.nan, True, "half", None])
 def test_what_is_no_share(share):
     with pytest.raises(UserError, match="own-share: expected a number from 0 to 1; got"):
