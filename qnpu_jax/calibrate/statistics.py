@@ -169,7 +169,8 @@ def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
             if not np.isfinite(moments[name][:2]).all():  # no histogram is wide enough
                 raise UserError(
                     f"{graph.prefix}{name}, layer {layer}: holds NaN or Inf on the calibration"
-                    " text; expected finite activations; check the model file and the recipe's factors"
+                    " text; expected finite activations; check the model file and the recipe's"
+                    " factors"
                 )
             rows[name] = kept[layer]
             kept[layer].merge(env[name].size, moments[name])
