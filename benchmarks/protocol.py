@@ -127,23 +127,22 @@ class Bench:
                 writer, self.checkpoint.tokenizer, tokens, effort.length, recipe.seed
             )
             texts["--own"] = rows.reshape(-1).tolist()
-        pool = max(recipe.calibration_tokens, recipe.pool_tokens())
-        pool = in_turn(texts, recipe.calibration_length, pool)
-        calibrating = pool[: max(1, recipe.calibration_tokens // recipe.calibration_length)]
         held_out, other = excerpts.judged(self.checkpoint, effort_if_any)
-        if held_out is None:
-            return dataclasses.replace(Windows.of(calibrating, other.windows), pool=pool)
-        judges = {excerpts.DOCUMENTATION: held_out.windows}
-        for name, ids in texts.items():
+        judges = {excerpts.DOCUMENTATION: held_out.windows} if held_out else {}
+        for name, ids in texts.items() if held_out else ():
             count = excerpts.end_windows(len(ids) // effort.length, effort)
             if count:
                 begin = len(ids) - count * effort.length
                 judges[f"end of {name}"] = cut(ids[begin:], effort.length, count, name)
                 texts[name] = ids[:begin]
-        learning = in_turn(texts, effort.length, effort.tokens)
-        return dataclasses.replace(
-            Windows.learned(calibrating, learning, judges, other.windows), pool=pool
-        )
+        tokens = max(recipe.calibration_tokens, recipe.pool_tokens())
+        read = in_turn(texts, recipe.calibration_length, tokens)
+        calibrating = read[: max(1, recipe.calibration_tokens // recipe.calibration_length)]
+        windows = Windows.of(calibrating, other.windows)
+        if judges:
+            learning = in_turn(texts, effort.length, effort.tokens)
+            windows = Windows.learned(calibrating, learning, judges, other.windows)
+        return dataclasses.replace(windows, pool=read) if len(read) > len(calibrating) else windows
 
 
 def in_turn(texts: Mapping[str, list[int]], length: int, tokens: int) -> np.ndarray:

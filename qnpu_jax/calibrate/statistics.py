@@ -23,6 +23,10 @@ from qnpu_jax.progress import Track, untracked
 BINS = 1 << 14
 """Bins of a histogram: enough for 8 bins per code when the chosen range is an eighth of the
 observed one."""
+NOT_FINITE = (
+    "holds NaN or Inf on the calibration text; expected finite activations; check the model file"
+    " and the recipe's factors"
+)
 
 
 @dataclass
@@ -70,7 +74,13 @@ class Stats:
         self.squares += squares
 
     def widen(self, bound: float) -> np.ndarray:
-        """Makes room in the histogram for values up to `bound` on either side, and returns it."""
+        """Makes room in the histogram for values up to `bound` on either side, and returns it.
+
+        Raises:
+          UserError: a bound that is not finite, for which no histogram is wide enough.
+        """
+        if not np.isfinite(bound):
+            raise UserError(NOT_FINITE)
         if self.bins is None:
             self.bins = np.zeros(BINS, np.int64)
             self.width = 2.0 ** np.ceil(np.log2(max(bound, 1e-30) * 2.0 / BINS) + 1e-9)
@@ -128,6 +138,8 @@ def collect_statistics(
         name = "layers." + dec.layer.ties[spec.name]
         if name in stats:  # prefix K/V share the scale of the cache
             for layer, x in enumerate(params["layers." + spec.name]):
+                if not np.isfinite(x).all():
+                    raise UserError(f"layers.{spec.name}, layer {layer}: {NOT_FINITE}")
                 stats[name][layer].add(np.asarray(x), stats[name][layer].bins is not None)
     return stats
 
@@ -166,12 +178,8 @@ def _record(stats: Statistics, graph: Graph, layer: int, env: Tensors) -> None:
             kept.append(Stats())
         quant = graph[root].quant
         for name in members:
-            if not np.isfinite(moments[name][:2]).all():  # no histogram is wide enough
-                raise UserError(
-                    f"{graph.prefix}{name}, layer {layer}: holds NaN or Inf on the calibration"
-                    " text; expected finite activations; check the model file and the recipe's"
-                    " factors"
-                )
+            if not np.isfinite(moments[name][:2]).all():
+                raise UserError(f"{graph.prefix}{name}, layer {layer}: {NOT_FINITE}")
             rows[name] = kept[layer]
             kept[layer].merge(env[name].size, moments[name])
             if quant.bits[layer] <= 8:

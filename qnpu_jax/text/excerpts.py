@@ -285,18 +285,13 @@ def given(
     Raises:
       UserError: too short for a window, or not text.
     """
+    length = recipe.calibration_length
     if isinstance(source, np.ndarray):
-        found = Excerpt("windows", hashlib.sha256(source.tobytes()).hexdigest(), source)
-        text = Tokens("text", found.source, found.sha256, source.reshape(-1).tolist())
-        count = max(1, recipe.calibration_tokens // source.shape[1])
-        pool = source[: recipe.pool_tokens() // source.shape[1]]
-        calibration = _with_pool(replace(found, windows=source[:count]), pool)
-        return Material(calibration, *_learned(text, effort))
-    text = tokenized(source, checkpoint.tokenizer, checkpoint.config.vocab_size)
-    calibration = text.first(recipe.calibration_length, recipe.calibration_tokens)
-    if tokens := recipe.pool_tokens():
-        calibration = _with_pool(calibration, text.first(recipe.calibration_length, tokens).windows)
-    return Material(calibration, *_learned(text, effort))
+        length, sha256 = source.shape[1], hashlib.sha256(source.tobytes()).hexdigest()
+        text = Tokens("windows", "windows", sha256, source.reshape(-1).tolist())
+    else:
+        text = tokenized(source, checkpoint.tokenizer, checkpoint.config.vocab_size)
+    return _material(text, length, recipe, effort)
 
 
 def end_windows(available: int, effort: Effort) -> int:
@@ -308,19 +303,25 @@ def end_windows(available: int, effort: Effort) -> int:
     return min(effort.held_out, available // END)
 
 
-def _learned(text: Tokens, effort: Effort | None) -> tuple[Excerpt | None, Excerpt | None]:
-    """Excerpts to learn from and to judge by, from the text's start and end, without overlap."""
-    if effort is None:
-        return None, None
-    length, available = effort.length, len(text.ids) // effort.length
-    count = end_windows(available, effort)
-    learning = text.first(length, min(effort.tokens, (available - count) * length))
-    return learning, text.last(length, count) if count else None
+def _material(text: Tokens, length: int, recipe: Recipe, effort: Effort | None) -> Material:
+    """Excerpts to calibrate with, to learn from and to judge by: of the text's end only the last.
 
-
-def _with_pool(calibration: Excerpt, pool: Int[np.ndarray, "m t"]) -> Excerpt:
-    """The excerpt with a pool, where that has more windows."""
-    return replace(calibration, pool=pool) if len(pool) > len(calibration.windows) else calibration
+    Args:
+      length: tokens of a window of calibration.
+    """
+    count = end_windows(len(text.ids) // effort.length, effort) if effort else 0
+    learning = end = None
+    if effort and count:
+        end = text.last(effort.length, count)
+        text = replace(text, ids=text.ids[: -end.windows.size])
+    if effort:
+        learning = text.first(effort.length, effort.tokens)
+    calibration = text.first(length, recipe.calibration_tokens)
+    if recipe.pool_tokens():
+        pool = text.first(length, recipe.pool_tokens()).windows
+        if len(pool) > len(calibration.windows):
+            calibration = replace(calibration, pool=pool)
+    return Material(calibration, learning, end)
 
 
 def written(
@@ -350,12 +351,8 @@ def written(
     windows = self_written.calibration_windows(
         writer, checkpoint.tokenizer, tokens, rows, recipe.seed, progress
     )
-    sha256 = hashlib.sha256(windows.tobytes()).hexdigest()
+    source, sha256 = "written by the model", hashlib.sha256(windows.tobytes()).hexdigest()
     # The text was written in windows to learn from. Calibration cuts it anew, and its windows may
     # begin within a document, as those of a file do.
-    held = min(max(count, recipe.pool_tokens() // length), windows.size // length)
-    anew = windows.reshape(-1)[: held * length].reshape(held, length)
-    calibration = _with_pool(Excerpt("written by the model", sha256, anew[:count]), anew)
-    ids = windows.reshape(-1).tolist()
-    text = Tokens(calibration.source, calibration.source, sha256, ids)
-    return Material(calibration, *_learned(text, effort))
+    text = Tokens(source, source, sha256, windows.reshape(-1).tolist())
+    return _material(text, length, recipe, effort)

@@ -17,7 +17,8 @@ import pytest
 from workspace import write_tiny_model
 
 from qnpu_jax.errors import UserError
-from qnpu_jax.recipes import EFFORTS, RECIPES, Recipe
+from qnpu_jax.recipes import EFFORTS, RECIPES, Effort, Recipe, Stage
+from qnpu_jax.text import excerpts
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 ablation = importlib.import_module("ablation")
@@ -195,6 +196,27 @@ def test_a_text_too_short_to_learn_from_is_refused_before_the_work(tiny_model, t
             protocol.load(parsed(*given, at[name], "--effort", "fast"))
     found = protocol.load(parsed(*given, at["short"], "--effort", "none"))
     assert list(found.calibration) == [str(at["long"]), str(at["short"])]
+
+
+def test_no_window_of_a_run_reads_the_ends_that_judge_it(tiny_model):
+    """Asked for more than there is, calibration, GPTQ and learning take the rest of each text."""
+    checkpoint = protocol.models_checkpoint.load(str(tiny_model))
+    long, short = list(range(3000)), list(range(4000, 4800))
+    bench = protocol.Bench(checkpoint, np.zeros((1, 8)), {"long": long, "short": short})
+    effort = Effort("tiny", steps=2, length=16, tokens=10**6, held_out=4)
+    greedy = Stage(gptq=True, gptq_tokens=10**6)
+    recipe = dataclasses.replace(
+        W8A8, calibration_length=20, calibration_tokens=200, stages=(greedy,)
+    )
+    made = bench.text({}, recipe, effort)
+    assert made.domains == {excerpts.DOCUMENTATION: 4, "end of long": 4, "end of short": 4}
+    assert made.held_out[4:].ravel().tolist() == [*range(2936, 3000), *range(4736, 4800)]
+    for windows, last in ((made.pool, 20), (made.learning, 16)):
+        seen = set(windows.ravel().tolist())
+        assert seen == {*range(2936 // last * last), *range(4000, 4000 + 736 // last * last)}
+    np.testing.assert_array_equal(made.pool[:10], made.calibration)
+    plain = bench.text({}, dataclasses.replace(recipe, stages=()), effort)
+    assert not len(plain.pool), "calibration itself serves"
 
 
 @pytest.mark.slow

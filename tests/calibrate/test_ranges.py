@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qnpu_jax.calibrate.ranges import calibrate_activations, mse_range, weight_scales
 from qnpu_jax.calibrate.statistics import BINS, Stats, collect_statistics
+from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.passes import passes
 from qnpu_jax.graph.qparams import from_range
 from qnpu_jax.graph.tensor_classes import tensor_class
@@ -33,6 +34,12 @@ def streamed(parts) -> Stats:
     for part in parts:
         stats.add(part, histogram=True)
     return stats
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_no_histogram_is_wide_enough_for_what_is_not_finite(value):
+    with pytest.raises(UserError, match="holds NaN or Inf on the calibration text; expected"):
+        streamed([np.float32([1, value])])
 
 
 @given(CHUNKS)

@@ -76,7 +76,7 @@ def test_windows_calibrate_as_they_are_and_are_learned_from_as_one_text(checkpoi
     np.testing.assert_array_equal(learning.windows, windows.ravel()[:480].reshape(10, 48))
     assert end is not None, "an eighth of twelve windows"
     np.testing.assert_array_equal(end.windows, windows.ravel()[None, -48:])
-    with pytest.raises(UserError, match="text: 40 tokens are too few; expected at least 48"):
+    with pytest.raises(UserError, match="windows: 40 tokens are too few; expected at least 48"):
         excerpts.given(windows[:2], checkpoint, recipe, EFFORT)
 
 
@@ -133,6 +133,30 @@ def test_a_pool_to_choose_from(folder, checkpoint, recipe, monkeypatch):
             assert calibration.digest() != dataclasses.replace(calibration, pool=None).digest()
     few, _, _ = excerpts.given(ids[:6], checkpoint, wide, None)
     assert few.pool is None and len(few.windows) == 6
+
+
+@pytest.mark.parametrize("kind", ["file", "windows", "written"])
+def test_nothing_reads_the_end_that_judges(folder, checkpoint, recipe, monkeypatch, kind):
+    """Ranges and GPTQ would fit it: asked for more than there is, they take all but the end."""
+    greedy = dataclasses.replace(
+        recipe, calibration_tokens=10**6, stages=(Stage(gptq=True, gptq_tokens=10**6),)
+    )
+    ids = np.arange(1200, dtype=np.int32)  # every token once, so that windows show where they lie
+    monkeypatch.setattr(
+        "qnpu_jax.text.self_written.calibration_windows", lambda *_: ids.reshape(25, 48)
+    )
+    monkeypatch.setattr(files, "tokenize", lambda *_: ids.tolist())
+    if kind == "written":
+        made = excerpts.written(checkpoint, {}, greedy, EFFORT, lambda s, _: s)
+    else:
+        source = folder / "text.txt" if kind == "file" else ids.reshape(60, 20)
+        made = excerpts.given(source, checkpoint, greedy, EFFORT)
+    assert made.end is not None and made.learning is not None
+    assert made.end.windows.ravel().tolist() == list(range(1056, 1200))
+    read = [made.calibration.windows, made.learning.windows]
+    read += [] if made.calibration.pool is None else [made.calibration.pool]
+    assert max(x.max() for x in read) < 1056
+    assert made.calibration.windows.max() >= 1020, "all that is left"
 
 
 def test_a_pool_for_gptq(folder, checkpoint, recipe, monkeypatch):
