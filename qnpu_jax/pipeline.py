@@ -32,6 +32,7 @@ from qnpu_jax.transform import (
     Starts,
     add_prefix,
     centre_keys,
+    channel_copies,
     channel_peaks,
     check_folded,
     find_prefix,
@@ -43,6 +44,7 @@ from qnpu_jax.transform import (
     rotate,
     scale_channels,
     smoothquant,
+    split_channels,
     with_double_norms,
 )
 
@@ -78,9 +80,10 @@ class Prefixed:
     """A float model that is ready to calibrate.
 
     Attributes:
-      config: with the double norms that the model needs.
+      config: with the double norms that the model needs, and the channels that were added.
       params: keys centred, with the prefix's K/V.
-      original: parameters of the original float model: no prefix but its own BOS.
+      original: parameters of the original float model: no prefix but its own BOS; with the channels
+        that were added, which change nothing.
       tokens: the prefix.
       found: how it was chosen; None where none was searched.
     """
@@ -204,6 +207,14 @@ def with_prefix(
     if recipe.double_norms:
         with watch.stage("calibrate"):
             config = with_double_norms(config, recipe.bits, params, text.calibration)
+    if recipe.split_channels:
+        with watch.stage("calibrate"):
+            dec = decoder(config, recipe.bits, text.calibration.shape[1], len(tokens))
+            loud = channel_peaks(dec, params, text.calibration).act
+            copies = channel_copies(loud, recipe.split_channels)
+            config, params = split_channels(config, params, copies)
+            # Teacher and student share what they have in common.
+            original = dict(original) | {n: params[n] for n in params if ".mlp." in n}
     return Prefixed(config, params, original, tokens, found)
 
 

@@ -252,6 +252,8 @@ def original(source: str, folder: Path, model: IntegerModel) -> tuple[str, Logit
     except (OSError, ValueError, AttributeError):
         expected = checkpoint.sha256
     plain = replace(model.config, centred_keys=False, double_norms=False)
+    if plain.intermediate_size > checkpoint.config.intermediate_size:  # `Recipe.split_channels`
+        plain = replace(plain, intermediate_size=checkpoint.config.intermediate_size)
     other_shape = checkpoint.config != plain
     if other_shape or expected != checkpoint.sha256:
         raise UserError(

@@ -35,28 +35,32 @@ _DISTILLED = Stage(
         ("biases", 3e-4),
         ("prefix", 0.001),
     ),
-    share=0.9,
     gptq=True,
     rounding_optimizer="adam",
 )
 """4-bit weights learn by Adam, from where GPTQ left them to any code: half a code is not enough."""
+_LOUD: dict[int, dict[str, Any]] = {8: {"peak_limit": 1.0}, 4: {"split_channels": 64}}
+"""What is done about the few loud channels of `down`'s input, which cost all others their codes, by
+the bits of the weights. A factor is free, and makes a column of `down` louder: 8 bits bear that.
+For 4 bits there are copies (benchmarks/README.md, "Loud channels")."""
 
 
 def _ours(weights: int, activations: int, scores: int = 16, stream: int = 16) -> Recipe:
-    """Everything at once, 8-bit weights too; at 4 bits first all but weights, then GPTQ, and then
-    the weights themselves.
+    """Everything at once, 8-bit weights too; at 4 bits GPTQ, and then the weights themselves with
+    all that is no rotation or diagonal scale: learning those before GPTQ gained nothing or lost.
 
     With 8-bit weights and 16-bit activations nothing learns: calibrated, the model is as good as
     float, and every step made it worse (benchmarks/README.md).
     """
     stages: tuple[Stage, ...] = (_NUDGED,)
     if weights < 8:
-        stages = (dataclasses.replace(_TOGETHER, share=0.1), _DISTILLED)
+        stages = (_DISTILLED,)
     elif activations > 8:
         stages = ()
     suffix = "i8" if stream == 8 else "s8" if scores == 8 else ""
     plan = bit_plan(weights, activations, scores, stream)
-    return Recipe(name=f"w{weights}a{activations}{suffix}", bits=plan, stages=stages)
+    loud = _LOUD[weights] if activations == 8 else {}
+    return Recipe(name=f"w{weights}a{activations}{suffix}", bits=plan, stages=stages, **loud)
 
 
 _KEYS: dict[str, Any] = {"centre_keys": False, "double_norms": False, "smooth_stream": 0.0}

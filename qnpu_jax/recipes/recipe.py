@@ -119,6 +119,8 @@ class Recipe:
       peak_limit: channels of `down`'s input whose peak is above this many times the 99th percentile
         of their layer's peaks are scaled down to it (`transform.limit_peaks`); 0 for none, else at
         least LEAST_LIMIT.
+      split_channels: channels by which the MLP of every layer grows: copies of those that reach
+        furthest, each with its share (`transform.channel_splitting`); 0 for none.
       activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma),
         `sigma-rotated` (sigma where rotated, min-max elsewhere: Quant.npu's), `mse`, or `class` (by
         tensor class, see `qnpu_jax.calibrate.ranges`). 16-bit tensors always take min-max.
@@ -151,6 +153,7 @@ class Recipe:
     smooth: float = within(0, 1, 0.0)
     smooth_stream: float = within(0, 1, 0.5)
     peak_limit: float = within(0, 1e6, 0.0)
+    split_channels: int = within(0, 2**16, 0)
     activation_init: Ranges = "class"
     weight_init: Literal["minmax", "sigma", "mse"] = "mse"
     calibration_tokens: int = within(1, LARGEST, 8192)

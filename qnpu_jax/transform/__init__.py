@@ -9,6 +9,7 @@ from qnpu_jax.transform.channel_scales import (
     scale_parameter,
     smoothquant,
 )
+from qnpu_jax.transform.channel_splitting import channel_copies, split_channels
 from qnpu_jax.transform.double_norms import with_double_norms
 from qnpu_jax.transform.fold import check_folded, fold_norms
 from qnpu_jax.transform.key_centring import centre_keys, key_centres
@@ -29,6 +30,7 @@ __all__ = [
     "Starts",
     "add_prefix",
     "centre_keys",
+    "channel_copies",
     "channel_peaks",
     "check_folded",
     "find_prefix",
@@ -44,6 +46,7 @@ __all__ = [
     "scale_channels",
     "scale_parameter",
     "smoothquant",
+    "split_channels",
     "with_double_norms",
     "without_prefix",
 ]

@@ -90,7 +90,15 @@ def test_our_recipes_learn_at_every_effort_but_none():
             # Calibrated w8a16 is as good as float: learning only moves it away.
             assert bool(learns) == (name != "w8a16")
             assert (effort.steps > 0) == (effort.name != "none")
-    assert {g for s in RECIPES["w4a8"].stages for g, _ in s.learn} == {*GROUPS}
+    groups = {w: {g for s in RECIPES[w].stages for g, _ in s.learn} for w in ("w8a8", "w4a8")}
+    assert groups == {"w8a8": {*GROUPS}, "w4a8": {*GROUPS} - {"rotation", "diagonal"}}
+
+
+def test_loud_channels_are_scaled_where_columns_bear_it_and_copied_where_not():
+    for name in OURS:
+        recipe, narrow = RECIPES[name], "a8" in name
+        assert bool(recipe.peak_limit) == (narrow and name.startswith("w8"))
+        assert bool(recipe.split_channels) == (narrow and name.startswith("w4"))
 
 
 def test_a_rate_by_its_group():
