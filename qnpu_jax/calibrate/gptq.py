@@ -59,6 +59,10 @@ class GptqSettings:
       damping: lambda as a fraction of the mean of H's diagonal.
       asymmetric: how far the target moves from W x_q (0) to the float model's W x (1), in weights
         and bias; `Stage.gptaq`.
+      loudest: a token counts for this many usual ones at most, by |x_q|^2 and its median. The norms
+        after a block measure an error by the token that it falls on; without a limit, the first
+        token of a model without a prefix, a hundred times as long as the others, is all that is
+        fitted.
       exact: return weights on the grid, code times scale; otherwise the compensated weights as they
         were when they were rounded, less than half a code away, for learning that starts there.
       batch: windows per pass.
@@ -68,6 +72,7 @@ class GptqSettings:
     factors: tuple[float, ...] = (1.0, 0.8, 0.9, 1.1)
     damping: float = 0.05
     asymmetric: float = 0.0
+    loudest: float = 4.0
     exact: bool = True
     batch: int = 8
     only: Chooser = in_layers
@@ -122,6 +127,8 @@ def gptq(
 
 class Moments(NamedTuple):
     """Moments of a linear's input over all tokens: x in the float model, x_q in the quantized one.
+
+    Expectations weigh token t by min(1, `loudest` median |x_q|^2 / |x_q,t|^2).
 
     Attributes:
       mean, mean_q: E[x], E[x_q].
@@ -316,7 +323,7 @@ def _fit_layers(
         *parts, last = segments(here.graph, inputs, out)
         for group, part in zip(chosen[here.graph], parts, strict=True):
             quantized.values = list(quantized.run(here, part, arrays, part.outputs))
-            m = _moments(group.input, quantized.values, wanted)
+            m = _moments(group.input, quantized.values, wanted, settings.loudest)
             fitted = _fitted(_arrays(here, group, params, scale), m, settings)
             here.put(params, group.weights, fitted[0])
             here.put(params, group.biases, fitted[1])
@@ -342,32 +349,52 @@ def _arrays(here: GraphLayer, group: Linears, params: Params, scale: Params) -> 
     )
 
 
-def _moments(name: str, got: Iterable[Tensors], wanted: list[Tensors]) -> Moments:
+def _moments(name: str, got: Iterable[Tensors], wanted: list[Tensors], loudest: float) -> Moments:
     """Moments of a tensor, batches (B, T, K) added up in float64.
 
     Args:
       got: the quantized model's tensors, batch by batch.
       wanted: the float model's; where there are none, x is x_q.
+      loudest: as in `GptqSettings`.
     """
+    read = [tensors[name] for tensors in got]
+    weights = _token_weights([np.asarray(_squares(x_q)) for x_q in read], loudest)
     total: list[jax.Array] = []
-    count = 0
-    for i, x_q in enumerate(tensors[name] for tensors in got):
+    for i, (x_q, w) in enumerate(zip(read, weights, strict=True)):
         pairs = [(wanted[i][name], x_q), (x_q, x_q)] if wanted else [(x_q, x_q)]
-        sums = [s for pair in pairs for s in _sums(*pair)]
+        sums = [s for pair in pairs for s in _sums(*pair, jnp.asarray(w))]
         with jax.enable_x64(True):  # here alone: the passes themselves are float32
             total = _added(total or [jnp.zeros_like(s, jnp.float64) for s in sums], sums)
-        count += x_q.shape[0] * x_q.shape[1]
+    count = sum(w.sum(dtype=np.float64) for w in weights)
     with jax.enable_x64(True):
         means = [s / np.float64(count) for s in total]
     return Moments(*(means if wanted else means * 2))
 
 
+def _token_weights(
+    squares: list[Float32[np.ndarray, "_ t"]], loudest: float
+) -> list[Float32[np.ndarray, "_ t"]]:
+    """min(1, loudest median |x|^2 / |x_t|^2) of every token; 1 of a token of zeros.
+
+    >>> _token_weights([np.float32([[1, 1, 100, 0]])], 4.0)[0].round(3).tolist()
+    [[1.0, 1.0, 0.04, 1.0]]
+    """
+    limit = loudest * np.median(np.concatenate([x.ravel() for x in squares]))
+    return [limit / np.maximum(x, limit) if limit else np.ones_like(x) for x in squares]
+
+
+@jax.jit
+def _squares(x: Float32[Array, "b t k"]) -> Float32[Array, "b t"]:
+    """|x|^2 of every token."""
+    return jnp.sum(jnp.square(x), axis=-1)
+
+
 @jax.jit
 def _sums(
-    x: Float32[Array, "b t k"], y: Float32[Array, "b t k"]
+    x: Float32[Array, "b t k"], y: Float32[Array, "b t k"], weights: Float32[Array, "b t"]
 ) -> tuple[Float32[Array, " k"], Float32[Array, "k k"]]:
-    """sum x and sum x y^T over all tokens."""
-    x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
+    """sum w x and sum w x y^T over all tokens."""
+    x, y = (a.reshape(-1, a.shape[-1]) for a in (x * weights[..., None], y))
     return x.sum(0), jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -12,6 +12,7 @@ import tiny
 from qnpu_jax.calibrate.gptq import (
     GptqSettings,
     GraphLayer,
+    _moments,
     gptq,
     in_layers,
     linears_by_input,
@@ -170,3 +171,23 @@ def test_biases_take_the_mean_error_of_the_outputs():
     _, params, _, scales, _ = model()
     assert min(mean_errors(params, scales, params)) > 0.01, "rounded to nearest"
     assert max(mean_errors(fitted().params, scales, params)) < 1e-4  # 288 tokens in float32
+
+
+def test_a_token_counts_for_so_many_usual_ones_at_most():
+    """One that is a hundred times as long as the others would be ten thousand of them."""
+    x = np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)  # each as long as the next
+    x[0, 0] *= 100
+    read = [{"x": jnp.asarray(x[:2])}, {"x": jnp.asarray(x[2:])}]
+    limited, whole = (_moments("x", read, [], loudest) for loudest in (4.0, 1e9))
+    weights = np.ones((3, 5))
+    weights[0, 0] = 4 / 100**2
+    flat, w = x.reshape(-1, 4).astype(np.float64), weights.reshape(-1, 1)
+    for found, by in ((limited, w), (whole, np.ones_like(w))):
+        expected = ((by * flat).T @ flat / by.sum(), (by * flat).sum(0) / by.sum())
+        for one, other in zip((found.gram, found.mean_q), expected, strict=True):
+            # Sums over ten tokens in float32.
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert np.trace(limited.gram) < 2 < 600 < np.trace(whole.gram)
+    silent = _moments("x", [{"x": jnp.zeros((1, 2, 4), jnp.float32)}], [], 4.0)
+    assert not np.asarray(silent.gram).any(), "weights of 1, not a division by 0"
