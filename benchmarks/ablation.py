@@ -80,6 +80,20 @@ def two_stages(learned: bool) -> Callable[[Recipe], Recipe]:
     return change
 
 
+def stage_before(recipe: Recipe) -> Recipe:
+    """A tenth of the steps before GPTQ, in which all learns that 8-bit recipes do but weights."""
+    if not any(stage.gptq for stage in recipe.stages):
+        return recipe
+    (before,) = without("rounding")(load_recipe("w8a8")).stages
+    after = (dataclasses.replace(s, share=0.9 * s.share) for s in recipe.stages)
+    return dataclasses.replace(recipe, stages=(dataclasses.replace(before, share=0.1), *after))
+
+
+def loud(limit: float, copies: int) -> Callable[[Recipe], Recipe]:
+    """The recipe that does this about the loud channels of `down`'s input."""
+    return with_(peak_limit=limit, split_channels=copies)
+
+
 ROWS: dict[str, Callable[[Recipe], Recipe]] = {
     FULL: lambda recipe: recipe,
     "no-learning": with_(stages=()),
@@ -109,6 +123,13 @@ ROWS: dict[str, Callable[[Recipe], Recipe]] = {
     "no-gptq": every_stage(gptq=False),
     "no-rounding": without("rounding"),
     "gptq-only": with_(stages=(Stage(gptq=True),)),
+    "stage-before-gptq": stage_before,
+    "loud-channels": loud(0.0, 0),
+    "limit-4": loud(4.0, 0),
+    "limit-2": loud(2.0, 0),
+    "limit-1": loud(1.0, 0),
+    "copies-64": loud(0.0, 64),
+    "copies-128": loud(0.0, 128),
 }
 
 

@@ -227,6 +227,17 @@ def test_the_full_recipe_comes_first_whatever_is_asked():
     assert found == [(ablation.FULL, 0), ("ce", 0), (ablation.FULL, 1), ("ce", 1)]
 
 
+def test_rows_about_loud_channels_and_a_stage_before_gptq():
+    rows = ["loud-channels", "limit-1", "copies-64", "stage-before-gptq"]
+    assert list(dict(ablation.variants(W8A8, rows, [0])))[1:] == ["loud-channels", "copies-64"]
+    found = dict(ablation.variants(RECIPES["w4a8"], rows, [0]))
+    assert list(found)[1:] == ["loud-channels", "limit-1", "stage-before-gptq"]
+    before, after = found["stage-before-gptq"].stages
+    assert (before.gptq, after.gptq) == (False, True)
+    assert (before.share, after.share) == (0.1, 0.9)
+    assert before.rate("diagonal") and not before.rate("rounding")
+
+
 def ablated(**scores):
     """Rows of `full` and others: a list of perplexities, one per seed."""
     return [
