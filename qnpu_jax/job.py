@@ -201,6 +201,10 @@ def _report(
         "seconds": {k: round(v, 2) for k, v in watch.seconds.items()},
         "rotations": rotations_of(checkpoint.config) if job.recipe.rotation != "none" else {},
         "norms": "twice" if made.model.config.double_norms else "once",
+        "mlp_channels": {
+            "original": checkpoint.config.intermediate_size,
+            "added": job.recipe.split_channels,
+        },
         "prefix": dataclasses.asdict(made.prefix) if made.prefix else None,
         **({"coverage": dataclasses.asdict(made.coverage)} if made.coverage else {}),
         "learned": _learned(job, made.histories),

@@ -86,6 +86,7 @@ def test_report(folder, out):
     assert set(report["sha256"]) == files - {"report.json"}
     assert report["rotations"] == {"R1": "residual stream", "R2": "values of each layer"}
     assert report["norms"] == "once"
+    assert report["mlp_channels"]["added"] == 0
     assert str(folder) not in (out / "report.json").read_text()
     assert max(map(len, (out / "report.json").read_text().splitlines())) < 200
 

@@ -5,6 +5,7 @@ recipe.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
@@ -276,9 +277,10 @@ def graph(
         from qnpu_jax.graph import decoder
         from qnpu_jax.models import load_params
         from qnpu_jax.recipes import load_recipe
-    plan = load_recipe(recipe).bits
-    config = load_params(model)[0]
-    for part in decoder(config, plan, prefill, prefix).graphs:
+    asked, config = load_recipe(recipe), load_params(model)[0]
+    width = config.intermediate_size + asked.split_channels
+    config = replace(config, intermediate_size=width)
+    for part in decoder(config, asked.bits, prefill, prefix).graphs:
         typer.echo(str(part))
 
 

@@ -61,6 +61,9 @@ def _rows(report: dict[str, Any]) -> Iterator[list[tuple[str, str, str]]]:
         yield [("rotations", *first), *(("", *row) for row in rest)]
     if report["norms"] == "twice":
         yield [("norms", "taken twice", "some tokens are over 30 times as long as the median one")]
+    if (channels := report["mlp_channels"])["added"]:
+        added = f"{channels['added']} to {channels['original']:,}, copies of the loudest"
+        yield [("MLP", "channels added", added)]
     if prefix:
         yield _prefix_rows(prefix)
     if report["learned"]:

@@ -99,6 +99,9 @@ def test_the_table_says_which_rotation_is_not_merged_and_why(made, monkeypatch, 
     assert "R1" in shown and "not merged: a norm's gain stands between each block" in shown
     report_table.show(report_of(made, rotations={}, norms="twice"))
     assert "taken twice" in (shown := capfd.readouterr().out) and "rotations" not in shown
+    assert "MLP" not in shown
+    report_table.show(report_of(made, mlp_channels={"original": 1536, "added": 64}))
+    assert "64 to 1,536, copies of the loudest" in capfd.readouterr().out
 
 
 def test_a_prefix_that_does_not_help_is_a_warning(made, monkeypatch, capfd):
@@ -173,6 +176,8 @@ def test_recipe_and_graph(qnpu, here):
     status, out, _ = qnpu("graph", "model", "--recipe", "own.json", "--prefill", "4")
     assert status == 0
     assert "fully_connected(input, q.weight:i4[32,32]" in out.replace("attn.", "")
+    width = json.loads((here / "model" / "config.json").read_text())["intermediate_size"]
+    assert f"up.weight:i4[{width + 64},32]" in out, "with the channels that the recipe adds"
 
 
 # verify.
