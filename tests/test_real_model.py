@@ -186,8 +186,8 @@ def test_channels_in_copies_are_the_same_model(checkpoint, folded):
             np.asarray(jax.jit(partial(forward, d))(p, jnp.asarray(windows[0])))
             for d, p in ((dec, folded), (wider, split))
         )
-    # float32 sums of 1,600 terms and of 30 layers in another order, of logits up to 30.
-    np.testing.assert_allclose(after, before, atol=3e-3)
+    # float32 sums of 1,600 terms and 30 layers in another order, of logits up to 36: 9e-5 seen.
+    np.testing.assert_allclose(after, before, atol=3e-4)
 
 
 def test_it_knows_a_few_things(checkpoint, folded):
