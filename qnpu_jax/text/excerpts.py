@@ -304,12 +304,15 @@ def end_windows(available: int, effort: Effort) -> int:
 
 
 def _material(text: Tokens, length: int, recipe: Recipe, effort: Effort | None) -> Material:
-    """Excerpts to calibrate with, to learn from and to judge by: of the text's end only the last.
+    """Excerpts to calibrate with, to learn from and to judge by: of the text's end only the last,
+    which leaves a window to calibrate with.
 
     Args:
       length: tokens of a window of calibration.
     """
     count = end_windows(len(text.ids) // effort.length, effort) if effort else 0
+    if effort:
+        count = min(count, max(0, len(text.ids) - length) // effort.length)
     learning = end = None
     if effort and count:
         end = text.last(effort.length, count)
@@ -346,6 +349,7 @@ def written(
     # GPTQ reads what is there: more is not written for its sake.
     tokens, rows = max(count, recipe.calibration_pool // length) * length, length
     if effort:
+        tokens += effort.held_out * effort.length  # nobody but the judge reads the end
         tokens, rows = max(tokens, min(effort.own_tokens, effort.tokens)), effort.length
     writer = self_written.Writer(checkpoint.config, recipe.bits, params)
     windows = self_written.calibration_windows(

@@ -93,7 +93,7 @@ def test_written(checkpoint, recipe, monkeypatch, tokens):
 
     monkeypatch.setattr("qnpu_jax.text.self_written.calibration_windows", write)
     calibration, learning, end = excerpts.written(checkpoint, {}, recipe, effort, lambda s, _: s)
-    assert asked == [(max(128, min(tokens, 2000)), 48, recipe.seed)]
+    assert asked == [(max(128 + 3 * 48, min(tokens, 2000)), 48, recipe.seed)]
     np.testing.assert_array_equal(calibration.windows, np.arange(128).reshape(4, 32))
     assert learning is not None
     assert learning.windows.shape == ({10: 1, 500: 10, 10**9: 39}[tokens], 48)
@@ -157,6 +157,19 @@ def test_nothing_reads_the_end_that_judges(folder, checkpoint, recipe, monkeypat
     read += [] if made.calibration.pool is None else [made.calibration.pool]
     assert max(x.max() for x in read) < 1056
     assert made.calibration.windows.max() >= 1020, "all that is left"
+
+
+@pytest.mark.parametrize("length", [384, 390, 431, 432])
+def test_the_end_leaves_a_window_to_calibrate_with(checkpoint, recipe, length):
+    """Eight windows to learn from, whose last one is the end where that leaves enough."""
+    ids = np.arange(2 * length, dtype=np.int32).reshape(2, length)[:1] % VOCAB
+    made = excerpts.given(ids, checkpoint, recipe, EFFORT)
+    np.testing.assert_array_equal(made.calibration.windows, ids)
+    assert made.end is None and made.learning is not None
+    shorter = dataclasses.replace(recipe, calibration_length=length - 48)
+    text = excerpts.Tokens("a", "a", "", ids.ravel().tolist())
+    made = excerpts._material(text, shorter.calibration_length, shorter, EFFORT)
+    assert made.end is not None and made.calibration.windows.shape == (1, length - 48)
 
 
 def test_a_pool_for_gptq(folder, checkpoint, recipe, monkeypatch):
