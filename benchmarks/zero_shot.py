@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qnpu_jax import artifacts
 from qnpu_jax.config import bit_plan
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer import storage
@@ -41,6 +42,9 @@ def arguments() -> argparse.Namespace:
     which.add_argument("--folder", type=Path, help="output folder of `qnpu quantize`")
     which.add_argument("--float", action="store_true", help="the float model alone")
     parser.add_argument("--model", default="smollm2-135m", help="the float model")
+    parser.add_argument(
+        "--float-rows", type=Path, metavar="FILE", help="an earlier --json, whose float is taken"
+    )
     parser.add_argument("--no-fake-quant", action="store_true", help="float and simulator only")
     parser.add_argument("--only", nargs="+", help="names of tasks; default all of the folder")
     parser.add_argument("--limit", type=int, help="items per task; default all")
@@ -111,8 +115,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
     found = [task for task in found if not args.only or task.name in args.only]
     about: dict[str, Any] = {"model": checkpoint.source, "recipe": None, "goal": None}
-    params = jax.device_put(fold_norms(config, dict(checkpoint.params)))
-    readings = {"float": float_logits(config, bit_plan(8, 8), params)}
+    about["measured_on"] = measured_on(args, checkpoint)
+    rows: list[dict[str, Any]] = []
+    readings: dict[str, Logits] = {}
+    if args.float_rows:
+        rows += earlier_float(args.float_rows, about["measured_on"], [t.name for t in found])
+    else:
+        params = jax.device_put(fold_norms(config, dict(checkpoint.params)))
+        readings["float"] = float_logits(config, bit_plan(8, 8), params)
     if args.folder:
         about["recipe"] = recipe_name(args.folder, checkpoint)
         model = storage.load(args.folder)
@@ -124,7 +134,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         f"{'reading':10} {'task':14} {'items':>5} {'acc':>7} {'acc_norm':>8} {'stderr':>6}"
         f" {'perplexity':>10} {'seconds':>8}"
     )
-    rows: list[dict[str, Any]] = []
     for name, logits in readings.items():
         bos = tokenizer.bos_id if tokenizer.adds_bos and name == "float" else None
         scoring = tasks.Scoring(bos, args.lengths, args.batch_tokens)
@@ -133,6 +142,35 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             (result,) = tasks.score(logits, [task], tokenizer, config.vocab_size, scoring)
             rows.append(_row(name, result, time.perf_counter() - start))
     return {**about, "rows": rows}
+
+
+def measured_on(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What float rows depend on: model, files of tasks, items of each."""
+    files = {path.name: artifacts.digest(path) for path in sorted(args.tasks.glob("*.jsonl"))}
+    return {"model": checkpoint.sha256, "tasks": files, "limit": args.limit}
+
+
+def earlier_float(path: Path, expected: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The float rows of an earlier report.
+
+    Raises:
+      UserError: no report, or one of another model, other files of tasks, or other items.
+    """
+    try:
+        report = json.loads(path.read_text())
+        rows = {row["task"]: row for row in report["rows"] if row["reading"] == "float"}
+        found = report["measured_on"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: no report of this benchmark ({error!r}); expected what an earlier run wrote"
+            " by --json; leave --float-rows out"
+        ) from None
+    if found != expected or any(name not in rows for name in names):
+        raise UserError(
+            f"{path}: float rows of {sorted(rows)} on {found}; expected {names} on {expected};"
+            " leave --float-rows out"
+        )
+    return [rows[name] for name in names]
 
 
 def _row(reading: str, result: tasks.TaskResult, seconds: float) -> dict[str, Any]:
