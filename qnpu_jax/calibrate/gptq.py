@@ -10,7 +10,7 @@ Letters: N output channels, K inputs, B windows of a batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Float64, Int
+from jaxtyping import Array, Float32, Int
 
 from qnpu_jax.calibrate.gptq_columns import Channels, Rows, Square, round_columns
+from qnpu_jax.calibrate.input_moments import Moments, input_moments
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant import graph_tensors, jit_brief, shared_inputs
 from qnpu_jax.graph import (
@@ -123,22 +124,6 @@ def gptq(
     ids = [jnp.asarray(windows[i : i + settings.batch], jnp.int32) for i in starts]
     quantized = _ForwardPass(dec, dict(params), dict(scales), [{"ids": x} for x in ids])
     return _fit_layers(quantized, params, settings, track)
-
-
-class Moments(NamedTuple):
-    """Moments of a linear's input over all tokens: x in the float model, x_q in the quantized one.
-
-    Expectations weigh token t by min(1, `loudest` median |x_q|^2 / |x_q,t|^2).
-
-    Attributes:
-      mean, mean_q: E[x], E[x_q].
-      cross, gram: E[x x_q^T], E[x_q x_q^T].
-    """
-
-    mean: Float64[Array, " k"]
-    cross: Square
-    mean_q: Float64[Array, " k"]
-    gram: Square
 
 
 class LinearArrays(NamedTuple):
@@ -323,7 +308,7 @@ def _fit_layers(
         *parts, last = segments(here.graph, inputs, out)
         for group, part in zip(chosen[here.graph], parts, strict=True):
             quantized.values = list(quantized.run(here, part, arrays, part.outputs))
-            m = _moments(group.input, quantized.values, wanted, settings.loudest)
+            m = input_moments(group.input, quantized.values, wanted, settings.loudest)
             fitted = _fitted(_arrays(here, group, params, scale), m, settings)
             here.put(params, group.weights, fitted[0])
             here.put(params, group.biases, fitted[1])
@@ -347,58 +332,3 @@ def _arrays(here: GraphLayer, group: Linears, params: Params, scale: Params) -> 
         scale=jnp.asarray(here.get(scale, group.weights)),
         qmax=jnp.asarray(np.concatenate(qmax)),
     )
-
-
-def _moments(name: str, got: Iterable[Tensors], wanted: list[Tensors], loudest: float) -> Moments:
-    """Moments of a tensor, batches (B, T, K) added up in float64.
-
-    Args:
-      got: the quantized model's tensors, batch by batch.
-      wanted: the float model's; where there are none, x is x_q.
-      loudest: as in `GptqSettings`.
-    """
-    read = [tensors[name] for tensors in got]
-    weights = _token_weights([np.asarray(_squares(x_q)) for x_q in read], loudest)
-    total: list[jax.Array] = []
-    for i, (x_q, w) in enumerate(zip(read, weights, strict=True)):
-        pairs = [(wanted[i][name], x_q), (x_q, x_q)] if wanted else [(x_q, x_q)]
-        sums = [s for pair in pairs for s in _sums(*pair, jnp.asarray(w))]
-        with jax.enable_x64(True):  # here alone: the passes themselves are float32
-            total = _added(total or [jnp.zeros_like(s, jnp.float64) for s in sums], sums)
-    count = sum(w.sum(dtype=np.float64) for w in weights)
-    with jax.enable_x64(True):
-        means = [s / np.float64(count) for s in total]
-    return Moments(*(means if wanted else means * 2))
-
-
-def _token_weights(
-    squares: list[Float32[np.ndarray, "_ t"]], loudest: float
-) -> list[Float32[np.ndarray, "_ t"]]:
-    """min(1, loudest median |x|^2 / |x_t|^2) of every token; 1 of a token of zeros.
-
-    >>> _token_weights([np.float32([[1, 1, 100, 0]])], 4.0)[0].round(3).tolist()
-    [[1.0, 1.0, 0.04, 1.0]]
-    """
-    limit = loudest * np.median(np.concatenate([x.ravel() for x in squares]))
-    return [limit / np.maximum(x, limit) if limit else np.ones_like(x) for x in squares]
-
-
-@jax.jit
-def _squares(x: Float32[Array, "b t k"]) -> Float32[Array, "b t"]:
-    """|x|^2 of every token."""
-    return jnp.sum(jnp.square(x), axis=-1)
-
-
-@jax.jit
-def _sums(
-    x: Float32[Array, "b t k"], y: Float32[Array, "b t k"], weights: Float32[Array, "b t"]
-) -> tuple[Float32[Array, " k"], Float32[Array, "k k"]]:
-    """sum w x and sum w x y^T over all tokens."""
-    x, y = (a.reshape(-1, a.shape[-1]) for a in (x * weights[..., None], y))
-    return x.sum(0), jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.jit
-def _added(total: list[jax.Array], sums: list[jax.Array]) -> list[jax.Array]:
-    """float64 totals plus float32 sums."""
-    return [a + b.astype(jnp.float64) for a, b in zip(total, sums, strict=True)]

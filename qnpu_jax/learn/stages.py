@@ -71,7 +71,7 @@ def schedule(recipe: Recipe, effort: Effort) -> list[tuple[Stage, int]]:
 
     >>> from qnpu_jax import EFFORTS, RECIPES
     >>> [steps for _, steps in schedule(RECIPES["w4a8"], EFFORTS["full"])]
-    [60, 540]
+    [600]
     """
     out = []
     for stage in recipe.stages:

@@ -12,11 +12,11 @@ import tiny
 from qnpu_jax.calibrate.gptq import (
     GptqSettings,
     GraphLayer,
-    _moments,
     gptq,
     in_layers,
     linears_by_input,
 )
+from qnpu_jax.calibrate.input_moments import input_moments
 from qnpu_jax.config import BitPlan
 from qnpu_jax.fakequant.fake_quant import fake_quant
 from qnpu_jax.fakequant.passes import passes
@@ -179,7 +179,7 @@ def test_a_token_counts_for_so_many_usual_ones_at_most():
     x /= np.linalg.norm(x, axis=-1, keepdims=True)  # each as long as the next
     x[0, 0] *= 100
     read = [{"x": jnp.asarray(x[:2])}, {"x": jnp.asarray(x[2:])}]
-    limited, whole = (_moments("x", read, [], loudest) for loudest in (4.0, 1e9))
+    limited, whole = (input_moments("x", read, [], loudest) for loudest in (4.0, 1e9))
     weights = np.ones((3, 5))
     weights[0, 0] = 4 / 100**2
     flat, w = x.reshape(-1, 4).astype(np.float64), weights.reshape(-1, 1)
@@ -189,5 +189,5 @@ def test_a_token_counts_for_so_many_usual_ones_at_most():
             # Sums over ten tokens in float32.
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     assert np.trace(limited.gram) < 2 < 600 < np.trace(whole.gram)
-    silent = _moments("x", [{"x": jnp.zeros((1, 2, 4), jnp.float32)}], [], 4.0)
+    silent = input_moments("x", [{"x": jnp.zeros((1, 2, 4), jnp.float32)}], [], 4.0)
     assert not np.asarray(silent.gram).any(), "weights of 1, not a division by 0"
