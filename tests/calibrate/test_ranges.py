@@ -39,7 +39,7 @@ def streamed(parts) -> Stats:
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_no_histogram_is_wide_enough_for_what_is_not_finite(value):
     with pytest.raises(UserError, match="holds NaN or Inf on the calibration text; expected"):
-        streamed([np.float32([1, value])])
+        streamed([np.asarray([1, value], np.float32)])
 
 
 @given(CHUNKS)
