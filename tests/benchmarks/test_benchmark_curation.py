@@ -97,9 +97,10 @@ def test_a_row_is_the_model_that_its_windows_give(monkeypatch, folder):
         config, params, recipe, first, starts_of(checkpoint.tokenizer), Observer()
     )
     dec = study.model.dec
-    stats = collect_statistics(dec, begun.params, windows)
+    scaled = pipeline.smoothed(dec, begun.params, recipe, first)
+    stats = collect_statistics(dec, scaled, windows)
     free, _ = calibrate_activations(dec, stats, recipe.activation_init, False)
-    model = freeze(dec, begun.params, free | study.model.weights, begun.tokens)
+    model = freeze(dec, scaled, free | study.model.weights, begun.tokens)
     original = float_logits(begun.config, recipe.bits, begun.original)
     found = divergence(original, fake_quant_logits(model), bench.held_out, 2)
     assert row["kls"]["text"] == pytest.approx(found.kl, rel=1e-3)  # biases in float, or in int32
