@@ -130,7 +130,7 @@ class Bench:
         held_out, other = excerpts.judged(self.checkpoint, effort_if_any)
         judges = {excerpts.DOCUMENTATION: held_out.windows} if held_out else {}
         for name, ids in texts.items() if held_out else ():
-            count = excerpts.end_windows(len(ids) // effort.length, effort)
+            count = excerpts.end_windows(len(ids), recipe.calibration_length, effort)
             if count:
                 begin = len(ids) - count * effort.length
                 judges[f"end of {name}"] = cut(ids[begin:], effort.length, count, name)

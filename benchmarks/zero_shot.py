@@ -145,7 +145,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured_on(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What float rows depend on: model, files of tasks, items of each."""
+    """Names all that float rows depend on: the model, the tasks' files, and how many items."""
     files = {path.name: artifacts.digest(path) for path in sorted(args.tasks.glob("*.jsonl"))}
     return {"model": checkpoint.sha256, "tasks": files, "limit": args.limit}
 

@@ -5,7 +5,7 @@ inputs that the quantized model gives it, ||W x_q - W_q x_q||^2: codes that are 
 compensate each other's errors, and the bias, which every FULLY_CONNECTED has, takes the mean error.
 Scales stay static and per output channel.
 
-Letters: N output channels, K inputs, B windows of a batch, T tokens.
+Letters: N output channels, K inputs.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def gptq(
 
         w_k <- w_k - (w_j - code_j s) U_jk / U_jj,    H^-1 = U^T U, U upper triangular
 
-    The bias takes the mean error that is left: b <- b + (W - W_q) E[x_q].
+    The bias takes the mean error that is left: b <- b + (W - W_q) E[x_q]. E weighs tokens by
+    `GptqSettings.loudest`.
 
     Args:
       dec: staged for windows of T tokens.

@@ -294,25 +294,29 @@ def given(
     return _material(text, length, recipe, effort)
 
 
-def end_windows(available: int, effort: Effort) -> int:
-    """Returns how many of a text's windows are its end, which is held out.
+def end_windows(tokens: int, length: int, effort: Effort) -> int:
+    """Returns how many windows of `effort.length` tokens are the end of a text, which is held out:
+    an eighth of them at most, and none that would leave no window to calibrate with.
 
-    >>> end_windows(100, Effort("a", 1, held_out=4)), end_windows(20, Effort("a", 1, held_out=4))
-    (4, 2)
+    >>> effort = Effort("a", 1, length=10, held_out=4)
+    >>> [end_windows(tokens, 150, effort) for tokens in (1000, 200, 165)]
+    [4, 2, 1]
+
+    Args:
+      tokens: of the whole text.
+      length: tokens of a window of calibration.
     """
-    return min(effort.held_out, available // END)
+    left = max(0, tokens - length) // effort.length
+    return min(effort.held_out, tokens // effort.length // END, left)
 
 
 def _material(text: Tokens, length: int, recipe: Recipe, effort: Effort | None) -> Material:
-    """Excerpts to calibrate with, to learn from and to judge by: of the text's end only the last,
-    which leaves a window to calibrate with.
+    """Excerpts to calibrate with, to learn from and to judge by: of the text's end only the last.
 
     Args:
       length: tokens of a window of calibration.
     """
-    count = end_windows(len(text.ids) // effort.length, effort) if effort else 0
-    if effort:
-        count = min(count, max(0, len(text.ids) - length) // effort.length)
+    count = end_windows(len(text.ids), length, effort) if effort else 0
     learning = end = None
     if effort and count:
         end = text.last(effort.length, count)
