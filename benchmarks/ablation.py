@@ -121,6 +121,7 @@ ROWS: dict[str, Callable[[Recipe], Recipe]] = {
     "weights-minmax": with_(weight_init="minmax"),
     "weights-sigma": with_(weight_init="sigma"),
     "no-gptq": every_stage(gptq=False),
+    "gptaq-quarter": every_stage(gptaq=0.25),
     "no-rounding": without("rounding"),
     "gptq-only": with_(stages=(Stage(gptq=True),)),
     "stage-before-gptq": stage_before,
