@@ -43,7 +43,7 @@ def print_estimates(model: IntegerModel, prefill: int, context: int) -> None:
 
 def _estimates(model: IntegerModel, prefill: int, context: int) -> Table:
     made = table(
-        "estimates, not measurements: the larger of bytes / bandwidth and MACs / rate",
+        "estimates, not measurements: a start, and the larger of bytes / bandwidth and MACs / rate",
         ("SoC", "signature", "ms", "tokens/s", "bound by", "fit's error"),
         LEFT,
     )

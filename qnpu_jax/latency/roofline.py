@@ -1,14 +1,14 @@
 """Roofline ESTIMATE of latency on an NPU that is not at hand, with the error of its fit.
 
-    seconds = max(DDR bytes / bandwidth, sum_w MACs_w f_w / rate)
+    seconds = start + max(DDR bytes / bandwidth, sum_w MACs_w f_w / rate)
 
-where w is the number of bits of the activations. Bandwidth (bytes/s) and rate (MACs/s) of an SoC
-are means of what published measurements achieved, so they include the losses of those programs.
-There is no model of cycles.
+where w is the number of bits of the activations. Start (seconds a call), bandwidth (bytes/s) and
+rate (MACs/s) of an SoC are fitted to published measurements, so they include the losses of those
+programs. There is no model of cycles.
 
-The fit has few points: six decode and three prefill rates for SM8750, two and two for SM8650
-(`validation` predicts each from the others). All are models with 4-bit weights and 16-bit
-activations at a short context. For other models the error of the fit says less.
+The fit has few points: seven decode and three prefill rates for SM8750, three and two for SM8650
+(`validation` predicts each from the others). All are models with 16-bit activations at a short
+context, with 4-bit weights but for the smallest. For other models the error of the fit says less.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
+from scipy.optimize import nnls
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import BatchMatmul, Decoder, FullyConnected, Graph
@@ -35,7 +38,7 @@ would give 1/2; no measurement at hand shows that."""
 
 @dataclass(frozen=True)
 class Published:
-    """A vendor's measurement of a model with 4-bit weights and 16-bit activations.
+    """A published measurement of a model with 16-bit activations.
 
     Attributes:
       soc, model: names.
@@ -55,19 +58,23 @@ class Published:
 
 
 _1B, _3B, _8B = 1_235_746_816, 3_212_574_720, 7_504_658_432
+_SMOL = 134.5e6
 PUBLISHED = (
+    Published("SM8750", "SmolLM2-135M", _SMOL, 254.0),
     Published("SM8750", "Qwen3-0.6B", 372e6, 125.0),
     Published("SM8750", "Llama-3.2-1B", 677e6, 67.2, _1B, (1783 + 2547) / 2),
     Published("SM8750", "Qwen3-1.7B", 947e6, 56.7),
     Published("SM8750", "Llama-3.2-3B", 1726e6, 26.5, _3B, 728.0),
     Published("SM8750", "Qwen3-4B", 2135e6, 26.1),
     Published("SM8750", "Llama-3-8B", 3907e6, 13.7, _8B, 399.0),
+    Published("SM8650", "SmolLM2-135M", _SMOL, 214.0),
     Published("SM8650", "Llama-3.2-1B", 677e6, 59.0, _1B, 1877.0),
     Published("SM8650", "Llama-3-8B", 3907e6, 12.0, _8B, 468.0),
 )
 """Published measurements. Rates: qai-hub-models, perf.yaml of each model (genie; SM8750 is in the
-Galaxy S25, SM8650 is the Snapdragon 8 Gen 3). Bytes were counted by Qualcomm's compiler for SM8750,
-and are taken for SM8650 too."""
+Galaxy S25, SM8650 is the Snapdragon 8 Gen 3); SmolLM2-135M: ExecuTorch, measured (SM8750) and the
+least that its tests accept (SM8650). Bytes were counted by Qualcomm's compiler for SM8750, and are
+taken for SM8650 too; SmolLM2's are its weights, of 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +116,39 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Seconds of a call that is bound by memory: start + bytes / bandwidth.
+
+    Attributes:
+      start: seconds that every call takes.
+      bandwidth: bytes per second.
+      errors: relative error of each measurement's seconds, predicted by the fit to the others.
+    """
+
+    start: float
+    bandwidth: float
+    errors: tuple[float, ...] = ()
+
+    def seconds(self, ddr_bytes: float | int) -> float:
+        """Returns the time of a call that moves this many bytes."""
+        return self.start + ddr_bytes / self.bandwidth
+
+    @property
+    def worst(self) -> float:
+        """Largest absolute value of the errors."""
+        return max(map(abs, self.errors), default=math.inf)
+
+
+@dataclass(frozen=True)
 class Soc:
     """Fits of an SoC.
 
     Attributes:
-      bandwidth: bytes per second.
       rate: MACs per second with 16-bit activations.
     """
 
     name: str
-    bandwidth: Fit
+    memory: Memory
     rate: Fit
 
 
@@ -160,14 +190,29 @@ class Validation:
 
 
 def fit(name: str, rows: Sequence[Published]) -> Soc:
-    """Fits bandwidth and rate of an SoC to measurements.
+    """Fits an SoC to measurements.
 
-    Decode is bound by memory: bandwidth = bytes per token x tokens per second. Prefill is bound by
-    compute: rate = MACs per token x tokens per second.
+    Decode is bound by memory: 1 / rate = start + bytes / bandwidth, with least squares of relative
+    errors and no start below 0. Prefill is bound by compute: a chunk takes start + MACs / rate.
     """
-    bandwidth = tuple(r.bytes_per_token * r.decode for r in rows)
-    rate = tuple(r.macs * r.prefill for r in rows if r.macs and r.prefill)
-    return Soc(name, Fit(bandwidth), Fit(rate))
+    memory = _memory(rows)
+    if len(rows) > 1:
+        left = ((r, _memory([x for x in rows if x is not r])) for r in rows)
+        errors = tuple(m.seconds(r.bytes_per_token) * r.decode - 1 for r, m in left)
+        memory = replace(memory, errors=errors)
+    rate = tuple(
+        r.macs * CHUNK / (CHUNK / r.prefill - memory.start) for r in rows if r.macs and r.prefill
+    )
+    return Soc(name, memory, Fit(rate))
+
+
+def _memory(rows: Sequence[Published]) -> Memory:
+    if len(rows) == 1:  # one point has no start
+        return Memory(0.0, rows[0].bytes_per_token * rows[0].decode)
+    seconds = np.array([1 / r.decode for r in rows])
+    columns = np.array([[1.0, r.bytes_per_token * 1e-9] for r in rows]) / seconds[:, None]
+    (start, gigabyte), _ = nnls(columns, np.ones(len(rows)))
+    return Memory(float(start), 1e9 / float(gigabyte))
 
 
 SOCS = {
@@ -206,10 +251,11 @@ def estimate(soc: Soc, ddr_bytes: float | int, macs: Mapping[int, int]) -> Roofl
             f"activations of {sorted(unknown)} bits: no rate is known; expected"
             f" {sorted(WIDTH_TIME)} bits; estimate a model of those"
         )
-    memory = ddr_bytes / soc.bandwidth.mean
+    memory = soc.memory.seconds(ddr_bytes)
     compute = sum(n * WIDTH_TIME[bits] for bits, n in macs.items()) / soc.rate.mean
+    compute += soc.memory.start
     if memory >= compute:
-        return RooflineEstimate(memory, "memory", soc.bandwidth.worst)
+        return RooflineEstimate(memory, "memory", soc.memory.worst)
     return RooflineEstimate(compute, "compute", soc.rate.worst)
 
 
@@ -223,7 +269,7 @@ def validation() -> list[Validation]:
         left = fit(row.soc, [r for r in PUBLISHED if r.soc == row.soc and r is not row])
         own, macs = (row.soc, row.model), row.macs or 0
         step = estimate(left, row.bytes_per_token, {16: macs}).seconds
-        points = len(left.bandwidth.points)
+        points = sum(r.soc == row.soc for r in PUBLISHED) - 1
         rows.append(Validation(*own, "decode", points, 1 / step, row.decode))
         if row.prefill:
             chunk = estimate(left, row.bytes_per_token, {16: macs * CHUNK}).seconds

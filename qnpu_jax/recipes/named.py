@@ -123,8 +123,9 @@ have no gamma that could take those of their outputs. `spinquant` learns with ev
 where its authors quantize dynamically; Cayley-SGD at their rate of 1.5 does worse here than at
 0.15. `torchao-qat` and `executorch-qad` learn the weights alone, on cross-entropy and on KL (.99 of
 it as published, with .01 of cross-entropy); torchao's activations are dynamic and its weights have
-a scale for each 32, ExecuTorch's activations are static as here. `quant-npu` is arXiv 2605.20295 with Adam and masked gradients, the best of eight settings
-tried: SGD at its rate of 0.01 and unmasked gradients diverge here (benchmarks/README.md)."""
+a scale for each 32, ExecuTorch's activations are static as here. `quant-npu` is arXiv 2605.20295
+with Adam and masked gradients, the best of eight settings tried: SGD at its rate of 0.01 and
+unmasked gradients diverge here (benchmarks/README.md)."""
 
 RECIPES: dict[str, Recipe] = {f"w{w}a{a}": _ours(w, a) for w in (8, 4) for a in (8, 16)}
 RECIPES |= {r.name: r for w in (8, 4) for r in (_ours(w, 8, 8), _ours(w, 8, 8, 8))}
