@@ -218,6 +218,19 @@ def with_prefix(
     return Prefixed(config, params, original, tokens, found)
 
 
+def calibrated(begun: Prefixed, recipe: Recipe, text: Windows, watch: Observer) -> Calibrated:
+    """Sets every range of a float model, as for learning.
+
+    Args: as of `quantize`.
+    """
+    clips = prefix_clips(begun.found, learning=True)
+    with watch.stage("calibrate"):
+        dec = decoder(begun.config, recipe.bits, text.calibration.shape[1], len(begun.tokens))
+        text, _ = _chosen(dec, begun.params, recipe, text, watch)
+        params, free, _ = _calibrated(dec, begun.params, recipe, text, clips, watch)
+    return Calibrated(dec, params, free, clips, begun.original)
+
+
 def _chosen(
     dec: Decoder, params: Params, recipe: Recipe, text: Windows, watch: Observer
 ) -> tuple[Windows, Coverage | None]:

@@ -38,7 +38,7 @@ STAGES = (
         "score simulator",
     ),
     *("score LiteRT", "compile", r"layer \d+", "perplexity", "measure", "compare", "original"),
-    *("replace", "prove", "observe"),
+    *("replace", "prove", "observe", "round", "charge", "plan"),
 )
 PASSED = r"; \d+ s so far|: \d+ of \d+, (\d+ s left|\.\.\.)"
 STAGE = re.compile(rf"qnpu: ({'|'.join(STAGES)})({PASSED})?\n")

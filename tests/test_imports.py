@@ -24,7 +24,7 @@ LEVELS = {
         "calibrate output runtime text",
         "learn measure proof",
         "compilers diagnose latency pipeline",
-        "deploy job own_text",
+        "deploy job own_text plan",
         "api cli",
         "__init__",
     ])

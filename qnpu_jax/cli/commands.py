@@ -22,6 +22,7 @@ from qnpu_jax.cli import (
     complain,
     diagnose,
     importing,
+    plan,
     proof,
     text,
 )
@@ -74,6 +75,7 @@ def _before(
 app.add_typer(compilers.app)
 app.add_typer(bench.app)
 app.add_typer(diagnose.app)
+app.add_typer(plan.app)
 app.add_typer(proof.app)
 app.add_typer(text.app)
 

@@ -22,7 +22,7 @@ Reference: Sundararajan et al., Integrated Gradients (arXiv 1703.01365), Proposi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.diagnose.tensor_errors import Constants, rounding_tensors
-from qnpu_jax.fakequant import Edge, evaluate, fake_quant, scanned_inputs
-from qnpu_jax.graph import LAYERS, Decoder, Tensors, local
+from qnpu_jax.fakequant import Edge, decoder_logits, fake_quant
+from qnpu_jax.graph import LAYERS, Decoder, Tensors
 from qnpu_jax.measure import kl_terms
 
 POINTS = 3
@@ -88,7 +88,9 @@ def _slopes(
     dec: Decoder, values: Tensors, errors: Tensors, reference: jax.Array, factors: Tensors
 ) -> Tensors:
     def kl(factors: Tensors) -> jax.Array:
-        logits = _logits(dec, values, {n: (errors[n], factors[n]) for n in errors}, _with_errors)
+        logits = decoder_logits(
+            dec, values, {n: (errors[n], factors[n]) for n in errors}, _with_errors
+        )
         return jnp.sum(kl_terms(reference, logits)) / len(logits)
 
     return jax.grad(kl)(factors)
@@ -150,12 +152,12 @@ def _chosen(constants: Constants, names: Iterable[str]) -> dict[str, np.ndarray]
 
 @partial(jax.jit, static_argnums=0)
 def _injected(dec: Decoder, values: Tensors, extra: Tensors) -> jax.Array:
-    return _logits(dec, values, extra, _with_errors)
+    return decoder_logits(dec, values, extra, _with_errors)
 
 
 @partial(jax.jit, static_argnums=0)
 def _replaced(dec: Decoder, values: Tensors, extra: Tensors) -> jax.Array:
-    return _logits(dec, values, extra, _quantized)
+    return decoder_logits(dec, values, extra, _quantized)
 
 
 def _quantized(extra: Tensors) -> Edge:
@@ -180,36 +182,6 @@ def _values(constants: Constants, ids: Int[np.ndarray, " t"]) -> Tensors:
     """Returns what `_logits` reads: parameters by prefix of the graph, and tables."""
     whole = {g.prefix: constants.whole(g, ids) for g in constants.decoder.graphs}
     return {**whole, "tables": constants.tables}
-
-
-def _logits(
-    dec: Decoder, values: Tensors, extra: Tensors, edge: Callable[[Tensors], Edge]
-) -> jax.Array:
-    """Runs the decoder, with layers under `lax.scan` and rematerialised under autodiff.
-
-    Args:
-      values: of `_values`.
-      extra: what edges read, by global name without the layer, stacked over layers.
-      edge: makes the edge of one graph and layer from its part of `extra`, by local name.
-    """
-
-    kinds, tables = scanned_inputs(dec, values["tables"])
-
-    @jax.checkpoint
-    def step(x: jax.Array, layer: tuple[Tensors, Tensors, Any]) -> tuple[jax.Array, None]:
-        own, more, kind = layer
-        inputs = {"input.residual": x, **own, **tables(kind)}
-        return evaluate(dec.layer, inputs, edge(more))[dec.layer.outputs[0]], None
-
-    def whole(graph: Any, inputs: Tensors) -> jax.Array:
-        shared = dec.shared(graph, values["tables"])
-        own = values[graph.prefix]
-        found = evaluate(graph, {**inputs, **own, **shared}, edge(local(extra, graph.prefix)))
-        return found[graph.outputs[0]]
-
-    x = whole(dec.embed, {})
-    x, _ = jax.lax.scan(step, x, (values["layers."], local(extra, "layers."), kinds))
-    return whole(dec.head, {"input.residual": x})
 
 
 def kl(reference: Float[Array, "t v"], logits: Float[Array, "t v"]) -> float:

@@ -1,6 +1,7 @@
 """The graph in float, and on the integer grid with straight-through gradients."""
 
 from qnpu_jax.fakequant.compiling import BRIEF, Options, jit_brief
+from qnpu_jax.fakequant.edged_pass import decoder_logits, recorded_logits
 from qnpu_jax.fakequant.evaluate import Edge, evaluate
 from qnpu_jax.fakequant.fake_quant import fake_quant, lsq_factor, round_ste, scale_gradient
 from qnpu_jax.fakequant.forward import (
@@ -21,6 +22,7 @@ __all__ = [
     "Hidden",
     "Options",
     "Reading",
+    "decoder_logits",
     "evaluate",
     "fake_quant",
     "forward",
@@ -30,6 +32,7 @@ __all__ = [
     "jit_brief",
     "lsq_factor",
     "passes",
+    "recorded_logits",
     "round_ste",
     "scale_gradient",
     "scanned_inputs",

@@ -1,6 +1,15 @@
 """The quantized decoder as data: ops, graphs, scales, and values by tensor name."""
 
-from qnpu_jax.graph.decoder import KEEP_SCALE, MASK, MASK_CODE, Decoder, Positions, decoder
+from qnpu_jax.graph.decoder import (
+    KEEP_SCALE,
+    MASK,
+    MASK_CODE,
+    Decoder,
+    Positions,
+    decoder,
+    planned_names,
+    shared_widths,
+)
 from qnpu_jax.graph.graph import LAYERS, Graph, Node, TensorSpec, TokenIds, is_identity, split_name
 from qnpu_jax.graph.layered import Bounds, Params, T, Tensors, local, ranges_of
 from qnpu_jax.graph.ops import (
@@ -95,11 +104,13 @@ __all__ = [
     "mask_name",
     "mask_scale",
     "masks",
+    "planned_names",
     "quantize",
     "ranges_of",
     "resolve",
     "segments",
     "shared_names",
+    "shared_widths",
     "split_name",
     "tensor_class",
     "tied_inputs",

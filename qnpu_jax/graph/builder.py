@@ -188,6 +188,9 @@ class Builder:
                 " other"
             )
         name = f"{x.name}.i{max(bits)}"
+        if name in self._tensors and self._tensors[name].quant.bits != bits:
+            # Another op reads it wide in other layers.
+            name = f"{x.name}.{consumer.rpartition('.')[2]}.i{max(bits)}"
         if name not in self._tensors:
             self._nodes.append(Node(Requantize(), (x.name,), name))
             self._register(

@@ -136,6 +136,25 @@ def decoder(
             " expected at most"
             f" the model's {config.max_positions}; choose a shorter length"
         )
+    graphs, asked = _staged(config, plan, tokens, prefix, cache, logits)
+    plan.check_used(asked)
+    return Decoder(config, plan, tokens, prefix, cache, *graphs)
+
+
+def planned_names(dec: Decoder) -> list[str]:
+    """Global names of the tensors that the bit plan decides: the others copy another's bits."""
+    return list(dict.fromkeys(_staged(dec.config, dec.plan, dec.tokens, dec.prefix, dec.cache)[1]))
+
+
+def _staged(
+    config: ModelConfig,
+    plan: BitPlan,
+    tokens: int,
+    prefix: int,
+    cache: int,
+    logits: Positions = "all",
+) -> tuple[tuple[Graph, Graph, Graph], list[str]]:
+    """Stages the graphs, and records every name that the plan was asked for."""
     asked: list[str] = []
 
     def bits_of(where: str, layers: int):
@@ -149,8 +168,7 @@ def decoder(
     embed = _embed(bits_of("embed", 1), config, tokens)
     layer = _layer(bits_of("layers", config.num_layers), config, tokens, prefix, cache)
     head = _head(bits_of("head", 1), config, tokens, logits)
-    plan.check_used(asked)
-    return Decoder(config, plan, tokens, prefix, cache, embed, layer, head)
+    return (embed, layer, head), asked
 
 
 def _shared(
@@ -192,15 +210,16 @@ def _layer(g: Builder, cfg: ModelConfig, tokens: int, prefix: int, cache: int) -
     table = (tokens, 1, cfg.head_dim)
     square = (1, tokens * cfg.queries_per_kv_head, keys)
     x = g.input("input.residual", (tokens, cfg.hidden_size))
-    probs = g.bits("attn.kv0.probs")
+    like = shared_widths(cfg)
+    probs = g.bits(like["keep"])
     env = LayerInputs(
-        cos=_shared(g, "rope.cos", table, "attn.rope.q", TABLE_SCALE),
-        sin=_shared(g, "rope.sin", table, "attn.rope.q", TABLE_SCALE),
-        mask=_shared(g, "mask", square, "attn.kv0.scores"),
-        keep=_shared(g, "keep", square, "attn.kv0.probs", KEEP_SCALE) if 16 in probs else None,
-        eps=_eps(g, cfg, "norm.eps", cfg.hidden_size, _first_norm(cfg)),
-        q_eps=_head_eps(g, cfg, "q", cfg.num_heads),
-        k_eps=_head_eps(g, cfg, "k", cfg.num_kv_heads),
+        cos=_shared(g, "rope.cos", table, like["rope.cos"], TABLE_SCALE),
+        sin=_shared(g, "rope.sin", table, like["rope.sin"], TABLE_SCALE),
+        mask=_shared(g, "mask", square, like["mask"]),
+        keep=_shared(g, "keep", square, like["keep"], KEEP_SCALE) if 16 in probs else None,
+        eps=_eps(g, cfg, "norm.eps", cfg.hidden_size, like["norm.eps"]),
+        q_eps=_head_eps(g, cfg, "q_norm.eps", cfg.num_heads, like),
+        k_eps=_head_eps(g, cfg, "k_norm.eps", cfg.num_kv_heads, like),
     )
     past = [(source, n) for source, n in (("prefix", prefix), ("cache", cache)) if n]
     return g.finish(*decoder_layer(g, cfg, x, env, past))
@@ -225,17 +244,26 @@ def _eps(g: Builder, cfg: ModelConfig, name: str, width: int, like: str) -> Tens
     return _shared(g, name, (1, 1, 1), like, scales)
 
 
-def _first_norm(cfg: ModelConfig) -> str:
-    """Sum of squares of a layer's first norm."""
-    return "attn.post_norm.norm.sum" if cfg.norms == "after" else "attn.norm.sum"
+def shared_widths(cfg: ModelConfig) -> dict[str, str]:
+    """Tensor of the layer graph whose bits each input that layers share has, by local name."""
+    first = "attn.post_norm.norm.sum" if cfg.norms == "after" else "attn.norm.sum"
+    found = {
+        "rope.cos": "attn.rope.q",
+        "rope.sin": "attn.rope.q",
+        "mask": "attn.kv0.scores",
+        "keep": "attn.kv0.probs",
+        "norm.eps": first,
+    }
+    if cfg.qk_norm is not None:
+        found |= {f"{x}_norm.eps": f"attn.{x}_norm.norm.sum" for x in "qk"}
+    return found
 
 
-def _head_eps(g: Builder, cfg: ModelConfig, letter: str, heads: int) -> TensorSpec | None:
+def _head_eps(
+    g: Builder, cfg: ModelConfig, name: str, heads: int, like: Mapping[str, str]
+) -> TensorSpec | None:
     """Stages eps of the norm of queries or keys."""
-    if cfg.qk_norm is None:
-        return None
-    like = f"attn.{letter}_norm.norm.sum"
-    return _eps(g, cfg, f"{letter}_norm.eps", normed_width(cfg, heads), like)
+    return _eps(g, cfg, name, normed_width(cfg, heads), like[name]) if name in like else None
 
 
 def normed_width(cfg: ModelConfig, heads: int) -> int:

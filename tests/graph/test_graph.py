@@ -46,6 +46,17 @@ def test_equal_decoders_are_one_static_argument_of_jit():
 # What the builder inserts and refuses.
 
 
+def test_ops_that_are_wide_in_other_layers_have_wide_operands_of_their_own():
+    bits = {"q": (16, 8), "k": (8, 16), "v": (16, 8)}
+    g = builder(bits)
+    x = g.input("x", (4, 3), bits=(8, 8))
+    outputs = [g.add(name, Mul(), x, x) for name in bits]
+    graph = g.finish(*outputs)
+    reads = {n.output: n.inputs[0] for n in graph.nodes if isinstance(n.op, Mul)}
+    assert reads == {"q": "x.i16", "k": "x.k.i16", "v": "x.i16"}
+    assert graph["x.i16"].quant.bits == (16, 8) and graph["x.k.i16"].quant.bits == (8, 16)
+
+
 def test_operands_are_widened_once_and_keep_their_symmetry():
     bits = {"x": (8, 8), "z": (8, 8), "y": (8, 16), "sum": (8, 16), "product": (8, 16)}
     g = builder(bits)

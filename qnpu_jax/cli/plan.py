@@ -1,0 +1,77 @@
+"""`qnpu plan`: which tensor gets how many bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qnpu_jax.cli import importing
+from qnpu_jax.cli.options import Model
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    soc: Annotated[str, typer.Option(help="Snapdragon whose time is estimated: SM8650, SM8750.")],
+    within: Annotated[
+        float | None,
+        typer.Option(help="Most that a token and a chunk may take, by what --low takes: 1.01."),
+    ] = None,
+    kl: Annotated[
+        float | None,
+        typer.Option(help="Nats a token that may be lost before learning; the fastest such plan."),
+    ] = None,
+    size: Annotated[float | None, typer.Option(help="Most MB of weights.")] = None,
+    low: Annotated[
+        str, typer.Option(help="Recipe of the fewest bits; the plan is it in all else.")
+    ] = "w4a8",
+    high: Annotated[str, typer.Option(help="Recipe of the most bits.")] = "w8a16",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text or JSONL to calibrate with and measure on; without it, the model writes it."
+        ),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=2, help="Slots of the KV cache that a token reads.")
+    ] = 512,
+    front: Annotated[
+        bool, typer.Option("--front/--no-front", help="Plans of nine other budgets too.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier plan.")
+    ] = False,
+) -> None:
+    """Finds the widths that lose least within a budget, and writes them as a recipe.
+
+    What low bits of every weight and activation cost is measured, as a
+    share of the KL; what high ones cost is estimated for a Snapdragon,
+    casts included; a mixed integer program does the rest, and is measured
+    and solved again. `qnpu quantize --recipe OUT/plan.json` takes it.
+    """
+    with importing():
+        from qnpu_jax import artifacts
+        from qnpu_jax.cli.display import Display
+        from qnpu_jax.cli.plan_tables import print_plan
+        from qnpu_jax.plan import front_figure, run
+        from qnpu_jax.recipes import load_recipe
+    limits = {"within": within, "kl": kl, "size": None if size is None else 1e6 * size}
+    asked = run.PlanRequest(
+        model=model, soc=soc, low=load_recipe(low), high=load_recipe(high),
+        calibration=calibration, context=context, front=front,
+        **{name: value for name, value in limits.items() if value is not None},
+    )  # fmt: skip
+    artifacts.check_writable(out, overwrite, run.KIND)
+    with Display() as watch:
+        made = run.plan(asked, watch)
+        draw = front_figure.draw if front_figure.drawable() else None
+        if draw is None:
+            watch.say(f"no figure, as matplotlib is missing: {front_figure.EXTRA}")
+        run.write_plan(made, out, overwrite, draw)
+    print_plan(made)
+    typer.echo(f"wrote {out}: qnpu quantize {model} --recipe {out / run.RECIPE} --out ..")

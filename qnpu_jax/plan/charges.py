@@ -1,0 +1,325 @@
+"""Charges of the KL divergence to groups of a mixed decoder, by integrated gradients.
+
+Every tensor i of a group has an error e_i and a factor t_i of it: 1 where it has its low bits, 0
+where it has its high ones. Of a weight e_i is w_low - w_high, of its bias likewise; of an
+activation fq(x) - x, fq at the low bits and x what it is at the plan where charges are measured:
+raised, it counts as exact. What both plans give the same bits has a factor of 1. With these errors
+fixed,
+f(t) = KL(float || mixed) is a smooth function, and a group is charged
+
+    a_i = integral over s in [0, 1] of t_i df/dt_i at s t,    sum a_i = f(t) - f(0)
+
+at a plan t. f grows with the square of errors: where these are independent, a_i is also the
+amount by which f falls when group i alone is raised. KL is from the float model after its prefix,
+whose minimum is at t = 0; what the prefix itself costs is no group's, and is learned away.
+
+Reference: Sundararajan et al., Integrated Gradients (arXiv 1703.01365), Proposition 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float64, Int
+
+from qnpu_jax.calibrate import weight_scales
+from qnpu_jax.fakequant import (
+    Edge,
+    decoder_logits,
+    fake_quant,
+    recorded_logits,
+    shared_inputs,
+)
+from qnpu_jax.graph import (
+    LAYERS,
+    MASK,
+    Decoder,
+    Graph,
+    Params,
+    Same,
+    Scales,
+    Tensors,
+    TensorSpec,
+    constraint,
+    expand,
+    local,
+    ranges_of,
+    resolve,
+    shared_names,
+)
+from qnpu_jax.measure import kl_terms
+from qnpu_jax.plan.groups import Choices
+
+POINTS = 3
+"""Points of the Gauss-Legendre rule for the integral over s, as in `diagnose.attribution`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """A decoder between two plans.
+
+    Attributes:
+      choices: its groups.
+      params: real values at the high bits, by stacked global name.
+      errors: w_low - w_high of weights in groups, and of their biases.
+      scales: resolved QParams of the low plan.
+      tables: inputs that layers share.
+    """
+
+    choices: Choices
+    params: Tensors
+    errors: Tensors
+    scales: Scales
+    tables: Tensors
+
+
+class _Arrays(NamedTuple):
+    """What a pass reads, for `jax.jit`: as `Mixed`, of one window, with code ranges."""
+
+    values: Tensors
+    errors: Tensors
+    quant: Tensors
+
+
+def mixed(
+    found: Choices, floats: Params, rounded: Params, free: Scales, weight_init: str = "mse"
+) -> Mixed:
+    """Puts a decoder between its low and its high plan.
+
+    Args:
+      floats: parameters that the high bits are rounded from.
+      rounded: the same with the low bits' weights and biases, as GPTQ left them.
+      free: QParams of every free tensor of the low plan.
+      weight_init: how scales of high bits are set, as `Recipe.weight_init`.
+    """
+    scales = resolve(found.low, free)
+    high = weight_scales(found.high, floats, weight_init)
+    chosen = {m.prefix + m.name for m in found.index}
+    params, errors = {}, {}
+    for dec, source, its in (
+        (found.high, floats, {**scales, **high}),
+        (found.low, rounded, scales),
+    ):
+        for graph in dec.graphs:
+            params_of = {t.name: t for t in graph.named("param")}
+            ranges = ranges_of(graph, params_of)
+            for spec in params_of.values():
+                name = graph.prefix + spec.name
+                x = jnp.asarray(source[name])
+                if name in its:
+                    x = _rounded(x, spec, its[name], ranges[spec.name])
+                if dec is found.high:
+                    params[name] = x
+                elif name in chosen or name.removesuffix("bias") + "weight" in chosen:
+                    errors[name] = x - params[name]
+                else:
+                    params[name] = x
+    return Mixed(found, params, errors, scales, _tables(found.low, scales))
+
+
+def _tables(dec: Decoder, scales: Scales) -> Tensors:
+    """Inputs that layers share, on their grid; the mask as it is."""
+    names, tables = shared_names(dec.config, dec.layer), shared_inputs(dec)
+    for name, x in tables.items():
+        local_name = names[name]
+        if local_name != "mask":
+            q = dec.layer.at(scales[LAYERS + local_name], 0)
+            bounds = dec.layer.at(ranges_of(dec.layer, {local_name: q})[local_name], 0)
+            tables[name] = fake_quant(x, q.scale, q.zero_point, *bounds)
+    return tables
+
+
+def _rounded(x: jax.Array, spec: TensorSpec, q: Any, bounds: Any) -> jax.Array:
+    layered = x.ndim == len(spec.shape) + 1
+    one = lambda x, s, z, a, b: fake_quant(x, expand(s, spec), expand(z, spec), a, b)  # noqa: E731
+    args = (x, jnp.asarray(q.scale), jnp.asarray(q.zero_point), *map(jnp.asarray, bounds))
+    return jax.vmap(one)(*args) if layered else one(*args)
+
+
+def factors(found: Choices, raised: Sequence[bool] | Bool[np.ndarray, " g"]) -> Tensors:
+    """t of every tensor in a group, by stacked global name: (L,), or () without layers."""
+    made: dict[str, np.ndarray] = {}
+    for member, i in found.index.items():
+        layers = found.low.layer.layers if member.prefix == found.low.layer.prefix else None
+        name = member.prefix + member.name
+        t = made.setdefault(name, np.zeros(() if layers is None else layers, np.float32))
+        t[... if layers is None else member.layer] = 0.0 if raised[i] else 1.0
+    return {n: jnp.asarray(t) for n, t in made.items()}
+
+
+class Charged(NamedTuple):
+    """Charges at a plan.
+
+    Attributes:
+      groups: a_i by window and group, nats per position; 0 where a group is raised.
+      kl: f(t), by window.
+      base: f(0), by window: all groups raised.
+    """
+
+    groups: Float64[np.ndarray, "n g"]
+    kl: Float64[np.ndarray, " n"]
+    base: Float64[np.ndarray, " n"]
+
+
+def charges(
+    model: Mixed,
+    windows: Int[np.ndarray, "n t"],
+    references: Sequence[Float[Array, "t v"]],
+    raised: Sequence[bool],
+) -> Charged:
+    """Charges the KL at a plan to its groups, window by window.
+
+    Args:
+      references: logits of the float model after its prefix, for each window.
+      raised: the plan, by group.
+    """
+    found, at = model.choices, factors(model.choices, raised)
+    none = {n: jnp.zeros_like(t) for n, t in at.items()}
+    rows, kls, bases = [], [], []
+    for ids, reference in zip(windows, references, strict=True):
+        read = _arrays(model, ids)
+        logits, errors = _rounded_pass(found.low, read, at)
+        fixed = read._replace(errors=read.errors | errors)
+        total = {n: np.zeros(t.shape) for n, t in at.items()}
+        for x, weight in zip(*np.polynomial.legendre.leggauss(POINTS), strict=True):
+            slope = _slopes(found.low, fixed, reference, at, jnp.float32((x + 1) / 2))
+            total = {n: a + weight / 2 * np.asarray(slope[n] * at[n]) for n, a in total.items()}
+        rows.append([_of_group(group, total) for group in found.groups])
+        kls.append(kl(reference, logits))
+        bases.append(float(_fixed(found.low, fixed, reference, none)))
+    return Charged(np.array(rows), np.array(kls), np.array(bases))
+
+
+def without(
+    model: Mixed,
+    ids: Int[np.ndarray, " t"],
+    reference: Float[Array, "t v"],
+    raised: Sequence[bool],
+    groups: Sequence[int],
+) -> Float64[np.ndarray, " k"]:
+    """KL of one window at a plan with the errors of one group after the other left out, all other
+    errors as they were: what charges stand for, exactly."""
+    dec, at = model.choices.low, factors(model.choices, raised)
+    read = _arrays(model, ids)
+    _, errors = _rounded_pass(dec, read, at)
+    fixed = read._replace(errors=read.errors | errors)
+    out = []
+    for i in groups:
+        one = [up or j == i for j, up in enumerate(raised)]
+        out.append(float(_fixed(dec, fixed, reference, factors(model.choices, one))))
+    return np.array(out)
+
+
+def divergences(
+    model: Mixed,
+    windows: Int[np.ndarray, "n t"],
+    references: Sequence[Float[Array, "t v"]],
+    raised: Sequence[bool],
+) -> Float64[np.ndarray, " n"]:
+    """KL at a plan, by window (nats per position)."""
+    dec, at = model.choices.low, factors(model.choices, raised)
+    return np.array([
+        kl(reference, _rounded_pass(dec, _arrays(model, ids), at)[0])
+        for ids, reference in zip(windows, references, strict=True)
+    ])  # fmt: skip
+
+
+def kl(reference: Float[Array, "t v"], logits: Float[Array, "t v"]) -> float:
+    """KL(reference || logits), nats per position."""
+    return float(jnp.sum(kl_terms(reference, logits))) / len(logits)
+
+
+def _of_group(group: Any, total: dict[str, np.ndarray]) -> float:
+    return float(sum(np.atleast_1d(total[m.prefix + m.name])[m.layer] for m in group.members))
+
+
+def _arrays(model: Mixed, ids: Int[np.ndarray, " t"]) -> _Arrays:
+    dec = model.choices.low
+    values: Tensors = {g.prefix: dict(local(model.params, g.prefix)) for g in dec.graphs}
+    rows = values[dec.embed.prefix]["weight"][ids]
+    values[dec.embed.prefix] = {"weight": rows, "ids": jnp.arange(len(ids))}
+    quant: Tensors = {}
+    for graph in dec.graphs:
+        activations = {t.name: t for t in graph.named("activation")}
+        for name, bounds in ranges_of(graph, activations).items():
+            if _rounds(graph, name):
+                quant[graph.prefix + name] = (model.scales[graph.prefix + name], *bounds)
+    return _Arrays({**values, "tables": model.tables}, model.errors, quant)
+
+
+def _rounds(graph: Graph, name: str) -> bool:
+    """Whether an activation has errors of its own, and is no copy of another's codes."""
+    node = next(n for n in graph.nodes if n.output == name)
+    return not isinstance(constraint(node.op), Same) and not name.endswith(".i16")
+
+
+@partial(jax.jit, static_argnums=0)
+def _rounded_pass(dec: Decoder, read: _Arrays, at: Tensors) -> tuple[jax.Array, Tensors]:
+    """Logits at a plan, and the errors of activations there."""
+    factor = {n: at.get(n, jnp.ones(jnp.shape(q[0].scale))) for n, q in read.quant.items()}
+    extra = {n: (q, factor[n]) for n, q in read.quant.items()} | _of_params(read, at)
+
+    def edge(own: Tensors, kept: Tensors) -> Edge:
+        def rounded(spec: TensorSpec, x: jax.Array) -> jax.Array:
+            if spec.name not in own:
+                return x
+            what, t = own[spec.name]
+            if spec.kind == "param":
+                return x + t * what
+            q, qmin, qmax = what
+            y = fake_quant(x, q.scale, q.zero_point, qmin, qmax)
+            # A masked score is -1e9, beside which float32 has nothing left of a code.
+            kept[spec.name] = jnp.where(x <= MASK / 2, 0.0, y - x)
+            return jnp.where(t > 0, y, x)
+
+        return rounded
+
+    return recorded_logits(dec, read.values, extra, edge)
+
+
+@partial(jax.jit, static_argnums=0)
+def _slopes(
+    dec: Decoder, read: _Arrays, reference: jax.Array, at: Tensors, scale: jax.Array
+) -> Tensors:
+    def divergence(t: Tensors) -> jax.Array:
+        return _divergence(dec, read, reference, t)
+
+    return jax.grad(divergence)({n: scale * t for n, t in at.items()})
+
+
+@partial(jax.jit, static_argnums=0)
+def _fixed(dec: Decoder, read: _Arrays, reference: jax.Array, at: Tensors) -> jax.Array:
+    return _divergence(dec, read, reference, at)
+
+
+def _divergence(dec: Decoder, read: _Arrays, reference: jax.Array, at: Tensors) -> jax.Array:
+    """f(t), with all errors fixed."""
+    one = {n: jnp.ones(jnp.shape(q[0].scale)) for n, q in read.quant.items()}
+    errors = {n: (read.errors[n], at.get(n, t)) for n, t in one.items()}
+    extra = errors | _of_params(read, at)
+    logits = decoder_logits(dec, read.values, extra, _with_errors)
+    return jnp.sum(kl_terms(reference, logits)) / len(logits)
+
+
+def _of_params(read: _Arrays, at: Tensors) -> Tensors:
+    """Errors of weights with their factors, and of biases with those of their weights."""
+    factor = {n: n if n in at else n.removesuffix("bias") + "weight" for n in read.errors}
+    return {n: (e, at[factor[n]]) for n, e in read.errors.items() if n not in read.quant}
+
+
+def _with_errors(extra: Tensors) -> Edge:
+    """Makes the edge that computes x + t e."""
+
+    def edge(spec: TensorSpec, x: jax.Array) -> jax.Array:
+        if spec.name not in extra:
+            return x
+        error, t = extra[spec.name]
+        return x + t * error
+
+    return edge

@@ -1,0 +1,178 @@
+"""The plan of least KL within a budget, or the fastest one within a KL: a mixed integer program.
+
+    min  sum_g a_g (1 - x_g)
+    s.t. x_i <= x_j                       no kernel gives fewer bits than it takes
+         k_c >= 1 - x_s, 1 - x_t          a cast that is there unless both its sides are high
+         k_c >= x_t - x_s                 a cast that is there if its target is high alone
+         k_c >= |x_t - x_s|               a cast that is there where the two differ
+         decode, prefill, size <= budget  `costs.Cost`, linear in x and k
+
+x_g is 1 where group g is high, and a_g its charge (`charges`). The solver is SciPy's HiGHS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from qnpu_jax.errors import UserError
+from qnpu_jax.plan.costs import Cost
+from qnpu_jax.plan.groups import Choices
+
+SECONDS = 60.0
+"""Longest time of one program. What HiGHS has by then is within a thousandth of the best, or it
+says so."""
+GAP = 1e-3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Most that a plan may cost; infinite where it does not matter.
+
+    Attributes:
+      decode, prefill: seconds of a token and of a chunk.
+      size: bytes of weights.
+      kl: predicted nats per position; where it is given, the plan is the fastest one (decode and
+        prefill, each relative to the low plan's) in place of the most exact.
+    """
+
+    decode: float = math.inf
+    prefill: float = math.inf
+    size: float = math.inf
+    kl: float = math.inf
+
+
+@dataclass(frozen=True)
+class Near:
+    """A trust region: at most `changes` groups differ from `plan`."""
+
+    plan: Sequence[bool]
+    changes: int
+
+
+class _Rows:
+    """Constraints a x <= b, row by row."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.entries: list[tuple[int, int, float]] = []
+        self.most: list[float] = []
+
+    def add(self, terms: dict[int, float], most: float) -> None:
+        """Appends sum of terms <= most."""
+        self.entries += [(len(self.most), i, a) for i, a in terms.items() if a]
+        self.most.append(most)
+
+    def constraint(self) -> LinearConstraint:
+        rows, columns, values = zip(*self.entries, strict=True)
+        shape = (len(self.most), self.columns)
+        matrix = coo_array((values, (rows, columns)), shape=shape).tocsr()
+        most: Any = np.array(self.most)
+        return LinearConstraint(matrix, -np.inf, most)
+
+
+def solve(
+    found: Choices,
+    cost: Cost,
+    charges: Float64[np.ndarray, " g"],
+    budget: Budget,
+    base: float = 0.0,
+    near: Near | None = None,
+) -> list[bool]:
+    """Finds the best plan within a budget.
+
+    Args:
+      charges: nats per position that the low bits of each group cost; below 0 counts as 0.
+      base: KL of the plan that raises all.
+      near: a plan that the result may not be far from.
+
+    Returns:
+      Which groups are raised.
+
+    Raises:
+      UserError: no plan is within the budget; says the nearest budget that one meets.
+    """
+    n, m = len(found.groups), len(cost.casts)
+    charges = np.maximum(charges, 0.0)
+    rows = _Rows(n + m)
+    for i, j in found.above:
+        rows.add({i: 1.0, j: -1.0}, 0.0)
+    _cast_rows(rows, cost, n)
+    casting = dict.fromkeys(range(n, n + m), cost.op * 1e3)
+    memory = {i: 1e3 * float(a) for i, a in enumerate(cost.more_memory)} | casting
+    compute = {i: 1e3 * float(a) for i, a in enumerate(cost.more_compute)} | casting
+    left = 1e3 * (budget.decode - cost.start - cost.memory)
+    for terms, most in (
+        (memory, left),
+        (memory, 1e3 * (budget.prefill - cost.start - cost.memory)),
+        (compute, 1e3 * (budget.prefill - cost.start - cost.compute)),
+        (
+            {i: 1e-6 * float(a) for i, a in enumerate(cost.more_size)},
+            1e-6 * (budget.size - cost.size),
+        ),
+        ({i: -float(a) for i, a in enumerate(charges)}, budget.kl - base - charges.sum()),
+    ):
+        if math.isfinite(most):
+            rows.add(terms, float(most))
+    if near is not None:
+        flips = {i: -1.0 if up else 1.0 for i, up in enumerate(near.plan)}
+        rows.add(flips, near.changes - float(sum(near.plan)))
+    if math.isfinite(budget.kl):
+        objective = _slowness(cost, n, m)
+    else:
+        # A millionth of a nat for all casts together: none comes that nothing asks for.
+        objective = np.concatenate([-charges, np.full(m, 1e-6 / max(m, 1))])
+    whole = np.ones(n + m)
+    options = {"time_limit": SECONDS, "mip_rel_gap": GAP}
+    made = milp(
+        objective, integrality=whole, bounds=Bounds(0, 1), constraints=rows.constraint(),
+        options=options,
+    )  # fmt: skip
+    if made.x is None:
+        raise UserError(_nearest(cost, charges, budget, base))
+    return [bool(x > 0.5) for x in made.x[:n]]
+
+
+def _cast_rows(rows: _Rows, cost: Cost, n: int) -> None:
+    for c, cast in enumerate(cost.casts, start=n):
+        source = {} if cast.source is None else {cast.source: 1.0}
+        if cast.when == "unless":
+            for side in (*cast.targets, *source):
+                rows.add({side: -1.0, c: -1.0}, -1.0)
+            continue
+        for target in cast.targets:
+            rows.add({target: 1.0, c: -1.0} | {s: -a for s, a in source.items()}, 0.0)
+        if cast.when == "differ" and source:
+            others = dict.fromkeys(cast.targets, -1.0)
+            rows.add(source | others | {c: -1.0}, 0.0)
+
+
+def _slowness(cost: Cost, n: int, m: int) -> Float64[np.ndarray, " c"]:
+    """Seconds of decode and of prefill's compute, each relative to the low plan's."""
+    low = [False] * n
+    decode, prefill = cost.decode(low), cost.prefill(low)
+    groups = cost.more_memory / decode + cost.more_compute / prefill
+    return np.concatenate([groups, np.full(m, cost.op * (1 / decode + 1 / prefill))])
+
+
+def _nearest(cost: Cost, charges: Float64[np.ndarray, " g"], budget: Budget, base: float) -> str:
+    """The message that no plan is within a budget."""
+    low, high = [False] * len(charges), [True] * len(charges)
+    met = []
+    for name, asked, least, unit, factor in (
+        ("decode", budget.decode, min(cost.decode(low), cost.decode(high)), "ms", 1e3),
+        ("prefill", budget.prefill, min(cost.prefill(low), cost.prefill(high)), "ms", 1e3),
+        ("size", budget.size, cost.bytes(low), "MB", 1e-6),
+        ("KL", budget.kl, base, "nats", 1.0),
+    ):
+        if asked < least:
+            met.append(f"{name} {factor * asked:.4g} {unit}, at least {factor * least:.4g}")
+    named = "; ".join(met) or "each of them alone could be met, all of them at once cannot"
+    return f"budget: no plan meets it ({named}); ask for less"

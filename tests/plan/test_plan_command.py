@@ -1,0 +1,157 @@
+"""`qnpu plan` as a user meets it: the recipe, the front and the figure, and what it refuses."""
+
+import dataclasses
+import json
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from workspace import EVAL_TOKENS, PREFILL, request
+
+from qnpu_jax import artifacts, job
+from qnpu_jax.config import BitPlan
+from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.models.checkpoint import load
+from qnpu_jax.plan import PlanRequest, front_figure, run, write_plan
+from qnpu_jax.progress import Observer
+from qnpu_jax.proof import Simulated
+from qnpu_jax.recipes import RECIPES, load_recipe
+
+LOW = dataclasses.replace(RECIPES["w4a8"], prefix="none", split_channels=0)
+PLAN = "plan model --soc SM8750 --low low.json --calibration text.txt --context 200 --out made"
+
+
+@pytest.fixture(scope="module")
+def asked(made) -> PlanRequest:
+    return PlanRequest(
+        model=str(made / "model"), soc="SM8750", low=LOW, high=RECIPES["w8a16"],
+        within=1.001, calibration=made / "text.txt", context=200,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planned(asked):
+    return run.plan(asked, Observer())
+
+
+@pytest.fixture
+def low(here):
+    """A working folder with LOW in a file."""
+    (here / "low.json").write_text(json.dumps(LOW.to_json()))
+    return here
+
+
+def test_a_plan_costs_no_more_than_was_asked_for(planned):
+    assert planned.chosen.decode <= 1.001 * planned.low.decode * (1 + 1e-6)
+    assert planned.chosen.prefill <= 1.001 * planned.low.prefill * (1 + 1e-6)
+    for point, factor in zip(planned.front, run.FRONT, strict=True):
+        assert point.decode <= factor * planned.low.decode * (1 + 1e-6)
+        assert point.prefill <= factor * planned.low.prefill * (1 + 1e-6)
+
+
+def test_more_of_a_budget_is_predicted_to_lose_less(planned):
+    predicted = [p.predicted for p in planned.front]
+    assert predicted == sorted(predicted, reverse=True)
+    assert planned.high.kl < planned.low.kl
+    assert planned.front[-1].kl < planned.low.kl
+
+
+def test_the_recipe_has_the_widths_of_the_plan(planned, made):
+    recipe = planned.recipe
+    assert dataclasses.replace(recipe, name=LOW.name, bits=LOW.bits) == LOW
+    dec = decoder(load(str(made / "model")).config, recipe.bits, 5)
+    for group, up in zip(planned.choices.groups, planned.chosen.raised, strict=True):
+        m = group.members[0]
+        graph = next(g for g in dec.graphs if g.prefix == m.prefix)
+        assert graph[m.name].quant.bits[m.layer] == (group.high if up else group.low)
+
+
+def test_a_loss_is_kept_where_some_plan_keeps_it(asked, planned):
+    limit = (planned.low.kl + planned.high.kl) / 2
+    found = run.plan(
+        dataclasses.replace(asked, within=float("inf"), kl=limit, front=False), Observer()
+    )
+    assert found.chosen.kl <= limit
+    assert found.front == ()
+    slow = planned.high.decode / planned.low.decode + planned.high.prefill / planned.low.prefill
+    low = found.chosen.decode / found.low.decode + found.chosen.prefill / found.low.prefill
+    assert low < slow
+
+
+def test_equal_requests_give_equal_plans(asked, planned, tmp_path):
+    again = run.plan(asked, Observer())
+    for name, made in (("a", planned), ("b", again)):
+        write_plan(made, tmp_path / name, False, front_figure.draw)
+    files = [sorted((tmp_path / name).iterdir()) for name in "ab"]
+    assert [f.name for f in files[0]] == ["front.json", "plan.json", "plan.svg"]
+    for a, b in zip(*files, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_the_files_hold_the_plan(planned, tmp_path):
+    write_plan(planned, tmp_path / "made", False, front_figure.draw)
+    assert load_recipe(tmp_path / "made" / "plan.json") == planned.recipe
+    front = json.loads((tmp_path / "made" / "front.json").read_text())
+    assert front["seconds"] == "estimate"
+    assert len(front["points"]) == 3 + len(run.FRONT)
+    assert front["points"][0]["kl"] == pytest.approx(planned.chosen.kl, rel=1e-5)
+    names = {g.name for g in planned.choices.groups}
+    assert set(front["points"][0]["raised"]) <= names == {g["name"] for g in front["groups"]}
+    root = ET.fromstring((tmp_path / "made" / "plan.svg").read_text())
+    shown = {"".join(t.itertext()).strip() for t in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"w4a8", "w8a16", "the plan", "ms a token (estimate)"} <= shown
+
+
+def test_what_comes_out_can_be_quantized(qnpu, low):
+    status, out, err = qnpu(*PLAN.split(), "--within", "1.002", "--no-front")
+    assert (status, err) == (0, "")
+    assert "what low bits cost most" in out and "seconds are an estimate" in out
+    status, out, _ = qnpu(
+        *f"quantize model --recipe made/plan.json --effort none --calibration text.txt --out two"
+        f" --prefill {PREFILL} --eval-tokens {EVAL_TOKENS}".split()
+    )
+    assert status == 0
+    report = json.loads((low / "two" / "report.json").read_text())
+    assert report["recipe"] == "w4a8-plan" and report["verify"]["differing"] == 0
+
+
+def test_what_one_layer_widens_for_one_op_and_another_for_another_is_proved(here):
+    rules = [(f"layers.{i}.attn.{x}", 16) for i, x in ((0, "q"), (1, "k"), (0, "v"))]
+    rules += [(f"{name}.bias", 64) for name, _ in rules]
+    bits = BitPlan((*rules, *LOW.bits.rules))
+    asked = request(here, recipe=dataclasses.replace(LOW, bits=bits), out=here / "widened")
+    report = job.run(asked, Simulated, Observer())
+    assert report["verify"]["differing"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "plan: no budget; expected --within, --kl or --size; give one of them"),
+        (["--within", "0"], "plan: --within 0; expected a number above 0; correct it"),
+        (["--within", "1", "--kl", "1"], "plan: both --within and --kl; expected one: the first"),
+        (["--within", "1", "--soc", "SM1"], "SM1: no published measurement to estimate from;"),
+        (["--within", "1", "--high", "w4a8"], "plan: w4a8 and w4a8 give every tensor the same"),
+        (["--within", "1", "--low", "w8a16", "--high", "w4a8"], "16 bits in the low plan and 8 in"),
+        (["--within", "1", "--context", "100"], "context: 100 slots; expected more than the 128"),
+        (["--within", "0.5"], "budget: no plan meets it (decode"),
+        (["--size", "0.001"], "budget: no plan meets it (size 0.001 MB, at least 0.0"),
+        (["--within", "1", "--calibration", "no.txt"], "no.txt: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(refused, low, more, message):
+    assert message in refused(*PLAN.split(), *more)
+
+
+def test_another_folder_is_not_overwritten(qnpu, low):
+    (low / "made").mkdir()
+    (low / "made" / "own.txt").write_text("mine")
+    status, _, err = qnpu(*PLAN.split(), "--within", "1", "--overwrite")
+    assert status == 2 and "made" in err
+    assert (low / "made" / "own.txt").read_text() == "mine"
+
+
+def test_the_kind_of_folder_is_its_own():
+    assert run.KIND.mark == "front.json" and run.KIND.holds("plan.svg")
+    assert not artifacts.MODELS.holds("plan.json")
+    assert np.isfinite(run.FRONT).all()
