@@ -12,37 +12,41 @@ from qnpu_jax.cli.options import Model
 
 app = typer.Typer()
 
+Soc = Annotated[str, typer.Option(help="Snapdragon whose time is estimated: SM8650, SM8750.")]
+Within = Annotated[
+    float | None,
+    typer.Option(help="Most that a token and a chunk may take, by what --low takes: 1.01."),
+]
+Loss = Annotated[
+    float | None,
+    typer.Option(help="Nats a token that may be lost before learning; the fastest such plan."),
+]
+Low = Annotated[str, typer.Option(help="Recipe of the fewest bits; the plan is it in all else.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text or JSONL to calibrate with and measure on; without it, the model writes it."
+    ),
+]
+Cache = Annotated[int, typer.Option(min=129, help="Slots of the KV cache that a token reads.")]
+Front = Annotated[
+    bool, typer.Option("--front/--no-front", help="Plans of nine other budgets of time too.")
+]
+
 
 @app.command()
 def plan(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
-    soc: Annotated[str, typer.Option(help="Snapdragon whose time is estimated: SM8650, SM8750.")],
-    within: Annotated[
-        float | None,
-        typer.Option(help="Most that a token and a chunk may take, by what --low takes: 1.01."),
-    ] = None,
-    kl: Annotated[
-        float | None,
-        typer.Option(help="Nats a token that may be lost before learning; the fastest such plan."),
-    ] = None,
+    soc: Soc,
+    within: Within = None,
+    kl: Loss = None,
     size: Annotated[float | None, typer.Option(help="Most MB of weights.")] = None,
-    low: Annotated[
-        str, typer.Option(help="Recipe of the fewest bits; the plan is it in all else.")
-    ] = "w4a8",
+    low: Low = "w4a8",
     high: Annotated[str, typer.Option(help="Recipe of the most bits.")] = "w8a16",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text or JSONL to calibrate with and measure on; without it, the model writes it."
-        ),
-    ] = None,
-    context: Annotated[
-        int, typer.Option(min=2, help="Slots of the KV cache that a token reads.")
-    ] = 512,
-    front: Annotated[
-        bool, typer.Option("--front/--no-front", help="Plans of nine other budgets too.")
-    ] = True,
+    calibration: Calibration = None,
+    context: Cache = 512,
+    front: Front = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier plan.")
     ] = False,
@@ -61,10 +65,10 @@ def plan(
         from qnpu_jax.plan import front_figure, run
         from qnpu_jax.recipes import load_recipe
     limits = {"within": within, "kl": kl, "size": None if size is None else 1e6 * size}
+    given = {name: value for name, value in limits.items() if value is not None}
     asked = run.PlanRequest(
-        model=model, soc=soc, low=load_recipe(low), high=load_recipe(high),
-        calibration=calibration, context=context, front=front,
-        **{name: value for name, value in limits.items() if value is not None},
+        model, soc, load_recipe(low), load_recipe(high), calibration=calibration,
+        context=context, front=front, **given,
     )  # fmt: skip
     artifacts.check_writable(out, overwrite, run.KIND)
     with Display() as watch:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from rich.table import Table
 
-from qnpu_jax.cli.tables import megabytes, show, table
+from qnpu_jax.cli.tables import show, table
 from qnpu_jax.latency import roofline
 from qnpu_jax.plan import Plan
 
@@ -30,7 +30,7 @@ def _front(made: Plan) -> Table:
     for p in (made.chosen, *ends):
         shown.add_row(
             p.name, f"{p.kl:.4f}", f"{p.predicted:.4f}", f"{1e3 * p.decode:.3f}",
-            f"{1e3 * p.prefill:.3f}", megabytes(round(p.size)), str(p.casts), str(sum(p.raised)),
+            f"{1e3 * p.prefill:.3f}", f"{p.size / 1e6:.4g} MB", str(p.casts), str(sum(p.raised)),
         )  # fmt: skip
     return shown
 

@@ -31,7 +31,7 @@ def draw(made: Plan, target: Path) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         _panel(left, made, "decode", "ms a token")
         _panel(right, made, "prefill", f"ms a chunk of {roofline.CHUNK} tokens")
-        left.set_ylabel("KL to the original (nats a token)")
+        left.set_ylabel("KL to the float model (nats a token)")
         left.legend(frameon=False)
         figure.suptitle(
             f"{made.recipe.name}: measured KL against estimated time", fontsize=9, parse_math=False

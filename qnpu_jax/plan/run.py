@@ -164,8 +164,15 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
     spread = first.groups.std(0, ddof=1) / math.sqrt(len(first.groups))
     low = bench.point(asked.low.name, none, float(first.kl.mean()), float(first.kl.mean()))
     high = bench.point(asked.high.name, every, base, bench.measured(every))
+    if asked.kl < high.kl:
+        raise UserError(
+            f"budget: no plan meets it (KL {asked.kl:.4g} nats, at least {high.kl:.4g}, which"
+            f" {asked.high.name} loses before anything is learned); allow more"
+        )
     with watch.stage("plan"):
         chosen = _best(bench, _budget(asked, bench.cost), average, base)
+        if chosen.kl > asked.kl:
+            chosen = replace(high, name=chosen.name)
         factors = FRONT if asked.front else ()
         front = tuple(
             _once(f"{f:.2f}", bench, Budget(f * low.decode, f * low.prefill), average, base)
@@ -179,12 +186,12 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
 def _check(asked: PlanRequest) -> None:
     """Refuses what can be known to be wrong before the model is read, which takes a while."""
     roofline.soc(asked.soc)
-    limits = (asked.within, asked.kl, asked.size)
-    if not any(map(math.isfinite, limits)):
-        raise UserError("plan: no budget; expected --within, --kl or --size; give one of them")
-    for name, limit in (("within", asked.within), ("kl", asked.kl), ("size", asked.size)):
+    limits = (("within", asked.within), ("kl", asked.kl), ("size", asked.size / 1e6))
+    for name, limit in limits:
         if not limit > 0:
             raise UserError(f"plan: --{name} {limit:g}; expected a number above 0; correct it")
+    if all(math.isinf(limit) for _, limit in limits):
+        raise UserError("plan: no budget; expected --within, --kl or --size; give one of them")
     if asked.calibration is not None:
         files.read_text(asked.calibration)
     if math.isfinite(asked.kl) and math.isfinite(asked.within):
@@ -257,11 +264,14 @@ def _once(
 
 
 def _best(bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], base: float) -> Point:
-    """Solves, measures, and solves again from there."""
-    found, near = bench.model.choices, None
+    """Solves, measures, and solves again from there.
+
+    Where a KL is asked for, what is predicted may lose as much less as the last plan lost more.
+    """
+    found, near, aimed = bench.model.choices, None, budget
     best: Point | None = None
     for left in reversed(range(ROUNDS)):
-        raised = solve(found, bench.cost, charged, budget, base, near)
+        raised = solve(found, bench.cost, charged, aimed, base, near)
         predicted = _predicted(charged, raised, base)
         if left:
             now = charges(bench.model, bench.windows, bench.references, raised)
@@ -272,6 +282,11 @@ def _best(bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], bas
         if best is None or _rank(point, budget) < _rank(best, budget):
             best = point
         near = Near(raised, max(1, round(CHANGES * len(raised))))
+        if math.isfinite(budget.kl):
+            now_predicted = _predicted(charged, raised, base)
+            # Not below what raising all is predicted to lose: that always is a plan.
+            aimed = replace(budget, kl=max(base, budget.kl - max(0.0, kl - now_predicted)))
+            near = None
     assert best is not None
     return best
 

@@ -78,6 +78,22 @@ def test_a_loss_is_kept_where_some_plan_keeps_it(asked, planned):
     assert low < slow
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.9])
+def test_every_loss_that_all_high_bits_keep_is_kept(asked, planned, share):
+    """Predictions are off: the KL that is measured is what counts, down to the high plan's own."""
+    limit = planned.high.kl + share * (planned.low.kl - planned.high.kl)
+    request = dataclasses.replace(asked, within=float("inf"), kl=limit, front=False)
+    assert run.plan(request, Observer()).chosen.kl <= limit
+
+
+def test_recipes_that_differ_in_one_weight_have_a_plan(asked):
+    rules = (("layers.0.attn.q.weight", 8), *LOW.bits.rules)
+    high = dataclasses.replace(LOW, bits=BitPlan(rules))
+    request = dataclasses.replace(asked, high=high, within=float("inf"), kl=10.0, front=False)
+    found = run.plan(request, Observer())
+    assert found.chosen.raised == (False,)
+
+
 def test_equal_requests_give_equal_plans(asked, planned, tmp_path):
     again = run.plan(asked, Observer())
     for name, made in (("a", planned), ("b", again)):
@@ -133,7 +149,9 @@ def test_what_one_layer_widens_for_one_op_and_another_for_another_is_proved(here
         (["--within", "1", "--soc", "SM1"], "SM1: no published measurement to estimate from;"),
         (["--within", "1", "--high", "w4a8"], "plan: w4a8 and w4a8 give every tensor the same"),
         (["--within", "1", "--low", "w8a16", "--high", "w4a8"], "16 bits in the low plan and 8 in"),
-        (["--within", "1", "--context", "100"], "context: 100 slots; expected more than the 128"),
+        (["--within", "nan"], "plan: --within nan; expected a number above 0; correct it"),
+        (["--size=-3"], "plan: --size -3; expected a number above 0; correct it"),
+        (["--kl", "1e-9"], "budget: no plan meets it (KL 1e-09 nats, at least "),
         (["--within", "0.5"], "budget: no plan meets it (decode"),
         (["--size", "0.001"], "budget: no plan meets it (size 0.001 MB, at least 0.0"),
         (["--within", "1", "--calibration", "no.txt"], "no.txt: no such file"),

@@ -109,7 +109,7 @@ def test_a_budget_that_nothing_meets_says_what_could_be():
     c = cost(found, "SM8750", 200)
     zero = np.zeros(len(found.groups))
     least = 1e3 * min(c.decode([x] * len(zero)) for x in (False, True))
-    with pytest.raises(UserError, match=rf"decode 0\.001 ms, at least {least:.4g}\); ask for less"):
+    with pytest.raises(UserError, match=rf"decode 0\.001 ms, at least {least:.4g}\); allow more"):
         solve(found, c, zero, Budget(decode=1e-6))
     with pytest.raises(UserError, match=r"KL 0\.1 nats, at least 0\.2"):
         solve(found, c, zero, Budget(kl=0.1), base=0.2)
