@@ -32,9 +32,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.diagnose.tensor_errors import Constants, rounding_tensors
-from qnpu_jax.fakequant import Edge, decoder_logits, fake_quant
+from qnpu_jax.fakequant import Edge, decoder_logits, fake_quant, with_errors
 from qnpu_jax.graph import LAYERS, Decoder, Tensors
-from qnpu_jax.measure import kl_terms
+from qnpu_jax.measure import mean_kl
 
 POINTS = 3
 """Points of the Gauss-Legendre rule for the integral over s. The rule is exact where f is a
@@ -89,23 +89,11 @@ def _slopes(
 ) -> Tensors:
     def kl(factors: Tensors) -> jax.Array:
         logits = decoder_logits(
-            dec, values, {n: (errors[n], factors[n]) for n in errors}, _with_errors
+            dec, values, {n: (errors[n], factors[n]) for n in errors}, with_errors
         )
-        return jnp.sum(kl_terms(reference, logits)) / len(logits)
+        return mean_kl(reference, logits)
 
     return jax.grad(kl)(factors)
-
-
-def _with_errors(extra: Tensors) -> Edge:
-    """Returns an edge that computes x + t e, from (e, t) by local name."""
-
-    def edge(spec: Any, x: jax.Array) -> jax.Array:
-        if spec.name not in extra:
-            return x
-        error, factor = extra[spec.name]
-        return x + factor * error
-
-    return edge
 
 
 def without(
@@ -152,7 +140,7 @@ def _chosen(constants: Constants, names: Iterable[str]) -> dict[str, np.ndarray]
 
 @partial(jax.jit, static_argnums=0)
 def _injected(dec: Decoder, values: Tensors, extra: Tensors) -> jax.Array:
-    return decoder_logits(dec, values, extra, _with_errors)
+    return decoder_logits(dec, values, extra, with_errors)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -186,4 +174,4 @@ def _values(constants: Constants, ids: Int[np.ndarray, " t"]) -> Tensors:
 
 def kl(reference: Float[Array, "t v"], logits: Float[Array, "t v"]) -> float:
     """Returns KL(reference || logits) in nats per position."""
-    return float(jnp.sum(kl_terms(reference, logits))) / len(logits)
+    return float(mean_kl(reference, logits))

@@ -1,7 +1,7 @@
 """The graph in float, and on the integer grid with straight-through gradients."""
 
 from qnpu_jax.fakequant.compiling import BRIEF, Options, jit_brief
-from qnpu_jax.fakequant.edged_pass import decoder_logits, recorded_logits
+from qnpu_jax.fakequant.edged_pass import decoder_logits, recorded_logits, with_errors
 from qnpu_jax.fakequant.evaluate import Edge, evaluate
 from qnpu_jax.fakequant.fake_quant import fake_quant, lsq_factor, round_ste, scale_gradient
 from qnpu_jax.fakequant.forward import (
@@ -39,4 +39,5 @@ __all__ = [
     "shared_inputs",
     "token_nll",
     "windows_at_once",
+    "with_errors",
 ]

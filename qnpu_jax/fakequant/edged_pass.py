@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from qnpu_jax.fakequant.evaluate import Edge, evaluate
 from qnpu_jax.fakequant.forward import scanned_inputs
-from qnpu_jax.graph import LAYERS, Decoder, Tensors, local
+from qnpu_jax.graph import LAYERS, Decoder, Tensors, TensorSpec, local
 
 
 def decoder_logits(
@@ -59,3 +59,15 @@ def recorded_logits(
     logits, last = whole(dec.head, {"input.residual": x})
     parts = zip(dec.graphs, (first, inner, last), strict=True)
     return logits, {g.prefix + n: e for g, kept in parts for n, e in kept.items()}
+
+
+def with_errors(extra: Tensors) -> Edge:
+    """Makes an edge that computes x + t e, from (e, t) by local name."""
+
+    def edge(spec: TensorSpec, x: jax.Array) -> jax.Array:
+        if spec.name not in extra:
+            return x
+        error, factor = extra[spec.name]
+        return x + factor * error
+
+    return edge

@@ -1,13 +1,9 @@
 """The decoder, written like a forward function and staged as three graphs: embed, one layer, head.
 
 Gamma, rotations and the attention scale are in the parameters already (`qnpu_jax.transform`): a
-norm here is x / sqrt(sum x^2 + D eps), scores are q k^T. Attention is staged per KV head, with the
-keys [prefix | cache | new], because NPU compilers refuse the batched form at decode. Values are
-kept transposed, (N, K, S): CPU kernels pack the second operand of a BATCH_MATMUL at every call,
-which is several times as fast where adj_y is set.
+norm here is x / sqrt(sum x^2 + D eps), scores are q k^T.
 
-Letters: T tokens, S keys, D hidden, H heads, N KV heads, G = H/N, K head_dim, F intermediate, V
-vocabulary.
+Letters: as in `layer`, and V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""One decoder layer, written like a forward function: norms, attention by KV head, the MLP.
+"""One decoder layer, written like a forward function: norms, attention, the MLP.
+
+Attention is staged per KV head, with the keys [prefix | cache | new], because NPU compilers refuse
+the batched form at decode. Values are kept transposed, (N, K, S): CPU kernels pack the second
+operand of a BATCH_MATMUL at every call, which is several times as fast where adj_y is set.
 
 Letters: T tokens, S keys, D hidden, H heads, N KV heads, G = H/N, K head_dim, F intermediate.
 """

@@ -162,6 +162,11 @@ def kl_terms(p_logits: Float[Array, "*b v"], q_logits: Float[Array, "*b v"]) -> 
     return jnp.where(p == 0, q, jnp.where(d < -1.0, q - p + p * d, near))
 
 
+def mean_kl(p_logits: Float[Array, "t v"], q_logits: Float[Array, "t v"]) -> Float[Array, ""]:
+    """Computes the mean of KL(p || q) over positions, nats per position."""
+    return jnp.sum(kl_terms(p_logits, q_logits)) / len(q_logits)
+
+
 def _batches(windows: np.ndarray, batch: int | None, track: Any) -> Iterator[np.ndarray]:
     starts: Iterable[int] = range(0, len(windows), batch or 1)
     for start in track(starts, len(range(0, len(windows), batch or 1))) if track else starts:

@@ -35,6 +35,7 @@ from qnpu_jax.fakequant import (
     fake_quant,
     recorded_logits,
     shared_inputs,
+    with_errors,
 )
 from qnpu_jax.graph import (
     LAYERS,
@@ -53,7 +54,7 @@ from qnpu_jax.graph import (
     resolve,
     shared_names,
 )
-from qnpu_jax.measure import kl_terms
+from qnpu_jax.measure import mean_kl
 from qnpu_jax.plan.groups import Choices
 
 POINTS = 3
@@ -191,7 +192,7 @@ def charges(
             slope = _slopes(found.low, fixed, reference, at, jnp.float32((x + 1) / 2))
             total = {n: a + weight / 2 * np.asarray(slope[n] * at[n]) for n, a in total.items()}
         rows.append([_of_group(group, total) for group in found.groups])
-        kls.append(kl(reference, logits))
+        kls.append(float(mean_kl(reference, logits)))
         bases.append(float(_fixed(found.low, fixed, reference, none)))
     return Charged(np.array(rows), np.array(kls), np.array(bases))
 
@@ -225,14 +226,9 @@ def divergences(
     """KL at a plan, by window (nats per position)."""
     dec, at = model.choices.low, factors(model.choices, raised)
     return np.array([
-        kl(reference, _rounded_pass(dec, _arrays(model, ids), at)[0])
+        float(mean_kl(reference, _rounded_pass(dec, _arrays(model, ids), at)[0]))
         for ids, reference in zip(windows, references, strict=True)
     ])  # fmt: skip
-
-
-def kl(reference: Float[Array, "t v"], logits: Float[Array, "t v"]) -> float:
-    """KL(reference || logits), nats per position."""
-    return float(jnp.sum(kl_terms(reference, logits))) / len(logits)
 
 
 def _of_group(group: Any, total: dict[str, np.ndarray]) -> float:
@@ -303,23 +299,11 @@ def _divergence(dec: Decoder, read: _Arrays, reference: jax.Array, at: Tensors) 
     one = {n: jnp.ones(jnp.shape(q[0].scale)) for n, q in read.quant.items()}
     errors = {n: (read.errors[n], at.get(n, t)) for n, t in one.items()}
     extra = errors | _of_params(read, at)
-    logits = decoder_logits(dec, read.values, extra, _with_errors)
-    return jnp.sum(kl_terms(reference, logits)) / len(logits)
+    logits = decoder_logits(dec, read.values, extra, with_errors)
+    return mean_kl(reference, logits)
 
 
 def _of_params(read: _Arrays, at: Tensors) -> Tensors:
     """Errors of weights with their factors, and of biases with those of their weights."""
     factor = {n: n if n in at else n.removesuffix("bias") + "weight" for n in read.errors}
     return {n: (e, at[factor[n]]) for n, e in read.errors.items() if n not in read.quant}
-
-
-def _with_errors(extra: Tensors) -> Edge:
-    """Makes the edge that computes x + t e."""
-
-    def edge(spec: TensorSpec, x: jax.Array) -> jax.Array:
-        if spec.name not in extra:
-            return x
-        error, t = extra[spec.name]
-        return x + t * error
-
-    return edge

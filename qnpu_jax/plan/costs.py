@@ -1,7 +1,7 @@
 """What a plan costs on an SoC: seconds a token and a chunk, bytes of weights, by group.
 
     decode  = start + bytes / bandwidth + casts op
-    prefill = start + max(MACs_16 + MACs_8 / 1.2) / rate, bytes / bandwidth) + casts op
+    prefill = start + max((MACs_16 + MACs_8 / 1.2) / rate, bytes / bandwidth) + casts op
 
 Bandwidth, rate and start are those of `latency.roofline`, and so are their errors. A cast is a
 QUANTIZE that a plan has and another has not: one that widens an activation, and one at a block's

@@ -100,7 +100,7 @@ class Choices:
                 if i is not None and raised[i]:
                     rules[graph.global_name(layer, name)] = bits
         asked = planned_names(self.low)
-        rules = {n: bits for n, bits in rules.items() if n in set(asked)}
+        rules = {n: rules[n] for n in asked if n in rules}
         return self.low.plan.replaced(rules, asked) if rules else self.low.plan
 
 

@@ -1,10 +1,18 @@
 """Perplexity and divergence against sums written out by hand."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from qnpu_jax.measure.perplexity import Logits, compare, divergence, float_logits, perplexity
+from qnpu_jax.measure.perplexity import (
+    Logits,
+    compare,
+    divergence,
+    float_logits,
+    mean_kl,
+    perplexity,
+)
 
 WINDOWS = tiny.random_ids((5, 12))
 
@@ -123,3 +131,9 @@ def test_certainty_and_impossible_tokens():
     half = np.zeros((2, 2))
     assert divergence(table(never), table(half), ids).kl == pytest.approx(np.log(2), rel=1e-6)
     assert divergence(table(half), table(never), ids).kl == np.inf
+
+
+def test_mean_kl_by_hand():
+    p, q = np.array([[0.5, 0.5], [0.25, 0.75]]), np.array([[0.25, 0.75], [0.25, 0.75]])
+    expected = (0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.75)) / 2
+    assert float(mean_kl(jnp.log(p), jnp.log(q))) == pytest.approx(expected, rel=1e-5)
