@@ -29,6 +29,7 @@ from qnpu_jax.models import Checkpoint, load
 from qnpu_jax.plan.charges import Mixed, charges, divergences, mixed
 from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import Choices, choices
+from qnpu_jax.plan.pairs import Losses, Pair, pair_terms, significant
 from qnpu_jax.plan.solver import Budget, Near, solve
 from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Recipe
@@ -60,6 +61,7 @@ class PlanRequest:
       calibration: text to calibrate with and to measure on; None lets the model write its own.
       context: slots of the KV cache that decode reads.
       front: also find the plans of FRONT.
+      pairs: pair terms that predictions have beside charges, at most; 0 measures none.
     """
 
     model: str
@@ -72,6 +74,7 @@ class PlanRequest:
     calibration: Path | None = None
     context: int = 512
     front: bool = True
+    pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
         first = charges(bench.model, bench.windows, bench.references, none)
     average, base = first.groups.mean(0), float(first.base.mean())
     spread = first.groups.std(0, ddof=1) / math.sqrt(len(first.groups))
+    losses = _losses(asked, bench, average, base)
     low = bench.point(asked.low.name, none, float(first.kl.mean()), float(first.kl.mean()))
     high = bench.point(asked.high.name, every, base, bench.measured(every))
     if asked.kl < high.kl:
@@ -170,12 +174,12 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
             f" {asked.high.name} loses before anything is learned); allow more"
         )
     with watch.stage("plan"):
-        chosen = _best(bench, _budget(asked, bench.cost), average, base)
+        chosen = _best(bench, _budget(asked, bench.cost), losses)
         if chosen.kl > asked.kl:
             chosen = replace(high, name=chosen.name)
         factors = FRONT if asked.front else ()
         front = tuple(
-            _once(f"{f:.2f}", bench, Budget(f * low.decode, f * low.prefill), average, base)
+            _once(f"{f:.2f}", bench, Budget(f * low.decode, f * low.prefill), losses)
             for f in watch.track(factors, len(factors), "plan")
         )
     bits = found.plan(chosen.raised)
@@ -211,8 +215,8 @@ def _check_budget(asked: PlanRequest, checkpoint: Checkpoint) -> None:
             " expected two that differ; choose another --low or --high"
         )
     costs = cost(found, asked.soc, asked.context)
-    none = np.zeros(len(found.groups))
-    solve(found, costs, none, replace(_budget(asked, costs), kl=math.inf))
+    nothing = Losses(0.0, np.zeros(len(found.groups)))
+    solve(found, costs, nothing, replace(_budget(asked, costs), kl=math.inf))
 
 
 def _budget(asked: PlanRequest, cost: Cost) -> Budget:
@@ -255,15 +259,30 @@ def _bench(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> _Benc
     return _Bench(model, cost(found, asked.soc, asked.context), windows, references, watch)
 
 
-def _once(
-    name: str, bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], base: float
-) -> Point:
+def _losses(
+    asked: PlanRequest, bench: _Bench, charged: Float64[np.ndarray, " g"], base: float
+) -> Losses:
+    """Predictions by the charges of the low plan, and by its pair terms where they are asked for."""
+    found, none = bench.model.choices, [False] * len(charged)
+    pairs: tuple[Pair, ...] = ()
+    if asked.pairs:
+        with bench.watch.stage("pairs"):
+            count = bench.watch.track(range(len(bench.windows)), len(bench.windows), "pairs")
+            rows = [
+                pair_terms(bench.model, bench.windows[[i]], [bench.references[i]], none)
+                for i in count
+            ]
+        pairs = significant(found, np.concatenate(rows), asked.pairs)
+    return Losses(base, charged, pairs).charged(charged, none)
+
+
+def _once(name: str, bench: _Bench, budget: Budget, losses: Losses) -> Point:
     """Solves and measures."""
-    raised = solve(bench.model.choices, bench.cost, charged, budget, base)
-    return bench.point(name, raised, _predicted(charged, raised, base), bench.measured(raised))
+    raised = solve(bench.model.choices, bench.cost, losses, budget)
+    return bench.point(name, raised, losses.predicted(raised), bench.measured(raised))
 
 
-def _best(bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], base: float) -> Point:
+def _best(bench: _Bench, budget: Budget, losses: Losses) -> Point:
     """Solves, measures, and solves again from there.
 
     Where a KL is asked for, what is predicted may lose as much less as the last plan lost more.
@@ -271,11 +290,11 @@ def _best(bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], bas
     found, near, aimed = bench.model.choices, None, budget
     best: Point | None = None
     for left in reversed(range(ROUNDS)):
-        raised = solve(found, bench.cost, charged, aimed, base, near)
-        predicted = _predicted(charged, raised, base)
+        raised = solve(found, bench.cost, losses, aimed, near)
+        predicted = losses.predicted(raised)
         if left:
             now = charges(bench.model, bench.windows, bench.references, raised)
-            kl, charged = float(now.kl.mean()), np.where(raised, charged, now.groups.mean(0))
+            kl, losses = float(now.kl.mean()), losses.charged(now.groups.mean(0), raised)
         else:
             kl = bench.measured(raised)
         point = bench.point("plan", raised, predicted, kl)
@@ -283,16 +302,12 @@ def _best(bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], bas
             best = point
         near = Near(raised, max(1, round(CHANGES * len(raised))))
         if math.isfinite(budget.kl):
-            now_predicted = _predicted(charged, raised, base)
             # Not below what raising all is predicted to lose: that always is a plan.
-            aimed = replace(budget, kl=max(base, budget.kl - max(0.0, kl - now_predicted)))
+            more = max(0.0, kl - losses.predicted(raised))
+            aimed = replace(budget, kl=max(losses.base, budget.kl - more))
             near = None
     assert best is not None
     return best
-
-
-def _predicted(charged: Float64[np.ndarray, " g"], raised: Sequence[bool], base: float) -> float:
-    return base + float(np.maximum(charged, 0.0)[~np.array(raised)].sum())
 
 
 def _rank(point: Point, budget: Budget) -> tuple[bool, float]:

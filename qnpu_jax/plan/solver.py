@@ -1,13 +1,15 @@
 """The plan of least KL within a budget, or the fastest one within a KL: a mixed integer program.
 
-    min  sum_g a_g (1 - x_g)
+    min  sum_g b_g (1 - x_g) + sum_(i,j) h_ij z_ij
     s.t. x_i <= x_j                       no kernel gives fewer bits than it takes
          k_c >= 1 - x_s, 1 - x_t          a cast that is there unless both its sides are high
          k_c >= x_t - x_s                 a cast that is there if its target is high alone
          k_c >= |x_t - x_s|               a cast that is there where the two differ
+         z_ij = (1 - x_i) (1 - x_j)       a pair of low groups, by inequalities
          decode, prefill, size <= budget  `costs.Cost`, linear in x and k
 
-x_g is 1 where group g is high, and a_g its charge (`charges`). The solver is SciPy's HiGHS.
+x_g is 1 where group g is high, b_g its own term and h_ij that of a pair (`pairs.Losses`). The
+solver is SciPy's HiGHS.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from scipy.sparse import coo_array
 from qnpu_jax.errors import UserError
 from qnpu_jax.plan.costs import Cost
 from qnpu_jax.plan.groups import Choices
+from qnpu_jax.plan.pairs import Losses
 
 SECONDS = 60.0
 """Longest time of one program. The best plan that HiGHS has by then is taken."""
@@ -84,16 +87,14 @@ class _Rows:
 def solve(
     found: Choices,
     cost: Cost,
-    charges: Float64[np.ndarray, " g"],
+    losses: Losses,
     budget: Budget,
-    base: float = 0.0,
     near: Near | None = None,
 ) -> list[bool]:
     """Finds the best plan within a budget.
 
     Args:
-      charges: nats per position that the low bits of each group cost; below 0 counts as 0.
-      base: KL of the plan that raises all.
+      losses: predicted KL of every plan.
       near: a plan that the result may not be far from.
 
     Returns:
@@ -103,29 +104,31 @@ def solve(
       UserError: no plan is within the budget; says the nearest budget that one meets.
     """
     n, m = len(found.groups), len(cost.casts)
-    charges = np.maximum(charges, 0.0)
-    rows = _Rows(n + m)
+    rows = _Rows(n + m + len(losses.pairs))
     for i, j in found.above:
         rows.add({i: 1.0, j: -1.0}, 0.0)
     _cast_rows(rows, cost, n)
+    _pair_rows(rows, losses, n + m)
     _budget_rows(rows, cost, budget, n)
     if near is not None:
         flips = {i: -1.0 if up else 1.0 for i, up in enumerate(near.plan)}
         rows.add(flips, near.changes - float(sum(near.plan)))
+    both = np.array([p.term for p in losses.pairs])
     if math.isfinite(budget.kl):
-        rows.add(_terms(-charges), budget.kl - base - float(charges.sum()))
-        objective = _slowness(cost, n, m)
+        lost = np.concatenate([-losses.own, np.zeros(m), both])
+        rows.add(_terms(lost), budget.kl - losses.base - float(losses.own.sum()))
+        objective = np.concatenate([_slowness(cost, n, m), np.zeros(len(both))])
     else:
         # A millionth of a nat for all casts together: none comes that nothing asks for.
-        objective = np.concatenate([-charges, np.full(m, 1e-6 / max(m, 1))])
+        objective = np.concatenate([-losses.own, np.full(m, 1e-6 / max(m, 1)), both])
     # With presolve it is three times faster, and prints lines of its own whatever it is told.
     options = {"time_limit": SECONDS, "mip_rel_gap": GAP, "presolve": False}
     made = milp(
-        objective, integrality=np.ones(n + m), bounds=Bounds(0, 1), constraints=rows.constraints(),
-        options=options,
+        objective, integrality=[1] * (n + m) + [0] * len(both), bounds=Bounds(0, 1),
+        constraints=rows.constraints(), options=options,
     )  # fmt: skip
     if made.x is None:
-        raise UserError(_nearest(cost, charges, budget, base))
+        raise UserError(_nearest(cost, losses, budget))
     return [bool(x > 0.5) for x in made.x[:n]]
 
 
@@ -162,6 +165,16 @@ def _cast_rows(rows: _Rows, cost: Cost, n: int) -> None:
             rows.add(source | others | {c: -1.0}, 0.0)
 
 
+def _pair_rows(rows: _Rows, losses: Losses, first: int) -> None:
+    """Ties z to its two groups: from below where it costs, from above where it saves."""
+    for z, (i, j, term) in enumerate(losses.pairs, start=first):
+        if term > 0:
+            rows.add({i: -1.0, j: -1.0, z: -1.0}, -1.0)
+        else:
+            rows.add({z: 1.0, i: 1.0}, 1.0)
+            rows.add({z: 1.0, j: 1.0}, 1.0)
+
+
 def _slowness(cost: Cost, n: int, m: int) -> Float64[np.ndarray, " c"]:
     """Seconds of decode and of prefill's compute, each relative to the low plan's."""
     low = [False] * n
@@ -170,15 +183,15 @@ def _slowness(cost: Cost, n: int, m: int) -> Float64[np.ndarray, " c"]:
     return np.concatenate([groups, np.full(m, cost.op * (1 / decode + 1 / prefill))])
 
 
-def _nearest(cost: Cost, charges: Float64[np.ndarray, " g"], budget: Budget, base: float) -> str:
+def _nearest(cost: Cost, losses: Losses, budget: Budget) -> str:
     """The message that no plan is within a budget."""
-    low, high = [False] * len(charges), [True] * len(charges)
+    low, high = ([up] * len(losses.own) for up in (False, True))
     met = []
     for name, asked, least, unit, factor in (
         ("decode", budget.decode, min(cost.decode(low), cost.decode(high)), "ms", 1e3),
         ("prefill", budget.prefill, min(cost.prefill(low), cost.prefill(high)), "ms", 1e3),
         ("size", budget.size, cost.bytes(low), "MB", 1e-6),
-        ("KL", budget.kl, base, "nats", 1.0),
+        ("KL", budget.kl, losses.base, "nats", 1.0),
     ):
         if asked < least:
             met.append(f"{name} {factor * asked:.4g} {unit}, at least {factor * least:.4g}")

@@ -10,6 +10,7 @@ from test_groups import between
 from qnpu_jax.errors import UserError
 from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import Choices
+from qnpu_jax.plan.pairs import Losses, Pair
 from qnpu_jax.plan.solver import Budget, Near, solve
 
 N = 9
@@ -66,7 +67,7 @@ def test_the_least_loss_within_a_budget(problem, what, factor):
         return all(a <= b * (1 + 1e-9) for a, b in zip(spent, most, strict=True))
 
     best = min(lost(charges, x) for x in allowed(found) if fits(x))
-    made = solve(found, c, charges, budget)
+    made = solve(found, c, Losses(0.0, charges), budget)
     assert tuple(made) in allowed(found)
     assert all(a <= b * (1 + 1e-6) for a, b in (
         (c.decode(made), budget.decode), (c.prefill(made), budget.prefill),
@@ -85,7 +86,7 @@ def test_the_least_time_at_a_loss(problem, share):
         return c.decode(x) / c.decode(low) + (c.prefill(x) / c.prefill(low))
 
     fits = [x for x in allowed(found) if 0.01 + lost(charges, x) <= limit + 1e-9]
-    made = solve(found, c, charges, Budget(kl=limit), base=0.01)
+    made = solve(found, c, Losses(0.01, charges), Budget(kl=limit))
     assert 0.01 + lost(charges, made) <= limit + 1e-6
     assert slowness(made) <= min(map(slowness, fits)) * 1.002
 
@@ -93,15 +94,26 @@ def test_the_least_time_at_a_loss(problem, share):
 def test_a_trust_region_bounds_the_changes(problem):
     found, c, charges = problem
     low = [False] * len(found.groups)
-    made = solve(found, c, charges, Budget(decode=1.0), near=Near(low, 2))
+    made = solve(found, c, Losses(0.0, charges), Budget(decode=1.0), near=Near(low, 2))
     assert sum(made) == 2
-    assert all(solve(found, c, charges, Budget(decode=1.0)))
+    assert all(solve(found, c, Losses(0.0, charges), Budget(decode=1.0)))
 
 
-def test_a_charge_below_nothing_raises_nothing(problem):
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("factor", [1.0002, 1.001, 1.003])
+def test_the_least_loss_with_pair_terms(problem, factor, seed):
+    """Terms of either sign, as large as what groups cost alone."""
     found, c, charges = problem
-    made = solve(found, c, np.full_like(charges, -1.0), Budget(kl=0.5))
-    assert lost(np.ones_like(charges), made) > 0
+    rng = np.random.default_rng(seed)
+    terms = rng.normal(0, charges.mean(), (N, N))
+    pairs = tuple(Pair(i, j, terms[i, j]) for i in range(N) for j in range(i) if (i + j) % 3)
+    losses = Losses(0.01, charges, tuple(Pair(j, i, t) for i, j, t in pairs))
+    most = factor * c.decode([False] * N)
+    best = min(losses.predicted(x) for x in allowed(found) if c.decode(x) <= most * (1 + 1e-9))
+    made = solve(found, c, losses, Budget(decode=most))
+    assert tuple(made) in allowed(found)
+    assert c.decode(made) <= most * (1 + 1e-6)
+    assert losses.predicted(made) <= best + 1e-3 * abs(best) + 2e-6  # GAP, and ties between casts
 
 
 def test_a_budget_that_nothing_meets_says_what_could_be():
@@ -110,6 +122,6 @@ def test_a_budget_that_nothing_meets_says_what_could_be():
     zero = np.zeros(len(found.groups))
     least = 1e3 * min(c.decode([x] * len(zero)) for x in (False, True))
     with pytest.raises(UserError, match=rf"decode 0\.001 ms, at least {least:.4g}\); allow more"):
-        solve(found, c, zero, Budget(decode=1e-6))
+        solve(found, c, Losses(0.0, zero), Budget(decode=1e-6))
     with pytest.raises(UserError, match=r"KL 0\.1 nats, at least 0\.2"):
-        solve(found, c, zero, Budget(kl=0.1), base=0.2)
+        solve(found, c, Losses(0.2, zero), Budget(kl=0.1))
