@@ -14,11 +14,12 @@ from qnpu_jax.fakequant.forward import (
     shared_inputs,
     token_nll,
 )
-from qnpu_jax.fakequant.passes import graph_tensors, passes, windows_at_once
+from qnpu_jax.fakequant.passes import EdgeOfBits, graph_tensors, passes, windows_at_once
 
 __all__ = [
     "BRIEF",
     "Edge",
+    "EdgeOfBits",
     "Hidden",
     "Options",
     "Reading",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.fakequant.compiling import jit_brief
@@ -23,6 +24,8 @@ from qnpu_jax.graph import (
 
 Keep = Callable[[Graph], tuple[str, ...]]
 """Chooses tensors of a graph: local names."""
+EdgeOfBits = Callable[[Tensors], Edge]
+"""Makes an edge from the bits of each tensor, by local name: layers of one graph may differ."""
 LOGIT_BYTES = {"cpu": 2**27, "gpu": 2**29}
 """Most memory for the float32 logits of a pass, beside which copies of them stand, by backend."""
 
@@ -55,19 +58,20 @@ def graph_tensors(
     values: Tensors,
     params: Tensors,
     quant: Any = ({}, {}),
-    edge: Edge | None = None,
+    edge: EdgeOfBits | None = None,
 ) -> Tensors:
     """Evaluates one graph for a batch, and returns the kept tensors by local name.
 
     Args:
       values: inputs with a leading batch axis.
       params: parameters and shared inputs, without one.
-      quant: QParams and code ranges of the tensors to fake-quantize, one layer's.
-      edge: in place of fake-quantization.
+      quant: QParams and code ranges of the tensors to fake-quantize, one layer's; with `edge`, the
+        bits of all tensors there.
+      edge: makes what stands in place of fake-quantization.
     """
 
     def one(values: Tensors) -> Tensors:
-        env = evaluate(graph, {**values, **params}, edge or fake_quant_edge(*quant))
+        env = evaluate(graph, {**values, **params}, edge(quant) if edge else fake_quant_edge(*quant))
         return {name: env[name] for name in keep}
 
     return jax.vmap(one)(values)
@@ -80,7 +84,7 @@ def passes(
     keep: Keep,
     scales: Scales | None = None,
     tables: Tensors | None = None,
-    edge: Edge | None = None,
+    edge: EdgeOfBits | None = None,
 ) -> Iterator[tuple[Graph, int, Tensors]]:
     """Yields the kept tensors of a batch, graph by graph and layer by layer.
 
@@ -89,14 +93,14 @@ def passes(
       keep: tensors to return.
       scales: as in `forward`: float without, and for every tensor that has none.
       tables: in place of `shared_inputs(dec)`.
-      edge: sees every tensor, in place of fake-quantization; a function at module level, since
-        each is compiled.
+      edge: makes, from the bits of a layer's tensors, what sees every tensor in place of
+        fake-quantization; a function at module level, since each is compiled.
     """
     tables = shared_inputs(dec) if tables is None else tables
     values: Tensors = {"ids": ids}
     for graph in dec.graphs:
         own, q = local(params, graph.prefix), local(scales or {}, graph.prefix)
-        quant = (q, ranges_of(graph, q))
+        quant = bits_of(graph) if edge else (q, ranges_of(graph, q))
         out = graph.outputs[0]
         names = tuple(dict.fromkeys((out, *keep(graph))))
         for i in range(graph.layers):
@@ -105,3 +109,9 @@ def passes(
             env = graph_tensors(graph, names, values, here[0] | shared, here[1], edge)
             yield graph, i, env
             values = {"input.residual": env[out]}
+
+
+def bits_of(graph: Graph) -> Tensors:
+    """Returns the bits of every tensor by local name: (L,) int32, or () without layers."""
+    bits = {t.name: np.asarray(t.quant.bits, np.int32) for t in graph.tensors}
+    return bits if graph.layered else {n: b[0] for n, b in bits.items()}

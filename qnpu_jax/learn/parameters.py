@@ -35,6 +35,7 @@ from qnpu_jax.graph import (
     Params,
     QParams,
     Scales,
+    TensorSpec,
     Tensors,
     bias_scales,
     has_no_zero_point,
@@ -301,7 +302,7 @@ def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
             if stage.optimizer == "sgd":
                 channel = spec.shape[1:] if spec.kind == "param" and spec.quant.axis == 0 else None
                 numel = math.prod(channel or spec.shape)
-                factor = lsq_factor(numel, 2.0 ** (max(spec.quant.bits) - 1) - 1)
+                factor = lsq_factor(numel, _highest(graph, spec, q.scale))
                 # A channel of zeros has a scale whose square underflows, and a gradient of 0.
                 square = jnp.square(jnp.maximum(q.scale, np.float32(1e-18)))
                 a = None if a is None else scale_gradient(a, factor / square)
@@ -311,6 +312,12 @@ def learned_scales(dec: Decoder, stage: Stage, free: Scales, theta: Theta) -> Sc
                 zero_point=q.zero_point if b is None else _zero_point(graph, spec.name, q, b),
             )
     return out
+
+
+def _highest(graph: Graph, spec: TensorSpec, scale: Any) -> Any:
+    """Highest code of each layer, to multiply scales with: (L, 1, ..), or () without layers."""
+    highest = (2.0 ** (np.asarray(spec.quant.bits) - 1) - 1).astype(np.float32)
+    return highest.reshape(-1, *(1,) * (np.ndim(scale) - 1)) if graph.layered else highest[0]
 
 
 def _scale_factor(stage: Stage, a: jax.Array) -> jax.Array:

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qnpu_jax.config import BitPlan, ModelConfig
-from qnpu_jax.fakequant import Edge, passes, shared_inputs, windows_at_once
-from qnpu_jax.graph import Decoder, Graph, Params, TensorSpec, decoder
+from qnpu_jax.fakequant import Edge, EdgeOfBits, passes, shared_inputs, windows_at_once
+from qnpu_jax.graph import Decoder, Graph, Params, Tensors, TensorSpec, decoder
 from qnpu_jax.transform.prefix import add_prefix, prefix_rows
 
 OUTLIER_RATIO = 500.0
@@ -192,7 +192,7 @@ class Bench:
         windows: Int[np.ndarray, "n t"],
         tokens: tuple[int, ...],
         keep: tuple[str, ...],
-        edge: Edge | None = None,
+        edge: EdgeOfBits | None = None,
     ) -> Iterator[tuple[str, int, dict[str, Array]]]:
         """Runs windows after a prefix: each graph's name prefix, its layer and what is kept."""
         dec = decoder(self.config, self.plan, windows.shape[1], self.slots)
@@ -231,35 +231,52 @@ def _kl(p_logits: Float[Array, "t v"], q_logits: Float[Array, "t v"]) -> Float[A
 # --- quantizing edges ---
 
 
-def whole_range(spec: TensorSpec, x: Array) -> Array:
-    """Quantizes an activation in the range of its own values.
+def whole_range(bits: Tensors) -> Edge:
+    """Makes an edge that quantizes activations in the range of their own values.
 
     Masked scores, whose scale follows from the scores', stay as they are.
+
+    Args:
+      bits: of a layer's tensors, by local name.
     """
+
+    def edge(spec: TensorSpec, x: Array) -> Array:
+        return _rounded(spec, x, bits[spec.name], jnp.float32(1)) if _rounds(spec) else x
+
+    return edge
+
+
+def clipped_range(bits: Tensors) -> Edge:
+    """Makes an edge that quantizes activations of 8 bits or fewer in the part of their range that
+    leaves the least squared error; keys and logits in all of it, as `calibrate_activations` does."""
+
+    def edge(spec: TensorSpec, x: Array) -> Array:
+        if not _rounds(spec):
+            return x
+        own = bits[spec.name]
+        if spec.name.rpartition(".")[2] in WHOLE or min(spec.quant.bits) > 8:
+            return _rounded(spec, x, own, jnp.float32(1))
+        errors = jax.lax.map(lambda s: jnp.sum(jnp.square(_rounded(spec, x, own, s) - x)), SHRINKS)
+        shrink = jnp.where(own > 8, 1.0, jnp.asarray(SHRINKS)[jnp.argmin(errors)])
+        return _rounded(spec, x, own, shrink)
+
+    return edge
+
+
+def _rounds(spec: TensorSpec) -> bool:
+    """Whether trials quantize a tensor."""
     scope, _, last = spec.name.rpartition(".")
     length = last in LENGTHS and scope.endswith("norm")
-    if spec.kind != "activation" or last == "masked" or length:
-        return x
-    return _rounded(spec, x, jnp.float32(1))
+    return spec.kind == "activation" and last != "masked" and not length
 
 
-def clipped_range(spec: TensorSpec, x: Array) -> Array:
-    """Quantizes an activation of 8 bits or fewer in the part of its range that leaves the least
-    squared error; keys and logits in all of it, as `calibrate_activations` does."""
-    whole = spec.name.rpartition(".")[2] in WHOLE
-    if spec.kind != "activation" or max(spec.quant.bits) > 8 or whole:
-        return whole_range(spec, x)
-    errors = jax.lax.map(lambda s: jnp.sum(jnp.square(_rounded(spec, x, s) - x)), SHRINKS)
-    return _rounded(spec, x, jnp.asarray(SHRINKS)[jnp.argmin(errors)])
-
-
-def _rounded(spec: TensorSpec, x: Array, shrink: Array) -> Array:
-    """x on a grid of the tensor's bits over `shrink` times its range."""
-    steps = np.float32(2.0 ** max(spec.quant.bits) - 1)
+def _rounded(spec: TensorSpec, x: Array, bits: Array, shrink: Array) -> Array:
+    """x on a grid of so many bits over `shrink` times its range."""
+    steps = (jnp.left_shift(1, bits) - 1).astype(jnp.float32)
     low, high = jnp.minimum(x.min(), 0) * shrink, jnp.maximum(x.max(), 0) * shrink
-    if spec.quant.symmetric or max(spec.quant.bits) > 8:
-        high = jnp.maximum(-low, high)
-        low = -high
+    bound = jnp.maximum(-low, high)
+    symmetric = (bits > 8) | spec.quant.symmetric
+    low, high = jnp.where(symmetric, -bound, low), jnp.where(symmetric, bound, high)
     step = jnp.maximum((high - low) / steps, np.float32(1e-30))
     return jnp.round(jnp.clip(x, low, high) / step) * step
 

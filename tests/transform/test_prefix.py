@@ -209,21 +209,39 @@ def test_places_that_a_prefix_does_not_fill_are_not_seen():
 def test_ranges_of_trials():
     """By hand: 8 bits over [-1, 3], and the clipped range that leaves one far value out."""
     spec = tiny.calibrated("gqa_llama3", "w8a8")[0].layer["mlp.act"]
+    names = ["mlp.act", "attn.norm.sum", "attn.kv0.masked", "logits", "attn.k_cache"]
+    bits = {n: jnp.int32(8) for n in (*names, "attn.kv1.keys")}
+    whole, clipped = whole_range(bits), clipped_range(bits)
     x = jnp.asarray([-1.0, 0.013, 3.0], jnp.float32)
     step = 4 / 255
     expected = np.round(np.asarray(x) / step) * step
-    np.testing.assert_allclose(whole_range(spec, x), expected, atol=1e-6)
+    np.testing.assert_allclose(whole(spec, x), expected, atol=1e-6)
     x = jnp.concatenate([jnp.linspace(-1.0, 1.0, 1_000_001), jnp.asarray([-8.0, 8.0])])
-    assert float(whole_range(spec, x)[-1]) == pytest.approx(8.0, abs=16 / 255)  # a step
-    assert float(clipped_range(spec, x)[-1]) < 7.0
-    squares = [float(jnp.sum(jnp.square(e(spec, x) - x))) for e in (clipped_range, whole_range)]
+    assert float(whole(spec, x)[-1]) == pytest.approx(8.0, abs=16 / 255)  # a step
+    assert float(clipped(spec, x)[-1]) < 7.0
+    squares = [float(jnp.sum(jnp.square(e(spec, x) - x))) for e in (clipped, whole)]
     assert squares[0] <= squares[1]
     for name in ("attn.norm.sum", "attn.kv0.masked"):
         left = dataclasses.replace(spec, name=name)
-        np.testing.assert_array_equal(whole_range(left, x), x)
+        np.testing.assert_array_equal(whole(left, x), x)
     for name in ("logits", "attn.k_cache", "attn.kv1.keys"):  # of which the largest count
         kept = dataclasses.replace(spec, name=name)
-        np.testing.assert_array_equal(clipped_range(kept, x), whole_range(kept, x))
+        np.testing.assert_array_equal(clipped(kept, x), whole(kept, x))
+
+
+@pytest.mark.parametrize("edge", [whole_range, clipped_range])
+def test_trials_round_each_layer_to_its_own_bits(edge):
+    """A plan that raises a tensor in one layer raises it in no other."""
+    config, params = load_params(tiny.GOLDEN / "gqa_llama3")
+    params = fold_norms(config, params)
+    raised = PLAN.replaced({"layers.0.mlp.act": 16, "layers.0.mlp.down": 16}, [])
+    seen = {}
+    for name, plan in (("low", PLAN), ("one", raised), ("high", RECIPES["w8a16"].bits)):
+        bench = Bench(config, plan, params, (), (tiny.random_ids((1, tiny.TOKENS)),), 1)
+        made = bench._passes(bench.windows, (), ("mlp.act",), edge)
+        seen[name] = [len(np.unique(env["mlp.act"])) for p, _, env in made if p == "layers."]
+    assert seen["low"][0] <= 256 < seen["one"][0]
+    assert seen["one"][1] <= 256 < seen["high"][1]
 
 
 def test_every_domain_gives_windows_of_one_shape():
