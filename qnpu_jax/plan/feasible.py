@@ -234,7 +234,7 @@ def recipes(its: Target, config: ModelConfig, low: Recipe, high: Recipe) -> tupl
         whole = [n for n, bits in ours.items() if fits(its, decoder(config, bits, 1))]
         raise UserError(f"{error}; choose --low and --high of {whole}") from None
     first, second = (
-        r if bits is r.bits else replace(r, name=f"{r.name} on {its.name}", bits=bits)
+        r if bits == r.bits else replace(r, name=f"{r.name} on {its.name}", bits=bits)
         for r, bits in zip((low, high), plans, strict=True)
     )
     return first, second

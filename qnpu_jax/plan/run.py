@@ -312,7 +312,7 @@ def _best(bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], bas
 
 
 def _predicted(charged: Float64[np.ndarray, " g"], raised: Sequence[bool], base: float) -> float:
-    return base + float(np.maximum(charged, 0.0)[~np.array(raised)].sum())
+    return base + float(np.maximum(charged, 0.0)[~np.array(raised, bool)].sum())
 
 
 def _rank(point: Point, budget: Budget) -> tuple[bool, float]:
