@@ -40,7 +40,9 @@ def model_of(checkpoint: Checkpoint, layers: int, name: str) -> IntegerModel:
     params = pipeline.prepare(config, params, recipe)
     dec = decoder(config, recipe.bits, 32)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 32)).astype(np.int32)
-    scales, _ = calibrate_activations(dec, collect_statistics(dec, params, ids), "class")
+    scales, _ = calibrate_activations(
+        dec, collect_statistics(dec, params, ids), "class", tame=False
+    )
     free = scales | weight_scales(dec, params, "mse")
     return freeze(dec, {n: jnp.asarray(x) for n, x in params.items()}, free, ())
 
@@ -65,7 +67,7 @@ def report(model: IntegerModel, accelerator: str, recipe: str, tokens: int, fold
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--accelerators", nargs="+", default=["ethos-u85-256", "ethos-u85-2048"])

@@ -26,7 +26,7 @@ from scipy.optimize import nnls
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import BatchMatmul, Decoder, FullyConnected, Graph
-from qnpu_jax.latency.published import BOTH, CHUNK, PUBLISHED, Published
+from qnpu_jax.latency.published import BOTH, CHUNK, PUBLISHED, Both, Published
 
 LABEL = "estimate"
 """Word that must stand beside every number of this module that is shown."""

@@ -113,8 +113,8 @@ def _targets() -> Iterator[Target]:
         + "; it refuses 16-bit products ('Value 68, expected >= 73'; pytorch/executorch, issues"
         " 16427 and 17296)",
         _snapdragon("SA8295"),
-        f"{_GENIE} of float16 activations, converted; two rates, which give no start and so no price"
-        " of a cast",
+        f"{_GENIE} of float16 activations, converted; two rates, which give no start, and so casts"
+        " no price",
         {"product": A8},
     )
     for name in ethos_rates.FITS:
