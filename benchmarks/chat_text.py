@@ -13,7 +13,6 @@ import json
 import sys
 from pathlib import Path
 
-
 from qnpu_jax import pipeline
 from qnpu_jax.errors import UserError
 from qnpu_jax.models import FIXED_DATE
@@ -30,9 +29,7 @@ TEMPERATURE = 0.7
 Chat = list[dict[str, str]]
 
 
-def answered(
-    checkpoint: Checkpoint, writer: Writer, chats: list[Chat], seed: int
-) -> list[Chat]:
+def answered(checkpoint: Checkpoint, writer: Writer, chats: list[Chat], seed: int) -> list[Chat]:
     """Appends the model's answer to each chat; chats without one are left out."""
     tokenizer = checkpoint.tokenizer
     prompts = [tokenizer.chat(chat, now=FIXED_DATE) for chat in chats]

@@ -24,9 +24,10 @@ EffortName = Literal["none", "fast", "full", "best"]
 minutes of a GPU; the same on far more text."""
 
 Snapdragon = Literal[
-    "SM8350", "SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8845", "SM8850"
+    "SM8350", "SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8845", "SM8850", "SA8255",
+    "SA8295",
 ]  # fmt: skip
-"""SoCs that the compiler plugin of ai-edge-litert 2.3 compiles for."""
+"""SoCs that the compiler plugin of ai-edge-litert 2.3 compiles for; SA: of cars."""
 
 EthosU = Literal[
     "ethos-u65-256",
@@ -38,6 +39,13 @@ EthosU = Literal[
     "ethos-u85-2048",
 ]
 """Arm's NPUs by their MACs a cycle."""
+
+PlanTarget = Literal[
+    "SM8650", "SM8750", "SM8850", "SA8255", "QCS9075", "SA8295", "ethos-u85-256", "ethos-u85-2048",
+    "int8", "xnnpack",
+]  # fmt: skip
+"""Machines that a plan can be for: Snapdragons, Arm's NPUs, a machine of int8 kernels alone, a CPU
+with XNNPACK."""
 
 Delegate = Literal["cpu", "nnapi", "qnn", "dispatch"]
 """Who runs a model on a phone: XNNPACK; Android's NNAPI; Qualcomm's TFLite delegate; LiteRT's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -60,11 +61,18 @@ def _estimates(model: IntegerModel, prefill: int, context: int) -> Table:
 
 def _validation() -> Table:
     made = table(
-        "the same estimate of published runs, each left out of its fit (tokens/s)",
-        ("SoC", "model", "phase", "estimate", "published", "error"),
-        LEFT,
+        "the same estimate of published runs, each left out of its fit: errors of tokens/s",
+        ("SoC", "phase", "runs", "rms", "largest", "of"),
+        (*LEFT, "of"),
     )
+    rows: dict[tuple[str, str], list[roofline.Validation]] = {}
     for v in roofline.validation():
-        values = (f"{v.predicted:.1f}", f"{v.measured:.1f}", f"{100 * v.error:+.1f}%")
-        made.add_row(v.soc, v.model, v.phase, *values)
+        rows.setdefault((v.soc, v.phase), []).append(v)
+    for soc in roofline.SOCS:
+        for phase in ("decode", "prefill"):
+            mine = rows[soc, phase]
+            worst = max(mine, key=lambda v: abs(v.error))
+            mean = math.sqrt(sum(v.error**2 for v in mine) / len(mine))
+            errors = (f"{100 * mean:.0f}%", f"{100 * worst.error:+.0f}%")
+            made.add_row(soc, phase, str(len(mine)), *errors, worst.model)
     return made

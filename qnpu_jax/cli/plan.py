@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from qnpu_jax.choices import PlanTarget
 from qnpu_jax.cli import importing
 from qnpu_jax.cli.options import Model
 
 app = typer.Typer()
 
-Soc = Annotated[str, typer.Option(help="Snapdragon whose time is estimated: SM8650, SM8750.")]
+Soc = Annotated[str, typer.Option(help=f"What the plan is for: {', '.join(get_args(PlanTarget))}.")]
 Within = Annotated[
     float | None,
     typer.Option(help="Most that a token and a chunk may take, by what --low takes: 1.01."),
@@ -30,7 +31,10 @@ Calibration = Annotated[
 ]
 Cache = Annotated[int, typer.Option(min=129, help="Slots of the KV cache that a token reads.")]
 Front = Annotated[
-    bool, typer.Option("--front/--no-front", help="Plans of nine other budgets of time too.")
+    bool,
+    typer.Option(
+        "--front/--no-front", help="Plans of nine other budgets of time, or of size, too."
+    ),
 ]
 
 
@@ -54,9 +58,11 @@ def plan(
     """Finds the widths that lose least within a budget, and writes them as a recipe.
 
     What low bits of every weight and activation cost is measured, as a
-    share of the KL; what high ones cost is estimated for a Snapdragon,
-    casts included; a mixed integer program does the rest, and is measured
-    and solved again. `qnpu quantize --recipe OUT/plan.json` takes it.
+    share of the KL; what high ones cost is estimated for a Snapdragon or
+    an Ethos-U, casts included; a mixed integer program does the rest, and
+    is measured and solved again. A target without int16 kernels, or
+    without those of 4-bit weights, keeps the widths that it has.
+    `qnpu quantize --recipe OUT/plan.json` takes the plan.
     """
     with importing():
         from qnpu_jax import artifacts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from rich.table import Table
@@ -21,18 +22,31 @@ def print_plan(made: Plan) -> None:
 
 def _front(made: Plan) -> Table:
     shown = table(
-        f"plans; seconds are an {roofline.LABEL}, off by up to {100 * made.error[0]:.0f}% (token)"
-        f" and {100 * made.error[1]:.0f}% (chunk)",
+        f"plans; seconds are {_worth(made)}",
         ("plan", "KL", "predicted", "ms a token", "ms a chunk", "weights", "casts", "raised"),
         ("plan",),
     )
-    ends = sorted((made.low, made.high, *made.front), key=lambda p: (p.decode, p.kl))
+    ends = sorted(
+        (made.low, made.high, *made.front),
+        key=lambda p: (p.decode if made.timed else p.size, p.kl),
+    )
     for p in (made.chosen, *ends):
         shown.add_row(
-            p.name, f"{p.kl:.4f}", f"{p.predicted:.4f}", f"{1e3 * p.decode:.3f}",
-            f"{1e3 * p.prefill:.3f}", f"{p.size / 1e6:.4g} MB", str(p.casts), str(sum(p.raised)),
+            p.name, f"{p.kl:.4f}", f"{p.predicted:.4f}", _ms(p.decode),
+            _ms(p.prefill), f"{p.size / 1e6:.4g} MB", str(p.casts), str(sum(p.raised)),
         )  # fmt: skip
     return shown
+
+
+def _worth(made: Plan) -> str:
+    if not made.timed:
+        return "not estimated for this target"
+    token, chunk = (f"{100 * e:.0f}%" for e in made.error)
+    return f"an {roofline.LABEL}, off by up to {token} (token) and {chunk} (chunk)"
+
+
+def _ms(seconds: float) -> str:
+    return "" if math.isnan(seconds) else f"{1e3 * seconds:.3f}"
 
 
 def _raised(made: Plan) -> Table:

@@ -71,7 +71,8 @@ def graph_tensors(
     """
 
     def one(values: Tensors) -> Tensors:
-        env = evaluate(graph, {**values, **params}, edge(quant) if edge else fake_quant_edge(*quant))
+        here = edge(quant) if edge else fake_quant_edge(*quant)
+        env = evaluate(graph, {**values, **params}, here)
         return {name: env[name] for name in keep}
 
     return jax.vmap(one)(values)

@@ -6,9 +6,11 @@ where w is the number of bits of the activations. Start (seconds a call), bandwi
 rate (MACs/s) of an SoC are fitted to published measurements, so they include the losses of those
 programs. There is no model of cycles.
 
-The fit has few points: seven decode and three prefill rates for SM8750, three and two for SM8650
-(`validation` predicts each from the others). All are models with 16-bit activations at a short
-context, with 4-bit weights but for the smallest. For other models the error of the fit says less.
+The fits have few points, `published.PUBLISHED`: nine decode and eight prefill rates for SM8750,
+three and two for SM8650 (`validation` predicts each from the others). All are models with 16-bit
+activations at a short context, with 4-bit weights but for the smallest. For other models the error
+of the fit says less. SA8295's are of float16 activations, and converted by how much slower these
+are where both are published (`SLOWER`).
 """
 
 from __future__ import annotations
@@ -17,64 +19,22 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import BatchMatmul, Decoder, FullyConnected, Graph
+from qnpu_jax.latency.published import BOTH, CHUNK, PUBLISHED, Both, Published
 
 LABEL = "estimate"
 """Word that must stand beside every number of this module that is shown."""
-CHUNK = 128
-"""Tokens that the published prefills take at a time."""
 WIDTH_TIME = {16: 1.0, 8: 1 / 1.2}
 """f_w: time of a MAC with w-bit activations, relative to the 16 bits of the measured rates.
 Published is that W4A8 prefills about 20% faster than W4A16 (the Quant.npu paper, where the weights
 also went from per block to per channel). A multiplier array that does twice as many 8-bit products
 would give 1/2; no measurement at hand shows that."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published measurement of a model with 16-bit activations.
-
-    Attributes:
-      soc, model: names.
-      bytes_per_token: bytes between DDR and the NPU in one decode step, by the compiler's count.
-      decode: tokens per second.
-      macs: MACs per token, one for each weight of all matrices, the head included. Attention is
-        left out, because the context is not published.
-      prefill: tokens per second, the middle of the published range; None if none is published.
-    """
-
-    soc: str
-    model: str
-    bytes_per_token: float
-    decode: float
-    macs: int | None = None
-    prefill: float | None = None
-
-
-_1B, _3B, _8B = 1_235_746_816, 3_212_574_720, 7_504_658_432
-_SMOL = 134.5e6
-PUBLISHED = (
-    Published("SM8750", "SmolLM2-135M", _SMOL, 254.0),
-    Published("SM8750", "Qwen3-0.6B", 372e6, 125.0),
-    Published("SM8750", "Llama-3.2-1B", 677e6, 67.2, _1B, (1783 + 2547) / 2),
-    Published("SM8750", "Qwen3-1.7B", 947e6, 56.7),
-    Published("SM8750", "Llama-3.2-3B", 1726e6, 26.5, _3B, 728.0),
-    Published("SM8750", "Qwen3-4B", 2135e6, 26.1),
-    Published("SM8750", "Llama-3-8B", 3907e6, 13.7, _8B, 399.0),
-    Published("SM8650", "SmolLM2-135M", _SMOL, 214.0),
-    Published("SM8650", "Llama-3.2-1B", 677e6, 59.0, _1B, 1877.0),
-    Published("SM8650", "Llama-3-8B", 3907e6, 12.0, _8B, 468.0),
-)
-"""Published measurements. Rates: qai-hub-models, perf.yaml of each model (genie; SM8750 is in the
-Galaxy S25, SM8650 is the Snapdragon 8 Gen 3); SmolLM2-135M: ExecuTorch, measured (SM8750) and the
-least that its tests accept (SM8650). Bytes were counted by Qualcomm's compiler for SM8750, and are
-taken for SM8650 too; SmolLM2's are its weights, of 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -139,17 +99,52 @@ class Memory:
         return max(map(abs, self.errors), default=math.inf)
 
 
+class Slower(NamedTuple):
+    """How many times as long float16 activations take as 16-bit integers, a point an SoC."""
+
+    decode: Fit
+    prefill: Fit
+
+
+def slower(rows: Sequence[Both]) -> Slower:
+    """Fits how much slower float16 activations are; models of one SoC are averaged first."""
+    socs = dict.fromkeys(r.soc for r in rows)
+    own = [[r for r in rows if r.soc == soc] for soc in socs]
+    decode = tuple(Fit(tuple(r.decode[0] / r.decode[1] for r in mine)).mean for mine in own)
+    prefill = tuple(Fit(tuple(r.first[1] / r.first[0] for r in mine)).mean for mine in own)
+    return Slower(Fit(decode), Fit(prefill))
+
+
+SLOWER = slower(BOTH)
+
+
 @dataclass(frozen=True)
 class Soc:
     """Fits of an SoC.
 
     Attributes:
       rate: MACs per second with 16-bit activations.
+      converted: fitted to rates of float16 activations, as integers' by `SLOWER`.
     """
 
     name: str
     memory: Memory
     rate: Fit
+    converted: bool = False
+
+    @property
+    def decode_error(self) -> float:
+        """Largest relative error of the fit of decode, with that of the conversion on top."""
+        return _compounded(self.memory.worst, SLOWER.decode.worst if self.converted else 0.0)
+
+    @property
+    def prefill_error(self) -> float:
+        """Largest relative error of the fit of prefill, with that of the conversion on top."""
+        return _compounded(self.rate.worst, SLOWER.prefill.worst if self.converted else 0.0)
+
+
+def _compounded(a: float, b: float) -> float:
+    return (1 + a) * (1 + b) - 1
 
 
 @dataclass(frozen=True)
@@ -194,7 +189,10 @@ def fit(name: str, rows: Sequence[Published]) -> Soc:
 
     Decode is bound by memory: 1 / rate = start + bytes / bandwidth, with least squares of relative
     errors and no start below 0. Prefill is bound by compute: a chunk takes start + MACs / rate.
+    Rates of float16 activations count as `SLOWER` times as many.
     """
+    converted = any(r.activations == "float16" for r in rows)
+    rows = [_in_integers(r) for r in rows]
     memory = _memory(rows)
     if len(rows) > 1:
         left = ((r, _memory([x for x in rows if x is not r])) for r in rows)
@@ -203,7 +201,16 @@ def fit(name: str, rows: Sequence[Published]) -> Soc:
     rate = tuple(
         r.macs * CHUNK / (CHUNK / r.prefill - memory.start) for r in rows if r.macs and r.prefill
     )
-    return Soc(name, memory, Fit(rate))
+    return Soc(name, memory, Fit(rate), converted)
+
+
+def _in_integers(row: Published) -> Published:
+    """The row as it would be with 16-bit integer activations."""
+    if row.activations == "int16":
+        return row
+    prefill = row.prefill and row.prefill * SLOWER.prefill.mean
+    decode = row.decode * SLOWER.decode.mean
+    return replace(row, decode=decode, prefill=prefill, activations="int16")
 
 
 def _memory(rows: Sequence[Published]) -> Memory:
@@ -255,22 +262,22 @@ def estimate(soc: Soc, ddr_bytes: float | int, macs: Mapping[int, int]) -> Roofl
     compute = sum(n * WIDTH_TIME[bits] for bits, n in macs.items()) / soc.rate.mean
     compute += soc.memory.start
     if memory >= compute:
-        return RooflineEstimate(memory, "memory", soc.memory.worst)
-    return RooflineEstimate(compute, "compute", soc.rate.worst)
+        return RooflineEstimate(memory, "memory", soc.decode_error)
+    return RooflineEstimate(compute, "compute", soc.prefill_error)
 
 
 def validation() -> list[Validation]:
     """Predicts every published rate from the others of its SoC (leave one out).
 
-    Weights are read once per token in decode, and once per CHUNK tokens in prefill.
+    Weights are read once per token in decode, and once per CHUNK tokens in prefill. A rate of
+    float16 activations stands, converted, beside the prediction for integers.
     """
     rows = []
-    for row in PUBLISHED:
-        left = fit(row.soc, [r for r in PUBLISHED if r.soc == row.soc and r is not row])
-        own, macs = (row.soc, row.model), row.macs or 0
+    for row in map(_in_integers, PUBLISHED):
+        others = [r for r in PUBLISHED if r.soc == row.soc and r.model != row.model]
+        left, own, macs = fit(row.soc, others), (row.soc, row.model), row.macs or 0
         step = estimate(left, row.bytes_per_token, {16: macs}).seconds
-        points = sum(r.soc == row.soc for r in PUBLISHED) - 1
-        rows.append(Validation(*own, "decode", points, 1 / step, row.decode))
+        rows.append(Validation(*own, "decode", len(others), 1 / step, row.decode))
         if row.prefill:
             chunk = estimate(left, row.bytes_per_token, {16: macs * CHUNK}).seconds
             points = len(left.rate.points)

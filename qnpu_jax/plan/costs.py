@@ -1,12 +1,15 @@
-"""What a plan costs on an SoC: seconds a token and a chunk, bytes of weights, by group.
+"""What a plan costs on a target: seconds a token and a chunk, bytes of weights, by group.
 
     decode  = start + bytes / bandwidth + casts op
-    prefill = start + max((MACs_16 + MACs_8 / 1.2) / rate, bytes / bandwidth) + casts op
+    prefill = start + max(sum_w MACs_w mac_w, bytes / bandwidth) + casts op
 
-Bandwidth, rate and start are those of `latency.roofline`, and so are their errors. A cast is a
-QUANTIZE that a plan has and another has not: one that widens an activation, and one at a block's
-input, which goes where both its sides have 16 bits. It takes `op`, the start shared out over the
-ops of the model's own decode step: nobody publishes the time of one op. All of it is an estimate.
+with the rates of a target (`targets.Rates`), and their errors; the larger of the two is their sum
+where they do not overlap. A cast is a QUANTIZE that a plan has
+and another has not: one that widens an activation, and one at a block's input, which goes where
+both its sides have 16 bits. It takes `op`: for Snapdragons, of which nobody publishes the time of
+an op, the start shared out over the ops of the model's own decode step; for Ethos-U the op that
+vela's estimates give, whose product with the number of ops is the start. All of it is an estimate.
+Targets without rates have no seconds: decode and prefill are NaN.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from qnpu_jax.graph import (
     is_identity,
 )
 from qnpu_jax.latency import roofline
+from qnpu_jax.plan import targets
 from qnpu_jax.plan.groups import STREAM, Choices, Member
 
 
@@ -53,7 +57,7 @@ class Cast(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Terms of the estimates, of one SoC.
+    """Terms of the estimates, of one target; seconds are NaN where it has no rates.
 
     Attributes:
       start: seconds a call.
@@ -63,6 +67,7 @@ class Cost:
       more_memory, more_compute, more_size: by group, what raising it adds to these.
       casts: those that depend on the plan.
       op: seconds of one.
+      overlap: whether memory and compute of a chunk run at once.
       error: largest relative error of the fit behind decode, and behind prefill.
     """
 
@@ -75,7 +80,13 @@ class Cost:
     more_size: Float64[np.ndarray, " g"]
     casts: tuple[Cast, ...]
     op: float
+    overlap: bool
     error: tuple[float, float]
+
+    @property
+    def timed(self) -> bool:
+        """Whether there are seconds."""
+        return not math.isnan(self.start)
 
     def decode(self, raised: Sequence[bool]) -> float:
         """Estimates the seconds of a token."""
@@ -87,7 +98,8 @@ class Cost:
         up = np.asarray(raised, float)
         memory = self.memory + float(self.more_memory @ up)
         compute = self.compute + float(self.more_compute @ up)
-        return self.start + max(memory, compute) + self._casting(raised)
+        both = max(memory, compute) if self.overlap else memory + compute
+        return self.start + both + self._casting(raised)
 
     def bytes(self, raised: Sequence[bool]) -> float:
         """Counts the bytes of the weights."""
@@ -113,22 +125,28 @@ def present(cast: Cast, raised: Sequence[bool]) -> bool:
             return any(up) != (cast.source is not None and raised[cast.source])
 
 
+_NONE = targets.Rates(
+    math.nan, math.nan, {8: math.nan, 16: math.nan}, math.nan, True, (math.nan, math.nan)
+)
+
+
 def cost(found: Choices, soc: str, context: int) -> Cost:
-    """Estimates what groups cost on an SoC.
+    """Estimates what groups cost on a target.
 
     Args:
       found: staged for any length.
+      soc: one of `targets.TARGETS`.
       context: slots of the cache that decode reads.
 
     Raises:
-      UserError: an SoC of which no measurement is known, or a context that holds no chunk.
+      UserError: an unknown target, or a context that holds no chunk.
     """
     if context <= roofline.CHUNK:
         raise UserError(
             f"context: {context} slots; expected more than the {roofline.CHUNK} of a chunk, whose"
             " time is estimated; choose more"
         )
-    fits = roofline.soc(soc)
+    rates = targets.target(soc).rates or _NONE
     token, chunk = (_at(found.low, n, context) for n in (1, roofline.CHUNK))
     moved, stored, macs_of = (np.zeros(len(found.groups)) for _ in range(3))
     for i, group in enumerate(found.groups):
@@ -138,21 +156,20 @@ def cost(found: Choices, soc: str, context: int) -> Cost:
                 stored[i] += math.prod(spec.shape) * (group.high - group.low) / 8
             macs_of[i] += _macs(chunk, member)
             moved[i] += 4 * _outputs(token, member)  # biases of 64 bits
-    faster = roofline.WIDTH_TIME[16] - roofline.WIDTH_TIME[8]
-    done = roofline.macs(chunk)
-    rate, bandwidth = fits.rate.mean, fits.memory.bandwidth
     nodes = sum(len(g.nodes) * g.layers for g in token.graphs)
+    op = rates.start / nodes if rates.op is None else rates.op
     return Cost(
-        start=fits.memory.start,
-        memory=roofline.least_bytes(token) / bandwidth,
-        compute=sum(n * roofline.WIDTH_TIME[bits] for bits, n in done.items()) / rate,
+        start=rates.start if rates.op is None else rates.op * nodes,
+        memory=roofline.least_bytes(token) / rates.bandwidth,
+        compute=sum(n * rates.mac[bits] for bits, n in roofline.macs(chunk).items()),
         size=_size(found.low),
-        more_memory=(moved + stored) / bandwidth,
-        more_compute=macs_of * faster / rate,
+        more_memory=(moved + stored) / rates.bandwidth,
+        more_compute=macs_of * (rates.mac[16] - rates.mac[8]),
         more_size=stored,
         casts=tuple(_casts(found)),
-        op=fits.memory.start / nodes,
-        error=(fits.memory.worst, fits.rate.worst),
+        op=op,
+        overlap=rates.overlap,
+        error=rates.errors,
     )
 
 

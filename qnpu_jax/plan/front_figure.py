@@ -1,4 +1,4 @@
-"""Figure of a front: KL against the estimated time of a token and of a chunk.
+"""Figure of a front: KL against the estimated time of a token and of a chunk, or against size.
 
 Needs matplotlib, the extra `figures`.
 """
@@ -29,19 +29,26 @@ def draw(made: Plan, target: Path) -> None:
     with mpl.rc_context({"svg.hashsalt": "qnpu", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        _panel(left, made, "decode", "ms a token")
-        _panel(right, made, "prefill", f"ms a chunk of {roofline.CHUNK} tokens")
+        if made.timed:
+            _panel(left, made, "decode", f"ms a token ({roofline.LABEL})", 1e3)
+            chunk = f"ms a chunk of {roofline.CHUNK} tokens ({roofline.LABEL})"
+            _panel(right, made, "prefill", chunk, 1e3)
+        else:
+            _panel(left, made, "size", "MB of weights", 1e-6)
+            right.remove()
         left.set_ylabel("KL to the float model (nats a token)")
         left.legend(frameon=False)
         figure.suptitle(
-            f"{made.recipe.name}: measured KL against estimated time", fontsize=9, parse_math=False
+            f"{made.recipe.name}: measured KL against {'estimated time' if made.timed else 'size'}",
+            fontsize=9,
+            parse_math=False,
         )
         figure.savefig(target, format="svg", metadata={"Date": None})
 
 
-def _panel(axes: Any, made: Plan, time: str, label: str) -> None:
+def _panel(axes: Any, made: Plan, cost: str, label: str, unit: float) -> None:
     def at(p: Point) -> float:
-        return 1e3 * getattr(p, time)
+        return unit * getattr(p, cost)
 
     front = sorted(made.front, key=at)
     if front:
@@ -53,5 +60,5 @@ def _panel(axes: Any, made: Plan, time: str, label: str) -> None:
         axes.plot(at(p), p.kl, "s", color=INK)
         axes.annotate(p.name, (at(p), p.kl), xytext=(4, 4), textcoords="offset points")
     axes.plot(at(made.chosen), made.chosen.kl, "*", color=ORANGE, markersize=11, label="the plan")
-    axes.set_xlabel(f"{label} ({roofline.LABEL})")
+    axes.set_xlabel(label)
     axes.set_ylim(bottom=0)

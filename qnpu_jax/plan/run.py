@@ -26,6 +26,7 @@ from qnpu_jax.latency import roofline
 from qnpu_jax.learn import learn
 from qnpu_jax.measure import float_logits
 from qnpu_jax.models import Checkpoint, load
+from qnpu_jax.plan import feasible, targets
 from qnpu_jax.plan.charges import Mixed, charges, divergences, mixed
 from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import Choices, choices
@@ -40,7 +41,8 @@ ROUNDS = 3
 CHANGES = 0.1
 """Share of the groups that may change in a round after the first."""
 FRONT = (1.0, 1.01, 1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)
-"""Budgets of the front: most that decode and prefill may take, by what the low plan takes."""
+"""Budgets of the front: most that decode and prefill may take, by what the low plan takes. Where
+there are no seconds they stand for as many sizes, from the low plan's to the high one's."""
 
 
 RECIPE, FIGURE = "plan.json", "plan.svg"
@@ -53,7 +55,7 @@ class PlanRequest:
 
     Attributes:
       model: name or path that `models.load` takes.
-      soc: one of `roofline.SOCS`.
+      soc: one of `targets.TARGETS`.
       low, high: recipes between whose bits the plan lies; it is the low one in all else.
       within: most that decode and prefill may take, by what the low recipe takes.
       kl: nats per position that the plan may lose; the fastest such plan is found.
@@ -85,7 +87,7 @@ class Point:
       name: of the budget or recipe that it comes from.
       raised: groups at their high bits, by number.
       predicted, kl: nats per position: by the charges that found it, and measured.
-      decode, prefill: estimated seconds of a token and of a chunk.
+      decode, prefill: estimated seconds of a token and of a chunk; NaN where the target has none.
       size: bytes of weights.
       casts: QUANTIZE ops that depend on the plan.
     """
@@ -110,7 +112,7 @@ class Plan:
       low, high: the plans at either end.
       front: plans of other budgets, by rising decode.
       charges: of each group in the low plan, nats per position, and their standard errors.
-      error: of the estimates of decode and prefill, relative.
+      error: of the estimates of decode and prefill, relative; NaN where there are none.
     """
 
     recipe: Recipe
@@ -122,6 +124,11 @@ class Plan:
     charges: Float64[np.ndarray, " g"]
     errors: Float64[np.ndarray, " g"]
     error: tuple[float, float]
+
+    @property
+    def timed(self) -> bool:
+        """Whether seconds are estimated."""
+        return not math.isnan(self.low.decode)
 
 
 Draw = Callable[[Plan, Path], None]
@@ -157,6 +164,9 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
     _check(asked)
     with watch.stage("load"):
         checkpoint = load(asked.model)
+        its = targets.target(asked.soc)
+        low, high = feasible.recipes(its, checkpoint.config, asked.low, asked.high)
+        asked = replace(asked, low=low, high=high)
         _check_budget(asked, checkpoint)
     bench = _bench(asked, checkpoint, watch)
     found = bench.model.choices
@@ -179,7 +189,7 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
             chosen = replace(high, name=chosen.name)
         factors = FRONT if asked.front else ()
         front = tuple(
-            _once(f"{f:.2f}", bench, Budget(f * low.decode, f * low.prefill), losses)
+            _once(f"{f:.2f}", bench, _limit(bench.cost, f), losses)
             for f in watch.track(factors, len(factors), "plan")
         )
     bits = found.plan(chosen.raised)
@@ -187,9 +197,24 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
     return Plan(recipe, found, chosen, low, high, front, average, spread, bench.cost.error)
 
 
+def _limit(cost: Cost, factor: float) -> Budget:
+    """So many times the low plan's seconds; its share of the bytes between low and high where there
+    are none."""
+    low = [False] * len(cost.more_size)
+    if cost.timed:
+        return Budget(factor * cost.decode(low), factor * cost.prefill(low))
+    share = (factor - FRONT[0]) / (FRONT[-1] - FRONT[0])
+    return Budget(size=cost.size + share * float(cost.more_size.sum()))
+
+
 def _check(asked: PlanRequest) -> None:
     """Refuses what can be known to be wrong before the model is read, which takes a while."""
-    roofline.soc(asked.soc)
+    its = targets.target(asked.soc)
+    if its.rates is None and math.isfinite(asked.within):
+        raise UserError(
+            f"plan: --within for {its.name}, whose seconds are not estimated ({its.seconds});"
+            " expected --size or --kl; give one of them"
+        )
     limits = (("within", asked.within), ("kl", asked.kl), ("size", asked.size / 1e6))
     for name, limit in limits:
         if not limit > 0:
@@ -206,14 +231,9 @@ def _check(asked: PlanRequest) -> None:
 
 
 def _check_budget(asked: PlanRequest, checkpoint: Checkpoint) -> None:
-    """Refuses recipes that do not fit the model, and what no plan can cost, before minutes pass."""
+    """Refuses what no plan can cost, before minutes pass."""
     staged = (decoder(checkpoint.config, r.bits, 1) for r in (asked.low, asked.high))
     found = choices(*staged)
-    if not found.groups:
-        raise UserError(
-            f"plan: {asked.low.name} and {asked.high.name} give every tensor the same bits;"
-            " expected two that differ; choose another --low or --high"
-        )
     costs = cost(found, asked.soc, asked.context)
     nothing = Losses(0.0, np.zeros(len(found.groups)))
     solve(found, costs, nothing, replace(_budget(asked, costs), kl=math.inf))
@@ -262,7 +282,7 @@ def _bench(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> _Benc
 def _losses(
     asked: PlanRequest, bench: _Bench, charged: Float64[np.ndarray, " g"], base: float
 ) -> Losses:
-    """Predictions by the charges of the low plan, and by its pair terms where they are asked for."""
+    """Predicts by the charges of the low plan, and by its pair terms where they are asked for."""
     found, none = bench.model.choices, [False] * len(charged)
     pairs: tuple[Pair, ...] = ()
     if asked.pairs:
@@ -311,11 +331,12 @@ def _best(bench: _Bench, budget: Budget, losses: Losses) -> Point:
 
 
 def _rank(point: Point, budget: Budget) -> tuple[bool, float]:
-    """Order of plans: the least KL; where a KL is asked for, the fastest that keeps it."""
+    """Order of plans: the least KL; where a KL is asked for, the fastest that keeps it, or the
+    smallest."""
     if math.isinf(budget.kl):
         return False, point.kl
-    missed = point.kl > budget.kl
-    return missed, point.kl if missed else point.decode + point.prefill
+    missed, seconds = point.kl > budget.kl, point.decode + point.prefill
+    return missed, point.kl if missed else point.size if math.isnan(seconds) else seconds
 
 
 def write_plan(made: Plan, out: Path, overwrite: bool, draw: Draw | None = None) -> None:
@@ -335,18 +356,22 @@ def write_plan(made: Plan, out: Path, overwrite: bool, draw: Draw | None = None)
             draw(made, folder / FIGURE)
 
 
+def _or_null(x: float) -> float | None:
+    return None if math.isnan(x) else x
+
+
 def to_json(made: Plan) -> dict[str, Any]:
     """The contents of front.json."""
     groups = made.choices.groups
     return {
         "format": 1,
         "recipe": made.recipe.name,
-        "seconds": roofline.LABEL,
-        "errors": {"decode": made.error[0], "prefill": made.error[1]},
+        "seconds": roofline.LABEL if made.timed else None,
+        "errors": {"decode": _or_null(made.error[0]), "prefill": _or_null(made.error[1])},
         "points": [
             {
-                "name": p.name, "predicted": p.predicted, "kl": p.kl, "decode": p.decode,
-                "prefill": p.prefill, "size": p.size, "casts": p.casts,
+                "name": p.name, "predicted": p.predicted, "kl": p.kl, "decode": _or_null(p.decode),
+                "prefill": _or_null(p.prefill), "size": p.size, "casts": p.casts,
                 "raised": [g.name for g, up in zip(groups, p.raised, strict=True) if up],
             }
             for p in (made.chosen, made.low, made.high, *made.front)

@@ -43,7 +43,8 @@ class Budget:
       decode, prefill: seconds of a token and of a chunk.
       size: bytes of weights.
       kl: predicted nats per position; where it is given, the plan is the fastest one (decode and
-        prefill, each relative to the low plan's) in place of the most exact.
+        prefill, each relative to the low plan's; the smallest where there are no seconds) in place
+        of the most exact.
     """
 
     decode: float = math.inf
@@ -104,6 +105,10 @@ def solve(
       UserError: no plan is within the budget; says the nearest budget that one meets.
     """
     n, m = len(found.groups), len(cost.casts)
+    if not found.groups:  # the only plan
+        if cost.size > budget.size or losses.base > budget.kl:
+            raise UserError(_nearest(cost, losses, budget))
+        return []
     rows = _Rows(n + m + len(losses.pairs))
     for i, j in found.above:
         rows.add({i: 1.0, j: -1.0}, 0.0)
@@ -140,11 +145,13 @@ def _budget_rows(rows: _Rows, cost: Cost, budget: Budget, n: int) -> None:
     """Appends what the plan may cost: milliseconds, and MB."""
     casting = dict.fromkeys(range(n, n + len(cost.casts)), 1e3 * cost.op)
     memory = _terms(1e3 * cost.more_memory) | casting
-    compute = _terms(1e3 * cost.more_compute) | casting
+    beside = 0.0 if cost.overlap else 1.0
+    compute = _terms(1e3 * (cost.more_compute + beside * cost.more_memory)) | casting
+    busy = cost.compute + beside * cost.memory
     for terms, most in (
         (memory, 1e3 * (budget.decode - cost.start - cost.memory)),
         (memory, 1e3 * (budget.prefill - cost.start - cost.memory)),
-        (compute, 1e3 * (budget.prefill - cost.start - cost.compute)),
+        (compute, 1e3 * (budget.prefill - cost.start - busy)),
         (_terms(1e-6 * cost.more_size), 1e-6 * (budget.size - cost.size)),
     ):
         if math.isfinite(most):
@@ -176,10 +183,15 @@ def _pair_rows(rows: _Rows, losses: Losses, first: int) -> None:
 
 
 def _slowness(cost: Cost, n: int, m: int) -> Float64[np.ndarray, " c"]:
-    """Seconds of decode and of prefill's compute, each relative to the low plan's."""
+    """Seconds of decode and of prefill's compute, each relative to the low plan's; without seconds
+    the bytes of weights, and a millionth for all groups and casts together, as in `solve`."""
     low = [False] * n
+    if not cost.timed:
+        idle = 1e-6 / (n + m)
+        return np.concatenate([cost.more_size / cost.size + idle, np.full(m, idle)])
     decode, prefill = cost.decode(low), cost.prefill(low)
-    groups = cost.more_memory / decode + cost.more_compute / prefill
+    busy = cost.more_compute + (0.0 if cost.overlap else cost.more_memory)
+    groups = cost.more_memory / decode + busy / prefill
     return np.concatenate([groups, np.full(m, cost.op * (1 / decode + 1 / prefill))])
 
 

@@ -248,7 +248,7 @@ def whole_range(bits: Tensors) -> Edge:
 
 def clipped_range(bits: Tensors) -> Edge:
     """Makes an edge that quantizes activations of 8 bits or fewer in the part of their range that
-    leaves the least squared error; keys and logits in all of it, as `calibrate_activations` does."""
+    leaves the least squared error; keys and logits in all of it, as `calibrate_activations`."""
 
     def edge(spec: TensorSpec, x: Array) -> Array:
         if not _rounds(spec):

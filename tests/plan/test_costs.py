@@ -8,8 +8,10 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.graph.decoder import Decoder, decoder
 from qnpu_jax.graph.graph import is_identity
 from qnpu_jax.graph.ops import Requantize
-from qnpu_jax.latency import roofline
+from qnpu_jax.latency import ethos_rates, roofline
 from qnpu_jax.plan.costs import cost
+from qnpu_jax.plan.pairs import Losses
+from qnpu_jax.plan.solver import Budget, solve
 
 CONTEXT = 200
 
@@ -76,6 +78,32 @@ def test_seconds_are_those_of_the_roofline_and_casts(name):
         assert c.bytes(up) == pytest.approx(weights)
 
 
+def test_seconds_of_an_ethos_u_are_those_of_its_rates():
+    """Ops and bytes of a step; of a chunk MACs beside them, not at once."""
+    found, fit = between("gqa_llama3", "w4a8"), ethos_rates.FITS["ethos-u85-2048"]
+    c = cost(found, "ethos-u85-2048", CONTEXT)
+    assert c.error == fit.errors and c.op == fit.op
+    for up in plans(found):
+        token, chunk = staged(found, up, 1), staged(found, up, roofline.CHUNK)
+        ops = sum(len(g.nodes) * g.layers for g in staged(found, [False] * len(up), 1).graphs)
+        step = fit.op * (ops + c.casting(up)) + roofline.least_bytes(token) / fit.bandwidth
+        assert c.decode(up) == pytest.approx(step, rel=1e-9)
+        macs = sum(n * fit.mac[b] for b, n in roofline.macs(chunk).items())
+        assert c.prefill(up) == pytest.approx(step + macs, rel=1e-9)
+
+
+@pytest.mark.parametrize("soc", ["SM8750", "ethos-u85-2048", "SA8295"])
+def test_what_the_solver_finds_is_within_a_budget(soc):
+    found = between("gqa_llama3", "w4a8s8")
+    c, low = cost(found, soc, CONTEXT), [False] * len(found.groups)
+    charged = np.random.default_rng(3).random(len(low))
+    for factor in (1.0, 1.02, 1.2):
+        budget = Budget(factor * c.decode(low), factor * c.prefill(low))
+        up = solve(found, c, Losses(0.0, charged), budget)
+        assert c.decode(up) <= budget.decode * (1 + 1e-6)
+        assert c.prefill(up) <= budget.prefill * (1 + 1e-6)
+
+
 def test_an_unknown_soc_is_refused():
-    with pytest.raises(UserError, match="SM1: no published measurement"):
+    with pytest.raises(UserError, match="--soc SM1: unknown; expected one of"):
         cost(between("gqa_llama3", "w4a8"), "SM1", CONTEXT)

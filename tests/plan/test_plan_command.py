@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -12,7 +13,7 @@ from qnpu_jax import artifacts, job
 from qnpu_jax.config import BitPlan
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.models.checkpoint import load
-from qnpu_jax.plan import PlanRequest, front_figure, run, write_plan
+from qnpu_jax.plan import PlanRequest, feasible, front_figure, run, targets, write_plan
 from qnpu_jax.progress import Observer
 from qnpu_jax.proof import Simulated
 from qnpu_jax.recipes import RECIPES, load_recipe
@@ -78,6 +79,37 @@ def test_a_loss_is_kept_where_some_plan_keeps_it(asked, planned):
     assert low < slow
 
 
+@pytest.mark.parametrize(
+    ("soc", "low", "high"),
+    [
+        ("SM8850", "w4a8", "w8a16"),
+        ("QCS9075", "w4a8", "w8a16"),
+        ("SA8295", "w4a8s8", "w8a16"),
+        ("ethos-u85-2048", "w4a8", "w8a16"),
+        ("xnnpack", "w4a8i8", "w8a16"),
+        ("int8", "w4a8i8", "w8a16"),
+    ],
+)
+def test_each_target_has_a_plan_that_it_can_run(asked, soc, low, high):
+    start = dataclasses.replace(LOW, name=low, bits=RECIPES[low].bits)
+    its = targets.target(soc)
+    budget = {"within": 1.05} if its.rates else {"within": math.inf, "size": 1e6}
+    request = dataclasses.replace(
+        asked, soc=soc, low=start, high=RECIPES[high], front=False, **budget
+    )
+    made = run.plan(request, Observer())
+    assert made.timed == (its.rates is not None)
+    if made.timed:
+        assert made.chosen.decode <= 1.05 * made.low.decode * (1 + 1e-6)
+        assert made.chosen.prefill <= 1.05 * made.low.prefill * (1 + 1e-6)
+    dec = decoder(load(str(request.model)).config, made.recipe.bits, 5)
+    assert feasible.fits(its, dec)
+    bits = {b for g in dec.graphs for t in g.tensors for b in t.quant.bits if "bias" not in t.name}
+    assert bits <= {"xnnpack": {4, 8, 32}, "int8": {8, 32}}.get(soc, {4, 8, 16, 32})
+    # A machine with one width for everything has one plan.
+    assert bool(made.choices.groups) == (soc != "int8")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.9])
 def test_every_loss_that_all_high_bits_keep_is_kept(asked, planned, share):
     """Predictions are off: the KL that is measured is what counts, down to the high plan's own."""
@@ -131,6 +163,25 @@ def test_what_comes_out_can_be_quantized(qnpu, low):
     assert report["recipe"] == "w4a8-plan" and report["verify"]["differing"] == 0
 
 
+def test_without_seconds_the_front_is_one_of_sizes(qnpu, low):
+    args = PLAN.replace("SM8750", "xnnpack").replace("low.json", "narrow.json").split()
+    narrow = dataclasses.replace(LOW, name="w4a8i8", bits=RECIPES["w4a8i8"].bits)
+    (low / "narrow.json").write_text(json.dumps(narrow.to_json()))
+    status, out, err = qnpu(*args, "--high", "w8a8i8", "--kl", "5")
+    assert (status, err) == (0, "")
+    assert "seconds are not estimated for this target" in out and "nan" not in out
+    front = json.loads((low / "made" / "front.json").read_text())
+    assert front["seconds"] is None and front["errors"] == {"decode": None, "prefill": None}
+    points = front["points"]
+    assert {p["decode"] for p in points} == {p["prefill"] for p in points} == {None}
+    least, most = points[1]["size"], points[2]["size"]
+    sizes = [p["size"] for p in points[3:]]
+    assert sizes == sorted(sizes) and sizes[0] == least and sizes[-1] == most
+    assert points[0]["size"] == least  # any plan keeps 5 nats, and none is smaller
+    figure = (low / "made" / "plan.svg").read_text()
+    assert "MB of weights" in figure and "ms a token" not in figure
+
+
 def test_what_one_layer_widens_for_one_op_and_another_for_another_is_proved(here):
     rules = [(f"layers.{i}.attn.{x}", 16) for i, x in ((0, "q"), (1, "k"), (0, "v"))]
     rules += [(f"{name}.bias", 64) for name, _ in rules]
@@ -146,7 +197,13 @@ def test_what_one_layer_widens_for_one_op_and_another_for_another_is_proved(here
         ([], "plan: no budget; expected --within, --kl or --size; give one of them"),
         (["--within", "0"], "plan: --within 0; expected a number above 0; correct it"),
         (["--within", "1", "--kl", "1"], "plan: both --within and --kl; expected one: the first"),
-        (["--within", "1", "--soc", "SM1"], "SM1: no published measurement to estimate from;"),
+        (["--within", "1", "--soc", "SM1"], "--soc SM1: unknown; expected one of ['SM8650', 'SM8"),
+        (
+            ["--within", "1", "--soc", "xnnpack"],
+            "plan: --within for xnnpack, whose seconds are not",
+        ),
+        (["--size", "1", "--soc", "int8"], "int8 has elementwise ops of 8 bits only; choose --low"),
+        (["--within", "1", "--soc", "SA8295"], "SA8295 has products of two activations of 8 bits"),
         (["--within", "1", "--high", "w4a8"], "plan: w4a8 and w4a8 give every tensor the same"),
         (["--within", "1", "--low", "w8a16", "--high", "w4a8"], "16 bits in the low plan and 8 in"),
         (["--within", "nan"], "plan: --within nan; expected a number above 0; correct it"),
