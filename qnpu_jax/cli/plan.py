@@ -32,6 +32,14 @@ Cache = Annotated[int, typer.Option(min=129, help="Slots of the KV cache that a 
 Front = Annotated[
     bool, typer.Option("--front/--no-front", help="Plans of nine other budgets of time too.")
 ]
+Baseline = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another planner's plans beside the front: sqnr, relative, paper, fisher, removal"
+        " (slow), kurtosis, random, uniform, charge-greedy, no-casts, once; or all but the slow."
+        " Repeatable.",
+    ),
+]
 
 
 @app.command()
@@ -47,6 +55,7 @@ def plan(
     calibration: Calibration = None,
     context: Cache = 512,
     front: Front = True,
+    baseline: Baseline = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier plan.")
     ] = False,
@@ -62,13 +71,13 @@ def plan(
         from qnpu_jax import artifacts
         from qnpu_jax.cli.display import Display
         from qnpu_jax.cli.plan_tables import print_plan
-        from qnpu_jax.plan import front_figure, run
+        from qnpu_jax.plan import front_figure, policies, run
         from qnpu_jax.recipes import load_recipe
     limits = {"within": within, "kl": kl, "size": None if size is None else 1e6 * size}
     given = {name: value for name, value in limits.items() if value is not None}
     asked = run.PlanRequest(
         model, soc, load_recipe(low), load_recipe(high), calibration=calibration,
-        context=context, front=front, **given,
+        context=context, front=front, baselines=policies.named(baseline or ()), **given,
     )  # fmt: skip
     artifacts.check_writable(out, overwrite, run.KIND)
     with Display() as watch:

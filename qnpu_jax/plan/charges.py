@@ -80,8 +80,15 @@ class Mixed:
     tables: Tensors
 
 
-class _Arrays(NamedTuple):
-    """What a pass reads, for `jax.jit`: as `Mixed`, of one window, with code ranges."""
+class Arrays(NamedTuple):
+    """Arrays that a pass over one window reads, for `jax.jit`.
+
+    Attributes:
+      values: parameters at the high bits by graph, of the embedding the window's rows, and the
+        inputs that layers share.
+      errors: of weights and biases in groups, by stacked global name.
+      quant: QParams, qmin and qmax of activations that round, by stacked global name.
+    """
 
     values: Tensors
     errors: Tensors
@@ -184,7 +191,7 @@ def charges(
     none = {n: jnp.zeros_like(t) for n, t in at.items()}
     rows, kls, bases = [], [], []
     for ids, reference in zip(windows, references, strict=True):
-        read = _arrays(model, ids)
+        read = arrays(model, ids)
         logits, errors = _rounded_pass(found.low, read, at)
         fixed = read._replace(errors=read.errors | errors)
         total = {n: np.zeros(t.shape) for n, t in at.items()}
@@ -207,7 +214,7 @@ def without(
     """KL of one window at a plan with the errors of one group after the other left out, all other
     errors as they were: what charges stand for, exactly."""
     dec, at = model.choices.low, factors(model.choices, raised)
-    read = _arrays(model, ids)
+    read = arrays(model, ids)
     _, errors = _rounded_pass(dec, read, at)
     fixed = read._replace(errors=read.errors | errors)
     out = []
@@ -226,7 +233,7 @@ def divergences(
     """KL at a plan, by window (nats per position)."""
     dec, at = model.choices.low, factors(model.choices, raised)
     return np.array([
-        float(mean_kl(reference, _rounded_pass(dec, _arrays(model, ids), at)[0]))
+        float(mean_kl(reference, _rounded_pass(dec, arrays(model, ids), at)[0]))
         for ids, reference in zip(windows, references, strict=True)
     ])  # fmt: skip
 
@@ -235,7 +242,8 @@ def _of_group(group: Any, total: dict[str, np.ndarray]) -> float:
     return float(sum(np.atleast_1d(total[m.prefix + m.name])[m.layer] for m in group.members))
 
 
-def _arrays(model: Mixed, ids: Int[np.ndarray, " t"]) -> _Arrays:
+def arrays(model: Mixed, ids: Int[np.ndarray, " t"]) -> Arrays:
+    """Gathers the arrays that a pass over one window reads."""
     dec = model.choices.low
     values: Tensors = {g.prefix: dict(local(model.params, g.prefix)) for g in dec.graphs}
     rows = values[dec.embed.prefix]["weight"][ids]
@@ -246,7 +254,7 @@ def _arrays(model: Mixed, ids: Int[np.ndarray, " t"]) -> _Arrays:
         for name, bounds in ranges_of(graph, activations).items():
             if _rounds(graph, name):
                 quant[graph.prefix + name] = (model.scales[graph.prefix + name], *bounds)
-    return _Arrays({**values, "tables": model.tables}, model.errors, quant)
+    return Arrays({**values, "tables": model.tables}, model.errors, quant)
 
 
 def _rounds(graph: Graph, name: str) -> bool:
@@ -256,7 +264,7 @@ def _rounds(graph: Graph, name: str) -> bool:
 
 
 @partial(jax.jit, static_argnums=0)
-def _rounded_pass(dec: Decoder, read: _Arrays, at: Tensors) -> tuple[jax.Array, Tensors]:
+def _rounded_pass(dec: Decoder, read: Arrays, at: Tensors) -> tuple[jax.Array, Tensors]:
     """Logits at a plan, and the errors of activations there."""
     factor = {n: at.get(n, jnp.ones(jnp.shape(q[0].scale))) for n, q in read.quant.items()}
     extra = {n: (q, factor[n]) for n, q in read.quant.items()} | _of_params(read, at)
@@ -281,7 +289,7 @@ def _rounded_pass(dec: Decoder, read: _Arrays, at: Tensors) -> tuple[jax.Array, 
 
 @partial(jax.jit, static_argnums=0)
 def _slopes(
-    dec: Decoder, read: _Arrays, reference: jax.Array, at: Tensors, scale: jax.Array
+    dec: Decoder, read: Arrays, reference: jax.Array, at: Tensors, scale: jax.Array
 ) -> Tensors:
     def divergence(t: Tensors) -> jax.Array:
         return _divergence(dec, read, reference, t)
@@ -290,11 +298,11 @@ def _slopes(
 
 
 @partial(jax.jit, static_argnums=0)
-def _fixed(dec: Decoder, read: _Arrays, reference: jax.Array, at: Tensors) -> jax.Array:
+def _fixed(dec: Decoder, read: Arrays, reference: jax.Array, at: Tensors) -> jax.Array:
     return _divergence(dec, read, reference, at)
 
 
-def _divergence(dec: Decoder, read: _Arrays, reference: jax.Array, at: Tensors) -> jax.Array:
+def _divergence(dec: Decoder, read: Arrays, reference: jax.Array, at: Tensors) -> jax.Array:
     """f(t), with all errors fixed."""
     one = {n: jnp.ones(jnp.shape(q[0].scale)) for n, q in read.quant.items()}
     errors = {n: (read.errors[n], at.get(n, t)) for n, t in one.items()}
@@ -303,7 +311,7 @@ def _divergence(dec: Decoder, read: _Arrays, reference: jax.Array, at: Tensors) 
     return mean_kl(reference, logits)
 
 
-def _of_params(read: _Arrays, at: Tensors) -> Tensors:
+def _of_params(read: Arrays, at: Tensors) -> Tensors:
     """Errors of weights with their factors, and of biases with those of their weights."""
     factor = {n: n if n in at else n.removesuffix("bias") + "weight" for n in read.errors}
     return {n: (e, at[factor[n]]) for n, e in read.errors.items() if n not in read.quant}

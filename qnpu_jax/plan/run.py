@@ -9,15 +9,14 @@ were low. The plan of least measured KL within the budget is kept, never one of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Float64
 
 from qnpu_jax import artifacts, pipeline
 from qnpu_jax.errors import UserError
@@ -26,9 +25,12 @@ from qnpu_jax.latency import roofline
 from qnpu_jax.learn import learn
 from qnpu_jax.measure import float_logits
 from qnpu_jax.models import Checkpoint, load
-from qnpu_jax.plan.charges import Mixed, charges, divergences, mixed
+from qnpu_jax.plan import policies
+from qnpu_jax.plan.bench import Bench, Point, predicted, standard_error
+from qnpu_jax.plan.charges import charges, mixed
 from qnpu_jax.plan.costs import Cost, cost
-from qnpu_jax.plan.groups import Choices, choices
+from qnpu_jax.plan.groups import Choices, Group, choices
+from qnpu_jax.plan.scores import Known
 from qnpu_jax.plan.solver import Budget, Near, solve
 from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Recipe
@@ -60,6 +62,7 @@ class PlanRequest:
       calibration: text to calibrate with and to measure on; None lets the model write its own.
       context: slots of the KV cache that decode reads.
       front: also find the plans of FRONT.
+      baselines: names of `policies.POLICIES` whose plans are found for the budgets of FRONT too.
     """
 
     model: str
@@ -72,29 +75,7 @@ class PlanRequest:
     calibration: Path | None = None
     context: int = 512
     front: bool = True
-
-
-@dataclass(frozen=True)
-class Point:
-    """A plan with what it costs.
-
-    Attributes:
-      name: of the budget or recipe that it comes from.
-      raised: groups at their high bits, by number.
-      predicted, kl: nats per position: by the charges that found it, and measured.
-      decode, prefill: estimated seconds of a token and of a chunk.
-      size: bytes of weights.
-      casts: QUANTIZE ops that depend on the plan.
-    """
-
-    name: str
-    raised: tuple[bool, ...]
-    predicted: float
-    kl: float
-    decode: float
-    prefill: float
-    size: float
-    casts: int
+    baselines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +89,7 @@ class Plan:
       front: plans of other budgets, by rising decode.
       charges: of each group in the low plan, nats per position, and their standard errors.
       error: of the estimates of decode and prefill, relative.
+      baselines: plans of other planners by the name of their policy, one a budget of the front.
     """
 
     recipe: Recipe
@@ -119,29 +101,11 @@ class Plan:
     charges: Float64[np.ndarray, " g"]
     errors: Float64[np.ndarray, " g"]
     error: tuple[float, float]
+    baselines: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
 
 
 Draw = Callable[[Plan, Path], None]
 """Draws a plan into a file."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """Everything that all rounds share."""
-
-    model: Mixed
-    cost: Cost
-    windows: Int[np.ndarray, "n t"]
-    references: Sequence[jax.Array]
-    watch: Observer
-
-    def point(self, name: str, raised: Sequence[bool], predicted: float, kl: float) -> Point:
-        c = self.cost
-        costs = (c.decode(raised), c.prefill(raised), c.bytes(raised), c.casting(raised))
-        return Point(name, tuple(map(bool, raised)), predicted, kl, *costs)
-
-    def measured(self, raised: Sequence[bool]) -> float:
-        return float(divergences(self.model, self.windows, self.references, raised).mean())
 
 
 def plan(asked: PlanRequest, watch: Observer) -> Plan:
@@ -162,8 +126,8 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
         first = charges(bench.model, bench.windows, bench.references, none)
     average, base = first.groups.mean(0), float(first.base.mean())
     spread = first.groups.std(0, ddof=1) / math.sqrt(len(first.groups))
-    low = bench.point(asked.low.name, none, float(first.kl.mean()), float(first.kl.mean()))
-    high = bench.point(asked.high.name, every, base, bench.measured(every))
+    low = bench.point(asked.low.name, none, float(first.kl.mean()), first.kl)
+    high = bench.point(asked.high.name, every, base)
     if asked.kl < high.kl:
         raise UserError(
             f"budget: no plan meets it (KL {asked.kl:.4g} nats, at least {high.kl:.4g}, which"
@@ -173,19 +137,30 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
         chosen = _best(bench, _budget(asked, bench.cost), average, base)
         if chosen.kl > asked.kl:
             chosen = replace(high, name=chosen.name)
-        factors = FRONT if asked.front else ()
+        limits = _limits(low) if asked.front else {}
         front = tuple(
-            _once(f"{f:.2f}", bench, Budget(f * low.decode, f * low.prefill), average, base)
-            for f in watch.track(factors, len(factors), "plan")
+            _once(name, bench, budget, average, base)
+            for name, budget in watch.track(limits.items(), len(limits), "plan")
         )
+    others = policies.baselines(
+        Known(bench, average, base), asked.baselines, limits, (low, high, *front)
+    )
     bits = found.plan(chosen.raised)
     recipe = replace(asked.low, name=f"{asked.low.name}-plan", bits=bits)
-    return Plan(recipe, found, chosen, low, high, front, average, spread, bench.cost.error)
+    return Plan(recipe, found, chosen, low, high, front, average, spread, bench.cost.error, others)
+
+
+def _limits(low: Point) -> dict[str, Budget]:
+    """The budgets of FRONT by name."""
+    return {f"{f:.2f}": Budget(f * low.decode, f * low.prefill) for f in FRONT}
 
 
 def _check(asked: PlanRequest) -> None:
     """Refuses what can be known to be wrong before the model is read, which takes a while."""
     roofline.soc(asked.soc)
+    policies.check(asked.baselines)
+    if asked.baselines and not asked.front:
+        raise UserError("plan: --baseline without a front to compare with; leave out --no-front")
     limits = (("within", asked.within), ("kl", asked.kl), ("size", asked.size / 1e6))
     for name, limit in limits:
         if not limit > 0:
@@ -225,7 +200,7 @@ def _budget(asked: PlanRequest, cost: Cost) -> Budget:
     )
 
 
-def _bench(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> _Bench:
+def _bench(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Bench:
     """Prepares, calibrates and rounds the low plan, and gets the float model's logits."""
     effort, recipe = EFFORTS["fast"], asked.low
     with watch.stage("fold, rotate"):
@@ -252,18 +227,18 @@ def _bench(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> _Benc
     floats = {n: jnp.asarray(x) for n, x in calibrated.params.items()}
     logits = float_logits(begun.config, recipe.bits, floats)
     references = [jnp.asarray(logits(ids)) for ids in windows]
-    return _Bench(model, cost(found, asked.soc, asked.context), windows, references, watch)
+    return Bench(model, cost(found, asked.soc, asked.context), windows, references, watch)
 
 
 def _once(
-    name: str, bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], base: float
+    name: str, bench: Bench, budget: Budget, charged: Float64[np.ndarray, " g"], base: float
 ) -> Point:
     """Solves and measures."""
     raised = solve(bench.model.choices, bench.cost, charged, budget, base)
-    return bench.point(name, raised, _predicted(charged, raised, base), bench.measured(raised))
+    return bench.point(name, raised, predicted(charged, raised, base))
 
 
-def _best(bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], base: float) -> Point:
+def _best(bench: Bench, budget: Budget, charged: Float64[np.ndarray, " g"], base: float) -> Point:
     """Solves, measures, and solves again from there.
 
     Where a KL is asked for, what is predicted may lose as much less as the last plan lost more.
@@ -272,27 +247,21 @@ def _best(bench: _Bench, budget: Budget, charged: Float64[np.ndarray, " g"], bas
     best: Point | None = None
     for left in reversed(range(ROUNDS)):
         raised = solve(found, bench.cost, charged, aimed, base, near)
-        predicted = _predicted(charged, raised, base)
+        expected, kls = predicted(charged, raised, base), None
         if left:
             now = charges(bench.model, bench.windows, bench.references, raised)
-            kl, charged = float(now.kl.mean()), np.where(raised, charged, now.groups.mean(0))
-        else:
-            kl = bench.measured(raised)
-        point = bench.point("plan", raised, predicted, kl)
+            kls, charged = now.kl, np.where(raised, charged, now.groups.mean(0))
+        point = bench.point("plan", raised, expected, kls)
         if best is None or _rank(point, budget) < _rank(best, budget):
             best = point
         near = Near(raised, max(1, round(CHANGES * len(raised))))
         if math.isfinite(budget.kl):
-            now_predicted = _predicted(charged, raised, base)
+            expected = predicted(charged, raised, base)
             # Not below what raising all is predicted to lose: that always is a plan.
-            aimed = replace(budget, kl=max(base, budget.kl - max(0.0, kl - now_predicted)))
+            aimed = replace(budget, kl=max(base, budget.kl - max(0.0, point.kl - expected)))
             near = None
     assert best is not None
     return best
-
-
-def _predicted(charged: Float64[np.ndarray, " g"], raised: Sequence[bool], base: float) -> float:
-    return base + float(np.maximum(charged, 0.0)[~np.array(raised)].sum())
 
 
 def _rank(point: Point, budget: Budget) -> tuple[bool, float]:
@@ -328,16 +297,31 @@ def to_json(made: Plan) -> dict[str, Any]:
         "recipe": made.recipe.name,
         "seconds": roofline.LABEL,
         "errors": {"decode": made.error[0], "prefill": made.error[1]},
-        "points": [
+        "points": [_row(p, groups) for p in (made.chosen, made.low, made.high, *made.front)],
+        "baselines": [
             {
-                "name": p.name, "predicted": p.predicted, "kl": p.kl, "decode": p.decode,
-                "prefill": p.prefill, "size": p.size, "casts": p.casts,
-                "raised": [g.name for g, up in zip(groups, p.raised, strict=True) if up],
+                "policy": name, "about": policies.POLICIES[name].about,
+                "source": policies.POLICIES[name].source,
+                "points": [_row(p, groups) for p in points],
             }
-            for p in (made.chosen, made.low, made.high, *made.front)
+            for name, points in made.baselines.items()
         ],
+        "exceptions": [e._asdict() for e in exceptions(made)],
         "groups": [
             {"name": g.name, "bits": [g.low, g.high], "charge": float(a), "error": float(e)}
             for g, a, e in zip(groups, made.charges, made.errors, strict=True)
         ],
+    }  # fmt: skip
+
+
+def exceptions(made: Plan) -> tuple[policies.Exceeded, ...]:
+    """Finds the points of other planners that the front does not dominate."""
+    return policies.exceptions((made.low, made.high, *made.front), made.baselines)
+
+
+def _row(p: Point, groups: Sequence[Group]) -> dict[str, Any]:
+    return {
+        "name": p.name, "predicted": p.predicted, "kl": p.kl, "error": standard_error(p.kls),
+        "decode": p.decode, "prefill": p.prefill, "size": p.size, "casts": p.casts,
+        "raised": [g.name for g, up in zip(groups, p.raised, strict=True) if up],
     }  # fmt: skip
