@@ -68,9 +68,16 @@ def _panel(axes: Any, made: Plan, time: str, label: str) -> None:
         if name != UNIFORM:
             mine = sorted(points, key=at)
             axes.plot([at(p) for p in mine], [p.kl for p in mine], label=name, **_look(name))
-    for p in (made.low, made.high, *made.baselines.get(UNIFORM, ())):
+    ends = (made.low, made.high)
+    middle = sum(map(at, ends)) / 2
+    for p in (*ends, *made.baselines.get(UNIFORM, ())):
+        right = at(p) > middle and bool(made.baselines)
         axes.plot(at(p), p.kl, "s", color=INK, zorder=4)
-        axes.annotate(p.name, (at(p), p.kl), xytext=(4, 4), textcoords="offset points")
+        axes.annotate(
+            p.name, (at(p), p.kl), xytext=(-5 if right else 4, 4), textcoords="offset points",
+            ha="right" if right else "left", zorder=6,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+        )  # fmt: skip
     axes.plot(
         at(made.chosen),
         made.chosen.kl,

@@ -252,12 +252,12 @@ def test_charge_per_second_counts_what_must_follow():
     k = known("gqa_llama3")
     found, c = k.bench.model.choices, k.bench.cost
     scores = SCORES["charge per second"](k)
-    none = np.zeros(len(found.groups), bool)
+    none = [False] * len(found.groups)
     i = next(n for n, g in enumerate(found.groups) if g.name == "layers.0.mlp.act")
-    up = none.copy()
-    up[i] = True
-    up = np.array(closed(found, up))
-    assert up.sum() > 1
+    one = np.array(none)
+    one[i] = True
+    up = closed(found, one)
+    assert sum(up) > 1
     longer = c.decode(up) / c.decode(none) + c.prefill(up) / c.prefill(none) - 2
     gain = np.maximum(k.charges, 0)[up].sum()
     assert scores[i] == pytest.approx(gain / max(longer, 1e-12), rel=1e-9)
