@@ -81,7 +81,8 @@ POLICIES: dict[str, Policy] = {
     ),
     "kurtosis": Policy(
         "weights of the largest kurtosis first",
-        "a usual ranking of weights by their tails; no published planner was found that picks so",
+        "a usual ranking of weights by tails; the packages of ai-edge-quantizer 0.10, TICO 0.3"
+        " and ModelOpt 0.47 have none such",
         "kurtosis", "greedy", ("*.weight",),
     ),
     "random": Policy("any order", "", "random", "greedy"),
