@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -36,6 +37,20 @@ Front = Annotated[
         "--front/--no-front", help="Plans of nine other budgets of time, or of size, too."
     ),
 ]
+Baseline = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another planner's plans beside the front: sqnr, relative, paper, fisher, removal"
+        " (slow), kurtosis, random, uniform, charge-greedy, no-casts, once; or all but the slow."
+        " Repeatable.",
+    ),
+]
+Pairs = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Pair terms of neighbouring tensors that predictions have beside charges."
+    ),
+]
 
 
 @app.command()
@@ -51,6 +66,8 @@ def plan(
     calibration: Calibration = None,
     context: Cache = 512,
     front: Front = True,
+    baseline: Baseline = None,
+    pairs: Pairs = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier plan.")
     ] = False,
@@ -68,13 +85,12 @@ def plan(
         from qnpu_jax import artifacts
         from qnpu_jax.cli.display import Display
         from qnpu_jax.cli.plan_tables import print_plan
-        from qnpu_jax.plan import front_figure, run
+        from qnpu_jax.plan import PlanRequest, front_figure, policies, run
         from qnpu_jax.recipes import load_recipe
-    limits = {"within": within, "kl": kl, "size": None if size is None else 1e6 * size}
-    given = {name: value for name, value in limits.items() if value is not None}
-    asked = run.PlanRequest(
-        model, soc, load_recipe(low), load_recipe(high), calibration=calibration,
-        context=context, front=front, **given,
+    within, kl, size = (math.inf if x is None else x for x in (within, kl, size))
+    asked = PlanRequest(
+        model, soc, load_recipe(low), load_recipe(high), within, kl, 1e6 * size, calibration,
+        context, front, policies.named(baseline or ()), pairs,
     )  # fmt: skip
     artifacts.check_writable(out, overwrite, run.KIND)
     with Display() as watch:

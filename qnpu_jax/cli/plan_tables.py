@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
+import typer
 from rich.table import Table
 
 from qnpu_jax.cli.tables import show, table
 from qnpu_jax.latency import roofline
-from qnpu_jax.plan import Plan
+from qnpu_jax.plan import UNIFORM, Exceeded, Plan, exceptions
 
 TOP = 12
 """Groups that are shown, by what their low bits cost."""
@@ -18,6 +20,9 @@ TOP = 12
 def print_plan(made: Plan) -> None:
     """Prints the front, what is raised, and what low bits cost."""
     show(_front(made), _raised(made), _charges(made))
+    if made.baselines:
+        show(_others(made))
+        typer.echo(_verdict(exceptions(made)))
 
 
 def _front(made: Plan) -> Table:
@@ -26,13 +31,14 @@ def _front(made: Plan) -> Table:
         ("plan", "KL", "predicted", "ms a token", "ms a chunk", "weights", "casts", "raised"),
         ("plan",),
     )
+    uniform = made.baselines.get(UNIFORM, ())
     ends = sorted(
-        (made.low, made.high, *made.front),
+        (made.low, made.high, *uniform, *made.front),
         key=lambda p: (p.decode if made.timed else p.size, p.kl),
     )
     for p in (made.chosen, *ends):
         shown.add_row(
-            p.name, f"{p.kl:.4f}", f"{p.predicted:.4f}", _ms(p.decode),
+            p.name, f"{p.kl:.4f}", _or_none(p.predicted), _ms(p.decode),
             _ms(p.prefill), f"{p.size / 1e6:.4g} MB", str(p.casts), str(sum(p.raised)),
         )  # fmt: skip
     return shown
@@ -47,6 +53,46 @@ def _worth(made: Plan) -> str:
 
 def _ms(seconds: float) -> str:
     return "" if math.isnan(seconds) else f"{1e3 * seconds:.3f}"
+
+
+def _or_none(kl: float) -> str:
+    return f"{kl:.4f}" if math.isfinite(kl) else ""
+
+
+def _others(made: Plan) -> Table:
+    """KL of other planners at each budget."""
+    shown = table(
+        "other planners: KL, in thousandths of a nat, within each budget of time by what"
+        f" {made.low.name} takes",
+        ("planner", *(p.name for p in made.front)),
+        ("planner",),
+    )
+    rows = {"ours": made.front} | {n: p for n, p in made.baselines.items() if n != UNIFORM}
+    for name, points in rows.items():
+        shown.add_row(name, *(_thousandths(p.kl) for p in points))
+    return shown
+
+
+def _thousandths(kl: float) -> str:
+    """KL in thousandths, three digits.
+
+    >>> _thousandths(0.13044), _thousandths(0.0592), _thousandths(0.00476)
+    ('130', '59.2', '4.76')
+    """
+    x = 1e3 * kl
+    return f"{x:.{2 if x < 10 else 1 if x < 100 else 0}f}"
+
+
+def _verdict(found: Sequence[Exceeded]) -> str:
+    """Says where the front is not the lowest."""
+    if not found:
+        return "ours loses no more than any of them, within the standard error over windows"
+    lines = ["another planner loses less than ours, by more than the standard error over windows:"]
+    lines += [
+        f"  {e.policy}, {e.point}: KL {e.theirs:.4f}, ours {e.ours:.4f} (+- {e.error:.4f})"
+        for e in found
+    ]
+    return "\n".join(lines)
 
 
 def _raised(made: Plan) -> Table:

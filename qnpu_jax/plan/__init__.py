@@ -1,28 +1,42 @@
 """Which tensor gets how many bits: the least KL within a budget of time or size."""
 
+from qnpu_jax.plan.bench import Bench, Point
 from qnpu_jax.plan.charges import Charged, Mixed, charges, divergences, mixed
 from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import Choices, Group, choices
-from qnpu_jax.plan.run import Plan, PlanRequest, Point, plan, write_plan
+from qnpu_jax.plan.pairs import Losses, Pair, pair_terms, significant
+from qnpu_jax.plan.policies import POLICIES, UNIFORM, Exceeded, Policy
+from qnpu_jax.plan.request import PlanRequest
+from qnpu_jax.plan.run import Plan, exceptions, plan, write_plan
 from qnpu_jax.plan.solver import Budget, Near, solve
 
 __all__ = [
+    "POLICIES",
+    "UNIFORM",
+    "Bench",
     "Budget",
     "Charged",
     "Choices",
     "Cost",
+    "Exceeded",
     "Group",
+    "Losses",
     "Mixed",
     "Near",
+    "Pair",
     "Plan",
     "PlanRequest",
     "Point",
+    "Policy",
     "charges",
     "choices",
     "cost",
     "divergences",
+    "exceptions",
     "mixed",
+    "pair_terms",
     "plan",
+    "significant",
     "solve",
     "write_plan",
 ]

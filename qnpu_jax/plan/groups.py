@@ -10,7 +10,7 @@ next requantize.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -79,6 +79,23 @@ class Choices:
     def index(self) -> dict[Member, int]:
         """Number of the group of each tensor that is in one."""
         return {m: i for i, group in enumerate(self.groups) for m in group.members}
+
+    def closed(self, raised: Sequence[bool], more: Iterable[int] = ()) -> list[bool]:
+        """Raises more groups, and with all that are raised what must follow them."""
+        up, todo = list(raised), [*more, *(i for i, x in enumerate(raised) if x)]
+        while todo:
+            i = todo.pop()
+            up[i] = True
+            todo += [j for j in self._followers[i] if not up[j]]
+        return up
+
+    @cached_property
+    def _followers(self) -> list[list[int]]:
+        """Groups that must be high where a group is, by the number of that group."""
+        found: list[list[int]] = [[] for _ in self.groups]
+        for i, j in self.above:
+            found[i].append(j)
+        return found
 
     def plan(self, raised: Sequence[bool]) -> BitPlan:
         """The low plan with the raised groups at their high bits, and biases to match.

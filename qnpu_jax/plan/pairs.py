@@ -164,4 +164,4 @@ def significant(
     mean, error = terms.mean(0), terms.std(0, ddof=1) / np.sqrt(len(terms))
     beside = neighbours(found)
     sure = [p for p in np.argsort(-np.abs(mean)) if abs(mean[p]) > errors * error[p]]
-    return tuple(Pair(*beside[p], float(mean[p])) for p in sure[:most])
+    return tuple(Pair(beside[p][0], beside[p][1], float(mean[p])) for p in sure[:most])

@@ -9,15 +9,14 @@ were low. The plan of least measured KL within the budget is kept, never one of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Float64
 
 from qnpu_jax import artifacts, pipeline
 from qnpu_jax.errors import UserError
@@ -26,80 +25,25 @@ from qnpu_jax.latency import roofline
 from qnpu_jax.learn import learn
 from qnpu_jax.measure import float_logits
 from qnpu_jax.models import Checkpoint, load
-from qnpu_jax.plan import feasible, targets
-from qnpu_jax.plan.charges import Mixed, charges, divergences, mixed
-from qnpu_jax.plan.costs import Cost, cost
-from qnpu_jax.plan.groups import Choices, choices
+from qnpu_jax.plan import feasible, policies, targets
+from qnpu_jax.plan.bench import Bench, Point, standard_error
+from qnpu_jax.plan.charges import charges, mixed
+from qnpu_jax.plan.costs import cost
+from qnpu_jax.plan.groups import Choices, Group, choices
 from qnpu_jax.plan.pairs import Losses, Pair, pair_terms, significant
+from qnpu_jax.plan.request import FRONT, PlanRequest, budget, check, check_budget, limit
+from qnpu_jax.plan.scores import Known
 from qnpu_jax.plan.solver import Budget, Near, solve
 from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import EFFORTS, Recipe
-from qnpu_jax.text import excerpts, files, starts_of
+from qnpu_jax.text import excerpts, starts_of
 
 ROUNDS = 3
 """Times that the program is solved for what is asked for; for the front's other budgets once."""
 CHANGES = 0.1
 """Share of the groups that may change in a round after the first."""
-FRONT = (1.0, 1.01, 1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)
-"""Budgets of the front: most that decode and prefill may take, by what the low plan takes. Where
-there are no seconds they stand for as many sizes, from the low plan's to the high one's."""
-
-
 RECIPE, FIGURE = "plan.json", "plan.svg"
 KIND = artifacts.Kind("qnpu plan", frozenset({RECIPE, "front.json", FIGURE}), "front.json")
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """Request of a plan.
-
-    Attributes:
-      model: name or path that `models.load` takes.
-      soc: one of `targets.TARGETS`.
-      low, high: recipes between whose bits the plan lies; it is the low one in all else.
-      within: most that decode and prefill may take, by what the low recipe takes.
-      kl: nats per position that the plan may lose; the fastest such plan is found.
-      size: most bytes of weights.
-      calibration: text to calibrate with and to measure on; None lets the model write its own.
-      context: slots of the KV cache that decode reads.
-      front: also find the plans of FRONT.
-      pairs: pair terms that predictions have beside charges, at most; 0 measures none.
-    """
-
-    model: str
-    soc: str
-    low: Recipe
-    high: Recipe
-    within: float = math.inf
-    kl: float = math.inf
-    size: float = math.inf
-    calibration: Path | None = None
-    context: int = 512
-    front: bool = True
-    pairs: int = 0
-
-
-@dataclass(frozen=True)
-class Point:
-    """A plan with what it costs.
-
-    Attributes:
-      name: of the budget or recipe that it comes from.
-      raised: groups at their high bits, by number.
-      predicted, kl: nats per position: by the charges that found it, and measured.
-      decode, prefill: estimated seconds of a token and of a chunk; NaN where the target has none.
-      size: bytes of weights.
-      casts: QUANTIZE ops that depend on the plan.
-    """
-
-    name: str
-    raised: tuple[bool, ...]
-    predicted: float
-    kl: float
-    decode: float
-    prefill: float
-    size: float
-    casts: int
 
 
 @dataclass(frozen=True)
@@ -113,6 +57,7 @@ class Plan:
       front: plans of other budgets, by rising decode.
       charges: of each group in the low plan, nats per position, and their standard errors.
       error: of the estimates of decode and prefill, relative; NaN where there are none.
+      baselines: plans of other planners by the name of their policy, one a budget of the front.
     """
 
     recipe: Recipe
@@ -124,6 +69,7 @@ class Plan:
     charges: Float64[np.ndarray, " g"]
     errors: Float64[np.ndarray, " g"]
     error: tuple[float, float]
+    baselines: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
 
     @property
     def timed(self) -> bool:
@@ -135,25 +81,6 @@ Draw = Callable[[Plan, Path], None]
 """Draws a plan into a file."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """Everything that all rounds share."""
-
-    model: Mixed
-    cost: Cost
-    windows: Int[np.ndarray, "n t"]
-    references: Sequence[jax.Array]
-    watch: Observer
-
-    def point(self, name: str, raised: Sequence[bool], predicted: float, kl: float) -> Point:
-        c = self.cost
-        costs = (c.decode(raised), c.prefill(raised), c.bytes(raised), c.casting(raised))
-        return Point(name, tuple(map(bool, raised)), predicted, kl, *costs)
-
-    def measured(self, raised: Sequence[bool]) -> float:
-        return float(divergences(self.model, self.windows, self.references, raised).mean())
-
-
 def plan(asked: PlanRequest, watch: Observer) -> Plan:
     """Finds the plan that a request asks for.
 
@@ -161,13 +88,13 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
       UserError: a budget that nothing meets, an SoC that is not known, a recipe or text that does
         not fit the model.
     """
-    _check(asked)
+    check(asked)
     with watch.stage("load"):
         checkpoint = load(asked.model)
         its = targets.target(asked.soc)
         low, high = feasible.recipes(its, checkpoint.config, asked.low, asked.high)
         asked = replace(asked, low=low, high=high)
-        _check_budget(asked, checkpoint)
+        check_budget(asked, checkpoint)
     bench = _bench(asked, checkpoint, watch)
     found = bench.model.choices
     none, every = [False] * len(found.groups), [True] * len(found.groups)
@@ -176,80 +103,30 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
     average, base = first.groups.mean(0), float(first.base.mean())
     spread = first.groups.std(0, ddof=1) / math.sqrt(len(first.groups))
     losses = _losses(asked, bench, average, base)
-    low = bench.point(asked.low.name, none, float(first.kl.mean()), float(first.kl.mean()))
-    high = bench.point(asked.high.name, every, base, bench.measured(every))
+    low = bench.point(asked.low.name, none, float(first.kl.mean()), first.kl)
+    high = bench.point(asked.high.name, every, base)
     if asked.kl < high.kl:
         raise UserError(
             f"budget: no plan meets it (KL {asked.kl:.4g} nats, at least {high.kl:.4g}, which"
             f" {asked.high.name} loses before anything is learned); allow more"
         )
     with watch.stage("plan"):
-        chosen = _best(bench, _budget(asked, bench.cost), losses)
+        chosen = _best(bench, budget(asked, bench.cost), losses)
         if chosen.kl > asked.kl:
             chosen = replace(high, name=chosen.name)
-        factors = FRONT if asked.front else ()
+        limits = {f"{f:.2f}": limit(bench.cost, f) for f in FRONT} if asked.front else {}
         front = tuple(
-            _once(f"{f:.2f}", bench, _limit(bench.cost, f), losses)
-            for f in watch.track(factors, len(factors), "plan")
+            _once(name, bench, most, losses)
+            for name, most in watch.track(limits.items(), len(limits), "plan")
         )
+    known = Known(bench, average, base)
+    others = policies.baselines(known, asked.baselines, limits, (low, high, *front))
     bits = found.plan(chosen.raised)
     recipe = replace(asked.low, name=f"{asked.low.name}-plan", bits=bits)
-    return Plan(recipe, found, chosen, low, high, front, average, spread, bench.cost.error)
+    return Plan(recipe, found, chosen, low, high, front, average, spread, bench.cost.error, others)
 
 
-def _limit(cost: Cost, factor: float) -> Budget:
-    """So many times the low plan's seconds; its share of the bytes between low and high where there
-    are none."""
-    low = [False] * len(cost.more_size)
-    if cost.timed:
-        return Budget(factor * cost.decode(low), factor * cost.prefill(low))
-    share = (factor - FRONT[0]) / (FRONT[-1] - FRONT[0])
-    return Budget(size=cost.size + share * float(cost.more_size.sum()))
-
-
-def _check(asked: PlanRequest) -> None:
-    """Refuses what can be known to be wrong before the model is read, which takes a while."""
-    its = targets.target(asked.soc)
-    if its.rates is None and math.isfinite(asked.within):
-        raise UserError(
-            f"plan: --within for {its.name}, whose seconds are not estimated ({its.seconds});"
-            " expected --size or --kl; give one of them"
-        )
-    limits = (("within", asked.within), ("kl", asked.kl), ("size", asked.size / 1e6))
-    for name, limit in limits:
-        if not limit > 0:
-            raise UserError(f"plan: --{name} {limit:g}; expected a number above 0; correct it")
-    if all(math.isinf(limit) for _, limit in limits):
-        raise UserError("plan: no budget; expected --within, --kl or --size; give one of them")
-    if asked.calibration is not None:
-        files.read_text(asked.calibration)
-    if math.isfinite(asked.kl) and math.isfinite(asked.within):
-        raise UserError(
-            "plan: both --within and --kl; expected one: the first asks for the least KL in a"
-            " time, the second for the least time at a KL; leave one out"
-        )
-
-
-def _check_budget(asked: PlanRequest, checkpoint: Checkpoint) -> None:
-    """Refuses what no plan can cost, before minutes pass."""
-    staged = (decoder(checkpoint.config, r.bits, 1) for r in (asked.low, asked.high))
-    found = choices(*staged)
-    costs = cost(found, asked.soc, asked.context)
-    nothing = Losses(0.0, np.zeros(len(found.groups)))
-    solve(found, costs, nothing, replace(_budget(asked, costs), kl=math.inf))
-
-
-def _budget(asked: PlanRequest, cost: Cost) -> Budget:
-    low = [False] * len(cost.more_size)
-    return Budget(
-        decode=asked.within * cost.decode(low),
-        prefill=asked.within * cost.prefill(low),
-        size=asked.size,
-        kl=asked.kl,
-    )
-
-
-def _bench(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> _Bench:
+def _bench(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Bench:
     """Prepares, calibrates and rounds the low plan, and gets the float model's logits."""
     effort, recipe = EFFORTS["fast"], asked.low
     with watch.stage("fold, rotate"):
@@ -276,11 +153,11 @@ def _bench(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> _Benc
     floats = {n: jnp.asarray(x) for n, x in calibrated.params.items()}
     logits = float_logits(begun.config, recipe.bits, floats)
     references = [jnp.asarray(logits(ids)) for ids in windows]
-    return _Bench(model, cost(found, asked.soc, asked.context), windows, references, watch)
+    return Bench(model, cost(found, asked.soc, asked.context), windows, references, watch)
 
 
 def _losses(
-    asked: PlanRequest, bench: _Bench, charged: Float64[np.ndarray, " g"], base: float
+    asked: PlanRequest, bench: Bench, charged: Float64[np.ndarray, " g"], base: float
 ) -> Losses:
     """Predicts by the charges of the low plan, and by its pair terms where they are asked for."""
     found, none = bench.model.choices, [False] * len(charged)
@@ -296,46 +173,44 @@ def _losses(
     return Losses(base, charged, pairs).charged(charged, none)
 
 
-def _once(name: str, bench: _Bench, budget: Budget, losses: Losses) -> Point:
+def _once(name: str, bench: Bench, most: Budget, losses: Losses) -> Point:
     """Solves and measures."""
-    raised = solve(bench.model.choices, bench.cost, losses, budget)
-    return bench.point(name, raised, losses.predicted(raised), bench.measured(raised))
+    raised = solve(bench.model.choices, bench.cost, losses, most)
+    return bench.point(name, raised, losses.predicted(raised))
 
 
-def _best(bench: _Bench, budget: Budget, losses: Losses) -> Point:
+def _best(bench: Bench, most: Budget, losses: Losses) -> Point:
     """Solves, measures, and solves again from there.
 
     Where a KL is asked for, what is predicted may lose as much less as the last plan lost more.
     """
-    found, near, aimed = bench.model.choices, None, budget
+    found, near, aimed = bench.model.choices, None, most
     best: Point | None = None
     for left in reversed(range(ROUNDS)):
         raised = solve(found, bench.cost, losses, aimed, near)
-        predicted = losses.predicted(raised)
+        predicted, kls = losses.predicted(raised), None
         if left:
             now = charges(bench.model, bench.windows, bench.references, raised)
-            kl, losses = float(now.kl.mean()), losses.charged(now.groups.mean(0), raised)
-        else:
-            kl = bench.measured(raised)
-        point = bench.point("plan", raised, predicted, kl)
-        if best is None or _rank(point, budget) < _rank(best, budget):
+            kls, losses = now.kl, losses.charged(now.groups.mean(0), raised)
+        point = bench.point("plan", raised, predicted, kls)
+        if best is None or _rank(point, most) < _rank(best, most):
             best = point
         near = Near(raised, max(1, round(CHANGES * len(raised))))
-        if math.isfinite(budget.kl):
+        if math.isfinite(most.kl):
             # Not below what raising all is predicted to lose: that always is a plan.
-            more = max(0.0, kl - losses.predicted(raised))
-            aimed = replace(budget, kl=max(losses.base, budget.kl - more))
+            more = max(0.0, point.kl - losses.predicted(raised))
+            aimed = replace(most, kl=max(losses.base, most.kl - more))
             near = None
     assert best is not None
     return best
 
 
-def _rank(point: Point, budget: Budget) -> tuple[bool, float]:
+def _rank(point: Point, most: Budget) -> tuple[bool, float]:
     """Order of plans: the least KL; where a KL is asked for, the fastest that keeps it, or the
     smallest."""
-    if math.isinf(budget.kl):
+    if math.isinf(most.kl):
         return False, point.kl
-    missed, seconds = point.kl > budget.kl, point.decode + point.prefill
+    missed, seconds = point.kl > most.kl, point.decode + point.prefill
     return missed, point.kl if missed else point.size if math.isnan(seconds) else seconds
 
 
@@ -357,7 +232,7 @@ def write_plan(made: Plan, out: Path, overwrite: bool, draw: Draw | None = None)
 
 
 def _or_null(x: float) -> float | None:
-    return None if math.isnan(x) else x
+    return x if math.isfinite(x) else None
 
 
 def to_json(made: Plan) -> dict[str, Any]:
@@ -368,16 +243,35 @@ def to_json(made: Plan) -> dict[str, Any]:
         "recipe": made.recipe.name,
         "seconds": roofline.LABEL if made.timed else None,
         "errors": {"decode": _or_null(made.error[0]), "prefill": _or_null(made.error[1])},
-        "points": [
+        "points": [_row(p, groups) for p in (made.chosen, made.low, made.high, *made.front)],
+        "baselines": [
             {
-                "name": p.name, "predicted": p.predicted, "kl": p.kl, "decode": _or_null(p.decode),
-                "prefill": _or_null(p.prefill), "size": p.size, "casts": p.casts,
-                "raised": [g.name for g, up in zip(groups, p.raised, strict=True) if up],
+                "policy": name, "about": policies.POLICIES[name].about,
+                "source": policies.POLICIES[name].source,
+                "points": [_row(p, groups) for p in points],
             }
-            for p in (made.chosen, made.low, made.high, *made.front)
+            for name, points in made.baselines.items()
+        ],
+        "exceptions": [
+            {k: x if isinstance(x, str) else _or_null(x) for k, x in e._asdict().items()}
+            for e in exceptions(made)
         ],
         "groups": [
             {"name": g.name, "bits": [g.low, g.high], "charge": float(a), "error": float(e)}
             for g, a, e in zip(groups, made.charges, made.errors, strict=True)
         ],
+    }  # fmt: skip
+
+
+def exceptions(made: Plan) -> tuple[policies.Exceeded, ...]:
+    """Finds the points of other planners that the front does not dominate."""
+    return policies.exceptions((made.low, made.high, *made.front), made.baselines)
+
+
+def _row(p: Point, groups: Sequence[Group]) -> dict[str, Any]:
+    return {
+        "name": p.name, "predicted": _or_null(p.predicted), "kl": p.kl,
+        "error": _or_null(standard_error(p.kls)), "decode": _or_null(p.decode),
+        "prefill": _or_null(p.prefill), "size": p.size, "casts": p.casts,
+        "raised": [g.name for g, up in zip(groups, p.raised, strict=True) if up],
     }  # fmt: skip

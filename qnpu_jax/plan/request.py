@@ -1,0 +1,112 @@
+"""What a plan is asked for: the model, the machine, the limits; and what of it makes no sense."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from qnpu_jax.errors import UserError
+from qnpu_jax.graph import decoder
+from qnpu_jax.models import Checkpoint
+from qnpu_jax.plan import policies, targets
+from qnpu_jax.plan.costs import Cost, cost
+from qnpu_jax.plan.groups import choices
+from qnpu_jax.plan.pairs import Losses
+from qnpu_jax.plan.solver import Budget, solve
+from qnpu_jax.recipes import Recipe
+from qnpu_jax.text import files
+
+FRONT = (1.0, 1.01, 1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)
+"""Budgets of the front: most that decode and prefill may take, by what the low plan takes. Where
+there are no seconds they stand for as many sizes, from the low plan's to the high one's."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Request of a plan.
+
+    Attributes:
+      model: name or path that `models.load` takes.
+      soc: one of `targets.TARGETS`.
+      low, high: recipes between whose bits the plan lies; it is the low one in all else.
+      within: most that decode and prefill may take, by what the low recipe takes.
+      kl: nats per position that the plan may lose; the fastest such plan is found.
+      size: most bytes of weights.
+      calibration: text to calibrate with and to measure on; None lets the model write its own.
+      context: slots of the KV cache that decode reads.
+      front: also find the plans of FRONT.
+      baselines: names of `policies.POLICIES` whose plans are found for the budgets of FRONT too.
+      pairs: pair terms that predictions have beside charges, at most; 0 measures none.
+    """
+
+    model: str
+    soc: str
+    low: Recipe
+    high: Recipe
+    within: float = math.inf
+    kl: float = math.inf
+    size: float = math.inf
+    calibration: Path | None = None
+    context: int = 512
+    front: bool = True
+    baselines: tuple[str, ...] = ()
+    pairs: int = 0
+
+
+def check(asked: PlanRequest) -> None:
+    """Refuses what can be known to be wrong before the model is read, which takes a while."""
+    its = targets.target(asked.soc)
+    if its.rates is None and math.isfinite(asked.within):
+        raise UserError(
+            f"plan: --within for {its.name}, whose seconds are not estimated ({its.seconds});"
+            " expected --size or --kl; give one of them"
+        )
+    policies.check(asked.baselines)
+    if asked.baselines and not asked.front:
+        raise UserError("plan: --baseline without a front to compare with; leave out --no-front")
+    limits = (("within", asked.within), ("kl", asked.kl), ("size", asked.size / 1e6))
+    for name, limit in limits:
+        if not limit > 0:
+            raise UserError(f"plan: --{name} {limit:g}; expected a number above 0; correct it")
+    if all(math.isinf(limit) for _, limit in limits):
+        raise UserError("plan: no budget; expected --within, --kl or --size; give one of them")
+    if asked.calibration is not None:
+        files.read_text(asked.calibration)
+    if math.isfinite(asked.kl) and math.isfinite(asked.within):
+        raise UserError(
+            "plan: both --within and --kl; expected one: the first asks for the least KL in a"
+            " time, the second for the least time at a KL; leave one out"
+        )
+
+
+def check_budget(asked: PlanRequest, checkpoint: Checkpoint) -> None:
+    """Refuses what no plan can cost, before minutes pass."""
+    staged = (decoder(checkpoint.config, r.bits, 1) for r in (asked.low, asked.high))
+    found = choices(*staged)
+    costs = cost(found, asked.soc, asked.context)
+    nothing = Losses(0.0, np.zeros(len(found.groups)))
+    solve(found, costs, nothing, replace(budget(asked, costs), kl=math.inf))
+
+
+def budget(asked: PlanRequest, cost: Cost) -> Budget:
+    """Returns the budget of a request."""
+    low = [False] * len(cost.more_size)
+    return Budget(
+        decode=asked.within * cost.decode(low),
+        prefill=asked.within * cost.prefill(low),
+        size=asked.size,
+        kl=asked.kl,
+    )
+
+
+def limit(cost: Cost, factor: float) -> Budget:
+    """Returns a budget of `factor` times the low plan's seconds; where there are none, the size at
+    the same place between the low and the high plan's as the factor has in FRONT."""
+    low = [False] * len(cost.more_size)
+    if cost.timed:
+        return Budget(factor * cost.decode(low), factor * cost.prefill(low))
+    share = (factor - FRONT[0]) / (FRONT[-1] - FRONT[0])
+    return Budget(size=cost.size + share * float(cost.more_size.sum()))
