@@ -33,7 +33,7 @@ from qnpu_jax.learn.train import (
     uncached,
 )
 from qnpu_jax.progress import Observer
-from qnpu_jax.recipes import Effort, Recipe, Stage
+from qnpu_jax.recipes import Effort, Ranges, Recipe, Stage
 from qnpu_jax.text import Windows
 
 
@@ -146,7 +146,9 @@ def learn(
     basis = np.eye(model.dec.config.hidden_size, dtype=np.float32)
     histories = []
     for i, (stage, steps) in enumerate(planned):
-        model = _calibrate_and_round(model, stage, text)
+        model = _calibrate(model, stage, text)
+        if stage.gptq:
+            model = _round(model, stage, recipe.activation_init, text)
         if steps == 0:
             continue
         theta, history = run.fit(i, stage, steps, model, basis)
@@ -158,26 +160,34 @@ def learn(
     return Learned(model.params, model.free, histories)
 
 
-def _calibrate_and_round(model: Calibrated, stage: Stage, text: Windows) -> Calibrated:
-    """Sets ranges, then rounds weights by GPTQ, where the stage asks for it."""
-    dec, params, free = model.dec, model.params, model.free
-    if stage.calibrate != "none":
-        active = Stage(quantized="rotated") if stage.calibrate == "unrotated" else None
-        scales = student_scales(dec, active, free, {}) if active else None
-        stats = collect_statistics(dec, params, text.calibration, scales=scales)
-        found, _ = calibrate_activations(dec, stats, stage.ranges, model.tame)
-        chosen = {n: q for n, q in found.items() if active is None or not is_rotated(n)}
-        free = {**free, **chosen}
-    if stage.gptq:
-        # What learns to round needs to know how near a code each weight is.
-        settings = GptqSettings(
-            exact=not stage.rate("rounding"), asymmetric=stage.gptaq, damping=stage.damping
-        )
-        windows = text.pool if len(text.pool) else text.calibration
-        count = max(1, stage.gptq_tokens // windows.shape[1])
-        fitted = gptq(dec, params, resolve(dec, free), windows[:count], settings)
-        params, free = fitted.params, {n: fitted.scales.get(n, q) for n, q in free.items()}
-    return replace(model, params=params, free=free)
+def _calibrate(model: Calibrated, stage: Stage, text: Windows) -> Calibrated:
+    """Sets ranges where the stage asks for it."""
+    if stage.calibrate == "none":
+        return model
+    dec = model.dec
+    active = Stage(quantized="rotated") if stage.calibrate == "unrotated" else None
+    scales = student_scales(dec, active, model.free, {}) if active else None
+    stats = collect_statistics(dec, model.params, text.calibration, scales=scales)
+    found, _ = calibrate_activations(dec, stats, stage.ranges, model.tame)
+    chosen = {n: q for n, q in found.items() if active is None or not is_rotated(n)}
+    return replace(model, free={**model.free, **chosen})
+
+
+def _round(model: Calibrated, stage: Stage, ranges: Ranges, text: Windows) -> Calibrated:
+    """Rounds weights by GPTQ, and sets the ranges of what the rounded ones make."""
+    dec = model.dec
+    # What learns to round needs to know how near a code each weight is.
+    settings = GptqSettings(
+        exact=not stage.rate("rounding"), asymmetric=stage.gptaq, damping=stage.damping
+    )
+    windows = text.pool if len(text.pool) else text.calibration
+    count = max(1, stage.gptq_tokens // windows.shape[1])
+    fitted = gptq(dec, model.params, resolve(dec, model.free), windows[:count], settings)
+    free = {n: fitted.scales.get(n, q) for n, q in model.free.items()}
+    weights = {n: q for n, q in resolve(dec, free).items() if n.endswith(".weight")}
+    stats = collect_statistics(dec, fitted.params, text.calibration, scales=weights)
+    found, _ = calibrate_activations(dec, stats, ranges, model.tame)
+    return replace(model, params=fitted.params, free={**free, **found})
 
 
 @dataclass(frozen=True)
