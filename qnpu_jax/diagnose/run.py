@@ -20,7 +20,7 @@ from qnpu_jax.diagnose import model_explorer
 from qnpu_jax.diagnose.attribution import kl, replaced, without
 from qnpu_jax.diagnose.summary import Tally, TensorRow, mean
 from qnpu_jax.diagnose.tensor_errors import Constants, measure_window, rounding_tensors
-from qnpu_jax.errors import UserError
+from qnpu_jax.errors import UserError, nearest
 from qnpu_jax.graph import LAYERS, Tensors, split_name
 from qnpu_jax.integer import IntegerModel, Simulate
 from qnpu_jax.measure import Logits, float_logits
@@ -210,6 +210,7 @@ def matching(constants: Constants, patterns: Iterable[str]) -> list[str]:
                 f"--replace {pattern}: matches no tensor that is rounded; expected a name like"
                 f" {next(iter(known))}, or a pattern; `qnpu graph` prints names, and what copies"
                 " codes (reshape, slice, concat, transpose, widening) rounds nothing"
+                + nearest(pattern, known)
             )
         found += matched
     return found

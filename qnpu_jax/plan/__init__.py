@@ -3,6 +3,7 @@
 from qnpu_jax.plan.charges import Charged, Mixed, charges, divergences, mixed
 from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import Choices, Group, choices
+from qnpu_jax.plan.model_ties import ties
 from qnpu_jax.plan.run import Plan, PlanRequest, Point, plan, write_plan
 from qnpu_jax.plan.solver import Budget, Near, solve
 
@@ -24,5 +25,6 @@ __all__ = [
     "mixed",
     "plan",
     "solve",
+    "ties",
     "write_plan",
 ]
