@@ -27,6 +27,7 @@ from qnpu_jax.measure import Logits, float_logits
 from qnpu_jax.models import EMBEDDED, load
 from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Observer
+from qnpu_jax.recipes import Recipe
 from qnpu_jax.text import Excerpt, excerpts
 from qnpu_jax.transform import add_prefix, fold_norms
 
@@ -35,10 +36,10 @@ FORMAT = 1
 OWN = "own constants in float"
 """Name of the reference of the KL where the original model is not at hand."""
 SQNR_OVERLAY, SHARE_OVERLAY = "sqnr.model_explorer.json", "kl.model_explorer.json"
-HEAT_MAP = "heat_map.svg"
+HEAT_MAP, SUGGESTED = "heat_map.svg", "suggested.json"
 KIND = artifacts.Kind(
     "qnpu diagnose",
-    frozenset({"diagnosis.json", SQNR_OVERLAY, SHARE_OVERLAY, HEAT_MAP}),
+    frozenset({"diagnosis.json", SQNR_OVERLAY, SHARE_OVERLAY, HEAT_MAP, SUGGESTED}),
     "diagnosis.json",
 )
 
@@ -290,12 +291,15 @@ def _replacement(name: str, falls: np.ndarray, charged: float) -> ReplacedTensor
     return ReplacedTensor(name, *mean(falls[:, 0]), *mean(falls[:, 1]), charged)
 
 
-def write_diagnosis(found: Diagnosis, out: Path, draw: Draw | None = None) -> None:
+def write_diagnosis(
+    found: Diagnosis, out: Path, draw: Draw | None = None, suggested: Recipe | None = None
+) -> None:
     """Writes the folder of a diagnosis, whole or not at all, in place of an earlier one.
 
     Args:
       out: the folder.
       draw: draws the heat map; None leaves it out.
+      suggested: recipe that follows from the diagnosis (`plan.suggested`); None leaves it out.
 
     Raises:
       UserError: `out` holds other files, or cannot be written.
@@ -315,3 +319,5 @@ def write_diagnosis(found: Diagnosis, out: Path, draw: Draw | None = None) -> No
             artifacts.write_json(folder / file, data)
         if draw is not None:
             draw(found, folder / HEAT_MAP)
+        if suggested is not None:
+            artifacts.write_json(folder / SUGGESTED, suggested.to_json())

@@ -6,6 +6,7 @@ from qnpu_jax.plan.groups import Choices, Group, choices
 from qnpu_jax.plan.model_ties import ties
 from qnpu_jax.plan.run import Plan, PlanRequest, Point, plan, write_plan
 from qnpu_jax.plan.solver import Budget, Near, solve
+from qnpu_jax.plan.suggest import Priced, Suggested, Suggestion, priced, suggested
 
 __all__ = [
     "Budget",
@@ -18,13 +19,18 @@ __all__ = [
     "Plan",
     "PlanRequest",
     "Point",
+    "Priced",
+    "Suggested",
+    "Suggestion",
     "charges",
     "choices",
     "cost",
     "divergences",
     "mixed",
     "plan",
+    "priced",
     "solve",
+    "suggested",
     "ties",
     "write_plan",
 ]

@@ -32,6 +32,12 @@ def ties(config: ModelConfig, prefix: int = 1) -> Ties:
       config: its shape (`Checkpoint.config`, `IntegerModel.config`).
       prefix: constant positions; 0 lets the KV cache of a model without them have 16 bits.
 
+    Returns:
+      What `BitPlan.set` takes.
+
+    Raises:
+      UserError: more constant positions than the model has.
+
     Example:
       >>> from qnpu_jax import RECIPES
       >>> shape = ModelConfig(
