@@ -43,7 +43,8 @@ def print_suggested(made: Suggested, top: int) -> None:
         typer.echo("nothing that is charged fits within the time given; no recipe is suggested")
     else:
         typer.echo(
-            f"{made.recipe.name}: KL {made.kl:+.4f} (predicted), a token {_change(made.decode)}, a"
+            f"{made.recipe.name}: KL {made.kl:+.4f} (predicted; all activations lose"
+            f" {made.lost:.4f}), a token {_change(made.decode)}, a"
             f" chunk {_change(made.prefill)} ({roofline.LABEL})"
         )
 

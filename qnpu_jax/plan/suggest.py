@@ -7,6 +7,7 @@ raised tensors count as exact, and nothing is measured or learned again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -74,6 +75,7 @@ class Suggested:
     Attributes:
       recipe: the folder's with the bits of all that is taken; None where nothing is.
       groups: by falling charge, those that are charged anything.
+      lost: what all activations lose, nats per position: more cannot be won.
       kl: predicted change with all that is taken, nats per position.
       decode, prefill: relative change of the estimates with all that is taken.
       error: of the estimates of a token and of a chunk, relative.
@@ -81,6 +83,7 @@ class Suggested:
 
     recipe: Recipe | None
     groups: tuple[Suggestion, ...]
+    lost: float
     kl: float
     decode: float
     prefill: float
@@ -131,18 +134,26 @@ def suggested(asked: Priced, found: Diagnosis) -> Suggested:
         bits = dict.fromkeys(_names(asked, raised), HIGH)
         plan = asked.recipe.bits.set_all(bits, asked.ties)
         recipe = replace(asked.recipe, name=f"{asked.recipe.name}-suggested", bits=plan)
-    return Suggested(recipe, groups, *_changes(asked, charges, raised), asked.cost.error)
+    lost = found.kl["simulator"] - found.kl["constants"]
+    return Suggested(recipe, groups, lost, *_changes(asked, charges, raised), asked.cost.error)
 
 
 def _charges(between: Choices, found: Diagnosis) -> Float64[np.ndarray, " g"]:
-    """What the simulator's KL is charged by group, nats per position, not less than 0."""
-    charged = {row.tensor: row.kl or 0.0 for row in found.rows}
+    """What the simulator's KL is charged by group, nats per position.
+
+    A charge that is no larger than its standard error over windows counts as 0: the best of many
+    such are large by chance, and promise more than all activations lose.
+    """
+    rows = {row.tensor: row for row in found.rows}
     graphs = {g.prefix: g for g in between.low.graphs}
-    sums = [
-        sum(charged.get(graphs[m.prefix].global_name(m.layer, m.name), 0.0) for m in group.members)
-        for group in between.groups
-    ]
-    return np.maximum(np.array(sums, np.float64), 0.0)
+    charges = []
+    for group in between.groups:
+        names = [graphs[m.prefix].global_name(m.layer, m.name) for m in group.members]
+        mine = [rows[n] for n in names if n in rows]
+        nats = sum(row.kl or 0.0 for row in mine)
+        error = math.sqrt(sum((row.error or 0.0) ** 2 for row in mine))
+        charges.append(nats if nats > error else 0.0)
+    return np.array(charges, np.float64)
 
 
 def _needed(

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 
-import numpy as np
 import pytest
 from workspace import EVAL_TOKENS, PREFILL
 
@@ -54,20 +53,24 @@ def asked(folder, within: float):
 def test_a_group_is_charged_and_priced_with_all_that_follows_it(folder, diagnosed):
     prices = asked(folder, 1.05)
     found = suggested(prices, diagnosed)
-    rows = {row.tensor: row.kl for row in diagnosed.rows}
+    rows = {row.tensor: row for row in diagnosed.rows}
     by_name = {one.tensor: one for one in found.groups}
     act = by_name["layers.1.mlp.act"]
     assert act.along == ("layers.1.mlp.down",)
-    # A tensor that is charged less than nothing by chance promises nothing.
-    both = sum(max(rows[f"layers.1.mlp.{name}"], 0.0) for name in ("act", "down"))
+    both = sum(counted(rows[f"layers.1.mlp.{name}"]) for name in ("act", "down"))
     assert act.kl == pytest.approx(-both, rel=1e-6)
     plan = prices.recipe.bits.set("layers.1.mlp.act", 16, prices.ties, follow=True)
     up = raised(prices, plan)
     low = [False] * len(up)
     assert act.decode == prices.cost.decode(up) / prices.cost.decode(low) - 1
     assert act.prefill == prices.cost.prefill(up) / prices.cost.prefill(low) - 1
-    charges = [max(rows[one.tensor] or 0.0, 0.0) for one in found.groups if "kv" not in one.tensor]
+    charges = [counted(rows[one.tensor]) for one in found.groups if "kv" not in one.tensor]
     assert charges == sorted(charges, reverse=True) and len(charges) > 8
+
+
+def counted(row) -> float:
+    """A charge no larger than its error promises nothing."""
+    return row.kl if row.kl > row.error else 0.0
 
 
 def raised(prices, plan: BitPlan) -> list[bool]:
@@ -185,8 +188,13 @@ def test_a_model_of_16_bits_has_nothing_to_suggest(folder, tmp_path, made):
         asked(wide, 1.01)
 
 
-def test_charges_are_nats_of_the_diagnosis(folder, diagnosed):
-    found = suggested(asked(folder, math.inf), diagnosed)
-    alone = np.array([one.kl for one in found.groups])
-    assert (alone < 0).all()
-    assert -alone.min() <= diagnosed.kl["simulator"] * 1.5  # charges below 0 are not taken off
+def test_a_charge_that_its_error_hides_promises_nothing(folder, diagnosed):
+    prices = asked(folder, math.inf)
+    noisy = tuple(dataclasses.replace(r, error=1.0) for r in diagnosed.rows)
+    assert suggested(prices, dataclasses.replace(diagnosed, rows=noisy)).groups == ()
+    single = tuple(dataclasses.replace(r, error=None) for r in diagnosed.rows)  # of one window
+    every = suggested(prices, dataclasses.replace(diagnosed, rows=single))
+    found = suggested(prices, diagnosed)
+    assert {g.tensor for g in found.groups} <= {g.tensor for g in every.groups}
+    assert all(g.kl < 0 for g in found.groups)
+    assert found.lost == diagnosed.kl["simulator"] - diagnosed.kl["constants"]
