@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qnpu_jax.errors import UserError
     from qnpu_jax.integer import IntegerModel
     from qnpu_jax.models import load
+    from qnpu_jax.plan import ties
     from qnpu_jax.recipes import EFFORTS, RECIPES, Effort, Recipe, Stage
     from qnpu_sim import Npu
 
@@ -45,6 +46,7 @@ __all__ = [
     "perplexity",
     "quantize",
     "simulate",
+    "ties",
     "verify",
     "write_tflite",
 ]
@@ -55,6 +57,7 @@ _HOMES = {
     "qnpu_jax.errors": "UserError",
     "qnpu_jax.integer": "IntegerModel",
     "qnpu_jax.models": "load",
+    "qnpu_jax.plan": "ties",
     "qnpu_jax.recipes": "EFFORTS RECIPES Effort Recipe Stage",
     "qnpu_sim": "Npu",
 }

@@ -7,12 +7,13 @@ travel beside the files they produced. What is done with them is a `qnpu_jax.rec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from qnpu_jax.errors import UserError
+from qnpu_jax.errors import UserError, nearest
+from qnpu_jax.width_ties import Ties
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,50 @@ class BitPlan:
         gone = {len(bits) + i for i in losing if i is not None} - {*now.values()}
         return BitPlan(tuple(r for i, r in enumerate(rules) if i not in gone))
 
+    def set(self, name: str, bits: int, ties: Ties, follow: bool = False) -> BitPlan:
+        """The plan that gives a tensor, or all that a pattern matches, these bits.
+
+        A linear's bias moves along: 64 bits beside an output of 16, 32 beside one of 8.
+
+        Args:
+          name: global name or shell-style pattern: `layers.2.mlp.act`, `layers.*.mlp.act`.
+          ties: of the model, from `qnpu_jax.plan.ties`.
+          follow: move everything else along that these bits ask for.
+
+        Raises:
+          UserError: no such tensor, a width that no kernel has, or other tensors that must move too
+            without `follow`; says which.
+        """
+        return self.set_all({name: bits}, ties, follow)
+
+    def set_all(self, bits: Mapping[str, int], ties: Ties, follow: bool = False) -> BitPlan:
+        """The plan that gives several tensors their bits at once, as `set` does one.
+
+        Of two patterns that match a tensor the later one counts.
+        """
+        asked = {n: b for pattern, b in bits.items() for n in ties.named(pattern)}
+        now = {n: self.bits(n) for n in ties.names}
+        moved = ties.moved(now, asked)
+        others = {n for n in moved if n not in asked and n not in ties.biases}
+        if others and not follow:
+            raise UserError(_must_move(bits, moved, others, asked, ties))
+        then, rules = now | moved, {}
+        for width in dict.fromkeys(moved.values()):
+            mine = [n for n, b in moved.items() if b == width]
+            also = [n for n, b in then.items() if b == width]
+            found = ties.patterns(mine, also, [p for p, _ in self.rules])
+            rules |= dict.fromkeys(found, width)
+        return self.replaced(rules, ties.names)._without_idle(rules, ties.names)
+
+    def _without_idle(self, patterns: Iterable[str], names: Sequence[str]) -> BitPlan:
+        """Leaves out those rules of these patterns that change nothing."""
+        plan = self
+        for pattern in patterns:
+            fewer = BitPlan(tuple(r for r in plan.rules if r[0] != pattern))
+            if all(fewer.match(n) is not None and fewer.bits(n) == plan.bits(n) for n in names):
+                plan = fewer
+        return plan
+
     def check_used(self, names: list[str]) -> None:
         used = {self.match(n) for n in names}
         for i, (pattern, bits) in enumerate(self.rules):
@@ -227,7 +272,31 @@ class BitPlan:
                     f"bit plan rule {pattern!r}: {bits}: matches no tensor that an earlier rule"
                     " has not taken;"
                     " remove it or correct the pattern (`qnpu graph` prints every name)"
+                    + self._nearest(pattern, names)
                 )
+
+    def _nearest(self, pattern: str, names: list[str]) -> str:
+        matched = any(fnmatchcase(n, pattern) for n in names)
+        return "" if matched else nearest(pattern, names)
+
+
+def _must_move(
+    bits: Mapping[str, int],
+    moved: Mapping[str, int],
+    others: Collection[str],
+    asked: Collection[str],
+    ties: Ties,
+) -> str:
+    """The message that other tensors must move too."""
+    wanted = []
+    for width in sorted({moved[n] for n in others}):
+        mine = [n for n in others if moved[n] == width]
+        wanted.append(f"{', '.join(ties.patterns(mine, asked))} must move to {width}")
+    given = ", ".join(f"{name} at {width}" for name, width in bits.items())
+    return (
+        f"{given} bits: {' and '.join(wanted)} too, as no kernel gives fewer bits than it takes,"
+        " and what is copied or shared has one width; set follow=True (--follow), or set them too"
+    )
 
 
 def are_rules(value: Any) -> bool:

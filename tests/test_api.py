@@ -32,7 +32,7 @@ from qnpu_jax.transform import fold_norms
 NAMES = {
     *("load", "quantize", "write_tflite", "simulate", "verify"),
     *("perplexity", "divergence", "generate"),
-    *("Recipe", "Stage", "Effort", "BitPlan", "RECIPES", "EFFORTS"),
+    *("Recipe", "Stage", "Effort", "BitPlan", "ties", "RECIPES", "EFFORTS"),
     *("IntegerModel", "Npu", "UserError"),
 }
 README = Path(__file__).parent.parent / "README.md"

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import typer
 from typer.exceptions import TyperException
+from workspace import write_tiny_model
 
 from qnpu_jax.cli.commands import app
 from qnpu_jax.config import BitPlan
@@ -191,3 +192,17 @@ def test_the_rules_of_ones_own_recipe_are_taken():
     layer = decoder(tiny.SMOLLM2, plan, 8).layer
     for name in ("mlp.act", "mlp.down"):
         assert layer[name].quant.bits == (16, *[8] * 29)
+
+
+def test_bits_set_by_hand_as_the_page_does(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "recipes.md").read_text().partition("## One's own")[2]
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert example.count('"smollm2-135m"') == 1
+    write_tiny_model(tmp_path / "model", layers=4)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example.replace('"smollm2-135m"', '"model"'), names)
+    config = names["qnpu"].load("model").config
+    layer = decoder(config, names["bits"], 8).layer
+    for name in ("mlp.act", "mlp.down"):
+        assert layer[name].quant.bits == (8, 8, 16, 8)

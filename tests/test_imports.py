@@ -17,7 +17,8 @@ LEVELS = {
     name: level
     for level, names in enumerate([
         "choices errors heap",
-        "artifacts config extras progress",
+        "artifacts extras progress width_ties",
+        "config",
         "graph",
         "fakequant integer models recipes",
         "qnpu_sim tflite transform",
@@ -34,7 +35,7 @@ LEVELS = {
 SIM_SEES = {"errors", "graph.graph", "graph.ops", "integer.accumulators", "integer.intermediates"}
 SIM_SEES |= {"integer.freeze", "integer.model", "integer.simulator"}
 """All of `qnpu_jax` that `qnpu_sim` may import."""
-SIM_REACHES = {"artifacts", "choices", "config", "errors", "graph", "integer"}
+SIM_REACHES = {"artifacts", "choices", "config", "errors", "graph", "integer", "width_ties"}
 """All of `qnpu_jax` that it may reach through those: no float evaluation, nothing that learns."""
 PACKAGES = {"qnpu_jax": ROOT / "qnpu_jax", "qnpu_sim": ROOT / "sim" / "qnpu_sim"}
 

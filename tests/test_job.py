@@ -264,9 +264,9 @@ def test_refused_before_the_model_is_touched(folder, tmp_path, monkeypatch):
     for pattern, width, message in [
         ("layers.7.*", 8, "bit plan rule 'layers.7.*': 8: matches no tensor"),
         ("embed.weight", 4, f"embed.weight: {bits} 4 bits; expected 8;"),
-        ("layers.1.*.weight", 2, f"layers.attn.q.weight: {bits} 2 bits; expected 4 or 8;"),
-        ("*.o.bias", 16, f"layers.attn.o.bias: {bits} 16 bits; expected 32 or 64;"),
-        ("*.k_cache", 16, f"layers.attn.prefix_k: {bits} 16 bits; expected 8;"),
+        ("layers.1.*.weight", 2, f"layers.1.attn.q.weight: {bits} 2 bits; expected 4 or 8;"),
+        ("*.o.bias", 16, f"layers.0.attn.o.bias: {bits} 16 bits; expected 32 or 64;"),
+        ("*.k_cache", 16, f"layers.0.attn.prefix_k: {bits} 16 bits; expected 8;"),
         ("*.masked", 8, "the plan gives it fewer bits than its input"),
         ("head.logits", 32, f"head.logits: {bits} 32 bits; expected 8 or 16;"),
     ]:

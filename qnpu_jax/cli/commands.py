@@ -1,6 +1,4 @@
-"""The command line, and the commands about models: quantize, verify, export, generate, graph,
-recipe.
-"""
+"""The command line, and the commands about models: quantize, verify, export, generate, graph."""
 
 from __future__ import annotations
 
@@ -24,6 +22,7 @@ from qnpu_jax.cli import (
     importing,
     plan,
     proof,
+    recipe,
     text,
 )
 from qnpu_jax.cli.options import (
@@ -77,6 +76,7 @@ app.add_typer(bench.app)
 app.add_typer(diagnose.app)
 app.add_typer(plan.app)
 app.add_typer(proof.app)
+app.add_typer(recipe.app)
 app.add_typer(text.app)
 
 Effort = Annotated[
@@ -284,17 +284,6 @@ def graph(
     config = replace(config, intermediate_size=width)
     for part in decoder(config, asked.bits, prefill, prefix).graphs:
         typer.echo(str(part))
-
-
-@app.command(name="recipe")
-def show_recipe(
-    name: Annotated[str, typer.Argument(help="A named recipe or a file.")] = "w8a8",
-) -> None:
-    """Prints a recipe as JSON, to start one's own from."""
-    from qnpu_jax import artifacts
-    from qnpu_jax.recipes import load_recipe
-
-    typer.echo(artifacts.layout(load_recipe(name).to_json()))
 
 
 def call() -> int:

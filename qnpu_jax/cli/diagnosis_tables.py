@@ -1,4 +1,4 @@
-"""Tables of `qnpu diagnose`: tensors by what they lose."""
+"""Tables of `qnpu diagnose`: tensors by what they lose; and what 16 bits would do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from rich.table import Table
 
 from qnpu_jax.cli.tables import show, table
 from qnpu_jax.diagnose import Diagnosis
+from qnpu_jax.latency import roofline
+from qnpu_jax.plan import Suggested
 
 
 def print_diagnosis(found: Diagnosis, top: int) -> None:
@@ -19,6 +21,36 @@ def print_diagnosis(found: Diagnosis, top: int) -> None:
         f" {found.reference}: simulator {kl['simulator']:.4f}, fake-quant {kl['fake_quant']:.4f},"
         f" with exact activations {kl['constants']:.4f}"
     )
+
+
+def print_suggested(made: Suggested, top: int) -> None:
+    """Prints what 16 bits for the `top` worst groups of activations would do, and for all taken."""
+    shown = table(
+        f"activations at 16 bits: KL is a prediction by charges (nats a token, before learning"
+        f" again), seconds an {roofline.LABEL}, off by up to {100 * made.error[0]:.0f}% (token) and"
+        f" {100 * made.error[1]:.0f}% (chunk)",
+        ("tensor", "KL", "token", "chunk", "taken", "with"),
+        ("tensor", "with"),
+    )
+    shown.columns[0].no_wrap, shown.columns[-1].overflow = True, "fold"
+    for one in made.groups[:top]:
+        shown.add_row(
+            one.tensor, f"{one.kl:+.4f}", _change(one.decode), _change(one.prefill),
+            "yes" if one.taken else "", ", ".join(one.along),
+        )  # fmt: skip
+    show(shown)
+    if made.recipe is None:
+        typer.echo("nothing that is charged fits within the time given; no recipe is suggested")
+    else:
+        typer.echo(
+            f"{made.recipe.name}: KL {made.kl:+.4f} (predicted; all activations lose"
+            f" {made.lost:.4f}), a token {_change(made.decode)}, a"
+            f" chunk {_change(made.prefill)} ({roofline.LABEL})"
+        )
+
+
+def _change(relative: float) -> str:
+    return f"{100 * relative:+.2f}%"
 
 
 def _tensors(found: Diagnosis, top: int) -> Table:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from qnpu_jax.cli.tables import show, table
+from qnpu_jax.graph import LAYERS
 from qnpu_jax.latency import roofline
 from qnpu_jax.plan import UNIFORM, Exceeded, Plan, exceptions
 
@@ -106,7 +107,8 @@ def _raised(made: Plan) -> Table:
     of: dict[tuple[str, int, int], list[int]] = {}
     for i, group in enumerate(groups):
         member = group.members[0]
-        of.setdefault((member.prefix + member.name, group.low, group.high), []).append(i)
+        name = (LAYERS + "*." if member.prefix == LAYERS else member.prefix) + member.name
+        of.setdefault((name, group.low, group.high), []).append(i)
     for (name, low, high), mine in of.items():
         up = [i for i in mine if made.chosen.raised[i]]
         if up:

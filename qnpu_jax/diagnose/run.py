@@ -20,13 +20,14 @@ from qnpu_jax.diagnose import model_explorer
 from qnpu_jax.diagnose.attribution import kl, replaced, without
 from qnpu_jax.diagnose.summary import Tally, TensorRow, mean
 from qnpu_jax.diagnose.tensor_errors import Constants, measure_window, rounding_tensors
-from qnpu_jax.errors import UserError
+from qnpu_jax.errors import UserError, nearest
 from qnpu_jax.graph import LAYERS, Tensors, split_name
 from qnpu_jax.integer import IntegerModel, Simulate
 from qnpu_jax.measure import Logits, float_logits
 from qnpu_jax.models import EMBEDDED, load
 from qnpu_jax.output import OutputFolder
 from qnpu_jax.progress import Observer
+from qnpu_jax.recipes import Recipe
 from qnpu_jax.text import Excerpt, excerpts
 from qnpu_jax.transform import add_prefix, fold_norms
 
@@ -35,10 +36,10 @@ FORMAT = 1
 OWN = "own constants in float"
 """Name of the reference of the KL where the original model is not at hand."""
 SQNR_OVERLAY, SHARE_OVERLAY = "sqnr.model_explorer.json", "kl.model_explorer.json"
-HEAT_MAP = "heat_map.svg"
+HEAT_MAP, SUGGESTED = "heat_map.svg", "suggested.json"
 KIND = artifacts.Kind(
     "qnpu diagnose",
-    frozenset({"diagnosis.json", SQNR_OVERLAY, SHARE_OVERLAY, HEAT_MAP}),
+    frozenset({"diagnosis.json", SQNR_OVERLAY, SHARE_OVERLAY, HEAT_MAP, SUGGESTED}),
     "diagnosis.json",
 )
 
@@ -210,6 +211,7 @@ def matching(constants: Constants, patterns: Iterable[str]) -> list[str]:
                 f"--replace {pattern}: matches no tensor that is rounded; expected a name like"
                 f" {next(iter(known))}, or a pattern; `qnpu graph` prints names, and what copies"
                 " codes (reshape, slice, concat, transpose, widening) rounds nothing"
+                + nearest(pattern, known)
             )
         found += matched
     return found
@@ -289,12 +291,15 @@ def _replacement(name: str, falls: np.ndarray, charged: float) -> ReplacedTensor
     return ReplacedTensor(name, *mean(falls[:, 0]), *mean(falls[:, 1]), charged)
 
 
-def write_diagnosis(found: Diagnosis, out: Path, draw: Draw | None = None) -> None:
+def write_diagnosis(
+    found: Diagnosis, out: Path, draw: Draw | None = None, suggested: Recipe | None = None
+) -> None:
     """Writes the folder of a diagnosis, whole or not at all, in place of an earlier one.
 
     Args:
       out: the folder.
       draw: draws the heat map; None leaves it out.
+      suggested: recipe that follows from the diagnosis (`plan.suggested`); None leaves it out.
 
     Raises:
       UserError: `out` holds other files, or cannot be written.
@@ -314,3 +319,5 @@ def write_diagnosis(found: Diagnosis, out: Path, draw: Draw | None = None) -> No
             artifacts.write_json(folder / file, data)
         if draw is not None:
             draw(found, folder / HEAT_MAP)
+        if suggested is not None:
+            artifacts.write_json(folder / SUGGESTED, suggested.to_json())

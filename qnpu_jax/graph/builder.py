@@ -180,13 +180,13 @@ class Builder:
             return x
         # No op may widen a parameter, and a kernel would read one of another width wrongly.
         assert x.kind != "param", f"{consumer}: {x.name} has {x.quant.bits} bits, not {bits}"
-        if any(have > want for have, want in zip(x.quant.bits, bits, strict=True)):
-            raise UserError(
-                f"{self.prefix}{consumer}: the plan gives it fewer bits than its input"
-                f" {self.prefix}{x.name}"
-                f" ({max(x.quant.bits)}); expected at least as many; raise the one or lower the"
-                " other"
-            )
+        for i, (have, want) in enumerate(zip(x.quant.bits, bits, strict=True)):
+            if have > want:
+                raise UserError(
+                    f"{global_name(self.prefix, i, consumer)}: the plan gives it fewer bits than"
+                    f" its input {global_name(self.prefix, i, x.name)} ({have}); expected at least"
+                    " as many; raise the one or lower the other"
+                )
         name = f"{x.name}.i{max(bits)}"
         if name in self._tensors and self._tensors[name].quant.bits != bits:
             # Another op reads it wide in other layers.

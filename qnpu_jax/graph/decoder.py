@@ -158,7 +158,7 @@ def _shared(
         return g.input(name, shape, bits=bits)
     if bits[0] not in scales:
         raise UserError(
-            f"{g.prefix}{like}: the bit plan gives it {bits[0]} bits; expected"
+            f"{global_name(g.prefix, 0, like)}: the bit plan gives it {bits[0]} bits; expected"
             f" {' or '.join(map(str, scales))}; correct the rule that matches it"
         )
     return g.input(name, shape, bits=bits, fixed=(scales[bits[0]], 0))

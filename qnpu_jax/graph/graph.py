@@ -223,20 +223,29 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def _print(graph: Graph) -> Iterator[str]:
-    """Yields one line per node; the scopes kv1, kv2, .. repeat kv0 and become one line."""
+    """Yields one line per node; the scopes kv1, kv2, .. repeat kv0 and become one line.
+
+    Names are those that a bit plan takes, of all layers: `layers.*.attn.q`.
+    """
     rows: list[tuple[str, str, str]] = []
     inputs = [graph.ids] if graph.ids else []
     for t in (*inputs, *graph.named("input")):
-        rows.append((t.name, _type(t), "input"))
+        rows.append((_shown(graph, t.name), _type(t), "input"))
     for node in graph.nodes:
+        name = _shown(graph, node.output)
         if not re.search(r"\bkv[1-9]\d*\.", node.output):
-            rows.append((node.output, _type(graph[node.output]), _call(graph, node)))
-        elif (row := (node.output.split(".kv")[0] + ".kv1...", "", "as kv0")) not in rows:
+            rows.append((name, _type(graph[node.output]), _call(graph, node)))
+        elif (row := (name.split(".kv")[0] + ".kv1...", "", "as kv0")) not in rows:
             rows.append(row)
     wide = [max(len(r[i]) for r in rows) for i in (0, 1)]
-    yield f"graph {graph.prefix}*  ({len(graph.nodes)} nodes) -> {', '.join(graph.outputs)}"
+    outputs = ", ".join(_shown(graph, n) for n in graph.outputs)
+    yield f"graph {graph.prefix}*  ({len(graph.nodes)} nodes) -> {outputs}"
     for name, kind, call in rows:
         yield f"  {name:<{wide[0]}}  {kind:<{wide[1]}}  {call}"
+
+
+def _shown(graph: Graph, name: str) -> str:
+    return f"{LAYERS}*.{name}" if graph.layered else graph.prefix + name
 
 
 def _type(t: TensorSpec | TokenIds) -> str:
@@ -249,6 +258,7 @@ def _type(t: TensorSpec | TokenIds) -> str:
 def _call(graph: Graph, node: Node) -> str:
     attrs = [f"{k}={v}" for k, v in vars(node.op).items() if v is not False]
     params = {t.name: t for t in graph.named("param")}
-    args = [f"{n}:{_type(params[n])}" if n in params else n for n in node.inputs]
+    names = {n: _shown(graph, n) for n in node.inputs}
+    args = [f"{names[n]}:{_type(params[n])}" if n in params else names[n] for n in node.inputs]
     verb = re.sub(r"(?<!^)(?=[A-Z])", "_", type(node.op).__name__).lower()
     return f"{verb}({', '.join([*args, *attrs])})"

@@ -8,7 +8,7 @@ from qnpu_jax.integer.accumulators import (
     needed_bits,
     proved_bounds,
 )
-from qnpu_jax.integer.freeze import check_bits, freeze
+from qnpu_jax.integer.freeze import allowed_bits, check_bits, freeze
 from qnpu_jax.integer.intermediates import (
     NO_SUM,
     Intermediate,
@@ -28,6 +28,7 @@ __all__ = [
     "Simulate",
     "Simulator",
     "activation_scales",
+    "allowed_bits",
     "blocks",
     "channel_bounds",
     "check_accumulators",

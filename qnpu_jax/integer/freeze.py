@@ -49,16 +49,18 @@ def check_bits(dec: Decoder) -> None:
         for spec in graph.tensors:
             if re.search(r"\.i\d+$", spec.name):
                 continue  # widened for a tensor that is checked too
-            allowed = _allowed_bits(graph.prefix, spec)
-            for bits in spec.quant.bits:
+            allowed = allowed_bits(graph.prefix, spec)
+            for layer, bits in enumerate(spec.quant.bits):
                 if bits not in allowed:
                     raise UserError(
-                        f"{graph.prefix}{spec.name}: the bit plan gives it {bits} bits; expected"
-                        f" {' or '.join(map(str, allowed))}; correct the rule that matches it"
+                        f"{graph.global_name(layer, spec.name)}: the bit plan gives it"
+                        f" {bits} bits; expected {' or '.join(map(str, allowed))}; correct the"
+                        " rule that matches it"
                     )
 
 
-def _allowed_bits(prefix: str, spec: TensorSpec) -> tuple[int, ...]:
+def allowed_bits(prefix: str, spec: TensorSpec) -> tuple[int, ...]:
+    """Widths that kernels have for a tensor of the graph with this prefix."""
     match spec.kind, spec.name.rpartition(".")[2]:
         case "param", "bias":
             return (32, 64)

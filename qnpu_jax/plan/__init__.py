@@ -4,11 +4,13 @@ from qnpu_jax.plan.bench import Bench, Point
 from qnpu_jax.plan.charges import Charged, Mixed, charges, divergences, mixed
 from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import Choices, Group, choices
+from qnpu_jax.plan.model_ties import ties
 from qnpu_jax.plan.pairs import Losses, Pair, pair_terms, significant
 from qnpu_jax.plan.policies import POLICIES, UNIFORM, Exceeded, Policy
 from qnpu_jax.plan.request import PlanRequest
 from qnpu_jax.plan.run import Plan, exceptions, plan, write_plan
 from qnpu_jax.plan.solver import Budget, Near, solve
+from qnpu_jax.plan.suggest import Priced, Suggested, Suggestion, priced, suggested
 
 __all__ = [
     "POLICIES",
@@ -28,6 +30,9 @@ __all__ = [
     "PlanRequest",
     "Point",
     "Policy",
+    "Priced",
+    "Suggested",
+    "Suggestion",
     "charges",
     "choices",
     "cost",
@@ -36,7 +41,10 @@ __all__ = [
     "mixed",
     "pair_terms",
     "plan",
+    "priced",
     "significant",
     "solve",
+    "suggested",
+    "ties",
     "write_plan",
 ]

@@ -141,7 +141,7 @@ def choices(low: Decoder, high: Decoder) -> Choices:
         return m
 
     order = {m: i for i, m in enumerate(members)}
-    for a, b in _tied(low, high):
+    for a, b in tied(low, high):
         if a in parent and b in parent:
             first, second = sorted((find(a), find(b)), key=order.__getitem__)
             parent[second] = first
@@ -152,7 +152,7 @@ def choices(low: Decoder, high: Decoder) -> Choices:
     found = Choices(low, high, groups, ())
     pairs = {
         (found.index[a], found.index[b])
-        for a, b in _follows(low)
+        for a, b in follows(low)
         if a in found.index and b in found.index
     }
     above = tuple(sorted((i, j) for i, j in pairs if i != j))
@@ -200,7 +200,7 @@ def _group(low: Decoder, high: Decoder, root: Member, members: list[Member]) -> 
     return Group(_global(low, root), kind, tuple(members), before.pop(), after.pop())
 
 
-def _tied(low: Decoder, high: Decoder) -> Iterator[tuple[Member, Member]]:
+def tied(low: Decoder, high: Decoder) -> Iterator[tuple[Member, Member]]:
     """Pairs of tensors of one width."""
     for dec in (low, high):
         for graph in dec.graphs:
@@ -254,7 +254,7 @@ def _beside_constants(dec: Decoder) -> Iterator[tuple[Member, Member]]:
                         yield Member(graph.prefix, x, i), Member(graph.prefix, node.output, i)
 
 
-def _follows(dec: Decoder) -> Iterator[tuple[Member, Member]]:
+def follows(dec: Decoder) -> Iterator[tuple[Member, Member]]:
     """Pairs of an activation and what a kernel that is no requantize makes of it."""
     for graph in dec.graphs:
         for layer in range(graph.layers):

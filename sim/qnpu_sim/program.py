@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qnpu_jax.errors import UserError
+from qnpu_jax.errors import UserError, nearest
 from qnpu_jax.graph import Graph
 from qnpu_jax.integer import IntegerModel
 from qnpu_sim import parallel
@@ -187,6 +187,7 @@ def _matching(dec: Any, pattern: str) -> Callable[[str], bool]:
         raise UserError(
             f"keep={pattern!r}: expected a pattern of tensor names, such as 'layers.3.attn.*'; got"
             f" one that matches none of {len(names)}; `qnpu graph` prints every name"
+            + nearest(pattern, sorted(names))
         )
     return nothing if chosen == {"head.logits"} else chosen.__contains__
 

@@ -118,7 +118,7 @@ def test_diagnose_prints_the_worst_and_writes_a_folder(qnpu, here):
     assert "weights and other constants" in out
     assert out.endswith("wrote out/diagnosis\n")
     written = {p.name for p in (here / "out" / "diagnosis").iterdir()}
-    assert written == run.KIND.files
+    assert written == run.KIND.files - {run.SUGGESTED}
     before = {p.name: p.read_bytes() for p in (here / "out" / "diagnosis").iterdir()}
     assert qnpu(*DIAGNOSE, "--model", "model")[0] == 0  # replaced
     after = {p.name: p.read_bytes() for p in (here / "out" / "diagnosis").iterdir()}
@@ -135,7 +135,10 @@ def test_without_the_original_or_matplotlib(qnpu, here, monkeypatch):
     assert "KL from the model's own constants in float, as its original is not at hand" in err
     assert 'no heat map, as matplotlib is missing: install qnpu\'s extra "figures"' in err
     assert "from own constants in float: simulator" in out
-    assert {p.name for p in (here / "found").iterdir()} == run.KIND.files - {"heat_map.svg"}
+    assert {p.name for p in (here / "found").iterdir()} == run.KIND.files - {
+        "heat_map.svg",
+        run.SUGGESTED,
+    }
     report = json.loads((here / "found" / "diagnosis.json").read_text())
     assert report["kl"]["constants"] == 0.0
 

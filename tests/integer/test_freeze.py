@@ -325,11 +325,11 @@ def test_a_bias_beside_a_row_of_zeros_has_no_scale():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (("layers.1.*.weight", 2), "layers.attn.q.weight: .* 2 bits; expected 4 or 8"),
+        (("layers.1.*.weight", 2), "layers.1.attn.q.weight: .* 2 bits; expected 4 or 8"),
         (("head.weight", 16), "head.weight: .* 16 bits; expected 4 or 8"),
         (("embed.weight", 4), "embed.weight: .* 4 bits; expected 8"),
-        (("*.gate.bias", 16), "layers.mlp.gate.bias: .* 16 bits; expected 32 or 64"),
-        (("*.k_cache", 16), "layers.attn.prefix_k: .* 16 bits; expected 8"),
+        (("*.gate.bias", 16), "layers.0.mlp.gate.bias: .* 16 bits; expected 32 or 64"),
+        (("*.k_cache", 16), "layers.0.attn.prefix_k: .* 16 bits; expected 8"),
         (("head.logits", 32), "head.logits: .* 32 bits; expected 8 or 16"),
     ],
 )
