@@ -51,6 +51,13 @@ Pairs = Annotated[
         min=0, help="Pair terms of neighbouring tensors that predictions have beside charges."
     ),
 ]
+Learning = Annotated[
+    str,
+    typer.Option(
+        "--effort",
+        help="How much is learned from the plan before the last solution: none, fast, full, best.",
+    ),
+]
 
 
 @app.command()
@@ -67,6 +74,7 @@ def plan(
     context: Cache = 512,
     front: Front = True,
     baseline: Baseline = None,
+    effort: Learning = "none",
     pairs: Pairs = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier plan.")
@@ -86,11 +94,11 @@ def plan(
         from qnpu_jax.cli.display import Display
         from qnpu_jax.cli.plan_tables import print_plan
         from qnpu_jax.plan import PlanRequest, front_figure, policies, run
-        from qnpu_jax.recipes import load_recipe
+        from qnpu_jax.recipes import load_effort, load_recipe
     within, kl, size = (math.inf if x is None else x for x in (within, kl, size))
     asked = PlanRequest(
         model, soc, load_recipe(low), load_recipe(high), within, kl, 1e6 * size, calibration,
-        context, front, policies.named(baseline or ()), pairs,
+        context, front, policies.named(baseline or ()), load_effort(effort), pairs,
     )  # fmt: skip
     artifacts.check_writable(out, overwrite, run.KIND)
     with Display() as watch:

@@ -34,10 +34,10 @@ def _front(made: Plan) -> Table:
     )
     uniform = made.baselines.get(UNIFORM, ())
     ends = sorted(
-        (made.low, made.high, *uniform, *made.front),
+        (made.low, made.high, *uniform, *made.beside, *made.front),
         key=lambda p: (p.decode if made.timed else p.size, p.kl),
     )
-    for p in (made.chosen, *ends):
+    for p in (made.chosen, *made.learned, *ends):
         shown.add_row(
             p.name, f"{p.kl:.4f}", _or_none(p.predicted), _ms(p.decode),
             _ms(p.prefill), f"{p.size / 1e6:.4g} MB", str(p.casts), str(sum(p.raised)),

@@ -71,6 +71,9 @@ def _panel(axes: Any, made: Plan, cost: str, label: str, unit: float) -> None:
         axes.plot(xs, kls, "o-", color=BLUE, linewidth=width, zorder=3, label="front, measured")
         predicted = [p.predicted for p in front]
         axes.plot(xs, predicted, "--", color=BLUE, alpha=0.6, label="front, predicted")
+    for i, p in enumerate(made.beside):
+        mine = "_" if i else "ours, at uniform costs"  # one line of the legend
+        axes.plot(at(p), p.kl, "o", color=BLUE, fillstyle="none", zorder=3, label=mine)
     for name, points in made.baselines.items():
         if name != UNIFORM:
             mine = sorted(points, key=at)

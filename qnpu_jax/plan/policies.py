@@ -210,8 +210,8 @@ def exceptions(
 ) -> tuple[Exceeded, ...]:
     """Finds points that our front does not dominate: ours - theirs > its standard error.
 
-    A point is compared with ours of the same budget; one of no budget with the best of ours that
-    takes no more time for a token and for a chunk.
+    A point is compared with ours of the same budget; where none has its name, with the best of ours
+    that costs no more.
     """
     made = []
     for policy, points in baselines.items():

@@ -16,7 +16,7 @@ from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import choices
 from qnpu_jax.plan.pairs import Losses
 from qnpu_jax.plan.solver import Budget, solve
-from qnpu_jax.recipes import Recipe
+from qnpu_jax.recipes import EFFORTS, Effort, Recipe
 from qnpu_jax.text import files
 
 FRONT = (1.0, 1.01, 1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)
@@ -39,6 +39,7 @@ class PlanRequest:
       context: slots of the KV cache that decode reads.
       front: also find the plans of FRONT.
       baselines: names of `policies.POLICIES` whose plans are found for the budgets of FRONT too.
+      effort: how much is learned from the plan before it is charged and solved a last time.
       pairs: pair terms that predictions have beside charges, at most; 0 measures none.
     """
 
@@ -53,6 +54,7 @@ class PlanRequest:
     context: int = 512
     front: bool = True
     baselines: tuple[str, ...] = ()
+    effort: Effort = EFFORTS["none"]
     pairs: int = 0
 
 

@@ -14,32 +14,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
-from qnpu_jax import artifacts, pipeline
+from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import decoder
 from qnpu_jax.latency import roofline
-from qnpu_jax.learn import learn
-from qnpu_jax.measure import float_logits
-from qnpu_jax.models import Checkpoint, load
+from qnpu_jax.learn import learns
+from qnpu_jax.models import load
 from qnpu_jax.plan import feasible, policies, targets
 from qnpu_jax.plan.bench import Bench, Point, standard_error
-from qnpu_jax.plan.charges import charges, mixed
-from qnpu_jax.plan.costs import cost
-from qnpu_jax.plan.groups import Choices, Group, choices
+from qnpu_jax.plan.charges import charges
+from qnpu_jax.plan.groups import Choices, Group
 from qnpu_jax.plan.pairs import Losses, Pair, pair_terms, significant
+from qnpu_jax.plan.policies import UNIFORM
+from qnpu_jax.plan.prepared import Prepared, planned, prepared, relearned
 from qnpu_jax.plan.request import FRONT, PlanRequest, budget, check, check_budget, limit
 from qnpu_jax.plan.scores import Known
 from qnpu_jax.plan.solver import Budget, Near, solve
 from qnpu_jax.progress import Observer
-from qnpu_jax.recipes import EFFORTS, Recipe
-from qnpu_jax.text import excerpts, starts_of
+from qnpu_jax.recipes import Recipe
 
 ROUNDS = 3
-"""Times that the program is solved for what is asked for; for the front's other budgets once."""
+"""Times that the program is solved for what is asked for."""
 CHANGES = 0.1
 """Share of the groups that may change in a round after the first."""
 RECIPE, FIGURE = "plan.json", "plan.svg"
@@ -58,6 +55,9 @@ class Plan:
       charges: of each group in the low plan, nats per position, and their standard errors.
       error: of the estimates of decode and prefill, relative; NaN where there are none.
       baselines: plans of other planners by the name of their policy, one a budget of the front.
+      beside: plans that cost no more than the uniform ones of `baselines`.
+      learned: the plan that something was learned from, measured after that, and the plan that is
+        best then; none where nothing learns.
     """
 
     recipe: Recipe
@@ -70,6 +70,8 @@ class Plan:
     errors: Float64[np.ndarray, " g"]
     error: tuple[float, float]
     baselines: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
+    beside: tuple[Point, ...] = ()
+    learned: tuple[Point, ...] = ()
 
     @property
     def timed(self) -> bool:
@@ -95,8 +97,8 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
         low, high = feasible.recipes(its, checkpoint.config, asked.low, asked.high)
         asked = replace(asked, low=low, high=high)
         check_budget(asked, checkpoint)
-    bench = _bench(asked, checkpoint, watch)
-    found = bench.model.choices
+    ready = prepared(asked, checkpoint, watch)
+    bench, found = ready.bench, ready.bench.model.choices
     none, every = [False] * len(found.groups), [True] * len(found.groups)
     with watch.stage("charge"):
         first = charges(bench.model, bench.windows, bench.references, none)
@@ -114,46 +116,25 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
         chosen = _best(bench, budget(asked, bench.cost), losses)
         if chosen.kl > asked.kl:
             chosen = replace(high, name=chosen.name)
-        limits = {f"{f:.2f}": limit(bench.cost, f) for f in FRONT} if asked.front else {}
-        front = tuple(
-            _once(name, bench, most, losses)
-            for name, most in watch.track(limits.items(), len(limits), "plan")
-        )
+    limits = {f"{f:.2f}": limit(bench.cost, f) for f in FRONT} if asked.front else {}
+    front = _front(bench, limits, losses)
+    chosen, learned = _learned(asked, ready, chosen, losses, watch)
     known = Known(bench, average, base)
     others = policies.baselines(known, asked.baselines, limits, (low, high, *front))
-    bits = found.plan(chosen.raised)
-    recipe = replace(asked.low, name=f"{asked.low.name}-plan", bits=bits)
-    return Plan(recipe, found, chosen, low, high, front, average, spread, bench.cost.error, others)
+    same = {f"at {p.name}": _cost_of(p) for p in others.get(UNIFORM, ())}
+    beside = _front(bench, same, losses)
+    recipe = planned(asked.low, found, chosen.raised)
+    return Plan(
+        recipe, found, chosen, low, high, front, average, spread, bench.cost.error, others, beside,
+        learned,
+    )  # fmt: skip
 
 
-def _bench(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Bench:
-    """Prepares, calibrates and rounds the low plan, and gets the float model's logits."""
-    effort, recipe = EFFORTS["fast"], asked.low
-    with watch.stage("fold, rotate"):
-        params = pipeline.prepare(checkpoint.config, checkpoint.params, recipe)
-    judges = excerpts.judged(checkpoint, effort)
-    with watch.stage("calibration text"):
-        if asked.calibration is None:
-            steps = lambda steps, n: watch.track(steps, n, "calibration text")  # noqa: E731
-            read = excerpts.written(checkpoint, params, recipe, effort, steps)
-        else:
-            read = excerpts.given(asked.calibration, checkpoint, recipe, effort)
-    text = excerpts.windows_of(*read, judges)
-    begun = pipeline.with_prefix(
-        checkpoint.config, params, recipe, text, starts_of(checkpoint.tokenizer), watch
-    )
-    calibrated = pipeline.calibrated(begun, recipe, text, watch)
-    with watch.stage("round"):
-        rounded = learn(calibrated, recipe, EFFORTS["none"], text)
-    windows = text.held_out
-    ends = (asked.low.bits, asked.high.bits)
-    staged = [decoder(begun.config, bits, windows.shape[1], len(begun.tokens)) for bits in ends]
-    found = choices(*staged)
-    model = mixed(found, calibrated.params, rounded.params, rounded.free, recipe.weight_init)
-    floats = {n: jnp.asarray(x) for n, x in calibrated.params.items()}
-    logits = float_logits(begun.config, recipe.bits, floats)
-    references = [jnp.asarray(logits(ids)) for ids in windows]
-    return Bench(model, cost(found, asked.soc, asked.context), windows, references, watch)
+def _cost_of(p: Point) -> Budget:
+    """A budget that a plan keeps exactly."""
+    if math.isnan(p.decode):
+        return Budget(size=p.size)
+    return Budget(p.decode, p.prefill)
 
 
 def _losses(
@@ -173,10 +154,22 @@ def _losses(
     return Losses(base, charged, pairs).charged(charged, none)
 
 
-def _once(name: str, bench: Bench, most: Budget, losses: Losses) -> Point:
-    """Solves and measures."""
-    raised = solve(bench.model.choices, bench.cost, losses, most)
-    return bench.point(name, raised, losses.predicted(raised))
+def _front(bench: Bench, limits: Mapping[str, Budget], losses: Losses) -> tuple[Point, ...]:
+    """Solves for each budget in turn, and measures.
+
+    A charge falls where others do: what a plan leaves low is charged anew for the next one.
+    """
+    points, watch = [], bench.watch
+    if not limits:
+        return ()
+    with watch.stage("front"):
+        for name, most in watch.track(limits.items(), len(limits), "front"):
+            raised = solve(bench.model.choices, bench.cost, losses, most)
+            predicted = losses.predicted(raised)
+            now = charges(bench.model, bench.windows, bench.references, raised)
+            points.append(bench.point(name, raised, predicted, now.kl))
+            losses = losses.charged(now.groups.mean(0), raised)
+    return tuple(points)
 
 
 def _best(bench: Bench, most: Budget, losses: Losses) -> Point:
@@ -203,6 +196,38 @@ def _best(bench: Bench, most: Budget, losses: Losses) -> Point:
             near = None
     assert best is not None
     return best
+
+
+def _learned(
+    asked: PlanRequest, ready: Prepared, chosen: Point, losses: Losses, watch: Observer
+) -> tuple[Point, tuple[Point, ...]]:
+    """Learns from a plan, charges it anew, and solves again from there.
+
+    What learning mends needs no bits: groups that are low have errors as learned, those that are
+    high and are lowered have them as rounded.
+
+    Returns:
+      The plan that is measured best after that, with the KL that it had before, and both plans as
+      measured after it.
+    """
+    if not learns(asked.low, asked.effort):
+        return chosen, ()
+    with watch.stage("learn"):
+        bench = relearned(ready, chosen.raised, asked.effort, watch)
+    with watch.stage("plan"):
+        now = charges(bench.model, bench.windows, bench.references, chosen.raised)
+        first = bench.point("plan, learned", chosen.raised, chosen.predicted, now.kl)
+        losses = replace(losses, base=float(now.base.mean()))
+        losses = losses.charged(now.groups.mean(0), chosen.raised)
+        near = Near(chosen.raised, max(1, round(CHANGES * len(chosen.raised))))
+        most = budget(asked, bench.cost)
+        if losses.base > most.kl:
+            return chosen, (first,)
+        raised = solve(bench.model.choices, bench.cost, losses, most, near)
+        again = bench.point("solved again", raised, losses.predicted(raised))
+        if _rank(again, most) < _rank(first, most):
+            chosen = ready.bench.point(chosen.name, raised, again.predicted)
+    return chosen, (first, again)
 
 
 def _rank(point: Point, most: Budget) -> tuple[bool, float]:
@@ -243,7 +268,10 @@ def to_json(made: Plan) -> dict[str, Any]:
         "recipe": made.recipe.name,
         "seconds": roofline.LABEL if made.timed else None,
         "errors": {"decode": _or_null(made.error[0]), "prefill": _or_null(made.error[1])},
-        "points": [_row(p, groups) for p in (made.chosen, made.low, made.high, *made.front)],
+        "points": [
+            _row(p, groups)
+            for p in (made.chosen, made.low, made.high, *made.front, *made.beside, *made.learned)
+        ],
         "baselines": [
             {
                 "policy": name, "about": policies.POLICIES[name].about,
@@ -265,7 +293,8 @@ def to_json(made: Plan) -> dict[str, Any]:
 
 def exceptions(made: Plan) -> tuple[policies.Exceeded, ...]:
     """Finds the points of other planners that the front does not dominate."""
-    return policies.exceptions((made.low, made.high, *made.front), made.baselines)
+    ours = (made.low, made.high, *made.front, *made.beside)
+    return policies.exceptions(ours, made.baselines)
 
 
 def _row(p: Point, groups: Sequence[Group]) -> dict[str, Any]:
