@@ -11,6 +11,7 @@ from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
 from qnpu_jax.integer import IntegerModel, storage
 from qnpu_jax.models import Tokenizer
+from qnpu_jax.recipes import Recipe
 
 _AGAIN = "run `qnpu quantize` again"
 
@@ -52,6 +53,18 @@ class OutputFolder:
             form.
         """
         return storage.load(self.path)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe that the model was made by."""
+        path = self.path / artifacts.RECIPE
+        return Recipe.from_json(artifacts.parse_json(path.read_text())["recipe"], str(path))
+
+    @cached_property
+    def original_sha256(self) -> str | None:
+        """SHA-256 of the float model's weights; None where the folder does not say."""
+        data = artifacts.parse_json((self.path / artifacts.RECIPE).read_text())
+        return data.get("inputs", {}).get("model", {}).get("sha256")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

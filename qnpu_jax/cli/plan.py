@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from qnpu_jax.choices import PlanTarget
 from qnpu_jax.cli import importing
-from qnpu_jax.cli.options import Model
+from qnpu_jax.cli.options import check_unused
+
+if TYPE_CHECKING:
+    from qnpu_jax.plan.request import Origin
 
 app = typer.Typer()
 
@@ -23,7 +26,27 @@ Loss = Annotated[
     float | None,
     typer.Option(help="Nats a token that may be lost before learning; the fastest such plan."),
 ]
-Low = Annotated[str, typer.Option(help="Recipe of the fewest bits; the plan is it in all else.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|OUT",
+        help="smollm2-135m, a .gguf file, a Hugging Face folder, org/name; or an output folder of"
+        " `qnpu quantize`, whose recipe is then --low.",
+    ),
+]
+Low = Annotated[
+    str | None,
+    typer.Option(
+        help="Recipe of the fewest bits; the plan is it in all else.", show_default="w4a8"
+    ),
+]
+OfFolder = Annotated[
+    str | None,
+    typer.Option(
+        help="The float model that OUT was made from, as for `quantize`; without it, the one that"
+        " its report names if a package holds it."
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(
@@ -62,13 +85,13 @@ Learning = Annotated[
 
 @app.command()
 def plan(
-    model: Model,
+    source: Source,
     out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
     soc: Soc,
     within: Within = None,
     kl: Loss = None,
     size: Annotated[float | None, typer.Option(help="Most MB of weights.")] = None,
-    low: Low = "w4a8",
+    low: Low = None,
     high: Annotated[str, typer.Option(help="Recipe of the most bits.")] = "w8a16",
     calibration: Calibration = None,
     context: Cache = 512,
@@ -76,6 +99,7 @@ def plan(
     baseline: Baseline = None,
     effort: Learning = "none",
     pairs: Pairs = 0,
+    model: OfFolder = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier plan.")
     ] = False,
@@ -96,9 +120,11 @@ def plan(
         from qnpu_jax.plan import PlanRequest, front_figure, policies, run
         from qnpu_jax.recipes import load_effort, load_recipe
     within, kl, size = (math.inf if x is None else x for x in (within, kl, size))
+    of = _origin(source, low, model)
     asked = PlanRequest(
-        model, soc, load_recipe(low), load_recipe(high), within, kl, 1e6 * size, calibration,
+        of.model, soc, of.recipe, load_recipe(high), within, kl, 1e6 * size, calibration,
         context, front, policies.named(baseline or ()), load_effort(effort), pairs,
+        of.sha256,
     )  # fmt: skip
     artifacts.check_writable(out, overwrite, run.KIND)
     with Display() as watch:
@@ -108,4 +134,18 @@ def plan(
             watch.say(f"no figure, as matplotlib is missing: {front_figure.EXTRA}")
         run.write_plan(made, out, overwrite, draw)
     print_plan(made)
-    typer.echo(f"wrote {out}: qnpu quantize {model} --recipe {out / run.RECIPE} --out ..")
+    typer.echo(f"wrote {out}: qnpu quantize {of.model} --recipe {out / run.RECIPE} --out ..")
+
+
+def _origin(source: str, low: str | None, model: str | None) -> Origin:
+    """The model and the low recipe, given or of a folder."""
+    from qnpu_jax import artifacts
+    from qnpu_jax.output import OutputFolder
+    from qnpu_jax.plan.request import Origin, origin
+    from qnpu_jax.recipes import load_recipe
+
+    if not (Path(source) / artifacts.REPORT).is_file():
+        check_unused("model", model, None, "a model")
+        return Origin(source, load_recipe(low or "w4a8"), None)
+    check_unused("low", low, None, "an output folder, whose recipe it is")
+    return origin(OutputFolder.open(source), model)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import decoder
-from qnpu_jax.models import Checkpoint
+from qnpu_jax.models import EMBEDDED, Checkpoint
+from qnpu_jax.output import OutputFolder
 from qnpu_jax.plan import policies, targets
 from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import choices
@@ -41,6 +43,7 @@ class PlanRequest:
       baselines: names of `policies.POLICIES` whose plans are found for the budgets of FRONT too.
       effort: how much is learned from the plan before it is charged and solved a last time.
       pairs: pair terms that predictions have beside charges, at most; 0 measures none.
+      sha256: of the model's weights, where it must be that one.
     """
 
     model: str
@@ -56,6 +59,40 @@ class PlanRequest:
     baselines: tuple[str, ...] = ()
     effort: Effort = EFFORTS["none"]
     pairs: int = 0
+    sha256: str | None = None
+
+
+class Origin(NamedTuple):
+    """What a folder of `quantize` was made of.
+
+    Attributes:
+      model: the float model, as `models.load` takes it.
+      recipe: the recipe.
+      sha256: of the model's weights; None where the folder does not say.
+    """
+
+    model: str
+    recipe: Recipe
+    sha256: str | None
+
+
+def origin(folder: OutputFolder, model: str | None) -> Origin:
+    """Reads what a folder was made of, to plan from its recipe.
+
+    Args:
+      model: where the float model is; None takes the one that the report names, if a package holds
+        it.
+
+    Raises:
+      UserError: no model is named that is at hand.
+    """
+    source = model or folder.report.get("model")
+    if model is None and source not in EMBEDDED:
+        raise UserError(
+            f"{folder.path}: made from {source}, which no package holds; expected the float model"
+            " too; name it by --model"
+        )
+    return Origin(str(source), folder.recipe, folder.original_sha256)
 
 
 def check(asked: PlanRequest) -> None:
@@ -85,7 +122,12 @@ def check(asked: PlanRequest) -> None:
 
 
 def check_budget(asked: PlanRequest, checkpoint: Checkpoint) -> None:
-    """Refuses what no plan can cost, before minutes pass."""
+    """Refuses another model, and what no plan can cost, before minutes pass."""
+    if asked.sha256 not in (None, checkpoint.sha256):
+        raise UserError(
+            f"{asked.model}: not the model that the folder was quantized from, by its SHA-256;"
+            " expected that one; correct --model"
+        )
     staged = (decoder(checkpoint.config, r.bits, 1) for r in (asked.low, asked.high))
     found = choices(*staged)
     costs = cost(found, asked.soc, asked.context)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float64
 
-from qnpu_jax import artifacts
 from qnpu_jax.diagnose import Diagnosis
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import decoder
@@ -104,8 +103,7 @@ def priced(folder: OutputFolder, soc: str, within: float = 1.01, context: int = 
     """
     if not within > 0:
         raise UserError(f"suggest: --within {within:g}; expected a number above 0; correct it")
-    source = folder.path / artifacts.RECIPE
-    recipe = Recipe.from_json(artifacts.parse_json(source.read_text())["recipe"], str(source))
+    recipe = folder.recipe
     config, prefix = folder.model.config, len(folder.model.prefix)
     known = ties(config)
     wide = [n for n in known.names if HIGH in known.widths[n]]

@@ -208,6 +208,27 @@ def test_what_comes_out_can_be_quantized(qnpu, low):
     assert report["recipe"] == "w4a8-plan" and report["verify"]["differing"] == 0
 
 
+def test_a_folder_is_planned_from_its_own_recipe(qnpu, refused, here):
+    """Its recipe is the low end; the model must be the one that it was made of."""
+    of = "plan out --soc SM8750 --calibration text.txt --context 200 --no-front --within 1.01"
+    status, out, err = qnpu(*of.split(), "--model", "model", "--out", "made")
+    assert status == 0, err
+    assert "qnpu quantize model --recipe made/plan.json" in out
+    own = json.loads((here / "out" / "recipe.json").read_text())["recipe"]
+    recipe = json.loads((here / "made" / "plan.json").read_text())
+    assert {**recipe, "bits": own["bits"], "name": own["name"]} == own
+    assert recipe["name"] == f"{own['name']}-plan"
+    more = (*of.split(), "--out", "other")
+    assert "which no package holds; expected the float model too; name it by" in refused(*more)
+    assert "--low w4a8: not for an output folder" in refused(*more, "--low", "w4a8")
+    weights = here / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert "not the model that the folder was quantized from" in refused(*more, "--model", "model")
+    assert "--model x: not for a model" in refused(
+        *"plan model --soc SM8750 --within 1 --model x --out other".split()
+    )
+
+
 def test_without_seconds_the_front_is_one_of_sizes(qnpu, low):
     args = PLAN.replace("SM8750", "xnnpack").replace("low.json", "narrow.json").split()
     narrow = dataclasses.replace(LOW, name="w4a8i8", bits=RECIPES["w4a8i8"].bits)
