@@ -190,7 +190,7 @@ class BitPlan:
 
     def __post_init__(self) -> None:
         if not are_rules(self.rules):
-            raise UserError(f"BitPlan: rules must be {RULES}; got {self.rules!r}; correct it")
+            raise UserError(f"BitPlan: rules must be {RULES}; got {wrong(self.rules)}; correct it")
         object.__setattr__(self, "rules", tuple((pattern, bits) for pattern, bits in self.rules))
 
     def match(self, name: str) -> int | None:
@@ -301,12 +301,18 @@ def _must_move(
 
 def are_rules(value: Any) -> bool:
     """Whether this is RULES: what a `BitPlan` takes."""
-    return isinstance(value, list | tuple) and all(
-        isinstance(rule, list | tuple)
-        and [type(part) for part in rule] == [str, int]
-        and rule[1] in WIDTHS
-        for rule in value
-    )
+    return isinstance(value, list | tuple) and all(map(_is_rule, value))
+
+
+def wrong(value: Any) -> str:
+    """Shows the first thing that is no rule, or all where there are no rules to look at."""
+    rules = value if isinstance(value, list | tuple) else ()
+    return repr(next((rule for rule in rules if not _is_rule(rule)), value))
+
+
+def _is_rule(rule: Any) -> bool:
+    pair = isinstance(rule, list | tuple) and [type(part) for part in rule] == [str, int]
+    return pair and rule[1] in WIDTHS
 
 
 def bit_plan(weights: int, activations: int, scores: int = 16, stream: int = 16) -> BitPlan:

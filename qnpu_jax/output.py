@@ -56,15 +56,30 @@ class OutputFolder:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe that the model was made by."""
-        path = self.path / artifacts.RECIPE
-        return Recipe.from_json(artifacts.parse_json(path.read_text())["recipe"], str(path))
+        """The recipe that the model was made by.
 
-    @cached_property
+        Raises:
+          UserError: recipe.json is missing or damaged.
+        """
+        return Recipe.from_json(self._made_by["recipe"], str(self.path / artifacts.RECIPE))
+
+    @property
     def original_sha256(self) -> str | None:
         """SHA-256 of the float model's weights; None where the folder does not say."""
-        data = artifacts.parse_json((self.path / artifacts.RECIPE).read_text())
-        return data.get("inputs", {}).get("model", {}).get("sha256")
+        model = self._made_by.get("inputs", {}).get("model", {})
+        return model.get("sha256")
+
+    @cached_property
+    def _made_by(self) -> dict[str, Any]:
+        """The content of recipe.json."""
+        path = self.path / artifacts.RECIPE
+        try:
+            data = artifacts.parse_json(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); {_AGAIN}") from None
+        if not isinstance(data, dict) or not isinstance(data.get("recipe"), dict):
+            raise UserError(f"{path}: damaged; expected an object with a recipe; {_AGAIN}")
+        return data
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -45,9 +45,8 @@ class Ties:
           UserError: none; says the nearest names.
         """
         matches = re.compile(translate(pattern)).match
-        found = [n for n in self.names if matches(n)] or [
-            source for name, source in self.copies.items() if matches(name)
-        ]
+        found = [n for n in self.names if matches(n)]
+        found += [source for name, source in self.copies.items() if matches(name)]
         if not found:
             raise UserError(
                 f"{pattern}: no tensor of the model; expected a name like layers.0.mlp.act, or a"

@@ -20,7 +20,9 @@ app = typer.Typer()
 Soc = Annotated[str, typer.Option(help=f"What the plan is for: {', '.join(get_args(PlanTarget))}.")]
 Within = Annotated[
     float | None,
-    typer.Option(help="Most that a token and a chunk may take, by what --low takes: 1.01."),
+    typer.Option(
+        help="Most time that a token and a chunk may take, in units of what --low takes, as 1.01."
+    ),
 ]
 Loss = Annotated[
     float | None,
@@ -146,6 +148,6 @@ def _origin(source: str, low: str | None, model: str | None) -> Origin:
 
     if not (Path(source) / artifacts.REPORT).is_file():
         check_unused("model", model, None, "a model")
-        return Origin(source, load_recipe(low or "w4a8"), None)
+        return Origin(source, load_recipe("w4a8" if low is None else low), None)
     check_unused("low", low, None, "an output folder, whose recipe it is")
     return origin(OutputFolder.open(source), model)

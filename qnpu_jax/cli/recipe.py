@@ -45,7 +45,10 @@ def show_recipe(
     from qnpu_jax.recipes import load_recipe
 
     recipe = load_recipe(name)
-    asked = dict(_parsed(text) for text in bits or ())
+    asked: dict[str, int] = {}
+    for tensor, width in map(_parsed, bits or ()):
+        asked.pop(tensor, None)  # the last one counts, also beside patterns between the two
+        asked[tensor] = width
     if asked:
         if model is None:
             raise UserError("--set: no model; expected the one whose tensors it names; add --model")
@@ -68,7 +71,7 @@ def _parsed(text: str) -> tuple[str, int]:
     ('layers.2.mlp.act', 16)
     """
     name, _, bits = text.rpartition("=")
-    if not name or not bits.isdecimal():
+    if not name or not (bits.isascii() and bits.isdecimal()):
         raise UserError(
             f"--set {text}: expected a tensor and its bits, as layers.2.mlp.act=16; correct it"
         )

@@ -9,6 +9,7 @@ from qnpu_jax.graph.decoder import (
     decoder,
     planned_names,
     shared_widths,
+    with_additions,
 )
 from qnpu_jax.graph.graph import LAYERS, Graph, Node, TensorSpec, TokenIds, is_identity, split_name
 from qnpu_jax.graph.layered import Bounds, Params, T, Tensors, local, ranges_of
@@ -115,4 +116,5 @@ __all__ = [
     "tensor_class",
     "tied_inputs",
     "visible",
+    "with_additions",
 ]

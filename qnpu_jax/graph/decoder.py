@@ -9,7 +9,8 @@ Letters: as in `layer`, and V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from qnpu_jax.choices import Positions
@@ -102,8 +103,40 @@ def decoder(
             f" the model's {config.max_positions}; choose a shorter length"
         )
     graphs, asked = _staged(config, plan, tokens, prefix, cache, logits)
-    plan.check_used(asked)
+    _check_used(config, plan, asked, tokens)
+    _check_eps(*graphs[1:])
     return Decoder(config, plan, tokens, prefix, cache, *graphs)
+
+
+def with_additions(config: ModelConfig) -> ModelConfig:
+    """The model with all that `pipeline` may add to its graph: centred keys, norms taken twice."""
+    return replace(config, centred_keys=True, double_norms=True)
+
+
+def _check_used(config: ModelConfig, plan: BitPlan, asked: list[str], tokens: int) -> None:
+    """Raises UserError for a rule that matches no tensor of the model, with additions or without:
+    a plan for a model with some is checked on the model without them first."""
+    try:
+        plan.check_used(asked)
+    except UserError:
+        every = with_additions(config)
+        added = []
+        for some in (every, replace(every, double_norms=False), replace(every, centred_keys=False)):
+            with suppress(UserError):  # the plan need not fit a model with what it was not for
+                added += _staged(some, plan, tokens, 1, 0)[1]
+        plan.check_used([*asked, *added])
+
+
+def _check_eps(layer: Graph, head: Graph) -> None:
+    """Raises UserError where norms of layers and head differ in the width of eps, which they share
+    in a file."""
+    bits = {g.prefix: {*g["norm.eps"].quant.bits} for g in (layer, head)}
+    if len(set.union(*bits.values())) > 1:
+        raise UserError(
+            f"head.norm.sum: bits {sorted(bits[head.prefix])}; expected"
+            f" {sorted(bits[layer.prefix])}, as the sums of the layers' norms have, with which it"
+            " shares eps; change the bit plan's rule"
+        )
 
 
 def planned_names(dec: Decoder) -> list[str]:

@@ -190,7 +190,8 @@ def charges(
         total = {n: np.zeros(t.shape) for n, t in at.items()}
         for x, weight in zip(*np.polynomial.legendre.leggauss(POINTS), strict=True):
             slope = _slopes(found.low, fixed, reference, at, jnp.float32((x + 1) / 2))
-            total = {n: a + weight / 2 * np.asarray(slope[n] * at[n]) for n, a in total.items()}
+            more = {n: np.asarray(weight / 2 * slope[n] * at[n]) for n in total}
+            total = {n: np.asarray(a + more[n]) for n, a in total.items()}
         rows.append([_of_group(group, total) for group in found.groups])
         kls.append(float(mean_kl(reference, logits)))
         bases.append(float(_fixed(found.low, fixed, reference, none)))

@@ -225,18 +225,18 @@ def tied(low: Decoder, high: Decoder) -> Iterator[tuple[Member, Member]]:
 
 
 def _sharing(dec: Decoder) -> Iterator[tuple[Member, Member]]:
-    """Pairs of tensors of all layers that an input which the layers share ties: the one whose bits
+    """Pairs of tensors of layers and head that an input which these share ties: the one whose bits
     it has, and what its kernels read beside it and give."""
-    layer = dec.layer
     for shared, like in shared_widths(dec.config).items():
-        names = {like}
-        for node in layer.nodes:
-            if shared in node.inputs:
-                names |= {node.output, *node.inputs} - {shared}
         first = Member(LAYERS, like, 0)
-        for name in sorted(names):
-            for i in range(layer.layers):
-                yield first, Member(LAYERS, unwidened(layer, name), i)
+        for graph in (dec.layer, dec.head):
+            names = {like} if graph is dec.layer else set()
+            for node in graph.nodes:
+                if shared in node.inputs:
+                    names |= {node.output, *node.inputs} - {shared}
+            for name in sorted(names):
+                for i in range(graph.layers):
+                    yield first, Member(graph.prefix, unwidened(graph, name), i)
 
 
 def _beside_constants(dec: Decoder) -> Iterator[tuple[Member, Member]]:

@@ -14,6 +14,7 @@ from qnpu_jax.graph import (
     decoder,
     planned_names,
     shared_widths,
+    with_additions,
 )
 from qnpu_jax.integer import allowed_bits
 from qnpu_jax.plan.groups import Member, follows, tied
@@ -47,7 +48,7 @@ def ties(config: ModelConfig, prefix: int = 1) -> Ties:
       >>> plan.rules[:3]
       (('layers.1.mlp.act', 16), ('layers.1.mlp.down', 16), ('layers.1.mlp.down.bias', 64))
     """
-    low, high = (decoder(config, plan, 1, prefix) for plan in _ENDS)
+    low, high = (decoder(with_additions(config), plan, 1, prefix) for plan in _ENDS)
     names = dict.fromkeys(planned_names(low))
     called: dict[Member, str] = {}
     widths: dict[Member, set[int]] = {}

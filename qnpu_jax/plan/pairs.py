@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
+from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Decoder, Tensors
 from qnpu_jax.plan.charges import Arrays, Mixed, arrays, divergence, factors, rounded_pass
 from qnpu_jax.plan.groups import Choices
@@ -160,7 +161,15 @@ def significant(
     Args:
       terms: as `pair_terms` gives them, of two windows or more.
       most: terms to keep, at most: each is a variable of the program.
+
+    Raises:
+      UserError: one window alone, which has no standard error.
     """
+    if len(terms) < 2:
+        raise UserError(
+            f"pair terms: {len(terms)} window; expected two or more, to know the noise; give a"
+            " longer text"
+        )
     mean, error = terms.mean(0), terms.std(0, ddof=1) / np.sqrt(len(terms))
     beside = neighbours(found)
     sure = [p for p in np.argsort(-np.abs(mean)) if abs(mean[p]) > errors * error[p]]

@@ -86,7 +86,7 @@ def origin(folder: OutputFolder, model: str | None) -> Origin:
     Raises:
       UserError: no model is named that is at hand.
     """
-    source = model or folder.report.get("model")
+    source = folder.report.get("model") if model is None else model
     if model is None and source not in EMBEDDED:
         raise UserError(
             f"{folder.path}: made from {source}, which no package holds; expected the float model"

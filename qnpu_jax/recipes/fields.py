@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal, TypeVar
 
-from qnpu_jax.config import RULES, BitPlan, are_rules
+from qnpu_jax.config import RULES, BitPlan, are_rules, wrong
 from qnpu_jax.errors import UserError
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ def _plan(value: Any, where: str) -> BitPlan:
     if isinstance(value, BitPlan):
         return value
     if not are_rules(value):
-        raise _refused(where, RULES, value)
+        raise UserError(f"{where} must be {RULES}; got {wrong(value)}; correct it")
     return BitPlan(tuple((pattern, bits) for pattern, bits in value))
 
 

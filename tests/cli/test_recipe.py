@@ -1,6 +1,7 @@
 """`qnpu recipe --set`: bits set by hand, from the command line to a graph that has them."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -48,3 +49,13 @@ def test_bits_set_together_need_no_leave(qnpu, here):
 )
 def test_mistakes_are_one_line(refused, words, message):
     assert message in refused(*words)
+
+
+def test_the_last_of_several_settings_counts(qnpu, here):
+    sets = [f"{name}={bits}" for name, bits in (
+        ("layers.0.mlp.act", 16), ("layers.*.mlp.act", 8), ("layers.0.mlp.act", 16)
+    )]  # fmt: skip
+    more = [x for s in sets for x in ("--set", s)]
+    status, out, err = qnpu("recipe", "w8a8", "--model", "model", "--follow", *more)
+    assert status == 0, err
+    assert ["layers.0.mlp.act", 16] in json.loads(out)["bits"]

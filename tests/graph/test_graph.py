@@ -10,7 +10,7 @@ import tiny
 from qnpu_jax.config import BitPlan
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.builder import Builder
-from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.decoder import decoder, planned_names
 from qnpu_jax.graph.graph import Graph, Node, is_identity
 from qnpu_jax.graph.ops import Add, Concat, FullyConnected, Mul, Requantize, Reshape, Softmax
 from qnpu_jax.recipes import RECIPES
@@ -205,3 +205,24 @@ def test_concat_ties_all_its_inputs():
     parts = [g.input(n, (1, 2), bits=(8,)) for n in "abc"]
     graph = g.finish(g.add("all", Concat(0), *parts))
     assert set(graph.ties.values()) == {"a"}
+
+
+def test_layers_and_head_share_eps():
+    """Of which a file has one."""
+    narrow = RECIPES["w8a8i8"].bits
+    wide = {"head.norm.sum": 16, "head.norm.squares": 16, "head.norm.root": 16}
+    wide |= {f"head.norm.{n}": 16 for n in ("inv_root", "inv", "flat", "out")}
+    names = planned_names(decoder(CONFIG, narrow, 4))
+    plan = narrow.replaced({n: b for n, b in wide.items() if n in names}, names)
+    with pytest.raises(
+        UserError, match=r"head\.norm\.sum: bits \[16\]; expected \[8\], as the sums"
+    ):
+        decoder(CONFIG, plan, 4)
+
+
+def test_rules_for_what_pipeline_may_add_are_no_misspelling():
+    plan = RECIPES["w8a8"].bits
+    for name, bits in (("layers.0.attn.rope.k_centred", 16), ("layers.1.mlp.norm.again.sum", 16)):
+        decoder(CONFIG, plan.replaced({name: bits}, []), 4)
+    with pytest.raises(UserError, match="k_centered': 16: matches no tensor"):
+        decoder(CONFIG, plan.replaced({"layers.0.attn.rope.k_centered": 16}, []), 4)

@@ -14,7 +14,7 @@ from qnpu_jax.graph.decoder import decoder, planned_names
 from qnpu_jax.graph.ops import tied_inputs
 from qnpu_jax.integer.freeze import check_bits
 from qnpu_jax.models.checkpoint import load_params
-from qnpu_jax.plan.groups import Choices, choices
+from qnpu_jax.plan.groups import Choices, Member, choices
 
 LOWS = ("w4a8", "w4a8s8", "w4a8i8")
 MODELS = (*tiny.NAMES, *(f"{name}_tiny" for name in FAMILIES))
@@ -119,3 +119,10 @@ def test_planned_names_are_what_a_plan_decides():
         dec.layer.global_name(0, n.output) for n in dec.layer.nodes if tied_inputs(n.op, n.inputs)
     }
     assert copies and not copies & set(names)
+
+
+def test_norms_of_layers_and_head_have_one_width():
+    """They share eps, of which a file has one."""
+    found = between("gqa_llama3", "w8a8i8", "w8a8")
+    layers = {found.index[Member("layers.", "attn.norm.sum", i)] for i in (0, 1)}
+    assert layers == {found.index[Member("head.", "norm.sum", 0)]}

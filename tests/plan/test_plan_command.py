@@ -225,8 +225,34 @@ def test_a_folder_is_planned_from_its_own_recipe(qnpu, refused, here):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert "not the model that the folder was quantized from" in refused(*more, "--model", "model")
     assert "--model x: not for a model" in refused(
-        *"plan model --soc SM8750 --within 1 --model x --out other".split()
+        *["plan", "model", "--soc", "SM8750", "--within", "1", "--model", "x", "--out", "other"]
     )
+
+
+def test_a_plan_of_what_pipeline_adds_can_be_quantized(qnpu, here):
+    """Between recipes that differ in RoPE: it has rules for centred keys, which the model gets."""
+    low = dataclasses.replace(RECIPES["w4a8i8"], prefix="none", split_channels=0)
+    (here / "low.json").write_text(json.dumps(low.to_json()))
+    status, _, err = qnpu(*PLAN.split(), "--within", "1.2", "--no-front")
+    assert status == 0, err
+    rules = dict(json.loads((here / "made" / "plan.json").read_text())["bits"])
+    assert any("k_centred" in name for name in rules)
+    status, _, err = qnpu(
+        *f"quantize model --recipe made/plan.json --effort none --calibration text.txt --out two"
+        f" --prefill {PREFILL} --eval-tokens {EVAL_TOKENS}".split()
+    )
+    assert status == 0, err
+    report = json.loads((here / "two" / "report.json").read_text())
+    assert report["verify"]["differing"] == 0
+
+
+def test_a_damaged_recipe_of_a_folder_is_one_line(refused, here):
+    (here / "out" / "recipe.json").write_text("[]")
+    report = json.loads((here / "out" / "report.json").read_text())
+    report["sha256"] = {"model.tflite": report["sha256"]["model.tflite"]}
+    (here / "out" / "report.json").write_text(json.dumps(report))
+    of = "plan out --soc SM8750 --within 1 --model model --out made"
+    assert "recipe.json: damaged; expected an object with a recipe" in refused(*of.split())
 
 
 def test_without_seconds_the_front_is_one_of_sizes(qnpu, low):
