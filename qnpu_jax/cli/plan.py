@@ -13,7 +13,7 @@ from qnpu_jax.cli import importing
 from qnpu_jax.cli.options import check_unused
 
 if TYPE_CHECKING:
-    from qnpu_jax.plan.request import Origin
+    from qnpu_jax.plan import Origin
 
 app = typer.Typer()
 
@@ -83,6 +83,7 @@ Learning = Annotated[
         help="How much is learned from the plan before the last solution: none, fast, full, best.",
     ),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier plan.")]
 
 
 @app.command()
@@ -102,9 +103,7 @@ def plan(
     effort: Learning = "none",
     pairs: Pairs = 0,
     model: OfFolder = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier plan.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Finds the widths that lose least within a budget, and writes them as a recipe.
 
@@ -143,7 +142,7 @@ def _origin(source: str, low: str | None, model: str | None) -> Origin:
     """The model and the low recipe, given or of a folder."""
     from qnpu_jax import artifacts
     from qnpu_jax.output import OutputFolder
-    from qnpu_jax.plan.request import Origin, origin
+    from qnpu_jax.plan import Origin, origin
     from qnpu_jax.recipes import load_recipe
 
     if not (Path(source) / artifacts.REPORT).is_file():

@@ -7,7 +7,7 @@ from qnpu_jax.plan.groups import Choices, Group, choices
 from qnpu_jax.plan.model_ties import ties
 from qnpu_jax.plan.pairs import Losses, Pair, pair_terms, significant
 from qnpu_jax.plan.policies import POLICIES, UNIFORM, Exceeded, Policy
-from qnpu_jax.plan.request import PlanRequest
+from qnpu_jax.plan.request import Origin, PlanRequest, origin
 from qnpu_jax.plan.run import Plan, exceptions, plan, write_plan
 from qnpu_jax.plan.solver import Budget, Near, solve
 from qnpu_jax.plan.suggest import Priced, Suggested, Suggestion, priced, suggested
@@ -25,6 +25,7 @@ __all__ = [
     "Losses",
     "Mixed",
     "Near",
+    "Origin",
     "Pair",
     "Plan",
     "PlanRequest",
@@ -39,6 +40,7 @@ __all__ = [
     "divergences",
     "exceptions",
     "mixed",
+    "origin",
     "pair_terms",
     "plan",
     "priced",
