@@ -11,7 +11,7 @@ from model_files import FAMILIES
 import qnpu_jax
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph.decoder import Decoder, decoder, planned_names
+from qnpu_jax.graph.decoder import Decoder, decoder, planned_names, with_additions
 from qnpu_jax.integer.freeze import check_bits
 from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.plan.model_ties import ties
@@ -62,17 +62,20 @@ def refusal(*args, **kwargs) -> str:
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_whatever_is_set_stages_with_the_bits_asked_for(name, start):
-    """Of tensors of the graph, copies and shared inputs among them, each at either width."""
-    config, known, plan = shape(name), tied(name), tiny.PLANS[start]
+    """Of tensors of the graph, copies and shared inputs among them, each at either width; with what
+    the pipeline may add to it and without."""
+    config, known, plan = with_additions(shape(name)), tied(name), tiny.PLANS[start]
     before = widths(decoder(config, plan, 5, 2))
     settable = [*known.names, *known.copies]
     assert settable and {n for n in before if not n.endswith((".i16", ".i8"))} <= {*settable}
+    plain = dataclasses.replace(config, centred_keys=False, double_norms=False)
     random = np.random.default_rng(len(name) + STARTS.index(start))
     for tensor in random.choice(settable, TRIES, replace=False):
         for bits in known.widths[known.copies.get(tensor, tensor)]:
             made = plan.set(tensor, bits, known, follow=True)
             dec = decoder(config, made, 5, 2)
             check_bits(dec)
+            check_bits(decoder(plain, made, 5, 2))
             after = widths(dec)
             assert after.get(tensor, bits) == bits, (tensor, bits)  # `keep` goes with 8 bits
             moved = [n for n in known.names if after[n] != before[n]]
@@ -197,7 +200,7 @@ def test_a_cache_without_a_prefix_may_have_16_bits():
 
 
 def test_ties_know_every_name_that_a_plan_decides():
-    dec = decoder(shape(LLAMA), W4A8, 5, 2)
+    dec = decoder(with_additions(shape(LLAMA)), W4A8, 5, 2)
     assert list(tied(LLAMA).names) == planned_names(dec)
     assert not {*tied(LLAMA).names} & {*tied(LLAMA).copies}
 

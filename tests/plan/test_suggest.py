@@ -162,7 +162,7 @@ def test_what_is_suggested_is_printed_written_and_quantized(qnpu, here):
     ("words", "message"),
     [
         (DIAGNOSE, "--suggest: no SoC; expected one to price 16 bits on; add --soc SM8750"),
-        ([*DIAGNOSE, "--soc", "SM1"], "SM1: no published measurement to estimate from;"),
+        ([*DIAGNOSE, "--soc", "SM1"], "--soc SM1: unknown; expected one of"),
         ([*SUGGEST, "--within", "nan"], "suggest: --within nan; expected a number above 0;"),
         ([*SUGGEST, "--within", "0"], "suggest: --within 0; expected a number above 0; correct it"),
         ([*SUGGEST, "--within", "0.5"], "budget: no plan meets it (decode"),
