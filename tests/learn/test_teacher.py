@@ -124,7 +124,7 @@ def test_more_than_its_bound_is_told_before_anything_is_computed(monkeypatch):
 
 
 def test_a_later_stages_bound_is_told_before_the_first_stage(monkeypatch):
-    monkeypatch.delattr(learn_stages, "_calibrate_and_round")
+    monkeypatch.delattr(learn_stages, "_calibrate")
     late = dataclasses.replace(STAGE, top_k=K + 1)
     with pytest.raises(UserError, match=r"top 5\) take 5,120 bytes; .* teacher_bytes = 4,096;"):
         run(dataclasses.replace(KEPT, steps=2 * STEPS), stages=(STAGE, late))
