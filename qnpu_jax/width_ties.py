@@ -70,7 +70,7 @@ class Ties:
         """
         then = self._fixed(now, asked)
         fixed = frozenset(then)
-        for sign, after in ((1, self._made_of), (-1, self._makes)):
+        for sign, after in ((1, self._raised_with), (-1, self._lowered_with)):
             todo = [n for n, b in then.items() if self._off(n, now, b, sign)]
             while todo:
                 one = todo.pop()
@@ -123,20 +123,14 @@ class Ties:
         return {n: first for first, group in self._set_of.items() for n in group}
 
     @cached_property
-    def _made_of(self) -> dict[str, list[str]]:
-        """What is made of each set, by their first tensors."""
-        found: dict[str, list[str]] = {}
-        for a, b in self.above:
-            found.setdefault(self._first[a], []).append(self._first[b])
-        return found
+    def _raised_with(self) -> dict[str, list[str]]:
+        """Sets that must rise with a set, as they are made of it; by first tensors."""
+        return _listed((self._first[a], self._first[b]) for a, b in self.above)
 
     @cached_property
-    def _makes(self) -> dict[str, list[str]]:
-        """What each set is made of."""
-        found: dict[str, list[str]] = {}
-        for a, b in self.above:
-            found.setdefault(self._first[b], []).append(self._first[a])
-        return found
+    def _lowered_with(self) -> dict[str, list[str]]:
+        """Sets that must fall with a set, as it is made of them; by first tensors."""
+        return _listed((self._first[b], self._first[a]) for a, b in self.above)
 
     def _off(self, first: str, now: Mapping[str, int], bits: int, sign: int) -> bool:
         """Whether a set has fewer bits than these (sign 1), or more (-1)."""
@@ -179,6 +173,14 @@ class Ties:
                     f" {' or '.join(map(str, self.widths[first]))}, as kernels have no other width"
                     " for it; leave what it follows as it is"
                 )
+
+
+def _listed(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Lists the second names of pairs by the first."""
+    found: dict[str, list[str]] = {}
+    for a, b in pairs:
+        found.setdefault(a, []).append(b)
+    return found
 
 
 def _clash(a: str, bits: int, b: str, other: int) -> UserError:

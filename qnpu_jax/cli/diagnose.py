@@ -36,7 +36,7 @@ Suggest = Annotated[
     bool, typer.Option("--suggest", help="Say which activations 16 bits would help, at what price.")
 ]
 Soc = Annotated[
-    str | None, typer.Option(help="Of --suggest: Snapdragon whose time is estimated: SM8750.")
+    str | None, typer.Option(help="Of --suggest: what it is for, one with seconds of `qnpu plan`.")
 ]
 Within = Annotated[
     float, typer.Option(help="Of --suggest: most time of a token and a chunk, by that of now.")

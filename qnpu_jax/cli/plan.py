@@ -26,7 +26,10 @@ Within = Annotated[
 ]
 Loss = Annotated[
     float | None,
-    typer.Option(help="Nats a token that may be lost before learning; the fastest such plan."),
+    typer.Option(
+        help="Nats a token that may be lost, before learning or after that of --effort; the fastest"
+        " such plan."
+    ),
 ]
 Source = Annotated[
     str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import jax
 import numpy as np
@@ -23,8 +24,7 @@ class Point:
       name: of the budget or recipe that it comes from.
       raised: groups at their high bits, by number.
       predicted: nats per position by the charges that found it; NaN where none did.
-      kl: nats per position, measured: the mean of `kls`.
-      kls: the same by window.
+      kls: nats per position, measured, by window.
       decode, prefill: estimated seconds of a token and of a chunk; NaN where the target has none.
       size: bytes of weights.
       casts: QUANTIZE ops that depend on the plan.
@@ -33,12 +33,16 @@ class Point:
     name: str
     raised: tuple[bool, ...]
     predicted: float
-    kl: float
     kls: tuple[float, ...]
     decode: float
     prefill: float
     size: float
     casts: int
+
+    @property
+    def kl(self) -> float:
+        """Nats per position, measured: the mean over windows."""
+        return fmean(self.kls)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +74,7 @@ class Bench:
         c = self.cost
         kls = self.measured(raised) if kls is None else kls
         costs = (c.decode(raised), c.prefill(raised), c.bytes(raised), c.casting(raised))
-        by_window = tuple(map(float, kls))
-        return Point(
-            name, tuple(map(bool, raised)), predicted, float(np.mean(kls)), by_window, *costs
-        )
+        return Point(name, tuple(map(bool, raised)), predicted, tuple(map(float, kls)), *costs)
 
     def measured(self, raised: Sequence[bool]) -> Float64[np.ndarray, " n"]:
         """Measures the KL of a plan, by window."""

@@ -3,13 +3,13 @@
     decode  = start + bytes / bandwidth + casts op
     prefill = start + max(sum_w MACs_w mac_w, bytes / bandwidth) + casts op
 
-with the rates of a target (`targets.Rates`), and their errors; the larger of the two is their sum
-where they do not overlap. A cast is a QUANTIZE that a plan has
-and another has not: one that widens an activation, and one at a block's input, which goes where
-both its sides have 16 bits. It takes `op`: for Snapdragons, of which nobody publishes the time of
-an op, the start shared out over the ops of the model's own decode step; for Ethos-U the op that
-vela's estimates give, whose product with the number of ops is the start. All of it is an estimate.
-Targets without rates have no seconds: decode and prefill are NaN.
+with the rates of a target (`targets.Rates`) and their errors. Where MACs and bytes do not overlap,
+their times add up in place of the larger one. A cast is a QUANTIZE that a plan has and another has
+not: one that widens an activation, and one at a block's input, which goes where both its sides have
+16 bits. It takes `op`: for Snapdragons, of which nobody publishes the time of an op, the start
+shared out over the ops of the model's own decode step; for Ethos-U the op that vela's estimates
+give, whose product with the number of ops is the start. All of it is an estimate. Targets without
+rates have no seconds: decode and prefill are NaN.
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ def _squares_of_a_norm(graph: Graph, node: Node) -> bool:
 
 
 def _norm(its: Target, graph: Graph, node: Node, layer: int) -> Iterator[Lack]:
-    """What is lacking of a norm. As one op its input has its width; else it is a product too."""
+    """Finds what a target lacks of a norm: as one op its input has its width; else it is a product
+    too."""
     rows = unwidened(graph, node.inputs[0])
     own, bits = (graph[x].quant.bits[layer] for x in (rows, node.output))
     if bits in its.of("product"):

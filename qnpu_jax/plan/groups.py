@@ -133,22 +133,7 @@ def choices(low: Decoder, high: Decoder) -> Choices:
     if (low.config, low.tokens, low.prefix) != (high.config, high.tokens, high.prefix):
         raise UserError("plan: the two recipes stage another model or length; give them one")
     members = [m for pair in zip(low.graphs, high.graphs, strict=True) for m in _free(*pair)]
-    parent = {m: m for m in members}
-
-    def find(m: Member) -> Member:
-        while parent[m] != m:
-            m = parent[m]
-        return m
-
-    order = {m: i for i, m in enumerate(members)}
-    for a, b in tied(low, high):
-        if a in parent and b in parent:
-            first, second = sorted((find(a), find(b)), key=order.__getitem__)
-            parent[second] = first
-    roots: dict[Member, list[Member]] = {}
-    for m in members:
-        roots.setdefault(find(m), []).append(m)
-    groups = tuple(_group(low, high, root, mine) for root, mine in roots.items())
+    groups = tuple(_group(low, high, mine) for mine in connected(members, tied(low, high)))
     found = Choices(low, high, groups, ())
     pairs = {
         (found.index[a], found.index[b])
@@ -157,6 +142,28 @@ def choices(low: Decoder, high: Decoder) -> Choices:
     }
     above = tuple(sorted((i, j) for i, j in pairs if i != j))
     return Choices(low, high, groups, above)
+
+
+def connected(
+    members: Iterable[Member], pairs: Iterable[tuple[Member, Member]]
+) -> list[list[Member]]:
+    """Lists the sets of members that pairs connect, each in the order of the members, and so the
+    sets. Pairs with others are left out."""
+    parent = {m: m for m in members}
+
+    def find(m: Member) -> Member:
+        while parent[m] != m:
+            parent[m] = parent[parent[m]]
+            m = parent[m]
+        return m
+
+    for a, b in pairs:
+        if a in parent and b in parent:
+            parent[find(b)] = find(a)
+    found: dict[Member, list[Member]] = {}
+    for m in parent:
+        found.setdefault(find(m), []).append(m)
+    return list(found.values())
 
 
 def unwidened(graph: Graph, name: str) -> str:
@@ -192,7 +199,8 @@ def _free(low: Graph, high: Graph) -> Iterator[Member]:
                 yield Member(low.prefix, t.name, layer)
 
 
-def _group(low: Decoder, high: Decoder, root: Member, members: list[Member]) -> Group:
+def _group(low: Decoder, high: Decoder, members: list[Member]) -> Group:
+    root = members[0]
     kind: Kind = "weight" if root.name.endswith("weight") else "activation"
     before = {_graph(low, m)[m.name].quant.bits[m.layer] for m in members}
     after = {_graph(high, m)[m.name].quant.bits[m.layer] for m in members}

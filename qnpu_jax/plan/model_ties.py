@@ -17,7 +17,7 @@ from qnpu_jax.graph import (
     with_additions,
 )
 from qnpu_jax.integer import allowed_bits
-from qnpu_jax.plan.groups import Member, follows, tied
+from qnpu_jax.plan.groups import Member, connected, follows, tied
 from qnpu_jax.width_ties import Ties
 
 _ENDS = tuple(
@@ -59,7 +59,7 @@ def ties(config: ModelConfig, prefix: int = 1) -> Ties:
                     m = Member(graph.prefix, t.name, layer)
                     called[m] = graph.global_name(layer, t.name)
                     widths[m] = set(allowed_bits(graph.prefix, t))
-    sets = _sets(called, [*tied(low, high), *_beside(low), *_beside(high)])
+    sets = connected(called, [*tied(low, high), *_beside(low), *_beside(high)])
     same, copies, allowed = [], {}, {}
     for members in sets:
         planned = [called[m] for m in members if called[m] in names]
@@ -73,27 +73,6 @@ def ties(config: ModelConfig, prefix: int = 1) -> Ties:
     named = ([copies.get(called[m], called[m]) for m in p] for p in pairs if p[0] in called)
     above = dict.fromkeys((a, b) for a, b in named if a != b and a not in biases)
     return Ties(tuple(names), copies, tuple(same), tuple(above), allowed, biases)
-
-
-def _sets(
-    members: Sequence[Member] | dict[Member, str], pairs: Sequence[tuple[Member, Member]]
-) -> list[list[Member]]:
-    """Members that pairs connect, each set in the order of the graph."""
-    parent = {m: m for m in members}
-
-    def find(m: Member) -> Member:
-        while parent[m] != m:
-            parent[m] = parent[parent[m]]
-            m = parent[m]
-        return m
-
-    for a, b in pairs:
-        if a in parent and b in parent:
-            parent[find(b)] = find(a)
-    found: dict[Member, list[Member]] = {}
-    for m in members:
-        found.setdefault(find(m), []).append(m)
-    return list(found.values())
 
 
 def _sources(

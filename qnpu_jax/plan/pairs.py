@@ -90,14 +90,14 @@ def pair_terms(
       raised: the plan, by group; terms of raised groups are 0.
     """
     found, at = model.choices, factors(model.choices, raised)
-    beside = neighbours(found)
-    sources = {i: v for v in directions(found) for i in v}
+    beside, every = neighbours(found), directions(found)
+    sources = {i: v for v in every for i in v}
     rows = []
     for ids, reference in zip(windows, references, strict=True):
         read = arrays(model, ids)
         _, errors = rounded_pass(found.low, read, at)
         fixed = read._replace(errors=read.errors | errors)
-        products = {v: _product(found, fixed, reference, at, v) for v in directions(found)}
+        products = {v: _product(found, fixed, reference, at, v) for v in every}
         # Each term is there twice, from either of its groups: their mean.
         rows.append([(products[sources[i]][j] + products[sources[j]][i]) / 2 for i, j in beside])
     return np.array(rows)
@@ -106,9 +106,7 @@ def pair_terms(
 def neighbours(found: Choices) -> tuple[tuple[int, int], ...]:
     """Lists the pairs of groups of one layer, and of a layer and the next, i < j."""
     layer = _layers(found)
-    return tuple(
-        (i, j) for i in layer for j in layer if i < j and abs(layer[i] - layer[j]) <= 1
-    )  # fmt: skip
+    return tuple((i, j) for i in layer for j in layer if i < j and abs(layer[i] - layer[j]) <= 1)
 
 
 def directions(found: Choices) -> tuple[tuple[int, ...], ...]:
@@ -122,13 +120,10 @@ def directions(found: Choices) -> tuple[tuple[int, ...], ...]:
 
 def _layers(found: Choices) -> dict[int, int]:
     """Layer of each group that lies in one."""
-    of = {i: {m.layer for m in g.members} for i, g in enumerate(found.groups)}
-    inside = {
-        i
-        for i, g in enumerate(found.groups)
-        if all(m.prefix == found.low.layer.prefix for m in g.members)
-    }
-    return {i: next(iter(layers)) for i, layers in of.items() if len(layers) == 1 and i in inside}
+    places = {i: {(m.prefix, m.layer) for m in g.members} for i, g in enumerate(found.groups)}
+    prefix = found.low.layer.prefix
+    only = {i: next(iter(mine)) for i, mine in places.items() if len(mine) == 1}
+    return {i: layer for i, (where, layer) in only.items() if where == prefix}
 
 
 def _product(

@@ -35,7 +35,8 @@ class PlanRequest:
       soc: one of `targets.TARGETS`.
       low, high: recipes between whose bits the plan lies; it is the low one in all else.
       within: most that decode and prefill may take, by what the low recipe takes.
-      kl: nats per position that the plan may lose; the fastest such plan is found.
+      kl: nats per position that the plan may lose, before anything is learned or, where `effort`
+        learns, after it; the fastest such plan is found.
       size: most bytes of weights.
       calibration: text to calibrate with and to measure on; None lets the model write its own.
       context: slots of the KV cache that decode reads.

@@ -94,8 +94,8 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
     with watch.stage("load"):
         checkpoint = load(asked.model)
         its = targets.target(asked.soc)
-        low, high = feasible.recipes(its, checkpoint.config, asked.low, asked.high)
-        asked = replace(asked, low=low, high=high)
+        ends = feasible.recipes(its, checkpoint.config, asked.low, asked.high)
+        asked = replace(asked, low=ends[0], high=ends[1])
         check_budget(asked, checkpoint)
     ready = prepared(asked, checkpoint, watch)
     bench, found = ready.bench, ready.bench.model.choices

@@ -22,6 +22,7 @@ from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import Choices, choices
 from qnpu_jax.plan.model_ties import ties
 from qnpu_jax.plan.pairs import Losses
+from qnpu_jax.plan.picks import fits
 from qnpu_jax.plan.solver import Budget, solve
 from qnpu_jax.recipes import Recipe
 from qnpu_jax.width_ties import Ties
@@ -143,7 +144,7 @@ def suggested(asked: Priced, found: Diagnosis) -> Suggested:
 
 
 def _charges(between: Choices, found: Diagnosis) -> Float64[np.ndarray, " g"]:
-    """What the simulator's KL is charged by group, nats per position.
+    """Sums the diagnosis's charges of the KL by group, nats per position.
 
     A charge that is no larger than its standard error over windows counts as 0: the best of many
     such are large by chance, and promise more than all activations lose.
@@ -172,14 +173,9 @@ def _needed(
             without = [x and k != j for k, x in enumerate(up)]
             needed = any(up[i] for i, other in asked.choices.above if other == j)
             idle = up[j] and charges[j] == 0 and not needed
-            if idle and _within(asked, without):
+            if idle and fits(asked.cost, asked.budget, without):
                 up = without
     return up
-
-
-def _within(asked: Priced, raised: Sequence[bool]) -> bool:
-    cost, budget = asked.cost, asked.budget
-    return cost.decode(raised) <= budget.decode and cost.prefill(raised) <= budget.prefill
 
 
 def _suggestion(

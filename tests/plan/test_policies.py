@@ -176,7 +176,7 @@ def test_the_files_hold_the_other_planners(planned, tmp_path):
 
 
 def point(name: str, kls: tuple[float, ...], time: float = 1.0) -> Point:
-    return Point(name, (), math.nan, float(np.mean(kls)), kls, time, time, 0.0, 0)
+    return Point(name, (), math.nan, kls, time, time, 0.0, 0)
 
 
 def test_exceptions_are_beyond_the_standard_error():
