@@ -42,7 +42,14 @@ Source = Annotated[
 Low = Annotated[
     str | None,
     typer.Option(
-        help="Recipe of the fewest bits; the plan is it in all else.", show_default="w4a8"
+        help="Recipe to compare with, whose time --within and the front are given in.",
+        show_default="w4a8",
+    ),
+]
+Least = Annotated[
+    str | None,
+    typer.Option(
+        help="Recipe of the fewest bits; the plan is it in all else.", show_default="--low"
     ),
 ]
 OfFolder = Annotated[
@@ -79,6 +86,12 @@ Pairs = Annotated[
         min=0, help="Pair terms of neighbouring tensors that predictions have beside charges."
     ),
 ]
+Windows = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Windows of each of two texts that charges and KL are measured on, at most."
+    ),
+]
 Learning = Annotated[
     str,
     typer.Option(
@@ -105,6 +118,8 @@ def plan(
     baseline: Baseline = None,
     effort: Learning = "none",
     pairs: Pairs = 0,
+    least: Least = None,
+    windows: Windows = 4,
     model: OfFolder = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -128,7 +143,7 @@ def plan(
     asked = PlanRequest(
         of.model, soc, of.recipe, load_recipe(high), within, kl, 1e6 * size, calibration,
         context, front, policies.named(baseline or ()), load_effort(effort), pairs,
-        of.sha256,
+        of.sha256, None if least is None else load_recipe(least), windows,
     )  # fmt: skip
     artifacts.check_writable(out, overwrite, run.KIND)
     with Display() as watch:

@@ -12,7 +12,7 @@ from rich.table import Table
 from qnpu_jax.cli.tables import show, table
 from qnpu_jax.graph import LAYERS
 from qnpu_jax.latency import roofline
-from qnpu_jax.plan import UNIFORM, Exceeded, Plan, exceptions
+from qnpu_jax.plan import UNIFORM, Exceeded, Plan, ends, exceptions
 
 TOP = 12
 """Groups that are shown, by what their low bits cost."""
@@ -33,11 +33,11 @@ def _front(made: Plan) -> Table:
         ("plan",),
     )
     uniform = made.baselines.get(UNIFORM, ())
-    ends = sorted(
-        (made.low, made.high, *uniform, *made.beside, *made.front),
+    rows = sorted(
+        (*ends(made), *uniform, *made.beside, *made.front),
         key=lambda p: (p.decode if made.timed else p.size, p.kl),
     )
-    for p in (made.chosen, *made.learned, *ends):
+    for p in (made.chosen, *made.learned, *rows):
         shown.add_row(
             p.name, f"{p.kl:.4f}", _or_none(p.predicted), _ms(p.decode),
             _ms(p.prefill), f"{p.size / 1e6:.4g} MB", str(p.casts), str(sum(p.raised)),

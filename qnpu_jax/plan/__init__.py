@@ -8,7 +8,7 @@ from qnpu_jax.plan.model_ties import ties
 from qnpu_jax.plan.pairs import Losses, Pair, pair_terms, significant
 from qnpu_jax.plan.policies import POLICIES, UNIFORM, Exceeded, Policy
 from qnpu_jax.plan.request import Origin, PlanRequest, origin
-from qnpu_jax.plan.run import Plan, exceptions, plan, write_plan
+from qnpu_jax.plan.run import Plan, ends, exceptions, plan, write_plan
 from qnpu_jax.plan.solver import Budget, Near, solve
 from qnpu_jax.plan.suggest import Priced, Suggested, Suggestion, priced, suggested
 
@@ -38,6 +38,7 @@ __all__ = [
     "choices",
     "cost",
     "divergences",
+    "ends",
     "exceptions",
     "mixed",
     "origin",

@@ -12,7 +12,7 @@ from typing import Any
 from qnpu_jax.latency import roofline
 from qnpu_jax.plan.bench import Point
 from qnpu_jax.plan.policies import POLICIES, UNIFORM
-from qnpu_jax.plan.run import Plan
+from qnpu_jax.plan.run import Plan, ends
 
 EXTRA = 'install qnpu\'s extra "figures": pip install "qnpu[figures]"'
 INK, BLUE, ORANGE = "#222222", "#0072B2", "#D55E00"
@@ -78,9 +78,9 @@ def _panel(axes: Any, made: Plan, cost: str, label: str, unit: float) -> None:
         if name != UNIFORM:
             mine = sorted(points, key=at)
             axes.plot([at(p) for p in mine], [p.kl for p in mine], label=name, **_look(name))
-    ends = (made.low, made.high)
-    middle = sum(map(at, ends)) / 2
-    for p in (*ends, *made.baselines.get(UNIFORM, ())):
+    fixed = ends(made)
+    middle = (at(fixed[0]) + at(made.high)) / 2
+    for p in (*fixed, *made.baselines.get(UNIFORM, ())):
         right = at(p) > middle and bool(made.baselines)
         axes.plot(at(p), p.kl, "s", color=INK, zorder=4)
         axes.annotate(

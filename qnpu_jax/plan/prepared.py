@@ -34,7 +34,7 @@ class Prepared:
 
     Attributes:
       bench: by which all plans of it are judged.
-      recipe: the low one.
+      recipe: of the fewest bits.
       begun: the float model after its prefix.
       text: windows to calibrate with, to learn on, and to judge by.
       calibrated: float parameters, with the ranges of the low plan.
@@ -51,7 +51,8 @@ class Prepared:
 
 def prepared(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Prepared:
     """Calibrates and rounds the low plan, and gets the float model's logits."""
-    effort, recipe = asked.effort if asked.effort.steps else EFFORTS["fast"], asked.low
+    effort, recipe = asked.effort if asked.effort.steps else EFFORTS["fast"], asked.lowest
+    effort = replace(effort, held_out=max(asked.windows, effort.held_out))
     with watch.stage("fold, rotate"):
         params = pipeline.prepare(checkpoint.config, checkpoint.params, recipe)
     judges = excerpts.judged(checkpoint, effort)
@@ -69,7 +70,7 @@ def prepared(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Pre
     with watch.stage("round"):
         rounded = learn(calibrated, recipe, EFFORTS["none"], text)
     windows = text.held_out
-    ends = (asked.low.bits, asked.high.bits)
+    ends = (asked.lowest.bits, asked.high.bits)
     staged = [decoder(begun.config, bits, windows.shape[1], len(begun.tokens)) for bits in ends]
     found = choices(*staged)
     model = mixed(found, calibrated.params, rounded.params, rounded.free, recipe.weight_init)
@@ -80,9 +81,9 @@ def prepared(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Pre
     return Prepared(bench, recipe, begun, text, calibrated, rounded)
 
 
-def planned(low: Recipe, found: Choices, raised: Sequence[bool]) -> Recipe:
-    """The recipe of a plan: the low one in all but its bits."""
-    return replace(low, name=f"{low.name}-plan", bits=found.plan(raised))
+def planned(lowest: Recipe, found: Choices, raised: Sequence[bool]) -> Recipe:
+    """The recipe of a plan: the one of the fewest bits in all but its bits."""
+    return replace(lowest, name=f"{lowest.name}-plan", bits=found.plan(raised))
 
 
 def relearned(ready: Prepared, raised: Sequence[bool], effort: Effort, watch: Observer) -> Bench:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from qnpu_jax.config import BitPlan
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import decoder
 from qnpu_jax.models import EMBEDDED, Checkpoint
 from qnpu_jax.output import OutputFolder
 from qnpu_jax.plan import policies, targets
 from qnpu_jax.plan.costs import Cost, cost
-from qnpu_jax.plan.groups import choices
+from qnpu_jax.plan.groups import Choices, choices
 from qnpu_jax.plan.pairs import Losses
 from qnpu_jax.plan.solver import Budget, solve
 from qnpu_jax.recipes import EFFORTS, Effort, Recipe
@@ -33,7 +35,8 @@ class PlanRequest:
     Attributes:
       model: name or path that `models.load` takes.
       soc: one of `targets.TARGETS`.
-      low, high: recipes between whose bits the plan lies; it is the low one in all else.
+      low: recipe whose time is the measure of budgets, and that the plan is compared with.
+      high: recipe of the most bits.
       within: most that decode and prefill may take, by what the low recipe takes.
       kl: nats per position that the plan may lose, before anything is learned or, where `effort`
         learns, after it; the fastest such plan is found.
@@ -45,6 +48,9 @@ class PlanRequest:
       effort: how much is learned from the plan before it is charged and solved a last time.
       pairs: pair terms that predictions have beside charges, at most; 0 measures none.
       sha256: of the model's weights, where it must be that one.
+      least: recipe of the fewest bits; the plan is it in all else. None takes the low one.
+      windows: of each text, its end and that of Python's documentation, that charges and KL are
+        measured on.
     """
 
     model: str
@@ -61,6 +67,13 @@ class PlanRequest:
     effort: Effort = EFFORTS["none"]
     pairs: int = 0
     sha256: str | None = None
+    least: Recipe | None = None
+    windows: int = EFFORTS["fast"].held_out
+
+    @property
+    def lowest(self) -> Recipe:
+        """The recipe of the fewest bits."""
+        return self.low if self.least is None else self.least
 
 
 class Origin(NamedTuple):
@@ -129,16 +142,33 @@ def check_budget(asked: PlanRequest, checkpoint: Checkpoint) -> None:
             f"{asked.model}: not the model that the folder was quantized from, by its SHA-256;"
             " expected that one; correct --model"
         )
-    staged = (decoder(checkpoint.config, r.bits, 1) for r in (asked.low, asked.high))
+    staged = (decoder(checkpoint.config, r.bits, 1) for r in (asked.lowest, asked.high))
     found = choices(*staged)
     costs = cost(found, asked.soc, asked.context)
     nothing = Losses(0.0, np.zeros(len(found.groups)))
-    solve(found, costs, nothing, replace(budget(asked, costs), kl=math.inf))
+    most = budget(asked, costs, reference(found, asked.low.bits))
+    solve(found, costs, nothing, replace(most, kl=math.inf))
 
 
-def budget(asked: PlanRequest, cost: Cost) -> Budget:
-    """Returns the budget of a request."""
-    low = [False] * len(cost.more_size)
+def reference(found: Choices, low: BitPlan) -> list[bool]:
+    """Finds the plan of the low recipe: which groups have more bits in it than in the lowest."""
+    dec = decoder(found.low.config, low, found.low.tokens, found.low.prefix)
+    graphs = {g.prefix: g for g in dec.graphs}
+    more = [
+        i
+        for i, group in enumerate(found.groups)
+        for m in group.members[:1]
+        if graphs[m.prefix][m.name].quant.bits[m.layer] > group.low
+    ]
+    return found.closed([False] * len(found.groups), more)
+
+
+def budget(asked: PlanRequest, cost: Cost, low: Sequence[bool]) -> Budget:
+    """Returns the budget of a request.
+
+    Args:
+      low: the plan of the low recipe, by group.
+    """
     return Budget(
         decode=asked.within * cost.decode(low),
         prefill=asked.within * cost.prefill(low),
@@ -147,11 +177,11 @@ def budget(asked: PlanRequest, cost: Cost) -> Budget:
     )
 
 
-def limit(cost: Cost, factor: float) -> Budget:
+def limit(cost: Cost, factor: float, low: Sequence[bool]) -> Budget:
     """Returns a budget of `factor` times the low plan's seconds; where there are none, the size at
     the same place between the low and the high plan's as the factor has in FRONT."""
-    low = [False] * len(cost.more_size)
     if cost.timed:
         return Budget(factor * cost.decode(low), factor * cost.prefill(low))
     share = (factor - FRONT[0]) / (FRONT[-1] - FRONT[0])
-    return Budget(size=cost.size + share * float(cost.more_size.sum()))
+    ends = cost.bytes(low), cost.bytes([True] * len(low))
+    return Budget(size=ends[0] + share * (ends[1] - ends[0]))

@@ -1,9 +1,10 @@
 """Plans: from a model to the widths of its tensors, and the front that they lie on.
 
-The incumbent is the low plan at first. Its charges are measured, the program is solved, and the KL
-of what it found is measured: that is the incumbent of the next round, in which it may change no
-more than a tenth of the groups. Charges of raised groups stay those of the last round in which they
-were low. The plan of least measured KL within the budget is kept, never one of least prediction.
+The incumbent is the plan of the fewest bits at first. Its charges are measured, the program is
+solved, and the KL of what it found is measured: that is the incumbent of the next round, in which
+it may change no more than a tenth of the groups. Charges of raised groups stay those of the last
+round in which they were low. The plan of least measured KL within the budget is kept, never one of
+least prediction.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from qnpu_jax import artifacts
+from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.latency import roofline
 from qnpu_jax.learn import learns
@@ -29,7 +31,7 @@ from qnpu_jax.plan.groups import Choices, Group
 from qnpu_jax.plan.pairs import Losses, Pair, pair_terms, significant
 from qnpu_jax.plan.policies import UNIFORM
 from qnpu_jax.plan.prepared import Prepared, planned, prepared, relearned
-from qnpu_jax.plan.request import FRONT, PlanRequest, budget, check, check_budget, limit
+from qnpu_jax.plan.request import FRONT, PlanRequest, budget, check, check_budget, limit, reference
 from qnpu_jax.plan.scores import Known
 from qnpu_jax.plan.solver import Budget, Near, solve
 from qnpu_jax.progress import Observer
@@ -50,9 +52,10 @@ class Plan:
     Attributes:
       recipe: of the plan.
       chosen: the plan.
-      low, high: the plans at either end.
+      least, low, high: the plans of the recipes of the fewest bits, that the plan is compared with,
+        and of the most bits; the first two may be one.
       front: plans of other budgets, by rising decode.
-      charges: of each group in the low plan, nats per position, and their standard errors.
+      charges: of each group in the least plan, nats per position, and their standard errors.
       error: of the estimates of decode and prefill, relative; NaN where there are none.
       baselines: plans of other planners by the name of their policy, one a budget of the front.
       beside: plans that cost no more than the uniform ones of `baselines`.
@@ -63,6 +66,7 @@ class Plan:
     recipe: Recipe
     choices: Choices
     chosen: Point
+    least: Point
     low: Point
     high: Point
     front: tuple[Point, ...]
@@ -94,8 +98,7 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
     with watch.stage("load"):
         checkpoint = load(asked.model)
         its = targets.target(asked.soc)
-        ends = feasible.recipes(its, checkpoint.config, asked.low, asked.high)
-        asked = replace(asked, low=ends[0], high=ends[1])
+        asked = _feasible(its, checkpoint.config, asked)
         check_budget(asked, checkpoint)
     ready = prepared(asked, checkpoint, watch)
     bench, found = ready.bench, ready.bench.model.choices
@@ -105,7 +108,9 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
     average, base = first.groups.mean(0), float(first.base.mean())
     spread = first.groups.std(0, ddof=1) / math.sqrt(len(first.groups))
     losses = _losses(asked, bench, average, base)
-    low = bench.point(asked.low.name, none, float(first.kl.mean()), first.kl)
+    least = bench.point(asked.lowest.name, none, float(first.kl.mean()), first.kl)
+    same = reference(found, asked.low.bits)
+    low = bench.point(asked.low.name, same, losses.predicted(same)) if any(same) else least
     high = bench.point(asked.high.name, every, base)
     if asked.kl < high.kl:
         raise UserError(
@@ -113,21 +118,30 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
             f" {asked.high.name} loses before anything is learned); allow more"
         )
     with watch.stage("plan"):
-        chosen = _best(bench, budget(asked, bench.cost), losses)
+        chosen = _best(bench, budget(asked, bench.cost, same), losses)
         if chosen.kl > asked.kl:
             chosen = replace(high, name=chosen.name)
-    limits = {f"{f:.2f}": limit(bench.cost, f) for f in FRONT} if asked.front else {}
+    limits = {f"{f:.2f}": limit(bench.cost, f, same) for f in FRONT} if asked.front else {}
     front = _front(bench, limits, losses)
     chosen, learned = _learned(asked, ready, chosen, losses, watch)
     known = Known(bench, average, base)
-    others = policies.baselines(known, asked.baselines, limits, (low, high, *front))
-    same = {f"at {p.name}": _cost_of(p) for p in others.get(UNIFORM, ())}
-    beside = _front(bench, same, losses)
-    recipe = planned(asked.low, found, chosen.raised)
+    others = policies.baselines(known, asked.baselines, limits, (least, low, high, *front))
+    uniform = {f"at {p.name}": _cost_of(p) for p in others.get(UNIFORM, ())}
+    beside = _front(bench, uniform, losses)
+    recipe = replace(planned(asked.lowest, found, chosen.raised), name=f"{asked.low.name}-plan")
     return Plan(
-        recipe, found, chosen, low, high, front, average, spread, bench.cost.error, others, beside,
-        learned,
+        recipe, found, chosen, least, low, high, front, average, spread, bench.cost.error, others,
+        beside, learned,
     )  # fmt: skip
+
+
+def _feasible(its: targets.Target, config: ModelConfig, asked: PlanRequest) -> PlanRequest:
+    """Narrows the recipes of a request to what a target has kernels for."""
+    low, high = feasible.recipes(its, config, asked.low, asked.high)
+    if asked.least is None:
+        return replace(asked, low=low, high=high)
+    least, high = feasible.recipes(its, config, asked.least, asked.high)
+    return replace(asked, low=low, high=high, least=least)
 
 
 def _cost_of(p: Point) -> Budget:
@@ -210,7 +224,7 @@ def _learned(
       The plan that is measured best after that, with the KL that it had before, and both plans as
       measured after it.
     """
-    if not learns(asked.low, asked.effort):
+    if not learns(asked.lowest, asked.effort):
         return chosen, ()
     with watch.stage("learn"):
         bench = relearned(ready, chosen.raised, asked.effort, watch)
@@ -220,7 +234,7 @@ def _learned(
         losses = replace(losses, base=float(now.base.mean()))
         losses = losses.charged(now.groups.mean(0), chosen.raised)
         near = Near(chosen.raised, max(1, round(CHANGES * len(chosen.raised))))
-        most = budget(asked, bench.cost)
+        most = budget(asked, bench.cost, reference(bench.model.choices, asked.low.bits))
         if losses.base > most.kl:
             return chosen, (first,)
         raised = solve(bench.model.choices, bench.cost, losses, most, near)
@@ -270,7 +284,7 @@ def to_json(made: Plan) -> dict[str, Any]:
         "errors": {"decode": _or_null(made.error[0]), "prefill": _or_null(made.error[1])},
         "points": [
             _row(p, groups)
-            for p in (made.chosen, made.low, made.high, *made.front, *made.beside, *made.learned)
+            for p in (made.chosen, *ends(made), *made.front, *made.beside, *made.learned)
         ],
         "baselines": [
             {
@@ -291,9 +305,15 @@ def to_json(made: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def ends(made: Plan) -> tuple[Point, ...]:
+    """The plans of the recipes, from the fewest bits to the most, each once."""
+    least = () if made.least.raised == made.low.raised else (made.least,)
+    return (*least, made.low, made.high)
+
+
 def exceptions(made: Plan) -> tuple[policies.Exceeded, ...]:
     """Finds the points of other planners that the front does not dominate."""
-    ours = (made.low, made.high, *made.front, *made.beside)
+    ours = (*ends(made), *made.front, *made.beside)
     return policies.exceptions(ours, made.baselines)
 
 

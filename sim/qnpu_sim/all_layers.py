@@ -1,7 +1,7 @@
-"""All layers in one compiled program, for a GPU, which runs a layer faster than the host can launch
-one.
+"""Many layers in one compiled program, for a GPU, which runs a layer faster than the host can
+launch one.
 
-Consecutive layers that share a compiled program become steps of one `scan`. Their arrays are
+Consecutive layers of the same bits become steps of one `scan`. Their arrays are
 stacked along a new layer axis. Scalars and vectors of one dtype are first joined into one array,
 because every array that a step reads costs a GPU the same time, however small it is.
 """
@@ -53,10 +53,15 @@ class Stack:
     tree: Any
     places: tuple[_Place, ...]
 
+    def key(self, graph: Graph) -> Any:
+        """Stacks with the same key run the same compiled program."""
+        shapes = ((name, x.shape, x.dtype) for name, x in sorted(self.arrays.items()))
+        return graph, self.layer, self.layers, self.tree, self.places, tuple(shapes)
+
 
 def stacks(graph: Graph, layers: Sequence[Any]) -> list[Stack]:
     """Stacks the layers of a graph: one stack for each run of consecutive layers that share a
-    program.
+    program, or one for each layer where that makes fewer programs to compile.
 
     Args:
       layers: a pytree of arrays per layer, its codes and constants.
@@ -66,8 +71,11 @@ def stacks(graph: Graph, layers: Sequence[Any]) -> list[Stack]:
         leaves, tree = jax.tree.flatten(layers[layer])
         return same_bits(graph, layer), tree, [(x.shape, x.dtype) for x in leaves]
 
-    alike = (list(group) for _, group in groupby(range(len(layers)), program))
-    return [_stack(same_bits(graph, group[0]), [layers[i] for i in group]) for group in alike]
+    runs = [list(group) for _, group in groupby(range(len(layers)), program)]
+    single = {same_bits(graph, layer) for layer in range(len(layers))}
+    if len({(same_bits(graph, run[0]), len(run)) for run in runs}) > len(single):
+        runs = [[layer] for layer in range(len(layers))]
+    return [_stack(same_bits(graph, run[0]), [layers[i] for i in run]) for run in runs]
 
 
 def _stack(layer: int, trees: list[Any]) -> Stack:
@@ -99,24 +107,17 @@ def _unstack(stack: Stack, arrays: dict[str, Array]) -> Any:
     return jax.tree.unflatten(stack.tree, [leaf(p) for p in stack.places])
 
 
-def run_all(graphs: tuple[Graph, ...], of_graphs: list[list[Stack]], ids: Array) -> Array:
-    """Runs all graphs one after the other.
+def run_stack(graph: Graph, stack: Stack, x: Array) -> Array:
+    """Runs the layers of a stack one after the other.
 
     Args:
-      of_graphs: per graph, the stacks of its layers' (codes, constants).
-      ids: (T,) or (B, T) token ids.
+      stack: of the layers' (codes, constants).
+      x: the sequence input of the first: token ids or codes of the residual stream, with or without
+        a batch axis.
 
     Returns:
-      Codes of the last graph's output, the logits, with the batch axis of `ids`.
+      Codes of the last layer's output, with the batch axis of `x`.
     """
-    x = ids
-    for graph, own in zip(graphs, of_graphs, strict=True):
-        for stack in own:
-            x = _run_stack(graph, stack, x)
-    return x
-
-
-def _run_stack(graph: Graph, stack: Stack, x: Array) -> Array:
     name, shape = sequence_input(graph)
     output = graph.outputs[0]
 

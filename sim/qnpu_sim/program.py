@@ -1,14 +1,15 @@
 """Front door of the simulator: `compile_model` prepares an `IntegerModel`, `run` executes it.
 
 Layers share one compiled program: weights, multipliers and tables are its arguments. Bits are part
-of the program, so a model of mixed precision compiles one per pattern of bits. Where only logits
-are asked for, a GPU computes all layers in one program (`qnpu_sim.all_layers`).
+of the program, so a model of mixed precision compiles one per pattern of bits, all side by side
+(`qnpu_sim.ahead`). Where only logits are asked for, a GPU computes consecutive layers of the same
+bits in one program (`qnpu_sim.all_layers`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, partial
 from types import MappingProxyType
@@ -23,8 +24,9 @@ from qnpu_jax.errors import UserError, nearest
 from qnpu_jax.graph import Graph
 from qnpu_jax.integer import IntegerModel
 from qnpu_sim import parallel
-from qnpu_sim.all_layers import Stack, run_all, stacks
-from qnpu_sim.graph_constants import constants_of, tight_sums
+from qnpu_sim.ahead import compile_ahead
+from qnpu_sim.all_layers import Stack, run_stack, stacks
+from qnpu_sim.graph_constants import constants_of, dtype_of, tight_sums
 from qnpu_sim.rounding import Profile, rules_of
 from qnpu_sim.run_graph import Codes, run_graph, same_bits, sequence_input
 
@@ -42,7 +44,8 @@ class Program:
       codes: per graph and layer, codes of parameters and shared inputs by local name.
       constants: per graph and layer, the kernels' constants by the op's output name.
       mesh: the devices that share a batch's sequences; None for JAX's default device.
-      at_once: all layers run in one program where only the logits are kept.
+      at_once: consecutive layers of the same bits run in one program where only logits are kept.
+      compiled: for what its programs are compiled: what is kept, and shapes of inputs.
     """
 
     decoder: Any
@@ -51,6 +54,7 @@ class Program:
     constants: list[list[dict[str, Any]]]
     mesh: Mesh | None = None
     at_once: bool = False
+    compiled: set[Any] = field(default_factory=set)
 
     @cached_property
     def stacks(self) -> list[list[Stack]]:
@@ -83,7 +87,8 @@ def compile_model(
       profile: a name of `qnpu_sim.rounding.PROFILES`, or an `Npu`.
       devices: JAX devices; each gets all weights and a share of a batch's sequences. None: JAX's
         default device.
-      at_once: run all layers in one program where only the logits are kept. None: on a GPU.
+      at_once: run consecutive layers of the same bits in one program where only the logits are
+        kept. None: on a GPU.
 
     Raises:
       UserError: no profile has this name, the profile cannot represent an op, or its accumulators
@@ -193,17 +198,32 @@ def _matching(dec: Any, pattern: str) -> Callable[[str], bool]:
 
 
 def _logits(program: Program, ids: jax.Array) -> jax.Array:
-    """Computes logits with all layers in one program, for part of the batch at a time."""
+    """Computes logits stack by stack, for part of the batch at a time."""
     mesh, size = program.mesh, len(ids)
     if ids.ndim == 2:
         size = sequences_at_once(*ids.shape) * (1 if mesh is None else mesh.size)
-    done = []
+    function, done = _compiled_stack(mesh), []
     for some in jnp.split(ids, [*range(size, len(ids), size)]):
-        fed = some if mesh is None else parallel.spread(mesh, some)
+        x = some if mesh is None else parallel.spread(mesh, some)
+        graphs = zip(program.decoder.graphs, program.stacks, strict=True)
+        calls = [(graph, stack) for graph, own in graphs for stack in own]
         with jax.enable_x64():
-            logits = _compiled_program(mesh)(program.decoder.graphs, program.stacks, fed)
-        done.append(logits[: len(some)])
+            if mesh is None and x.shape not in program.compiled:
+                shape = x.shape[:-1]
+                new = {s.key(g): (g, s, _input(g, s.layer, shape)) for g, s in calls}
+                compile_ahead(function, list(new.values()))
+                program.compiled.add(x.shape)
+            for graph, stack in calls:
+                x = function(graph, stack, x)
+        done.append(x[: len(some)])
     return done[0] if len(done) == 1 else jnp.concatenate(done)
+
+
+def _input(graph: Graph, layer: int, batch: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Shape and type of a layer's sequence input."""
+    name, shape = sequence_input(graph)
+    dtype = jnp.int32 if graph.ids is not None else dtype_of(graph[name], layer)
+    return jax.ShapeDtypeStruct((*batch, *shape), dtype)
 
 
 def steps(
@@ -222,8 +242,24 @@ def steps(
       The graph, the layer, and by local name its output and the tensors to keep.
     """
     mesh, ids = program.mesh, jnp.asarray(ids, jnp.int32)
-    values: Codes = {"ids": ids if mesh is None else parallel.spread(mesh, ids)}
-    run_layer = _compiled_layer(mesh)
+    x = ids if mesh is None else parallel.spread(mesh, ids)
+    run_layer, calls = _compiled_layer(mesh), list(_calls(program, keep, inputs))
+    if mesh is None:
+        _compile_ahead(program, run_layer, calls, ids.shape[:-1])
+    for layer, (step, codes, constants, given) in calls:
+        graph = step.graph
+        values = {sequence_input(graph)[0]: x, **given}
+        with jax.enable_x64():  # closed before the yield: the caller's code runs there
+            env = run_layer(step, codes, constants, values)
+        x = env[graph.outputs[0]]
+        filled = mesh is not None and ids.ndim == 2 and ids.shape[0] % mesh.size
+        yield graph, layer, {n: y[: len(ids)] for n, y in env.items()} if filled else env
+
+
+def _calls(
+    program: Program, keep: Callable[[str], bool], inputs: Mapping[str, Any]
+) -> Iterator[tuple[int, tuple[_Step, Codes, dict[str, Any], Codes]]]:
+    """Yields each layer with the arguments of its program, but for the sequence input."""
     for graph, codes, constants in zip(
         program.decoder.graphs, program.codes, program.constants, strict=True
     ):
@@ -234,16 +270,29 @@ def steps(
                 if t.kind == "activation"
                 and (t.name in graph.outputs[:1] or keep(graph.global_name(layer, t.name)))
             )
-            step = _Step(graph, same_bits(graph, layer), kept)
             own = {t.name: graph.global_name(layer, t.name) for t in graph.named("input")}
             given = program.decoder.shared(graph, inputs, layer)
             given |= {n: inputs[g] for n, g in own.items() if g in inputs}
-            values |= {n: jnp.asarray(x) for n, x in given.items()}
-            with jax.enable_x64():  # closed before the yield: the caller's code runs there
-                env = run_layer(step, codes[layer], constants[layer], values)
-            filled = mesh is not None and ids.ndim == 2 and ids.shape[0] % mesh.size
-            yield graph, layer, {n: x[: len(ids)] for n, x in env.items()} if filled else env
-            values = {"input.residual": env[graph.outputs[0]]}
+            given = {n: jnp.asarray(y) for n, y in given.items()}
+            step = _Step(graph, same_bits(graph, layer), kept)
+            yield layer, (step, codes[layer], constants[layer], given)
+
+
+def _compile_ahead(
+    program: Program,
+    run_layer: Callable[..., Codes],
+    calls: Sequence[tuple[int, tuple[_Step, Codes, dict[str, Any], Codes]]],
+    batch: tuple[int, ...],
+) -> None:
+    """Compiles every program that the layers need and that is not compiled yet."""
+    new = {}
+    for layer, (step, codes, constants, given) in calls:
+        key = step, batch, tuple(sorted(given))
+        if key not in program.compiled:
+            values = {sequence_input(step.graph)[0]: _input(step.graph, layer, batch), **given}
+            new[key] = step, codes, constants, values
+    compile_ahead(run_layer, list(new.values()))
+    program.compiled.update(new)
 
 
 _CPU_OPTIONS = {
@@ -274,17 +323,15 @@ def _compiled_layer(mesh: Mesh | None) -> Callable[..., Codes]:
 
 
 @cache
-def _compiled_program(mesh: Mesh | None) -> Callable[..., jax.Array]:
+def _compiled_stack(mesh: Mesh | None) -> Callable[..., jax.Array]:
     options = _CPU_OPTIONS if _platform(mesh) == "cpu" else None
-    function = run_all if mesh is None else partial(_run_all_on, mesh)
+    function = run_stack if mesh is None else partial(_run_stack_on, mesh)
     return jax.jit(function, static_argnums=0, compiler_options=options)
 
 
-def _run_all_on(
-    mesh: Mesh, graphs: tuple[Graph, ...], of_graphs: list[list[Stack]], ids: jax.Array
-) -> jax.Array:
-    function = partial(run_all, graphs)
-    return parallel.shards(mesh, function, batched=ids.ndim == 2)(of_graphs, ids)
+def _run_stack_on(mesh: Mesh, graph: Graph, stack: Stack, x: jax.Array) -> jax.Array:
+    batched = x.ndim > len(sequence_input(graph)[1])
+    return parallel.shards(mesh, partial(run_stack, graph), batched=batched)(stack, x)
 
 
 class _Step(NamedTuple):

@@ -17,7 +17,7 @@ import tiny
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.graph.ops import WIDENING
 from qnpu_sim import elementwise, gpu_attention, kernels, op_constants
-from qnpu_sim.all_layers import run_all
+from qnpu_sim.all_layers import run_stack
 from qnpu_sim.gpu_attention import KEYS, MOST_KEYS, REST, ROWS, Constants, chains
 from qnpu_sim.kernels import OperandFacts
 from qnpu_sim.op_constants import QuantizedType
@@ -188,8 +188,9 @@ def test_it_is_made_for_a_gpu(monkeypatch):
     dec = model.decoder(16)
     stacks = compile_model(model, dec).stacks
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    ids = jnp.zeros((2, 16), jnp.int32)
+    (stack,) = stacks[1]
+    x = jnp.zeros((2, *dec.layer["input.residual"].shape), jnp.int16)
     with jax.enable_x64(), gpu():
-        traced = jax.jit(run_all, static_argnums=0).trace(dec.graphs, stacks, ids)
+        traced = jax.jit(run_stack, static_argnums=0).trace(dec.layer, stack, x)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == CONFIG.num_kv_heads
