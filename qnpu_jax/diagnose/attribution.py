@@ -89,7 +89,7 @@ def _slopes(
 ) -> Tensors:
     def kl(factors: Tensors) -> jax.Array:
         logits = decoder_logits(
-            dec, values, {n: (errors[n], factors[n]) for n in errors}, with_errors
+            dec, values, {n: (errors[n], factors[n]) for n in errors}, with_errors(dec)
         )
         return mean_kl(reference, logits)
 
@@ -140,7 +140,7 @@ def _chosen(constants: Constants, names: Iterable[str]) -> dict[str, np.ndarray]
 
 @partial(jax.jit, static_argnums=0)
 def _injected(dec: Decoder, values: Tensors, extra: Tensors) -> jax.Array:
-    return decoder_logits(dec, values, extra, with_errors)
+    return decoder_logits(dec, values, extra, with_errors(dec))
 
 
 @partial(jax.jit, static_argnums=0)

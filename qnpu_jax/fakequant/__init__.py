@@ -1,7 +1,12 @@
 """The graph in float, and on the integer grid with straight-through gradients."""
 
 from qnpu_jax.fakequant.compiling import BRIEF, Options, jit_brief
-from qnpu_jax.fakequant.edged_pass import decoder_logits, recorded_logits, with_errors
+from qnpu_jax.fakequant.edged_pass import (
+    decoder_logits,
+    recorded_logits,
+    under_roots,
+    with_errors,
+)
 from qnpu_jax.fakequant.evaluate import Edge, evaluate
 from qnpu_jax.fakequant.fake_quant import fake_quant, lsq_factor, round_ste, scale_gradient
 from qnpu_jax.fakequant.forward import (
@@ -40,5 +45,6 @@ __all__ = [
     "shared_inputs",
     "token_nll",
     "windows_at_once",
+    "under_roots",
     "with_errors",
 ]

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qnpu_jax.fakequant.evaluate import Edge, evaluate
 from qnpu_jax.fakequant.forward import scanned_inputs
-from qnpu_jax.graph import LAYERS, Decoder, Tensors, TensorSpec, local
+from qnpu_jax.graph import LAYERS, Decoder, Rsqrt, Sqrt, Tensors, TensorSpec, local
 
 
 def decoder_logits(
@@ -61,13 +62,28 @@ def recorded_logits(
     return logits, {g.prefix + n: e for g, kept in parts for n, e in kept.items()}
 
 
-def with_errors(extra: Tensors) -> Edge:
-    """Makes an edge that computes x + t e, from (e, t) by local name."""
+def with_errors(dec: Decoder) -> Callable[[Tensors], Edge]:
+    """Makes the edges of a decoder that compute x + t e, from (e, t) by local name.
 
-    def edge(spec: TensorSpec, x: jax.Array) -> jax.Array:
-        if spec.name not in extra:
-            return x
-        error, factor = extra[spec.name]
-        return x + factor * error
+    An error does not count where it would leave a square root nothing: of a row far shorter than
+    the longest, the sum of squares has a code of 0, and its inverse no real value.
+    """
+    positive = under_roots(dec)
 
-    return edge
+    def made(extra: Tensors) -> Edge:
+        def edge(spec: TensorSpec, x: jax.Array) -> jax.Array:
+            if spec.name not in extra:
+                return x
+            error, factor = extra[spec.name]
+            y = x + factor * error
+            return jnp.where((x > 0) & (y <= 0), x, y) if spec.name in positive else y
+
+        return edge
+
+    return made
+
+
+def under_roots(dec: Decoder) -> frozenset[str]:
+    """Finds the tensors that square roots are taken of, by local name."""
+    nodes = (node for graph in dec.graphs for node in graph.nodes)
+    return frozenset(node.inputs[0] for node in nodes if isinstance(node.op, Sqrt | Rsqrt))

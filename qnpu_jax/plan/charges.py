@@ -35,6 +35,7 @@ from qnpu_jax.fakequant import (
     fake_quant,
     recorded_logits,
     shared_inputs,
+    under_roots,
     with_errors,
 )
 from qnpu_jax.graph import (
@@ -262,6 +263,7 @@ def rounded_pass(dec: Decoder, read: Arrays, at: Tensors) -> tuple[jax.Array, Te
     """Computes the logits at a plan, and the errors of activations there."""
     factor = {n: at.get(n, jnp.ones(jnp.shape(q[0].scale))) for n, q in read.quant.items()}
     extra = {n: (q, factor[n]) for n, q in read.quant.items()} | _of_params(read, at)
+    positive = under_roots(dec)
 
     def edge(own: Tensors, kept: Tensors) -> Edge:
         def rounded(spec: TensorSpec, x: jax.Array) -> jax.Array:
@@ -272,6 +274,8 @@ def rounded_pass(dec: Decoder, read: Arrays, at: Tensors) -> tuple[jax.Array, Te
                 return x + t * what
             q, qmin, qmax = what
             y = fake_quant(x, q.scale, q.zero_point, qmin, qmax)
+            if spec.name in positive:  # 1 / sqrt(0), a kernel's largest code, has no real value
+                y = jnp.where((x > 0) & (y <= 0), q.scale / 2, y)
             # A masked score is -1e9, beside which float32 has nothing left of a code.
             kept[spec.name] = jnp.where(x <= MASK / 2, 0.0, y - x)
             return jnp.where(t > 0, y, x)
@@ -299,7 +303,7 @@ def divergence(dec: Decoder, read: Arrays, reference: jax.Array, at: Tensors) ->
     one = {n: jnp.ones(jnp.shape(q[0].scale)) for n, q in read.quant.items()}
     errors = {n: (read.errors[n], at.get(n, t)) for n, t in one.items()}
     extra = errors | _of_params(read, at)
-    logits = decoder_logits(dec, read.values, extra, with_errors)
+    logits = decoder_logits(dec, read.values, extra, with_errors(dec))
     return mean_kl(reference, logits)
 
 

@@ -1,5 +1,6 @@
 """Charges of a mixed decoder against the KL itself, on tiny models."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -8,11 +9,20 @@ import pytest
 import tiny
 
 from qnpu_jax.calibrate import GptqSettings, gptq
+from qnpu_jax.fakequant import under_roots
 from qnpu_jax.fakequant.forward import forward
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.graph.scales import resolve
 from qnpu_jax.measure import mean_kl
-from qnpu_jax.plan.charges import charges, divergences, factors, mixed, without
+from qnpu_jax.plan.charges import (
+    arrays,
+    charges,
+    divergences,
+    factors,
+    mixed,
+    rounded_pass,
+    without,
+)
 from qnpu_jax.plan.groups import choices
 
 IDS = tiny.random_ids((3, tiny.TOKENS), seed=9)
@@ -107,3 +117,21 @@ def test_factors_reach_every_tensor_of_a_group():
     assert {n: np.shape(t) for n, t in at.items() if n.startswith("head")} == {
         "head.input": (), "head.logits": (),
     }  # fmt: skip
+
+
+def test_a_sum_of_squares_of_code_0_is_charged_in_numbers():
+    """Rows far shorter than the longest: the kernel's largest code stands for 1 / sqrt(0)."""
+    model, references, *_ = made("gqa_llama3")
+    roots = {n for n in model.scales if n.rpartition(".")[2] in ("squares", "sum", "root")}
+    scopes = ("", "attn.", "mlp.")
+    expected = {f"{scope}norm.{n}" for scope in scopes for n in ("sum", "root")}
+    assert under_roots(model.choices.low) == expected
+    coarse = {n: q.replace(scale=1e6 * q.scale) for n, q in model.scales.items() if n in roots}
+    model = dataclasses.replace(model, scales=model.scales | coarse)
+    low, _ = low_and_high(model)
+    at = factors(model.choices, low)
+    _, errors = rounded_pass(model.choices.low, arrays(model, IDS[0]), at)
+    assert all(np.isfinite(e).all() for e in errors.values())
+    found = charges(model, IDS, references, low)
+    assert all(np.isfinite(x).all() for x in found)
+    np.testing.assert_allclose(found.kl, divergences(model, IDS, references, low))
