@@ -268,8 +268,11 @@ def smoothed(dec: Decoder, params: Params, recipe: Recipe, text: Windows) -> Par
     ends = ("attn_in", "mlp_in", "attn_out", "mlp_out")
     factors = replace(inner, **{end: getattr(outer, end) for end in ends})
     if recipe.peak_limit:
-        scaled = peaks.act * inner.up_down
-        factors = replace(factors, up_down=inner.up_down * limit_peaks(scaled, recipe.peak_limit))
+        limits = limit_peaks(peaks.act * inner.up_down, recipe.peak_limit)
+        # 16 bits hold a loud channel beside the others; 8 of a weight do not hold its inverse.
+        narrow = np.array([bits <= 8 for bits in dec.layer["mlp.act"].quant.bits])
+        limits = np.where(narrow[:, None], limits, 1.0)
+        factors = replace(factors, up_down=inner.up_down * limits)
     return scale_channels(cfg, params, factors)
 
 

@@ -41,8 +41,8 @@ ROUNDS = 3
 """Times that the program is solved for what is asked for."""
 CHANGES = 0.1
 """Share of the groups that may change in a round after the first."""
-RECIPE, FIGURE = "plan.json", "plan.svg"
-KIND = artifacts.Kind("qnpu plan", frozenset({RECIPE, "front.json", FIGURE}), "front.json")
+RECIPE, FIGURE, RECIPES = "plan.json", "plan.svg", "front"
+KIND = artifacts.Kind("qnpu plan", frozenset({RECIPE, "front.json", FIGURE, RECIPES}), "front.json")
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,8 @@ def _rank(point: Point, most: Budget) -> tuple[bool, float]:
 
 
 def write_plan(made: Plan, out: Path, overwrite: bool, draw: Draw | None = None) -> None:
-    """Writes the folder of a plan, whole or not at all.
+    """Writes the folder of a plan, whole or not at all; in its folder RECIPES one recipe for each
+    plan of the front.
 
     Args:
       out: new, empty, or of an earlier plan with `overwrite`.
@@ -266,6 +267,11 @@ def write_plan(made: Plan, out: Path, overwrite: bool, draw: Draw | None = None)
     with artifacts.writing(out, overwrite, KIND) as folder:
         artifacts.write_json(folder / RECIPE, made.recipe.to_json())
         artifacts.write_json(folder / KIND.mark, to_json(made))
+        for point in made.front:
+            (folder / RECIPES).mkdir(exist_ok=True)
+            bits = made.choices.plan(point.raised)
+            recipe = replace(made.recipe, name=f"{made.recipe.name}-{point.name}", bits=bits)
+            artifacts.write_json(folder / RECIPES / f"{point.name}.json", recipe.to_json())
         if draw is not None:
             draw(made, folder / FIGURE)
 

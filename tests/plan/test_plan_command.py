@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,12 +172,40 @@ def test_recipes_that_differ_in_one_weight_have_a_plan(asked):
     assert found.chosen.raised == (False,)
 
 
+def test_a_plan_lies_between_the_least_bits_and_the_most(asked, planned):
+    """With the head at 4 bits: budgets stay those of the recipe to compare with."""
+    fewer = tuple(r for r in LOW.bits.rules if r[0] != "head.weight")
+    least = dataclasses.replace(LOW, name="w4h4", bits=BitPlan(fewer))
+    made = run.plan(dataclasses.replace(asked, least=least, front=False), Observer())
+    head = [g.name for g in made.choices.groups].index("head.weight")
+    assert [i for i, up in enumerate(made.low.raised) if up] == [head]
+    assert [p.name for p in run.ends(made)] == ["w4h4", "w4a8", "w8a16"]
+    assert not any(made.least.raised) and made.least.size < made.low.size
+    for cost in ("decode", "prefill", "size"):
+        assert getattr(made.low, cost) == pytest.approx(getattr(planned.low, cost), rel=1e-9)
+    assert made.chosen.decode <= 1.001 * planned.low.decode * (1 + 1e-6)
+    assert made.recipe.name == "w4a8-plan" and made.recipe.stages == least.stages
+    dec = decoder(made.choices.low.config, made.recipe.bits, 5)
+    assert dec.head["weight"].quant.bits == (8 if made.chosen.raised[head] else 4,)
+
+
+def test_more_windows_are_measured_on_where_they_are_asked_for(asked):
+    checkpoint = load(asked.model)
+    sizes = [
+        len(prepared(dataclasses.replace(asked, windows=n), checkpoint, Observer()).bench.windows)
+        for n in (4, 6)
+    ]
+    assert sizes[1] > sizes[0]
+
+
 def test_equal_requests_give_equal_plans(asked, planned, tmp_path):
     again = run.plan(asked, Observer())
     for name, made in (("a", planned), ("b", again)):
         write_plan(made, tmp_path / name, False, front_figure.draw)
-    files = [sorted((tmp_path / name).iterdir()) for name in "ab"]
-    assert [f.name for f in files[0]] == ["front.json", "plan.json", "plan.svg"]
+    files = [sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in "ab"]
+    recipes = [f"front/{factor:.2f}.json" for factor in run.FRONT]
+    names = [str(f.relative_to(tmp_path / "a")) for f in files[0]]
+    assert names == sorted([*recipes, "front.json", "plan.json", "plan.svg"], key=Path)
     for a, b in zip(*files, strict=True):
         assert a.read_bytes() == b.read_bytes()
 
@@ -184,6 +213,10 @@ def test_equal_requests_give_equal_plans(asked, planned, tmp_path):
 def test_the_files_hold_the_plan(planned, tmp_path):
     write_plan(planned, tmp_path / "made", False, front_figure.draw)
     assert load_recipe(tmp_path / "made" / "plan.json") == planned.recipe
+    for point in planned.front:
+        its = load_recipe(tmp_path / "made" / "front" / f"{point.name}.json")
+        assert its.name == f"w4a8-plan-{point.name}"
+        assert its.bits.rules == planned.choices.plan(point.raised).rules
     front = json.loads((tmp_path / "made" / "front.json").read_text())
     assert front["seconds"] == "estimate"
     assert len(front["points"]) == 3 + len(run.FRONT)

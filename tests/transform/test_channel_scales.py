@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from qnpu_jax import pipeline
-from qnpu_jax.config import ModelConfig
+from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.errors import UserError
 from qnpu_jax.fakequant.forward import forward
 from qnpu_jax.graph.decoder import Decoder, decoder
@@ -242,6 +242,24 @@ def test_a_recipe_limits_what_its_smoothing_left(smooth):
     after = peaks_of(dec, pipeline.smoothed(dec, params, limited, text)).act
     limit = 0.9 * np.quantile(before, 0.99, axis=1, keepdims=True)
     np.testing.assert_allclose(after, np.minimum(before, limit), rtol=1e-4)  # float32
+
+
+@pytest.mark.slow
+def test_a_layer_whose_channels_have_16_bits_keeps_its_loud_ones():
+    """Without a prefix a limit of 8-bit inputs would make columns of `down` thousands of times
+    louder, which its 8-bit weights do not bear."""
+    dec, params = model("gqa_llama3", tiny.PREFIX)
+    wide = dict.fromkeys(("layers.0.mlp.act", "layers.0.mlp.down"), 16)
+    recipe = dataclasses.replace(tiny.recipe("w8a8"), peak_limit=0.9)
+    bits = BitPlan((*wide.items(), *recipe.bits.rules))
+    dec = decoder(dec.config, bits, dec.tokens, dec.prefix)
+    text = Windows.of(tiny.random_ids((3, dec.tokens)))
+    before, after = (
+        peaks_of(dec, pipeline.smoothed(dec, params, r, text)).act
+        for r in (dataclasses.replace(recipe, peak_limit=0.0), recipe)
+    )
+    np.testing.assert_array_equal(after[0], before[0])
+    assert after[1].max() < before[1].max()
 
 
 @pytest.mark.parametrize("peaks", [np.zeros((2, 8)), np.ones((2, 8)), np.eye(2, 400)])
