@@ -44,7 +44,7 @@ __all__ = [
     "scanned_inputs",
     "shared_inputs",
     "token_nll",
-    "windows_at_once",
     "under_roots",
+    "windows_at_once",
     "with_errors",
 ]

@@ -98,6 +98,7 @@ def _panel(axes: Any, made: Plan, cost: str, label: str, unit: float) -> None:
         label="the plan",
     )
     axes.set_xlabel(label)
+    axes.margins(y=0.1)  # room for the names of the plans above
     axes.set_ylim(bottom=0)
 
 

@@ -34,7 +34,7 @@ class Prepared:
 
     Attributes:
       bench: by which all plans of it are judged.
-      recipe: of the fewest bits.
+      recipes: of the fewest bits and of the most.
       begun: the float model after its prefix.
       text: windows to calibrate with, to learn on, and to judge by.
       calibrated: float parameters, with the ranges of the low plan.
@@ -42,7 +42,7 @@ class Prepared:
     """
 
     bench: Bench
-    recipe: Recipe
+    recipes: tuple[Recipe, Recipe]
     begun: pipeline.Prefixed
     text: Windows
     calibrated: Calibrated
@@ -78,12 +78,22 @@ def prepared(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Pre
     logits = float_logits(begun.config, recipe.bits, floats)
     references = [jnp.asarray(logits(ids)) for ids in windows]
     bench = Bench(model, cost(found, asked.soc, asked.context), windows, references, watch)
-    return Prepared(bench, recipe, begun, text, calibrated, rounded)
+    return Prepared(bench, (recipe, asked.high), begun, text, calibrated, rounded)
 
 
-def planned(lowest: Recipe, found: Choices, raised: Sequence[bool]) -> Recipe:
-    """The recipe of a plan: the one of the fewest bits in all but its bits."""
-    return replace(lowest, name=f"{lowest.name}-plan", bits=found.plan(raised))
+def planned(
+    recipes: tuple[Recipe, Recipe], found: Choices, raised: Sequence[bool], name: str
+) -> Recipe:
+    """The recipe of a plan: the one of the fewest bits in all but its bits; that of the most where
+    all is raised, as what mends errors of few bits ruins a model that has none.
+
+    Args:
+      recipes: of the fewest bits and of the most.
+    """
+    lowest, high = recipes
+    if all(raised):
+        return replace(high, name=name)
+    return replace(lowest, name=name, bits=found.plan(raised))
 
 
 def relearned(ready: Prepared, raised: Sequence[bool], effort: Effort, watch: Observer) -> Bench:
@@ -96,7 +106,7 @@ def relearned(ready: Prepared, raised: Sequence[bool], effort: Effort, watch: Ob
       raised: the plan, by group.
     """
     found = ready.bench.model.choices
-    recipe = planned(ready.recipe, found, raised)
+    recipe = planned(ready.recipes, found, raised, f"{ready.recipes[0].name}-plan")
     effort = replace(effort, without=tuple(dict.fromkeys((*effort.without, *FIXED))))
     calibrated = pipeline.calibrated(ready.begun, recipe, ready.text, watch)
     made = learn(calibrated, recipe, effort, ready.text, watch=watch)

@@ -117,8 +117,8 @@ class Recipe:
       smooth_stream: alpha of those of what blocks read and make where R1 cannot rotate it (Gemma:
         gamma -> linears; o and down, whose rows take any factor); 0 for none.
       peak_limit: channels of `down`'s input whose peak is above this many times the 99th percentile
-        of their layer's peaks are scaled down to it (`transform.limit_peaks`) where that input has 8
-        bits; 0 for none, else at least LEAST_LIMIT.
+        of their layer's peaks are scaled down to it (`transform.limit_peaks`) where that input has
+        8 bits; 0 for none, else at least LEAST_LIMIT.
       split_channels: channels by which the MLP of every layer grows: copies of those that reach
         furthest, each with its share (`transform.channel_splitting`); 0 for none.
       activation_init: range of 8-bit activations: `minmax`, `sigma` (mean +- 3 sigma),

@@ -126,8 +126,10 @@ def test_a_sum_of_squares_of_code_0_is_charged_in_numbers():
     scopes = ("", "attn.", "mlp.")
     expected = {f"{scope}norm.{n}" for scope in scopes for n in ("sum", "root")}
     assert under_roots(model.choices.low) == expected
-    coarse = {n: q.replace(scale=1e6 * q.scale) for n, q in model.scales.items() if n in roots}
-    model = dataclasses.replace(model, scales=model.scales | coarse)
+    scales = dict(model.scales)
+    for name in roots:
+        scales[name] = dataclasses.replace(scales[name], scale=1e6 * scales[name].scale)
+    model = dataclasses.replace(model, scales=scales)
     low, _ = low_and_high(model)
     at = factors(model.choices, low)
     _, errors = rounded_pass(model.choices.low, arrays(model, IDS[0]), at)

@@ -8,6 +8,7 @@ import tiny
 from qnpu_sim import program as sim_run
 from qnpu_sim.program import compile_model, run
 from qnpu_sim.rounding import Profile
+from qnpu_sim.run_graph import same_bits
 
 
 def compare(monkeypatch, plan: str, profile: Profile, batches: tuple[slice | int, ...]) -> None:
@@ -51,3 +52,30 @@ def test_a_loop_reads_few_arrays():
     matrices = sum(leaf.ndim > 1 for leaf in leaves)
     types = {leaf.dtype for leaf in leaves if leaf.ndim < 2}
     assert len(stack.arrays) == matrices + len(types) < len(leaves) / 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch, at_once):
+    """As many programs as without, one for each pattern of bits."""
+    model = tiny.quantized("gqa_llama3", "mixed")
+    program = compile_model(model, model.decoder(7), at_once=at_once)
+    patterns = {same_bits(g, i) for g in program.decoder.graphs[1:2] for i in range(g.layers)}
+    assert len(patterns) > 1
+    seen, ahead = [], []
+
+    def heard(event: str, duration_secs: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    run(program, tiny.random_ids((2, 7)))  # stacks the layers, with programs of its own
+    counts = []
+    for batch, function in ((3, sim_run.compile_ahead), (4, lambda _, calls: ahead.append(calls))):
+        monkeypatch.setattr(sim_run, "compile_ahead", function)
+        seen.clear()
+        run(program, tiny.random_ids((batch, 7)))
+        counts.append(len(seen))
+    jax.monitoring.unregister_event_duration_listener(heard)
+    assert counts[0] == counts[1] > len(patterns)
+    assert len(ahead[0]) == len(patterns) + 2  # embed and head
