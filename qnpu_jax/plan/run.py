@@ -21,13 +21,14 @@ from jaxtyping import Float64
 from qnpu_jax import artifacts
 from qnpu_jax.config import ModelConfig
 from qnpu_jax.errors import UserError
+from qnpu_jax.graph import decoder
 from qnpu_jax.latency import roofline
 from qnpu_jax.learn import learns
 from qnpu_jax.models import load
 from qnpu_jax.plan import feasible, policies, targets
 from qnpu_jax.plan.bench import Bench, Point, standard_error
 from qnpu_jax.plan.charges import charges
-from qnpu_jax.plan.groups import Choices, Group
+from qnpu_jax.plan.groups import Choices, Group, choices
 from qnpu_jax.plan.pairs import Losses, Pair, pair_terms, significant
 from qnpu_jax.plan.policies import UNIFORM
 from qnpu_jax.plan.prepared import Prepared, planned, prepared, relearned
@@ -142,6 +143,10 @@ def _feasible(its: targets.Target, config: ModelConfig, asked: PlanRequest) -> P
     low, high = feasible.recipes(its, config, asked.low, asked.high)
     if asked.least is None:
         return replace(asked, low=low, high=high)
+    try:
+        choices(*(decoder(config, r.bits, 1) for r in (asked.least, asked.low)))
+    except UserError as error:
+        raise UserError(f"--least {asked.least.name}, as low, and {low.name}: {error}") from None
     least, high = feasible.recipes(its, config, asked.least, asked.high)
     return replace(asked, low=low, high=high, least=least)
 

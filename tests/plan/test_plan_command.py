@@ -333,6 +333,7 @@ def test_what_one_layer_widens_for_one_op_and_another_for_another_is_proved(here
         (["--within", "1", "--soc", "SA8295"], "SA8295 has products of two activations of 8 bits"),
         (["--within", "1", "--high", "w4a8"], "plan: w4a8 and w4a8 give every tensor the same"),
         (["--within", "1", "--low", "w8a16", "--high", "w4a8"], "16 bits in the low plan and 8 in"),
+        (["--within", "1", "--least", "w8a8"], "--least w8a8, as low, and w4a8: layers.0.attn.q"),
         (["--within", "nan"], "plan: --within nan; expected a number above 0; correct it"),
         (["--size=-3"], "plan: --size -3; expected a number above 0; correct it"),
         (["--kl", "1e-9"], "budget: no plan meets it (KL 1e-09 nats, at least "),
