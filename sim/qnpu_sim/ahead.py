@@ -35,5 +35,8 @@ def compile_ahead(function: Any, calls: Sequence[tuple[Any, ...]]) -> None:
         ):
             function.lower(*args).compile()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         list(pool.map(compile_one, calls))
+    finally:  # an interrupt waits for what is being compiled, not for what is still to be
+        pool.shutdown(cancel_futures=True)
