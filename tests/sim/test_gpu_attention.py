@@ -183,7 +183,7 @@ def gpu() -> contextlib.AbstractContextManager:
 
 @pytest.mark.slow
 def test_it_is_made_for_a_gpu(monkeypatch):
-    """Lowered to Triton, once per group of heads, inside the one program of all layers."""
+    """Lowered to Triton, once per group of heads, inside the one program of its layers."""
     model = random_model.random_model("w8a8", CONFIG)
     dec = model.decoder(16)
     stacks = compile_model(model, dec).stacks
