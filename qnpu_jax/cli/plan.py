@@ -128,9 +128,8 @@ def plan(
     What low bits of every weight and activation cost is measured, as a
     share of the KL; what high ones cost is estimated for a Snapdragon or
     an Ethos-U, casts included; a mixed integer program does the rest, and
-    is measured and solved again. A target without int16 kernels, or
-    without those of 4-bit weights, keeps the widths that it has.
-    `qnpu quantize --recipe OUT/plan.json` takes the plan.
+    is measured and solved again. A target keeps to the widths that it
+    has. `qnpu quantize --recipe OUT/plan.json` takes the plan.
     """
     with importing():
         from qnpu_jax import artifacts
@@ -139,11 +138,11 @@ def plan(
         from qnpu_jax.plan import PlanRequest, front_figure, policies, run
         from qnpu_jax.recipes import load_effort, load_recipe
     within, kl, size = (math.inf if x is None else x for x in (within, kl, size))
-    of = _origin(source, low, model)
+    of, fewest = _origin(source, low, model), None if least is None else load_recipe(least)
     asked = PlanRequest(
         of.model, soc, of.recipe, load_recipe(high), within, kl, 1e6 * size, calibration,
-        context, front, policies.named(baseline or ()), load_effort(effort), pairs,
-        of.sha256, None if least is None else load_recipe(least), windows,
+        context, front, policies.named(baseline or ()), load_effort(effort), pairs, of.sha256,
+        fewest, windows,
     )  # fmt: skip
     artifacts.check_writable(out, overwrite, run.KIND)
     with Display() as watch:

@@ -184,7 +184,8 @@ def test_a_plan_lies_between_the_least_bits_and_the_most(asked, planned):
     for cost in ("decode", "prefill", "size"):
         assert getattr(made.low, cost) == pytest.approx(getattr(planned.low, cost), rel=1e-9)
     assert made.chosen.decode <= 1.001 * planned.low.decode * (1 + 1e-6)
-    assert made.recipe.name == "w4a8-plan" and made.recipe.stages == least.stages
+    assert made.recipe.name == "w4a8-plan"
+    assert made.recipe.stages == (() if all(made.chosen.raised) else least.stages)
     dec = decoder(made.choices.low.config, made.recipe.bits, 5)
     assert dec.head["weight"].quant.bits == (8 if made.chosen.raised[head] else 4,)
 
