@@ -84,16 +84,12 @@ def prepared(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Pre
 def planned(
     recipes: tuple[Recipe, Recipe], found: Choices, raised: Sequence[bool], name: str
 ) -> Recipe:
-    """The recipe of a plan: the one of the fewest bits in all but its bits; that of the most where
-    all is raised, as what mends errors of few bits ruins a model that has none.
+    """The recipe of a plan: the one of the fewest bits in all but its bits.
 
     Args:
       recipes: of the fewest bits and of the most.
     """
-    lowest, high = recipes
-    if all(raised):
-        return replace(high, name=name)
-    return replace(lowest, name=name, bits=found.plan(raised))
+    return replace(recipes[0], name=name, bits=found.plan(raised))
 
 
 def relearned(ready: Prepared, raised: Sequence[bool], effort: Effort, watch: Observer) -> Bench:
