@@ -105,7 +105,7 @@ class Bench:
 
     Attributes:
       held_out: windows (N, T) of the text that is scored.
-      calibration: token ids of each text to calibrate and learn on, by its path.
+      calibration: token ids of each text to calibrate and learn on, by its file's name.
       own: tokens that the model writes itself, a further such text.
       others: windows of texts that are scored too, by name.
     """
@@ -174,7 +174,12 @@ def load(args: argparse.Namespace) -> Bench:
             f"--others: files named {', '.join(names)}; expected different names, none of them"
             f" {MAIN}; rename one"
         )
-    calibration = {str(path): ids(path) for path in args.calibration}
+    calibration = {path.name: ids(path) for path in args.calibration}
+    if len(calibration) < len(args.calibration):
+        raise UserError(
+            f"--calibration: files named {', '.join(p.name for p in args.calibration)}; expected"
+            " different names, by which rows tell them apart; rename one"
+        )
     if effort.steps:
         in_turn(calibration, effort.length, effort.length)
     others = {path.stem: windows(path) for path in args.others}

@@ -34,7 +34,7 @@ class Prepared:
 
     Attributes:
       bench: by which all plans of it are judged.
-      recipes: of the fewest bits and of the most.
+      recipe: of the fewest bits.
       begun: the float model after its prefix.
       text: windows to calibrate with, to learn on, and to judge by.
       calibrated: float parameters, with the ranges of the low plan.
@@ -42,7 +42,7 @@ class Prepared:
     """
 
     bench: Bench
-    recipes: tuple[Recipe, Recipe]
+    recipe: Recipe
     begun: pipeline.Prefixed
     text: Windows
     calibrated: Calibrated
@@ -78,18 +78,12 @@ def prepared(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Pre
     logits = float_logits(begun.config, recipe.bits, floats)
     references = [jnp.asarray(logits(ids)) for ids in windows]
     bench = Bench(model, cost(found, asked.soc, asked.context), windows, references, watch)
-    return Prepared(bench, (recipe, asked.high), begun, text, calibrated, rounded)
+    return Prepared(bench, recipe, begun, text, calibrated, rounded)
 
 
-def planned(
-    recipes: tuple[Recipe, Recipe], found: Choices, raised: Sequence[bool], name: str
-) -> Recipe:
-    """The recipe of a plan: the one of the fewest bits in all but its bits.
-
-    Args:
-      recipes: of the fewest bits and of the most.
-    """
-    return replace(recipes[0], name=name, bits=found.plan(raised))
+def planned(like: Recipe, found: Choices, raised: Sequence[bool], name: str) -> Recipe:
+    """The recipe of a plan: another one in all but its name and bits."""
+    return replace(like, name=name, bits=found.plan(raised))
 
 
 def relearned(ready: Prepared, raised: Sequence[bool], effort: Effort, watch: Observer) -> Bench:
@@ -102,7 +96,7 @@ def relearned(ready: Prepared, raised: Sequence[bool], effort: Effort, watch: Ob
       raised: the plan, by group.
     """
     found = ready.bench.model.choices
-    recipe = planned(ready.recipes, found, raised, f"{ready.recipes[0].name}-plan")
+    recipe = planned(ready.recipe, found, raised, f"{ready.recipe.name}-plan")
     effort = replace(effort, without=tuple(dict.fromkeys((*effort.without, *FIXED))))
     calibrated = pipeline.calibrated(ready.begun, recipe, ready.text, watch)
     made = learn(calibrated, recipe, effort, ready.text, watch=watch)

@@ -52,7 +52,6 @@ class Plan:
 
     Attributes:
       recipe: of the plan.
-      recipes: of the fewest bits and of the most, between which it lies.
       chosen: the plan.
       least, low, high: the plans of the recipes of the fewest bits, that the plan is compared with,
         and of the most bits; the first two may be one.
@@ -66,7 +65,6 @@ class Plan:
     """
 
     recipe: Recipe
-    recipes: tuple[Recipe, Recipe]
     choices: Choices
     chosen: Point
     least: Point
@@ -131,10 +129,10 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
     others = policies.baselines(known, asked.baselines, limits, (least, low, high, *front))
     uniform = {f"at {p.name}": _cost_of(p) for p in others.get(UNIFORM, ())}
     beside = _front(bench, uniform, losses)
-    recipe = planned(ready.recipes, found, chosen.raised, f"{asked.low.name}-plan")
+    recipe = planned(ready.recipe, found, chosen.raised, f"{asked.low.name}-plan")
     return Plan(
-        recipe, ready.recipes, found, chosen, least, low, high, front, average, spread,
-        bench.cost.error, others, beside, learned,
+        recipe, found, chosen, least, low, high, front, average, spread, bench.cost.error, others,
+        beside, learned,
     )  # fmt: skip
 
 
@@ -277,7 +275,7 @@ def write_plan(made: Plan, out: Path, overwrite: bool, draw: Draw | None = None)
         for point in made.front:
             (folder / RECIPES).mkdir(exist_ok=True)
             name = f"{made.recipe.name}-{point.name}"
-            recipe = planned(made.recipes, made.choices, point.raised, name)
+            recipe = planned(made.recipe, made.choices, point.raised, name)
             artifacts.write_json(folder / RECIPES / f"{point.name}.json", recipe.to_json())
         if draw is not None:
             draw(made, folder / FIGURE)

@@ -66,14 +66,23 @@ def test_texts_that_would_pass_for_one_another_are_refused(tiny_model, tmp_path)
 
 
 def test_a_text_too_short_to_learn_from_is_refused_before_the_work(tiny_model, tmp_path):
-    at = written_texts(tmp_path, long="words " * 900, short="words " * 9, blank=" \n")
+    at = {name: tmp_path / f"{name}.txt" for name in ("long", "short", "blank")}
+    for name, text in (("long", "words " * 900), ("short", "words " * 9), ("blank", " \n")):
+        at[name].write_text(text)
     given = ["--model", tiny_model, "--text", at["long"], "--windows", 1, "--length", 16]
     given += ["--calibration", at["long"]]
     for name in ("short", "blank"):
-        with pytest.raises(UserError, match=r"x\.txt"):
+        with pytest.raises(UserError, match=rf"{name}\.txt"):
             protocol.load(parsed(*given, at[name], "--effort", "fast"))
     found = protocol.load(parsed(*given, at["short"], "--effort", "none"))
-    assert list(found.calibration) == [str(at["long"]), str(at["short"])]
+    assert list(found.calibration) == ["long.txt", "short.txt"]  # rows name no folder
+
+
+def test_texts_to_calibrate_on_have_different_names(tiny_model, tmp_path):
+    at = written_texts(tmp_path, a="words " * 900, b="other words " * 900)
+    given = ["--model", tiny_model, "--text", at["a"], "--windows", 1, "--length", 16]
+    with pytest.raises(UserError, match=r"--calibration: files named x\.txt, x\.txt; expected"):
+        protocol.load(parsed(*given, "--calibration", at["a"], at["b"], "--effort", "none"))
 
 
 def test_no_window_of_a_run_reads_the_ends_that_judge_it(tiny_model):
