@@ -159,7 +159,7 @@ def _cost_of(p: Point) -> Budget:
 def _losses(
     asked: PlanRequest, bench: Bench, charged: Float64[np.ndarray, " g"], base: float
 ) -> Losses:
-    """Predicts by the charges of the low plan, and by its pair terms where they are asked for."""
+    """Predicts by the charges of the least plan, and by its pair terms where they are asked for."""
     found, none = bench.model.choices, [False] * len(charged)
     pairs: tuple[Pair, ...] = ()
     if asked.pairs:
