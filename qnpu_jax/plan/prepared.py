@@ -51,8 +51,11 @@ class Prepared:
 
 def prepared(asked: PlanRequest, checkpoint: Checkpoint, watch: Observer) -> Prepared:
     """Calibrates and rounds the low plan, and gets the float model's logits."""
-    effort, recipe = asked.effort if asked.effort.steps else EFFORTS["fast"], asked.lowest
-    effort = replace(effort, held_out=max(asked.windows, effort.held_out))
+    learning, recipe = asked.effort.steps > 0, asked.lowest
+    effort = asked.effort if learning else EFFORTS["fast"]
+    # They also decide which step of learning is kept, by as many as the effort asks for at least.
+    count = max(asked.windows, effort.held_out) if learning else asked.windows
+    effort = replace(effort, held_out=count)
     with watch.stage("fold, rotate"):
         params = pipeline.prepare(checkpoint.config, checkpoint.params, recipe)
     judges = excerpts.judged(checkpoint, effort)

@@ -50,7 +50,7 @@ class PlanRequest:
       sha256: of the model's weights, where it must be that one.
       least: recipe of the fewest bits; the plan is it in all else. None takes the low one.
       windows: of each text, its end and that of Python's documentation, that charges and KL are
-        measured on.
+        measured on, at most; no fewer than `effort` keeps steps by, where it learns.
     """
 
     model: str

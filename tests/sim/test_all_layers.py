@@ -68,14 +68,18 @@ def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch, at_once):
         if event == "/jax/core/compile/backend_compile_duration":
             seen.append(duration_secs)
 
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    run(program, tiny.random_ids((2, 7)))  # stacks the layers, with programs of its own
-    counts = []
-    for batch, function in ((3, sim_run.compile_ahead), (4, lambda _, calls: ahead.append(calls))):
-        monkeypatch.setattr(sim_run, "compile_ahead", function)
+    def compiled(batch: int) -> int:
         seen.clear()
         run(program, tiny.random_ids((batch, 7)))
-        counts.append(len(seen))
-    jax.monitoring.unregister_event_duration_listener(heard)
+        return len(seen)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        compiled(2)  # stacks the layers too, with programs of its own
+        counts = [compiled(3)]
+        monkeypatch.setattr(sim_run, "compile_ahead", lambda _, calls: ahead.append(calls))
+        counts.append(compiled(4))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
     assert counts[0] == counts[1] > len(patterns)
     assert len(ahead[0]) == len(patterns) + 2  # embed and head
