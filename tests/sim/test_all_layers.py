@@ -75,10 +75,10 @@ def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch, at_once):
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     try:
-        compiled(2)  # stacks the layers too, with programs of its own
-        counts = [compiled(3)]
+        compiled(11)  # stacks the layers too, with programs of its own
+        counts = [compiled(13)]  # batches that no other test of this process has
         monkeypatch.setattr(sim_run, "compile_ahead", lambda _, calls: ahead.append(calls))
-        counts.append(compiled(4))
+        counts.append(compiled(17))
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
     assert counts[0] == counts[1] > len(patterns)

@@ -1,6 +1,7 @@
 """The bugs that docs/litert-bugs.md tells of are there: a release that mends one is noticed."""
 
 import importlib.util
+import platform
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,18 @@ bugs = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bugs)
 
 
+def has_avx512() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "avx512f" in info.read_text()
+
+
 @pytest.mark.parametrize("name", list(bugs.WRONG))
 def test_a_wrong_result_is_still_wrong(name):
+    if name in bugs.AVX512 and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("known of XNNPACK's kernels for x86 only")
     expected, got = bugs.WRONG[name]()
-    assert got != expected
+    right = name in bugs.AVX512 and not has_avx512()
+    assert (got == expected) == right
 
 
 @pytest.mark.slow
