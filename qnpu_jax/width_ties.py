@@ -1,7 +1,7 @@
 """Widths that a model's tensors ask of each other, as data: what moves when one is set by hand.
 
 A kernel gives no fewer bits than it takes, unless it is a requantize; movement ops copy codes; what
-all layers share has one width. `qnpu_jax.plan.ties` finds all of it for a model.
+reads one shared input in a layer has one width. `qnpu_jax.plan.ties` finds all of it for a model.
 """
 
 from __future__ import annotations

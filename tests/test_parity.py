@@ -2,6 +2,7 @@
 node (P3), simulator and LiteRT in every code of every tensor (P4), and no float is left (P5)."""
 
 import functools
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -100,12 +101,14 @@ WEIGHTS, ACTIVATIONS = slice(2), slice(2, None)
 
 
 def covering(names, plans, kernels) -> list[pairwise.Row]:
-    """Every pair of model, weight width, activation width and kernel set; and `mixed` once."""
-    plain = [plan for plan in plans if plan != "mixed"]
+    """Every pair of model, weight width, activation width and kernel set; `mixed` once, and `apart`
+    with each kernel set."""
+    plain = [plan for plan in plans if plan not in ("mixed", "apart")]
     weights, activations = ([*dict.fromkeys(p[at] for p in plain)] for at in (WEIGHTS, ACTIVATIONS))
     rows = pairwise.pairs(names, weights, activations, kernels)
     made = [(name, w + a, k) for name, w, a, k in rows]
-    return [*made, (names[1], "mixed", kernels[0])]
+    apart = [(name, "apart", k) for name, k in zip(itertools.cycle(names), kernels, strict=False)]
+    return [*made, (names[1], "mixed", kernels[0]), *apart]
 
 
 @pytest.mark.slow

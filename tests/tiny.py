@@ -35,9 +35,20 @@ MIXED = BitPlan(
     )
 )
 """One layer's wide MLP: what mixed precision does, with an accumulator of its own width."""
+APART = BitPlan(
+    (
+        ("layers.1.*.residual", 16),
+        ("layers.1.*norm.*", 16),
+        ("layers.1.*.bias", 32),
+        ("layers.1.*", 8),
+        *RECIPES["w8a16"].bits.rules,
+    )
+)
+"""A layer of 8 bits among others of 16: scores and rotated queries differ, and with them what
+layers share."""
 WIDTHS = ("w8a8", "w8a16", "w4a8", "w4a16", "w8a8s8", "w4a8s8", "w8a8i8", "w4a8i8")
 PLANS: dict[str, BitPlan] = {n: RECIPES[n].bits for n in WIDTHS}
-PLANS |= {"mixed": MIXED}
+PLANS |= {"mixed": MIXED, "apart": APART}
 OFTEN = pairwise.often([*PLANS], ("w8a8", "w4a16", "w8a8i8", "mixed"))
 """Every plan as a test's parameter; the others hold no width that these have not."""
 

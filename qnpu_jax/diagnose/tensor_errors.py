@@ -38,6 +38,7 @@ from qnpu_jax.graph import (
     Node,
     Op,
     QParams,
+    Reader,
     Same,
     Tensors,
     constraint,
@@ -112,10 +113,10 @@ class Constants:
     def of(cls, model: IntegerModel, tokens: int) -> Constants:
         """Returns the constants of a model for windows of this many tokens."""
         dec = model.decoder(tokens)
-        names = shared_names(dec.config, dec.layer)
+        readers = shared_names(dec)
         scales = activation_scales(model)
         tables = {
-            n: jnp.asarray(codes.astype(np.float32) * _scale_of(model, names[n]))
+            n: jnp.asarray(codes.astype(np.float32) * _scale_of(model, readers[n]))
             for n, codes in model.inputs(dec).items()
         }
         ranges = {
@@ -153,9 +154,10 @@ class Constants:
                 yield graph, layer, {**own, **shared}, quant
 
 
-def _scale_of(model: IntegerModel, name: str) -> np.float32:
-    """Returns the scale of an input that layers share, by its local name: the same in all."""
-    return model.tensors[f"{LAYERS}{name}"].scale[0]
+def _scale_of(model: IntegerModel, reader: Reader) -> np.float32:
+    """Returns the scale of an input that layers share."""
+    graph, name, layer = reader
+    return graph.at(model.tensors[graph.prefix + name], layer).scale
 
 
 class Sums(NamedTuple):

@@ -45,16 +45,19 @@ def scanned_inputs(
       shared: by shared name.
 
     Returns:
-      The kind of each layer, for the scan to slice: None where all are of one, and the scan needs
-      none. And the function from its slice to the layer's inputs by local name.
+      A number for each layer, for the scan to slice, equal where layers share all: None where all
+      do, and the scan needs none. And the function from its slice to the layer's inputs by local
+      name.
     """
-    kinds = dec.config.layer_kinds
-    first = dict.fromkeys(kinds)
-    tables = [dec.shared(dec.layer, shared, kinds.index(kind)) for kind in first]
+    named = {name: name for name in shared}
+    layers = range(dec.layer.layers)
+    read = [tuple(dec.shared(dec.layer, named, i).items()) for i in layers]
+    first = dict.fromkeys(read)
+    tables = [{name: shared[x] for name, x in own} for own in first]
     if len(tables) == 1:
         return None, lambda _: tables[0]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *tables)
-    index = jnp.asarray([[*first].index(kind) for kind in kinds])
+    index = jnp.asarray([[*first].index(own) for own in read])
     return index, lambda kind: {name: x[kind] for name, x in stacked.items()}
 
 
@@ -176,8 +179,8 @@ def head(dec: Decoder, values: Tensors, edge: Edge, x: Float[Array, "t d"]) -> F
       values, edge: from `Reading.whole(dec.head)`.
       x: (T, D).
     """
-    eps = shared_inputs(dec)["norm.eps"]
-    return evaluate(dec.head, {"input.residual": x, "norm.eps": eps, **values}, edge)["logits"]
+    eps = dec.shared(dec.head, shared_inputs(dec))
+    return evaluate(dec.head, {"input.residual": x, **eps, **values}, edge)["logits"]
 
 
 def forward(

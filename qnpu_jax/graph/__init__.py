@@ -44,7 +44,7 @@ from qnpu_jax.graph.qparams import Array, QParams, Scales, code_range, expand, f
 from qnpu_jax.graph.scales import bias_scales, has_no_zero_point, is_free, mask_scale, resolve
 from qnpu_jax.graph.segments import segments
 from qnpu_jax.graph.shared_inputs import layer_inputs, mask_codes, masks, visible
-from qnpu_jax.graph.shared_names import mask_name, shared_names
+from qnpu_jax.graph.shared_names import Reader, shared_names, split_mask_name
 from qnpu_jax.graph.tensor_classes import is_constant, is_rotated, tensor_class
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "Params",
     "Positions",
     "QParams",
+    "Reader",
     "Requantize",
     "Reshape",
     "Rsqrt",
@@ -102,7 +103,6 @@ __all__ = [
     "layer_inputs",
     "local",
     "mask_codes",
-    "mask_name",
     "mask_scale",
     "masks",
     "planned_names",
@@ -112,6 +112,7 @@ __all__ = [
     "segments",
     "shared_names",
     "shared_widths",
+    "split_mask_name",
     "split_name",
     "tensor_class",
     "tied_inputs",

@@ -80,7 +80,7 @@ class Builder:
         shape: tuple[int, ...],
         *,
         bits: tuple[int, ...] | None = None,
-        fixed: tuple[float, int] | None = None,
+        fixed: tuple[float, ...] | None = None,
     ) -> TensorSpec:
         """Stages a symmetric graph input, at the plan's bits or those given."""
         name = self._named(name)

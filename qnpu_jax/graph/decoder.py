@@ -35,8 +35,8 @@ MASK = -1e9
 MASK_CODE = {8: -127, 16: -32512}
 """Code of a masked position by the mask's bits; its scale follows from the scores
 (`scales.mask_scale`)."""
-KEEP_SCALE = {16: 1 / 32767}
-"""Scale of the tensor that multiplies probabilities: 1 where a token may look, 0 elsewhere.
+KEEP_SCALE = 1 / 32767
+"""Scale of the 16-bit tensor that multiplies probabilities: 1 where a token may look, 0 elsewhere.
 
 Only 16-bit probabilities need it: LiteRT's int16 SOFTMAX leaves 2/32768 to every masked key. In 8
 bits so little rounds to 0.
@@ -74,7 +74,7 @@ class Decoder:
 
     def shared(self, graph: Graph, values: Mapping[str, T], layer: int = 0) -> dict[str, T]:
         """Selects the shared inputs that a graph reads in one layer (`shared_names.select`)."""
-        return select(self.config, graph, values, layer)
+        return select(self, graph, values, layer)
 
 
 @lru_cache(maxsize=32)
@@ -104,7 +104,6 @@ def decoder(
         )
     graphs, asked = _staged(config, plan, tokens, prefix, cache, logits)
     _check_used(config, plan, asked, tokens)
-    _check_eps(*graphs[1:])
     return Decoder(config, plan, tokens, prefix, cache, *graphs)
 
 
@@ -125,18 +124,6 @@ def _check_used(config: ModelConfig, plan: BitPlan, asked: list[str], tokens: in
             with suppress(UserError):  # the plan need not fit a model with what it was not for
                 added += _staged(some, plan, tokens, 1, 0)[1]
         plan.check_used([*asked, *added])
-
-
-def _check_eps(layer: Graph, head: Graph) -> None:
-    """Raises UserError where norms of layers and head differ in the width of eps, which they share
-    in a file."""
-    bits = {g.prefix: {*g["norm.eps"].quant.bits} for g in (layer, head)}
-    if len(set.union(*bits.values())) > 1:
-        raise UserError(
-            f"head.norm.sum: bits {sorted(bits[head.prefix])}; expected"
-            f" {sorted(bits[layer.prefix])}, as the sums of the layers' norms have, with which it"
-            " shares eps; change the bit plan's rule"
-        )
 
 
 def planned_names(dec: Decoder) -> list[str]:
@@ -176,25 +163,24 @@ def _shared(
     like: str,
     scales: Mapping[int, float] | None = None,
 ) -> TensorSpec:
-    """Stages an input that all layers share.
+    """Stages an input that layers share.
 
-    Its kernel combines it with the tensor `like`, so it has that tensor's bits, which must be the
-    same in all layers. Without `scales` its scale is derived from others (`scales.resolve`).
+    Its kernel combines it with the tensor `like`, so it has that tensor's bits in each layer.
+    Without `scales` its scale is derived from others (`scales.resolve`).
+
+    Args:
+      scales: by bits.
     """
     bits = g.bits(like)
-    if len(set(bits)) > 1:
-        raise UserError(
-            f"layers.*.{like}: bits {list(bits)}; expected the same in all layers, which"
-            f" share one {name}; change the bit plan's rule"
-        )
     if scales is None:
         return g.input(name, shape, bits=bits)
-    if bits[0] not in scales:
-        raise UserError(
-            f"{global_name(g.prefix, 0, like)}: the bit plan gives it {bits[0]} bits; expected"
-            f" {' or '.join(map(str, scales))}; correct the rule that matches it"
-        )
-    return g.input(name, shape, bits=bits, fixed=(scales[bits[0]], 0))
+    for layer, b in enumerate(bits):
+        if b not in scales:
+            raise UserError(
+                f"{global_name(g.prefix, layer, like)}: the bit plan gives it {b} bits; expected"
+                f" {' or '.join(map(str, scales))}; correct the rule that matches it"
+            )
+    return g.input(name, shape, bits=bits, fixed=tuple(scales[b] for b in bits))
 
 
 def _embed(g: Builder, cfg: ModelConfig, tokens: int) -> Graph:
@@ -209,12 +195,13 @@ def _layer(g: Builder, cfg: ModelConfig, tokens: int, prefix: int, cache: int) -
     square = (1, tokens * cfg.queries_per_kv_head, keys)
     x = g.input("input.residual", (tokens, cfg.hidden_size))
     like = shared_widths(cfg)
-    probs = g.bits(like["keep"])
+    probs = {b for i in range(cfg.num_kv_heads) for b in g.bits(f"attn.kv{i}.probs")}
+    wide, kept = (16,) * cfg.num_layers, (KEEP_SCALE,) * cfg.num_layers
     env = LayerInputs(
         cos=_shared(g, "rope.cos", table, like["rope.cos"], TABLE_SCALE),
         sin=_shared(g, "rope.sin", table, like["rope.sin"], TABLE_SCALE),
         mask=_shared(g, "mask", square, like["mask"]),
-        keep=_shared(g, "keep", square, like["keep"], KEEP_SCALE) if 16 in probs else None,
+        keep=g.input("keep", square, bits=wide, fixed=kept) if 16 in probs else None,
         eps=_eps(g, cfg, "norm.eps", cfg.hidden_size, like["norm.eps"]),
         q_eps=_head_eps(g, cfg, "q_norm.eps", cfg.num_heads, like),
         k_eps=_head_eps(g, cfg, "k_norm.eps", cfg.num_kv_heads, like),
@@ -243,13 +230,13 @@ def _eps(g: Builder, cfg: ModelConfig, name: str, width: int, like: str) -> Tens
 
 
 def shared_widths(cfg: ModelConfig) -> dict[str, str]:
-    """Tensor of the layer graph whose bits each input that layers share has, by local name."""
+    """Tensor of the layer graph whose bits each input that layers share has in a layer, by local
+    name."""
     first = "attn.post_norm.norm.sum" if cfg.norms == "after" else "attn.norm.sum"
     found = {
         "rope.cos": "attn.rope.q",
         "rope.sin": "attn.rope.q",
         "mask": "attn.kv0.scores",
-        "keep": "attn.kv0.probs",
         "norm.eps": first,
     }
     if cfg.qk_norm is not None:

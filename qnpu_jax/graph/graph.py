@@ -18,6 +18,7 @@ import numpy as np
 
 from qnpu_jax.config import QuantSpec
 from qnpu_jax.graph.ops import (
+    Keep,
     Narrowed,
     Op,
     Same,
@@ -36,15 +37,15 @@ class TensorSpec:
       name: local to its graph.
       shape: of one layer's value.
       quant: bits of every layer, symmetry and channel axis.
-      fixed: scale and zero point of an input that arrives quantized (RoPE tables, mask); None where
-        they are calibrated, tied or derived.
+      fixed: scale in every layer of an input that arrives quantized, with a zero point of 0 (RoPE
+        tables, eps); None where it is calibrated, tied or derived.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Literal["input", "param", "activation"]
     quant: QuantSpec
-    fixed: tuple[float, int] | None = None
+    fixed: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,10 @@ def _rows(stacks: dict[int, jax.Array], layer: int | jax.Array) -> dict[int, jax
 
 
 def is_identity(graph: Graph, node: Node, layer: int = 0) -> bool:
-    """Tells whether a requantize changes nothing in this layer: equal widths, and no zero point to
-    remove. False for other ops."""
+    """Tells whether an op changes nothing in this layer: a requantize between equal widths without
+    a zero point to remove, or `Keep` of 8-bit probabilities, of which masked keys have 0."""
+    if isinstance(node.op, Keep):
+        return graph[node.output].quant.bits[layer] == 8
     if not isinstance(constraint(node.op), Narrowed):
         return False
     source, target = graph[node.inputs[0]].quant, graph[node.output].quant

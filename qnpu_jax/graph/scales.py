@@ -144,13 +144,10 @@ def _of_root(graph: Graph, name: str, node: Node | None, free: Scales, of: Any) 
         return array if graph.layered else array[0]
 
     if spec.fixed is not None:
-        return QParams(scale=constant(spec.fixed[0]), zero_point=constant(spec.fixed[1]))
+        return QParams(scale=constant(spec.fixed), zero_point=constant(0))
     if name == "mask":
-        masked = [n for n in graph.nodes if isinstance(n.op, AddMask)]
-        widest = jnp.max(jnp.stack([jnp.max(of(n.inputs[0]).scale) for n in masked]))
-        return QParams(
-            scale=constant(mask_scale(widest, spec.quant.bits[0])), zero_point=constant(0)
-        )
+        masked = [of(n.inputs[0]).scale for n in graph.nodes if isinstance(n.op, AddMask)]
+        return QParams(scale=constant(_mask_scales(masked, spec)), zero_point=constant(0))
     if node is None:
         return free[graph.prefix + name]
     match constraint(node.op):
@@ -169,6 +166,22 @@ def _of_root(graph: Graph, name: str, node: Node | None, free: Scales, of: Any) 
             return free[graph.prefix + name]
 
 
+def _mask_scales(scores: list[Any], spec: TensorSpec) -> Any:
+    """Scales of the mask, one for layers of the same bits: () where all are, else (L,).
+
+    Args:
+      scores: scales (L,) of the scores of each KV head.
+    """
+    bits = np.asarray(spec.quant.bits)
+    found: Any = None
+    for width in dict.fromkeys(spec.quant.bits):
+        of_width = np.flatnonzero(bits == width)
+        widest = jnp.max(jnp.stack([jnp.max(s[of_width]) for s in scores]))
+        scale = mask_scale(widest, width)
+        found = scale if found is None else jnp.where(bits == width, scale, found)
+    return found
+
+
 MASK_SCALE = {8: 2.0, 16: 1 / 16}
 """Least scale of the mask by its bits."""
 
@@ -182,7 +195,7 @@ def mask_scale(scores: jax.Array, bits: int) -> jax.Array:
     must be keeps Hexagon's 8-bit ADD precise.
 
     Args:
-      scores: the largest scale s of any layer's scores.
+      scores: the largest scale s of the scores of layers that share the mask.
       bits: of the mask.
     """
     qmax = 2.0 ** (bits - 1) - 1

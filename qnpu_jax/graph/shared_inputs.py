@@ -159,13 +159,18 @@ def layer_inputs(dec: Decoder, filled: int = 0, held: int | None = None) -> dict
         "k_norm.eps": normed_width(cfg, cfg.num_kv_heads),
     }
     eps = {n: np.full((1, 1, 1), w * cfg.rms_norm_eps, np.float32) for n, w in widths.items()}
-    named = {t.name for t in dec.layer.named("input")}
-    found: dict[str, np.ndarray] = {}
+    of_kind: dict[int, dict[str, np.ndarray]] = {}
     for index in dict.fromkeys(cfg.layer_kinds):
         kind = cfg.kinds[index]
         cos, sin = rope_tables(cfg, kind, positions)
         seen = visible(dec.tokens, dec.prefix, dec.cache, filled, kind.window)
         seen[:, held : dec.prefix] = False
-        every = {"rope.cos": cos, "rope.sin": sin, **eps, **masks(seen, cfg.queries_per_kv_head)}
-        found |= {shared_name(cfg, name, index): x for name, x in every.items() if name in named}
-    return found
+        of_kind[index] = {"rope.cos": cos, "rope.sin": sin, **eps}
+        of_kind[index] |= masks(seen, cfg.queries_per_kv_head)
+    named = {t.name for t in dec.layer.named("input")}
+    found: dict[str, np.ndarray] = {}
+    for layer, index in enumerate(cfg.layer_kinds):
+        for name, x in of_kind[index].items():
+            if name in named:
+                found.setdefault(shared_name(dec, dec.layer, name, layer), x)
+    return found | {shared_name(dec, dec.head, "norm.eps", 0): eps["norm.eps"]}

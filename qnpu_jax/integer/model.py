@@ -98,16 +98,17 @@ class IntegerModel:
         Args:
           filled: slots of the cache that hold keys.
         """
-        real, local = layer_inputs(dec, filled), shared_names(dec.config, dec.layer)
-        codes = {}
-        for name, x in real.items():
-            spec = dec.layer[local[name]]
-            if local[name] == "mask":
-                codes[name] = mask_codes(x, spec.quant.bits[0])
+        readers, codes = shared_names(dec), {}
+        for name, x in layer_inputs(dec, filled).items():
+            reader = readers[name]
+            if reader.name == "mask":
+                codes[name] = mask_codes(x, reader.bits)
                 continue
+            spec = reader.graph[reader.name]
             assert spec.fixed is not None
-            dtype = np.int8 if spec.quant.bits[0] == 8 else np.int16
-            codes[name] = quantize(x, np.float64(spec.fixed[0]), np.int64(0), spec).astype(dtype)
+            scale = np.float64(spec.fixed[reader.layer])
+            rounded = quantize(x, scale, np.int64(0), spec, reader.layer)
+            codes[name] = rounded.astype(HELD[reader.bits])
         return codes
 
 

@@ -39,7 +39,6 @@ from qnpu_jax.fakequant import (
     with_errors,
 )
 from qnpu_jax.graph import (
-    LAYERS,
     MASK,
     Decoder,
     Graph,
@@ -127,12 +126,12 @@ def mixed(
 
 def _tables(dec: Decoder, scales: Scales) -> Tensors:
     """Inputs that layers share, on their grid; the mask as it is."""
-    names, tables = shared_names(dec.config, dec.layer), shared_inputs(dec)
+    readers, tables = shared_names(dec), shared_inputs(dec)
     for name, x in tables.items():
-        local_name = names[name]
+        graph, local_name, layer = readers[name]
         if local_name != "mask":
-            q = dec.layer.at(scales[LAYERS + local_name], 0)
-            bounds = dec.layer.at(ranges_of(dec.layer, {local_name: q})[local_name], 0)
+            q = graph.at(scales[graph.prefix + local_name], layer)
+            bounds = graph.at(ranges_of(graph, {local_name: q})[local_name], layer)
             tables[name] = fake_quant(x, q.scale, q.zero_point, *bounds)
     return tables
 

@@ -1,10 +1,10 @@
 """Groups of tensors that have one width in every plan, and what one group's width asks of others.
 
 A plan lies between two bit plans of one graph, the low and the high one. What both give the same
-bits is no choice. Of the others, tensors that movement ops tie have one width, and so have what
-all layers share an input with (RoPE tables, mask, eps). A kernel gives no fewer bits than it takes,
-unless it is a requantize: where an activation is high, so is what is computed from it, up to the
-next requantize.
+bits is no choice. Of the others, tensors that movement ops tie have one width, and so has what
+reads one shared input in a layer (RoPE tables, mask, eps). A kernel gives no fewer bits than it
+takes, unless it is a requantize: where an activation is high, so is what is computed from it, up to
+the next requantize.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 from qnpu_jax.config import BitPlan
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import (
-    LAYERS,
     Add,
     Decoder,
     Graph,
@@ -233,18 +232,17 @@ def tied(low: Decoder, high: Decoder) -> Iterator[tuple[Member, Member]]:
 
 
 def _sharing(dec: Decoder) -> Iterator[tuple[Member, Member]]:
-    """Pairs of tensors of layers and head that an input which these share ties: the one whose bits
-    it has, and what its kernels read beside it and give."""
-    for shared, like in shared_widths(dec.config).items():
-        first = Member(LAYERS, like, 0)
-        for graph in (dec.layer, dec.head):
-            names = {like} if graph is dec.layer else set()
-            for node in graph.nodes:
-                if shared in node.inputs:
-                    names |= {node.output, *node.inputs} - {shared}
-            for name in sorted(names):
-                for i in range(graph.layers):
-                    yield first, Member(graph.prefix, unwidened(graph, name), i)
+    """Pairs of tensors of a layer, or of the head, that a shared input ties: the one whose bits it
+    has, and what its kernels read beside it and give."""
+    widths = [(dec.layer, *pair) for pair in shared_widths(dec.config).items()]
+    for graph, shared, like in (*widths, (dec.head, "norm.eps", "norm.sum")):
+        names = {like}
+        for node in graph.nodes:
+            if shared in node.inputs:
+                names |= {node.output, *node.inputs} - {shared}
+        for name in sorted(names):
+            for i in range(graph.layers):
+                yield Member(graph.prefix, like, i), Member(graph.prefix, unwidened(graph, name), i)
 
 
 def _beside_constants(dec: Decoder) -> Iterator[tuple[Member, Member]]:
@@ -265,13 +263,14 @@ def _beside_constants(dec: Decoder) -> Iterator[tuple[Member, Member]]:
 def follows(dec: Decoder) -> Iterator[tuple[Member, Member]]:
     """Pairs of an activation and what a kernel that is no requantize makes of it."""
     for graph in dec.graphs:
+        shared = {t.name for t in graph.named("input")} - {STREAM}
         for layer in range(graph.layers):
             for node in graph.nodes:
                 if isinstance(constraint(node.op), Narrowed):
                     continue
                 out = Member(graph.prefix, node.output, layer)
                 for x in node.inputs:
-                    if not x.endswith("weight"):
+                    if x not in shared and not x.endswith("weight"):
                         yield Member(graph.prefix, unwidened(graph, x), layer), out
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int8, Integer
 
 from qnpu_jax.choices import KernelSet, Positions
 from qnpu_jax.errors import UserError
-from qnpu_jax.graph import KEEP_SCALE, mask_name, masks, visible
+from qnpu_jax.graph import KEEP_SCALE, masks, split_mask_name, visible
 from qnpu_jax.graph import mask_codes as graph_codes
 from qnpu_jax.runtime.session import Shape, Step
 from qnpu_jax.tflite import open_interpreter
@@ -68,7 +68,7 @@ class LiteRTBackend:
             width=width,
         )
         self._windows = mask_windows(inputs)
-        mask = inputs[mask_name("mask", self._windows[0])]
+        mask = next(d for name, d in inputs.items() if split_mask_name(name))
         self._prefix = int(mask["shape"][2]) - self.shape.context
         rows = self._runners[self.shape.prefill].get_output_details()["logits"]["shape"][0]
         self.logits: Positions = "last" if rows == 1 else "all"
@@ -115,11 +115,11 @@ class LiteRTBackend:
 def mask_windows(names: Iterable[str]) -> list[int | None]:
     """Windows of the layers whose masks are among a signature's inputs; None for no window.
 
-    >>> mask_windows(["ids", "mask", "mask_window_512"])
+    >>> mask_windows(["ids", "mask", "mask_i8", "mask_window_512"])
     [None, 512]
     """
-    parts = [name.partition("_window_") for name in names]
-    return [int(window) if window else None for name, _, window in parts if name == "mask"]
+    found = [split for name in names if (split := split_mask_name(name)) is not None]
+    return list(dict.fromkeys(window for local, window in found if local == "mask"))
 
 
 def mask_codes(
@@ -130,14 +130,20 @@ def mask_codes(
     Args:
       seen: whether a token (row) may look at a key (column).
       inputs: details of the signature's inputs by name, as LiteRT gives them.
-      window: of the layers that read them, which is part of the masks' names (`graph.mask_name`).
+      window: of the layers that read them, which is part of the masks' names.
 
     Returns:
-      `mask`, and `keep` if the signature takes it, with a row for each token and query head.
+      Every `mask` and `keep` that the signature takes for this window, with a row for each token
+      and query head.
     """
-    mask, keep = (mask_name(name, window) for name in ("mask", "keep"))
-    real = masks(seen, int(inputs[mask]["shape"][1]) // len(seen))
-    codes = {mask: graph_codes(real["mask"], 8 * np.dtype(inputs[mask]["dtype"]).itemsize)}
-    if keep in inputs:
-        codes[keep] = np.rint(real["keep"] / KEEP_SCALE[16]).astype(np.int16)
+    codes = {}
+    for name, detail in inputs.items():
+        local, of = split_mask_name(name) or ("", None)
+        if not local or of != window:
+            continue
+        real = masks(seen, int(detail["shape"][1]) // len(seen))[local]
+        if local == "mask":
+            codes[name] = graph_codes(real, 8 * np.dtype(detail["dtype"]).itemsize)
+        else:
+            codes[name] = np.rint(real / KEEP_SCALE).astype(np.int16)
     return codes

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from qnpu_jax.graph import mask_name
+from qnpu_jax.graph import shared_names
 from qnpu_jax.tflite import (
     DType,
     Emitter,
@@ -132,13 +132,11 @@ class _Signature:
         """
         dec, made = self.dec, {}
         codes = self.model.inputs(dec)
-        for kind in dict.fromkeys(dec.config.layer_kinds):
-            window = dec.config.kinds[kind].window
-            for local in ("mask", "keep"):
-                name = mask_name(local, window)
-                if name in codes and name not in made:
-                    type_ = self.form.tensor_type(dec.layer, 0, local)
-                    made[name] = self._mask(name, codes[name], type_, start, window)
+        for name, (graph, local, layer) in shared_names(dec).items():
+            if local in ("mask", "keep"):
+                window = dec.config.kinds[dec.config.layer_kinds[layer]].window
+                type_ = self.form.tensor_type(graph, layer, local)
+                made[name] = self._mask(name, codes[name], type_, start, window)
         return made
 
     def _mask(

@@ -85,9 +85,11 @@ def add_cached(
         subgraph.add_tensor(name, (dec.tokens,), "int32") for name in ("ids", "positions")
     )
     shared = at_positions(form, subgraph, dec, whole, positions)
-    common = Emitter(form, subgraph, dec.layer, 0)
-    names = shared_names(dec.config, dec.layer).items()
-    masks = {n: common.tensor(x, label=n) for n, x in names if x in ("mask", "keep")}
+    masks = {
+        name: Emitter(form, subgraph, graph, layer).tensor(local, label=name)
+        for name, (graph, local, layer) in shared_names(dec).items()
+        if local in ("mask", "keep")
+    }
     shared |= masks
     caches = [
         {
@@ -136,13 +138,15 @@ def at_positions(
     Returns:
       Tensors by shared name (`graph.shared_names`): `rope.cos`, `rope.sin`, ..., and every eps.
     """
-    common, every = (Emitter(form, subgraph, d.layer, 0) for d in (dec, whole))
-    tables = form.inputs(whole)
-    shared = {n: common.tensor(n, x, n) for n, x in tables.items() if n.endswith(".eps")}
-    for name, local in shared_names(dec.config, dec.layer).items():
-        if local not in ("rope.cos", "rope.sin"):
-            continue
-        table = every.tensor(local, tables[name], f"{name}.table")
-        shared[name] = common.tensor(local, label=name)
-        add_op(subgraph, Embedding(), [positions, table], shared[name])
+    readers, tables, shared = shared_names(dec), form.inputs(whole), {}
+    for name, x in tables.items():
+        graph, local, layer = readers[name]
+        if local.endswith(".eps"):
+            shared[name] = Emitter(form, subgraph, graph, layer).tensor(local, x, name)
+    for name, (graph, local, layer) in readers.items():
+        if local in ("rope.cos", "rope.sin"):
+            every = Emitter(form, subgraph, whole.layer, layer)
+            table = every.tensor(local, tables[name], f"{name}.table")
+            shared[name] = Emitter(form, subgraph, graph, layer).tensor(local, label=name)
+            add_op(subgraph, Embedding(), [positions, table], shared[name])
     return shared

@@ -47,9 +47,10 @@ def build_prefill(
     writer = ModelWriter()
     subgraph = writer.add_subgraph("main")
     ids = subgraph.add_tensor("ids", (tokens,), "int32")
-    common = Emitter(form, subgraph, dec.layer, 0)
-    names = shared_names(dec.config, dec.layer)
-    shared = {name: common.tensor(names[name], x, name) for name, x in form.inputs(dec).items()}
+    readers, shared = shared_names(dec), {}
+    for name, x in form.inputs(dec).items():
+        graph, local, layer = readers[name]
+        shared[name] = Emitter(form, subgraph, graph, layer).tensor(local, x, name)
     emitter, caches = partial(Emitter, form, subgraph), [{}] * dec.layer.layers
     out, _ = emit(emitter, dec, ids, shared, caches)
     subgraph.add_signature(f"prefill_{tokens}", {"ids": ids}, {"logits": out})

@@ -13,6 +13,7 @@ from qnpu_jax.graph.builder import Builder
 from qnpu_jax.graph.decoder import decoder, planned_names
 from qnpu_jax.graph.graph import Graph, Node, is_identity
 from qnpu_jax.graph.ops import Add, Concat, FullyConnected, Mul, Requantize, Reshape, Softmax
+from qnpu_jax.graph.shared_names import shared_names
 from qnpu_jax.recipes import RECIPES
 
 W8A8 = RECIPES["w8a8"].bits
@@ -207,17 +208,24 @@ def test_concat_ties_all_its_inputs():
     assert set(graph.ties.values()) == {"a"}
 
 
-def test_layers_and_head_share_eps():
-    """Of which a file has one."""
+def test_a_head_has_an_eps_of_its_own_bits():
     narrow = RECIPES["w8a8i8"].bits
     wide = {"head.norm.sum": 16, "head.norm.squares": 16, "head.norm.root": 16}
     wide |= {f"head.norm.{n}": 16 for n in ("inv_root", "inv", "flat", "out")}
     names = planned_names(decoder(CONFIG, narrow, 4))
     plan = narrow.replaced({n: b for n, b in wide.items() if n in names}, names)
-    with pytest.raises(
-        UserError, match=r"head\.norm\.sum: bits \[16\]; expected \[8\], as the sums"
-    ):
-        decoder(CONFIG, plan, 4)
+    readers = shared_names(decoder(CONFIG, plan, 4))
+    assert [readers[n].bits for n in ("norm.eps", "norm.eps_i16")] == [8, 16]
+    assert readers["norm.eps_i16"].graph.prefix == "head."
+
+
+def test_layers_share_inputs_with_those_of_their_bits():
+    dec = decoder(CONFIG, tiny.APART, 4)
+    found = {n: r.bits for n, r in shared_names(dec).items() if n != "input.residual"}
+    wide = dict.fromkeys(("rope.cos", "rope.sin", "mask", "keep", "norm.eps"), 16)
+    assert found == wide | dict.fromkeys(("rope.cos_i8", "rope.sin_i8", "mask_i8"), 8)
+    own = dec.shared(dec.layer, {n: n for n in found}, 1)
+    assert own["mask"] == "mask_i8" and own["keep"] == "keep"
 
 
 def test_rules_for_what_pipeline_may_add_are_no_misspelling():

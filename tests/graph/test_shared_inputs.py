@@ -97,7 +97,7 @@ def test_kinds_share_what_is_equal_and_name_what_is_not():
         "rope.cos_kind_2",
         "rope.sin_kind_2",
     ]
-    assert inputs.keys() <= shared_names(dec.config, dec.layer).keys()
+    assert inputs.keys() <= shared_names(dec).keys()
     for layer, index in enumerate(kinds.THREE.kind_of_layer):
         kind = kinds.THREE.kinds[index]
         own = dec.shared(dec.layer, inputs, layer)
@@ -148,7 +148,7 @@ def test_codes_are_those_of_every_kind():
     real, codes = layer_inputs(dec, 3), model.inputs(dec, 3)
     assert codes.keys() == real.keys()
     for name, x in codes.items():
-        local = shared_names(dec.config, dec.layer)[name]
+        local = shared_names(dec)[name].name
         assert x.dtype == np.int16
         if local == "mask":  # its scale follows from the scores, its code does not
             np.testing.assert_array_equal(np.unique(real[name]), np.array([MASK, 0], np.float32))

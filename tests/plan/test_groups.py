@@ -11,6 +11,7 @@ from model_files import FAMILIES
 from qnpu_jax.config import BitPlan
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.decoder import decoder, planned_names
+from qnpu_jax.graph.graph import global_name
 from qnpu_jax.graph.ops import tied_inputs
 from qnpu_jax.integer.freeze import check_bits
 from qnpu_jax.models.checkpoint import load_params
@@ -74,7 +75,7 @@ def test_what_must_follow_is_what_a_kernel_needs(name):
         without[j] = False
         with pytest.raises(UserError, match="no kernel gives fewer bits than it takes; raise it"):
             found.plan(without)
-        names = [found.low.layer.global_name(m.layer, m.name) for m in found.groups[i].members]
+        names = [global_name(m.prefix, m.layer, m.name) for m in found.groups[i].members]
         asked = [n for n in planned_names(found.low) if n in names]
         rules = [(n, found.groups[i].high) for n in asked]
         plan = BitPlan((*rules, *found.low.plan.rules))
@@ -96,13 +97,24 @@ def test_groups_by_hand():
     assert not any(j == "layers.0.attn.input" for _, j in follows)
 
 
-def test_what_layers_share_an_input_with_has_one_width_in_all():
+def test_what_reads_one_shared_input_in_a_layer_has_one_width():
+    """All heads' scores, and queries and keys of RoPE; another layer has its own."""
     found = between("gqa_llama3", "w4a8s8")
-    scores = next(g for g in found.groups if g.name == "layers.0.attn.kv0.scores")
-    assert {m.layer for m in scores.members} == set(range(found.low.layer.layers))
-    probs = next(g for g in found.groups if g.name == "layers.0.attn.kv0.probs")
-    assert {m.layer for m in probs.members} == set(range(found.low.layer.layers))  # they share keep
-    assert len({m.layer for g in found.groups if "mlp" in g.name for m in g.members[:1]}) > 1
+    for layer in range(found.low.layer.layers):
+        at = [found.index[Member("layers.", f"attn.kv{i}.scores", layer)] for i in (0, 1)]
+        assert at[0] == at[1] and found.groups[at[0]].name == f"layers.{layer}.attn.kv0.scores"
+        assert {m.layer for m in found.groups[at[0]].members} == {layer}
+    rotated = between("gqa_llama3", "w4a8i8")
+    at = [rotated.index[Member("layers.", f"attn.rope.{x}", 1)] for x in ("q", "k", "q_cos")]
+    assert len({*at}) == 1 and {m.layer for m in rotated.groups[at[0]].members} == {1}
+
+
+def test_heads_may_differ_in_the_width_of_probabilities():
+    found = between("gqa_llama3", "w4a8")
+    probs = [found.index[Member("layers.", f"attn.kv{i}.probs", 0)] for i in (0, 1)]
+    plan = found.plan(closed(found, np.arange(len(found.groups)) == probs[1]))
+    layer = decoder(found.low.config, plan, 5, 2).layer
+    assert [layer[f"attn.kv{i}.kept"].quant.bits for i in (0, 1)] == [(8, 8), (16, 8)]
 
 
 def test_plans_the_wrong_way_round_are_refused():
@@ -121,8 +133,13 @@ def test_planned_names_are_what_a_plan_decides():
     assert copies and not copies & set(names)
 
 
-def test_norms_of_layers_and_head_have_one_width():
-    """They share eps, of which a file has one."""
+def test_norms_of_a_layer_have_one_width():
+    """They share eps; the head has its own."""
     found = between("gqa_llama3", "w8a8i8", "w8a8")
-    layers = {found.index[Member("layers.", "attn.norm.sum", i)] for i in (0, 1)}
-    assert layers == {found.index[Member("head.", "norm.sum", 0)]}
+    at = {
+        (n, i): found.index[Member("layers.", f"{n}.norm.sum", i)]
+        for n in ("attn", "mlp")
+        for i in (0, 1)
+    }
+    assert at["attn", 0] == at["mlp", 0] != at["attn", 1] == at["mlp", 1]
+    assert found.index[Member("head.", "norm.sum", 0)] not in at.values()

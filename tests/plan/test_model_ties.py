@@ -21,6 +21,8 @@ MODELS = (*tiny.NAMES, *(f"{name}_tiny" for name in FAMILIES))
 STARTS = ("w4a8", "w8a8", "w8a16", "w4a16")
 TRIES = 5
 """Tensors that are set in each model and plan: each is two stagings."""
+UNSET = (".i16", ".i8", ".keep")
+"""Widened copies; and what multiplies 16-bit probabilities, which has 16 always."""
 W4A8 = tiny.PLANS["w4a8"]
 
 
@@ -67,7 +69,7 @@ def test_whatever_is_set_stages_with_the_bits_asked_for(name, start):
     config, known, plan = with_additions(shape(name)), tied(name), tiny.PLANS[start]
     before = widths(decoder(config, plan, 5, 2))
     settable = [*known.names, *known.copies]
-    assert settable and {n for n in before if not n.endswith((".i16", ".i8"))} <= {*settable}
+    assert settable and {n for n in before if not n.endswith(UNSET)} <= {*settable}
     plain = dataclasses.replace(config, centred_keys=False, double_norms=False)
     random = np.random.default_rng(len(name) + STARTS.index(start))
     for tensor in random.choice(settable, TRIES, replace=False):
@@ -146,12 +148,13 @@ def test_a_copy_stands_for_its_source():
     assert set_bits("layers.1.attn.q", 16).bits("layers.1.attn.q.bias") == 64
 
 
-def test_what_layers_share_moves_in_all_of_them():
+def test_what_heads_share_moves_in_all_of_them():
     """Named by patterns, or a model of 30 layers would fill a screen."""
     said = refusal("layers.0.attn.kv0.scores", 8)
-    assert "layers.*.attn.kv*.masked" in said and "layers.*.attn.kv*.scores" in said
+    assert "layers.0.attn.kv*.masked" in said and "layers.0.attn.kv*.scores" in said
     made = set_bits("layers.0.attn.kv0.scores", 8, follow=True)
-    assert made.rules == tuple(r for r in W4A8.rules if r[0] not in ("*.scores", "*.masked"))
+    moved = tuple((f"layers.0.attn.kv*.{n}", 8) for n in ("scores", "masked"))
+    assert made.rules == (*moved, *W4A8.rules), "other layers have masks of their own"
 
 
 def test_a_wide_bias_needs_a_wide_sum():
@@ -186,7 +189,7 @@ def test_several_at_once():
     assert made == set_bits("layers.*.mlp.act", 16, follow=True)
     with pytest.raises(UserError, match=r"act at 16 bits and .*mlp\.down at 8 do not go"):
         W4A8.set_all(together | {"layers.1.mlp.down": 8}, tied(LLAMA), follow=True)
-    of_two = {"layers.0.attn.kv0.scores": 8, "layers.1.attn.kv0.scores": 16}
+    of_two = {"layers.0.attn.kv0.scores": 8, "layers.0.attn.kv1.scores": 16}
     with pytest.raises(UserError, match=r"scores at 8 bits and .*scores at 16 do not go"):
         W4A8.set_all(of_two, tied(LLAMA), follow=True)
 

@@ -87,7 +87,7 @@ def test_every_profile_says_the_same(tmp_path):
     ("name", "kernels", "plan"),
     tiny.NAMES,
     [*RESOLVERS],
-    ["w8a8", "w4a8s8", "w8a8i8", "w4a16"],
+    ["w8a8", "w4a8s8", "w8a8i8", "w4a16", "apart"],
     choose=pairwise.levels,
 )
 def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels, plan):
@@ -96,7 +96,7 @@ def test_the_signatures_give_the_bits_of_the_other_form(tmp_path, name, kernels,
 
 @pytest.mark.slow
 @pairwise.parametrize(
-    ("name", "kernels", "plan"), [*kinds.CONFIGS], [*RESOLVERS], ["w8a8", "w4a16"]
+    ("name", "kernels", "plan"), [*kinds.CONFIGS], [*RESOLVERS], ["apart", "w8a8", "w4a16"]
 )
 def test_windows_are_made_in_the_graph(tmp_path, name, kernels, plan):
     """Of 6 positions, while PARTS move past 16."""
