@@ -50,7 +50,7 @@ def parsed(monkeypatch, folder: Path, *more: object):
     return curation.arguments()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_choices_are_measured_and_kept(monkeypatch, folder, tmp_path, capsys):
     path = tmp_path / "rows.json"
     args = parsed(monkeypatch, folder, "--own", 256, "--json", path)

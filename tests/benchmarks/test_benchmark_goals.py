@@ -103,7 +103,7 @@ def test_activations_grow_with_the_tokens_and_weights_do_not():
     assert 0 < two.temporary - one.temporary < 4 * one.layer
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_seconds_of_a_step_are_measured(monkeypatch, capsys):
     config = dataclasses.replace(tiny.SMOLLM2, num_layers=1, vocab_size=64)
     monkeypatch.setattr(step_memory.checkpoint, "load", lambda _: Namespace(config=config))

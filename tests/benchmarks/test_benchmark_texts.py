@@ -117,7 +117,7 @@ def test_the_measurement_of_the_key_cache_runs(tiny_model, tmp_path, monkeypatch
     assert "centred: perplexity" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_checked_model_is_verified_and_answers(tiny_model, tmp_path, monkeypatch):
     at = written_texts(tmp_path, text="words of many kinds. " * 900)
     given = ["--model", tiny_model, "--text", at["text"], "--calibration", at["text"]]
