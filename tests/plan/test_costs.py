@@ -1,6 +1,7 @@
 """Costs of plans, against the graphs that these plans stage."""
 
 import numpy as np
+import pairwise
 import pytest
 from test_groups import between, closed
 
@@ -37,8 +38,12 @@ def plans(found):
         yield closed(found, random.random(len(found.groups)) < share)
 
 
-@pytest.mark.parametrize("low", ["w4a8", "w4a8s8", "w4a8i8"])
-@pytest.mark.parametrize("name", ["gqa_llama3", "gemma3_tiny", "qwen2_tiny", "olmo2_tiny"])
+@pairwise.parametrize(
+    ("name", "low"),
+    ["gqa_llama3", "gemma3_tiny", "qwen2_tiny", "olmo2_tiny"],
+    ["w4a8", "w4a8s8", "w4a8i8"],
+    choose=pairwise.levels,
+)
 def test_casts_are_the_ops_that_a_plan_has_more_or_less_of(name, low):
     """In a graph all layers have the ops of any: only plans alike in all layers can be counted."""
     found = between(name, low)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import numpy as np
+import pairwise
 import pytest
 import tiny
 from model_files import FAMILIES
@@ -61,8 +62,7 @@ def refusal(*args, **kwargs) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("name", MODELS)
+@pairwise.parametrize(("name", "start"), MODELS, STARTS, choose=pairwise.levels)
 def test_whatever_is_set_stages_with_the_bits_asked_for(name, start):
     """Of tensors of the graph, copies and shared inputs among them, each at either width; with what
     the pipeline may add to it and without."""

@@ -47,6 +47,7 @@ def test_terms_are_those_of_the_hessian():
     np.testing.assert_allclose(terms, exact, atol=1e-5 * np.abs(exact).max(), rtol=1e-2)
 
 
+@pytest.mark.nightly
 def test_layers_further_apart_have_little_to_do_with_each_other():
     """Of four layers, the first and the last are in one direction: .97 of the tiny Gemma's."""
     model, references, *_ = made("gemma3_tiny")
