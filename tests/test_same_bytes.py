@@ -32,6 +32,9 @@ FOLDER = tiny.GOLDEN / "integer"
 SHA256: dict[str, dict[str, str]] = json.loads((FOLDER / "sha256.json").read_text())
 MACHINES = ("AMD EPYC-25-17-1-2 cpus-jaxlib 0.10.2", "AMD EPYC-26-2-1-2 cpus-jaxlib 0.10.2")
 """That round floats as the one that made the golden integers (`machine`)."""
+WITHIN = {"w4a8": 0.01, "w4a16": 0.01, "w8a8i8": 0.05}
+"""Part of the KL by which another processor's model may differ: .0044, .0023 and .032 were seen of
+SSE4, AVX and AVX2 (--xla_cpu_max_isa)."""
 recipes = pytest.mark.parametrize("recipe", list(SHA256))
 PREFILL, CONTEXT = 8, 32
 STARTS = Starts(bos=(1,))
@@ -98,23 +101,26 @@ def kl(model: IntegerModel, ids: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", pairwise.often([*SHA256], ["w4a8"]))
+@pytest.mark.parametrize("recipe", pairwise.often([*SHA256], ["w8a8", "w4a8"]))
 def test_quantizing_gives_the_same_integers(recipe):
     """To the bit on a machine that rounds floats as the one of the golden data does.
 
-    Elsewhere GPTQ's steps may part ways, an eighth of the codes with them, but no better or worse:
-    of SSE4, AVX and AVX2 (--xla_cpu_max_isa) the KL was within 0.4%, of w8a8i8 within 3.2%.
+    Elsewhere w8a8's scales are equal but for 1e-5 (sums of 24 to 96 float32 terms), and its codes
+    but for 1 in 100. GPTQ's steps may part ways, an eighth of the codes with them, and so may
+    narrow norms; but no better or worse (`WITHIN`).
     """
     got = quantized(recipe)
     expected = storage.load(FOLDER / recipe)
     assert (got.config, got.plan, got.prefix) == (expected.config, expected.plan, expected.prefix)
     assert got.tensors.keys() == expected.tensors.keys()
-    if machine() not in MACHINES:
+    known = machine() in MACHINES
+    if not known and recipe in WITHIN:
         ids = np.random.default_rng(5).integers(0, 96, (64, tiny.TOKENS)).astype(np.int32)
-        assert kl(got, ids) == pytest.approx(kl(expected, ids), rel=0.05)
+        assert kl(got, ids) == pytest.approx(kl(expected, ids), rel=WITHIN[recipe])
         return
     for name, t in expected.tensors.items():
         np.testing.assert_array_equal(got.tensors[name].zero_point, t.zero_point, err_msg=name)
-        np.testing.assert_array_equal(got.tensors[name].scale, t.scale, err_msg=name)
+        tolerance = 0 if known else 1e-5
+        np.testing.assert_allclose(got.tensors[name].scale, t.scale, tolerance, err_msg=name)
     for name, codes in expected.codes.items():
-        np.testing.assert_array_equal(got.codes[name], codes, err_msg=name)
+        assert np.mean(got.codes[name] != codes) <= (0 if known else 0.01), name

@@ -5,7 +5,6 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-import pairwise
 import pytest
 import tiny
 
@@ -46,9 +45,7 @@ def low_and_high(model):
     return [False] * n, [True] * n
 
 
-@pytest.mark.parametrize(
-    "name", pairwise.often(["gqa_llama3", "gemma3_tiny", "qwen2_tiny"], ["gqa_llama3"])
-)
+@pytest.mark.parametrize("name", ["gqa_llama3", "gemma3_tiny", "qwen2_tiny"])
 def test_charges_sum_to_the_loss(name):
     """The integral is exact to the rule's order; 5% is what the planner's issue asks for."""
     model, references, *_ = made(name)

@@ -252,8 +252,8 @@ def test_removal_is_the_fall_of_the_kl_with_what_must_follow():
         alone.append(scores[i] - (low - lost(up)))
     # Sums in other orders give a KL to some 1e-7, but where one code rounds the other way: in a
     # fourteenth of the passes (AVX2), by some 1e-4. In the low pass it moves all scores alike.
-    assert abs(np.median(apart)) < 5e-4
-    assert np.mean(abs(apart - np.median(apart)) < 2e-6) >= 0.6
+    assert np.abs(apart).max() < 1e-3
+    assert np.sum(abs(apart - np.median(apart)) < 2e-6) >= 7, "of nine"
     assert np.mean(abs(alone - np.median(apart)) < 2e-6) < 0.5, "what must follow is in it"
 
 
