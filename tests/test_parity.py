@@ -101,14 +101,15 @@ WEIGHTS, ACTIVATIONS = slice(2), slice(2, None)
 
 
 def covering(names, plans, kernels) -> list[pairwise.Row]:
-    """Every pair of model, weight width, activation width and kernel set; `mixed` once, and `apart`
-    with each kernel set."""
-    plain = [plan for plan in plans if plan not in ("mixed", "apart")]
+    """Every pair of model, weight width, activation width and kernel set; `mixed` and `heads` once,
+    and `apart` with each kernel set."""
+    plain = [plan for plan in plans if plan not in ("mixed", "apart", "heads")]
     weights, activations = ([*dict.fromkeys(p[at] for p in plain)] for at in (WEIGHTS, ACTIVATIONS))
     rows = pairwise.pairs(names, weights, activations, kernels)
     made = [(name, w + a, k) for name, w, a, k in rows]
     apart = [(name, "apart", k) for name, k in zip(itertools.cycle(names), kernels, strict=False)]
-    return [*made, (names[1], "mixed", kernels[0]), *apart]
+    once = [(names[1], plan, kernels[0]) for plan in ("mixed", "heads")]
+    return [*made, *once, *apart]
 
 
 @pytest.mark.slow

@@ -46,9 +46,19 @@ APART = BitPlan(
 )
 """A layer of 8 bits among others of 16: scores and rotated queries differ, and with them what
 layers share."""
+HEADS = BitPlan(
+    (
+        ("layers.0.attn.kv0.probs", 16),
+        ("layers.0.attn.kv*.mixed", 16),
+        ("layers.0.attn.o", 16),
+        ("layers.0.attn.o.bias", 64),
+        *RECIPES["w8a8"].bits.rules,
+    )
+)
+"""Probabilities of 16 bits in the first KV head of one layer."""
 WIDTHS = ("w8a8", "w8a16", "w4a8", "w4a16", "w8a8s8", "w4a8s8", "w8a8i8", "w4a8i8")
 PLANS: dict[str, BitPlan] = {n: RECIPES[n].bits for n in WIDTHS}
-PLANS |= {"mixed": MIXED, "apart": APART}
+PLANS |= {"mixed": MIXED, "apart": APART, "heads": HEADS}
 OFTEN = pairwise.often([*PLANS], ("w8a8", "w4a16", "w8a8i8", "mixed"))
 """Every plan as a test's parameter; the others hold no width that these have not."""
 

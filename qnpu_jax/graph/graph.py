@@ -171,7 +171,9 @@ class Graph:
             return (copies, self[name].kind == "param", order[name])
 
         for node in self.nodes:
-            tied = node.inputs if self._unchanged(node) else tied_inputs(node.op, node.inputs)
+            # What is multiplied by `keep` copies the codes of one of its inputs, even unchanged.
+            tied = tied_inputs(node.op, node.inputs)
+            tied = tied or (node.inputs if self._unchanged(node) else ())
             for name in tied:
                 a, b = sorted((find(name), find(node.output)), key=rank)
                 parent[b] = a

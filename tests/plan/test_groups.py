@@ -115,6 +115,8 @@ def test_heads_may_differ_in_the_width_of_probabilities():
     plan = found.plan(closed(found, np.arange(len(found.groups)) == probs[1]))
     layer = decoder(found.low.config, plan, 5, 2).layer
     assert [layer[f"attn.kv{i}.kept"].quant.bits for i in (0, 1)] == [(8, 8), (16, 8)]
+    # In no layer does keep change the first head's, which have nothing of its scale.
+    assert layer.ties["keep"] == "keep" != layer.ties["attn.kv0.kept"]
 
 
 def test_plans_the_wrong_way_round_are_refused():
