@@ -49,6 +49,7 @@ from qnpu_jax.graph.ops import (
     Transpose,
 )
 from qnpu_jax.graph.shared_inputs import layer_inputs
+from qnpu_jax.graph.shared_names import select_shared
 from qnpu_jax.recipes import RECIPES
 from qnpu_jax.text import excerpts, starts_of
 from qnpu_jax.transform import add_prefix, find_prefix
@@ -145,7 +146,7 @@ def tf_decoder(tf: Any, dec: Decoder, params: Params) -> Any:
             whole = {n: np.asarray(x) for n, x in local(params, graph.prefix).items()}
             for layer in range(graph.layers):
                 own = {n: tf.constant(x) for n, x in graph.at(whole, layer).items()}
-                tables = dec.shared(graph, shared, layer)
+                tables = select_shared(dec, graph, shared, layer)
                 env = run_graph(tf, graph, values | tables | own)
                 values = {"input.residual": env[graph.outputs[0]]}
         return tf.identity(env[graph.outputs[0]], "logits")

@@ -32,8 +32,8 @@ LEVELS = {
     for name in names.split()
 }  # fmt: skip
 """Level of each folder, and of each file at the root."""
-SIM_SEES = {"errors", "graph.graph", "graph.ops", "integer.accumulators", "integer.intermediates"}
-SIM_SEES |= {"integer.freeze", "integer.model", "integer.simulator"}
+SIM_SEES = {"errors", "graph.graph", "graph.ops", "graph.shared_names", "integer.accumulators"}
+SIM_SEES |= {"integer.freeze", "integer.intermediates", "integer.model", "integer.simulator"}
 """All of `qnpu_jax` that `qnpu_sim` may import."""
 SIM_REACHES = {"artifacts", "choices", "config", "errors", "graph", "integer", "width_ties"}
 """All of `qnpu_jax` that it may reach through those: no float evaluation, nothing that learns."""

@@ -35,6 +35,7 @@ from qnpu_jax.graph import (
     local,
     ranges_of,
     segments,
+    select_shared,
 )
 from qnpu_jax.progress import Track, untracked
 
@@ -266,7 +267,7 @@ class _ForwardPass:
     ) -> Iterator[Tensors]:
         """Yields the named tensors of a part of the graph, batch by batch."""
         params, quant = arrays
-        shared = self.dec.shared(here.graph, shared_inputs(self.dec), here.layer)
+        shared = select_shared(self.dec, here.graph, shared_inputs(self.dec), here.layer)
         own = {t.name for t in part.tensors}
         given = {name: x for name, x in (params | shared).items() if name in own}
         for values in self.values:

@@ -28,6 +28,7 @@ from qnpu_jax.graph import (
     Transpose,
     is_identity,
     local,
+    select_shared,
 )
 from qnpu_jax.integer import IntegerModel, dequantize
 from qnpu_jax.tflite import Composite, Emitter, FileForm, Integers, ModelWriter
@@ -221,7 +222,7 @@ def layer_values(
     values = {n.removeprefix(head): x for n, x in tensors.items() if n.startswith(head)}
     before = f"layers.{layer - 1}.{graph.outputs[0]}" if layer else dec.embed.outputs[0]
     source = before if layer else f"embed.{before}"
-    shared = dec.shared(graph, model.inputs(dec), layer)
+    shared = select_shared(dec, graph, model.inputs(dec), layer)
     return {**shared, **values, "input.residual": tensors[source]}
 
 

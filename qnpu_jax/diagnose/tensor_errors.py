@@ -46,6 +46,7 @@ from qnpu_jax.graph import (
     is_identity,
     local,
     ranges_of,
+    select_shared,
     shared_names,
 )
 from qnpu_jax.integer import IntegerModel, activation_scales, dequantize
@@ -150,7 +151,7 @@ class Constants:
             whole = (self.whole(graph, ids), self.quant(graph))
             for layer in range(graph.layers):
                 own, quant = graph.at(whole, layer)
-                shared = self.decoder.shared(graph, self.tables, layer)
+                shared = select_shared(self.decoder, graph, self.tables, layer)
                 yield graph, layer, {**own, **shared}, quant
 
 

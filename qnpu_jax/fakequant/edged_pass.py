@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from qnpu_jax.fakequant.evaluate import Edge, evaluate
 from qnpu_jax.fakequant.forward import scanned_inputs
-from qnpu_jax.graph import LAYERS, Decoder, Rsqrt, Sqrt, Tensors, TensorSpec, local
+from qnpu_jax.graph import LAYERS, Decoder, Rsqrt, Sqrt, Tensors, TensorSpec, local, select_shared
 
 
 def decoder_logits(
@@ -50,7 +50,7 @@ def recorded_logits(
         return found[dec.layer.outputs[0]], kept
 
     def whole(graph: Any, inputs: Tensors) -> tuple[jax.Array, Tensors]:
-        shared, kept = dec.shared(graph, values["tables"]), {}
+        shared, kept = select_shared(dec, graph, values["tables"]), {}
         inputs = {**inputs, **values[graph.prefix], **shared}
         found = evaluate(graph, inputs, edge(local(extra, graph.prefix), kept))
         return found[graph.outputs[0]], kept

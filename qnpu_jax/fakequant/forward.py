@@ -28,6 +28,7 @@ from qnpu_jax.graph import (
     layer_inputs,
     local,
     ranges_of,
+    select_shared,
 )
 
 
@@ -51,7 +52,7 @@ def scanned_inputs(
     """
     named = {name: name for name in shared}
     layers = range(dec.layer.layers)
-    read = [tuple(dec.shared(dec.layer, named, i).items()) for i in layers]
+    read = [tuple(select_shared(dec, dec.layer, named, i).items()) for i in layers]
     first = dict.fromkeys(read)
     tables = [{name: shared[x] for name, x in own} for own in first]
     if len(tables) == 1:
@@ -179,7 +180,7 @@ def head(dec: Decoder, values: Tensors, edge: Edge, x: Float[Array, "t d"]) -> F
       values, edge: from `Reading.whole(dec.head)`.
       x: (T, D).
     """
-    eps = dec.shared(dec.head, shared_inputs(dec))
+    eps = select_shared(dec, dec.head, shared_inputs(dec))
     return evaluate(dec.head, {"input.residual": x, **eps, **values}, edge)["logits"]
 
 

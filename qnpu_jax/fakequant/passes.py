@@ -12,15 +12,7 @@ from qnpu_jax.config import ModelConfig
 from qnpu_jax.fakequant.compiling import jit_brief
 from qnpu_jax.fakequant.evaluate import Edge, evaluate, fake_quant_edge
 from qnpu_jax.fakequant.forward import shared_inputs
-from qnpu_jax.graph import (
-    Decoder,
-    Graph,
-    Params,
-    Scales,
-    Tensors,
-    local,
-    ranges_of,
-)
+from qnpu_jax.graph import Decoder, Graph, Params, Scales, Tensors, local, ranges_of, select_shared
 
 Keep = Callable[[Graph], tuple[str, ...]]
 """Chooses tensors of a graph: local names."""
@@ -106,7 +98,7 @@ def passes(
         names = tuple(dict.fromkeys((out, *keep(graph))))
         for i in range(graph.layers):
             here = graph.at((own, quant), i)
-            shared = dec.shared(graph, tables, i)
+            shared = select_shared(dec, graph, tables, i)
             env = graph_tensors(graph, names, values, here[0] | shared, here[1], edge)
             yield graph, i, env
             values = {"input.residual": env[out]}

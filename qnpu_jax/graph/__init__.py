@@ -44,7 +44,7 @@ from qnpu_jax.graph.qparams import Array, QParams, Scales, code_range, expand, f
 from qnpu_jax.graph.scales import bias_scales, has_no_zero_point, is_free, mask_scale, resolve
 from qnpu_jax.graph.segments import segments
 from qnpu_jax.graph.shared_inputs import layer_inputs, mask_codes, masks, visible
-from qnpu_jax.graph.shared_names import Reader, shared_names, split_mask_name
+from qnpu_jax.graph.shared_names import Reader, select_shared, shared_names, split_mask_name
 from qnpu_jax.graph.tensor_classes import is_constant, is_rotated, tensor_class
 
 __all__ = [
@@ -110,6 +110,7 @@ __all__ = [
     "ranges_of",
     "resolve",
     "segments",
+    "select_shared",
     "shared_names",
     "shared_widths",
     "split_mask_name",

@@ -19,14 +19,12 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.graph.builder import Builder
 from qnpu_jax.graph.graph import Graph, TensorSpec, global_name
 from qnpu_jax.graph.layer import LayerInputs, decoder_layer
-from qnpu_jax.graph.layered import T
 from qnpu_jax.graph.norms import stream_norm
 from qnpu_jax.graph.ops import (
     FullyConnected,
     Requantize,
     Slice,
 )
-from qnpu_jax.graph.shared_names import select
 
 TABLE_SCALE = {8: 1 / 127, 16: 1 / 32767}
 """Scale of the RoPE tables by their bits: cos and sin use the whole code range."""
@@ -71,10 +69,6 @@ class Decoder:
     def keys(self) -> int:
         """Positions that attention reads, S = prefix + cache + tokens."""
         return self.prefix + self.cache + self.tokens
-
-    def shared(self, graph: Graph, values: Mapping[str, T], layer: int = 0) -> dict[str, T]:
-        """Selects the shared inputs that a graph reads in one layer (`shared_names.select`)."""
-        return select(self, graph, values, layer)
 
 
 @lru_cache(maxsize=32)

@@ -94,7 +94,9 @@ def shared_names(dec: Decoder) -> dict[str, Reader]:
     return found
 
 
-def select(dec: Decoder, graph: Graph, values: Mapping[str, T], layer: int) -> dict[str, T]:
+def select_shared(
+    dec: Decoder, graph: Graph, values: Mapping[str, T], layer: int = 0
+) -> dict[str, T]:
     """Selects the shared inputs that a graph reads in one layer, by local name.
 
     Args:

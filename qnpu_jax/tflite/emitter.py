@@ -12,7 +12,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 
-from qnpu_jax.graph import Decoder, Graph, Node
+from qnpu_jax.graph import Decoder, Graph, Node, select_shared
 from qnpu_jax.tflite.flatbuffer import SubgraphWriter
 from qnpu_jax.tflite.forms import Composite, FileForm
 from qnpu_jax.tflite.operators import add_op
@@ -47,7 +47,8 @@ def emit(
     for graph in dec.graphs if head else dec.graphs[:-1]:
         for layer in range(graph.layers):
             own = caches[layer] if graph.layered else {}
-            env = emitter(graph, layer).emit({**values, **dec.shared(graph, shared, layer), **own})
+            inputs = {**values, **select_shared(dec, graph, shared, layer), **own}
+            env = emitter(graph, layer).emit(inputs)
             out = env[graph.outputs[0]]
             values = {"input.residual": out}
             if graph.layered:

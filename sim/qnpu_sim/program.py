@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qnpu_jax.errors import UserError, nearest
-from qnpu_jax.graph import Graph
+from qnpu_jax.graph import Graph, select_shared
 from qnpu_jax.integer import IntegerModel
 from qnpu_sim import parallel
 from qnpu_sim.ahead import compile_ahead
@@ -103,7 +103,7 @@ def compile_model(
         codes, constants = [], []
         for graph in dec.graphs:
             layers = range(graph.layers)
-            own = [model.constants(graph, i) | dec.shared(graph, shared, i) for i in layers]
+            own = [model.constants(graph, i) | select_shared(dec, graph, shared, i) for i in layers]
             codes.append([put(c) for c in own])
             made = [constants_of(model, graph, i, own[i], rules, tight) for i in layers]
             constants.append([put(c) for c in made])
@@ -271,7 +271,7 @@ def _calls(
                 and (t.name in graph.outputs[:1] or keep(graph.global_name(layer, t.name)))
             )
             own = {t.name: graph.global_name(layer, t.name) for t in graph.named("input")}
-            given = program.decoder.shared(graph, inputs, layer)
+            given = select_shared(program.decoder, graph, inputs, layer)
             given |= {n: inputs[g] for n, g in own.items() if g in inputs}
             given = {n: jnp.asarray(y) for n, y in given.items()}
             step = _Step(graph, same_bits(graph, layer), kept)

@@ -13,7 +13,7 @@ from qnpu_jax.graph.builder import Builder
 from qnpu_jax.graph.decoder import decoder, planned_names
 from qnpu_jax.graph.graph import Graph, Node, is_identity
 from qnpu_jax.graph.ops import Add, Concat, FullyConnected, Mul, Requantize, Reshape, Softmax
-from qnpu_jax.graph.shared_names import shared_names
+from qnpu_jax.graph.shared_names import select_shared, shared_names
 from qnpu_jax.recipes import RECIPES
 
 W8A8 = RECIPES["w8a8"].bits
@@ -224,7 +224,7 @@ def test_layers_share_inputs_with_those_of_their_bits():
     found = {n: r.bits for n, r in shared_names(dec).items() if n != "input.residual"}
     wide = dict.fromkeys(("rope.cos", "rope.sin", "mask", "keep", "norm.eps"), 16)
     assert found == wide | dict.fromkeys(("rope.cos_i8", "rope.sin_i8", "mask_i8"), 8)
-    own = dec.shared(dec.layer, {n: n for n in found}, 1)
+    own = select_shared(dec, dec.layer, {n: n for n in found}, 1)
     assert own["mask"] == "mask_i8" and own["keep"] == "keep"
 
 

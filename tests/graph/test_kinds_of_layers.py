@@ -18,6 +18,7 @@ from qnpu_jax.fakequant.forward import forward, shared_inputs
 from qnpu_jax.fakequant.passes import passes
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.graph.layered import local
+from qnpu_jax.graph.shared_names import select_shared
 from qnpu_jax.transform.fold import fold_norms
 from qnpu_jax.transform.heads import rotary_order, score_scale
 from qnpu_jax.transform.prefix import add_prefix
@@ -114,7 +115,7 @@ def test_decoding_with_a_cache_equals_prefill(name):
         x = run(step.embed, embed)["residual"]
         for i in range(config.num_layers):
             own = {n: p[i] for n, p in local(params, "layers.").items()}
-            own |= step.shared(step.layer, tables, i)
+            own |= select_shared(step, step.layer, tables, i)
             own |= {"attn.cache_k": k[i], "attn.cache_v": v[i], "input.residual": x}
             env = run(step.layer, own)
             x = env["mlp.residual"]

@@ -12,6 +12,7 @@ from qnpu_jax.fakequant.passes import graph_tensors
 from qnpu_jax.graph.layered import local, ranges_of
 from qnpu_jax.graph.scales import resolve
 from qnpu_jax.graph.segments import STREAM, segments
+from qnpu_jax.graph.shared_names import select_shared
 
 
 @pytest.mark.parametrize("plan", ["w8a8", "mixed"])
@@ -22,7 +23,7 @@ def test_parts_compute_what_the_graph_does(plan):
     assert len(inputs) == 4
     q = local(resolve(dec, free), "layers.")
     own, quant = graph.at((local(params, "layers."), (q, ranges_of(graph, q))), 1)
-    given = jax.tree.map(jnp.asarray, {**own, **dec.shared(graph, shared_inputs(dec), 1)})
+    given = jax.tree.map(jnp.asarray, {**own, **select_shared(dec, graph, shared_inputs(dec), 1)})
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, *graph[STREAM].shape)).astype(np.float32))
     out = graph.outputs[:1]

@@ -12,7 +12,7 @@ from qnpu_jax.config import LayerKind, RopeScaling
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.decoder import MASK, MASK_CODE, decoder
 from qnpu_jax.graph.shared_inputs import layer_inputs, masks, rope_frequencies, rope_tables, visible
-from qnpu_jax.graph.shared_names import shared_names
+from qnpu_jax.graph.shared_names import select_shared, shared_names
 from qnpu_jax.integer.model import IntegerModel
 
 DIVISORS = tuple(1 + 0.5 * i for i in range(32))
@@ -100,14 +100,14 @@ def test_kinds_share_what_is_equal_and_name_what_is_not():
     assert inputs.keys() <= shared_names(dec).keys()
     for layer, index in enumerate(kinds.THREE.kind_of_layer):
         kind = kinds.THREE.kinds[index]
-        own = dec.shared(dec.layer, inputs, layer)
+        own = select_shared(dec, dec.layer, inputs, layer)
         cos, sin = rope_tables(kinds.THREE, kind, np.arange(5, 13))
         seen = visible(8, 2, 4, 3, kind.window)
         expected = {"rope.cos": cos, "rope.sin": sin, **masks(seen, 2)}
         assert own.keys() == {*expected, "norm.eps"}
         for name, x in expected.items():
             np.testing.assert_array_equal(own[name], x, err_msg=name)
-    assert dec.shared(dec.head, inputs) == {"norm.eps": inputs["norm.eps"]}
+    assert select_shared(dec, dec.head, inputs) == {"norm.eps": inputs["norm.eps"]}
 
 
 def test_a_model_of_one_kind_has_local_names():

@@ -11,7 +11,7 @@ from test_charges import IDS, made
 from test_groups import between, closed
 
 from qnpu_jax.fakequant.evaluate import evaluate
-from qnpu_jax.graph import local, ranges_of
+from qnpu_jax.graph import local, ranges_of, select_shared
 from qnpu_jax.graph.ops import FullyConnected
 from qnpu_jax.plan.bench import Bench
 from qnpu_jax.plan.charges import arrays, charges
@@ -52,7 +52,7 @@ def plain_pass(model, ids, edge, low=True):
             whole = {"weight": whole["weight"], "ids": jnp.asarray(ids)}
         for layer in range(graph.layers):
             own = graph.at(whole, layer) if graph.prefix == "layers." else whole
-            inputs = {**own, **dec.shared(graph, model.tables, layer), **x}
+            inputs = {**own, **select_shared(dec, graph, model.tables, layer), **x}
             env = evaluate(
                 graph, inputs, lambda s, y, g=graph, i=layer: edge(Member(g.prefix, s.name, i), y)
             )
