@@ -224,6 +224,7 @@ def _learned(job: Job, histories: list[History]) -> list[dict[str, Any]]:
             "stage": stage + 1,
             "steps": steps,
             "taken": len(history.loss),
+            **({"retreats": history.retreats} if history.retreats else {}),
             "every": every,
             "loss": [_short(sum(part) / len(part)) for part in parts],
             "evaluated": [step for step, _ in history.held_out],

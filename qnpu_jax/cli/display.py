@@ -48,7 +48,7 @@ class Display(progress.Observer):
             speed_estimate_period=300.0,
         )
         self._task = TaskID(0)
-        self._learning: int | None = None
+        self._learning: tuple[int, int] | None = None  # stage and step
         self._first, self._since = 0, 0.0
         self._began = time.monotonic()
         self._shown: float | None = None
@@ -89,9 +89,11 @@ class Display(progress.Observer):
     def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
         """Shows step, loss, the best held-out KL and the time left in the stage."""
         now = time.monotonic()
-        if stage != self._learning:  # its first step compiles, which says nothing of the others
-            self._learning, self._first, self._since, self._shown = stage, step, now, None
+        # The first step of a stage, or of one that begins anew, compiles: it tells no time.
+        if self._learning is None or (stage, step) <= self._learning or stage > self._learning[0]:
+            self._first, self._since, self._shown = step, now, None
             self._progress.reset(self._task, total=steps, completed=step)
+        self._learning = stage, step
         what = f"learn {stage + 1}: {step}/{steps}, loss {loss:.3g}, KL {held_out:.3g}"
         self._progress.update(self._task, completed=step, description=what)
         if step == steps or self._due(now):

@@ -91,6 +91,8 @@ def _prefix_rows(prefix: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _stage_row(stage: dict[str, Any]) -> tuple[str, str, str]:
     kls = stage["held_out_kl"]
     taken = f"{stage['taken']} of {stage['steps']} steps"
+    if retreats := stage.get("retreats"):
+        taken += f" at 1/{4**retreats} of its rates, as it diverged"
     return "", f"stage {stage['stage']}", f"{taken}, held-out KL {kls[0]:.4g} -> {min(kls):.4g}"
 
 

@@ -19,6 +19,7 @@ from qnpu_jax.errors import UserError
 from qnpu_jax.graph.builder import Builder
 from qnpu_jax.graph.graph import Graph, TensorSpec, global_name
 from qnpu_jax.graph.layer import LayerInputs, decoder_layer
+from qnpu_jax.graph.layered import local
 from qnpu_jax.graph.norms import stream_norm
 from qnpu_jax.graph.ops import (
     FullyConnected,
@@ -188,7 +189,7 @@ def _layer(g: Builder, cfg: ModelConfig, tokens: int, prefix: int, cache: int) -
     table = (tokens, 1, cfg.head_dim)
     square = (1, tokens * cfg.queries_per_kv_head, keys)
     x = g.input("input.residual", (tokens, cfg.hidden_size))
-    like = shared_widths(cfg)
+    like = local(shared_widths(cfg), g.prefix)
     probs = {b for i in range(cfg.num_kv_heads) for b in g.bits(f"attn.kv{i}.probs")}
     wide, kept = (16,) * cfg.num_layers, (KEEP_SCALE,) * cfg.num_layers
     env = LayerInputs(
@@ -208,7 +209,8 @@ def _head(g: Builder, cfg: ModelConfig, tokens: int, logits: str) -> Graph:
     x = g.input("input.residual", (tokens, cfg.hidden_size))
     if logits == "last":
         x = g.add("last", Slice((tokens - 1, 0), (1, cfg.hidden_size)), x)
-    x = stream_norm(g, cfg, x, _eps(g, cfg, "norm.eps", cfg.hidden_size, "norm.sum"))
+    like = local(shared_widths(cfg), g.prefix)
+    x = stream_norm(g, cfg, x, _eps(g, cfg, "norm.eps", cfg.hidden_size, like["norm.eps"]))
     x = g.add("input", Requantize(), x)
     weight = g.param("weight", (cfg.vocab_size, cfg.hidden_size), axis=0)
     bias = g.param("bias", (cfg.vocab_size,), axis=0)
@@ -224,8 +226,8 @@ def _eps(g: Builder, cfg: ModelConfig, name: str, width: int, like: str) -> Tens
 
 
 def shared_widths(cfg: ModelConfig) -> dict[str, str]:
-    """Tensor of the layer graph whose bits each input that layers share has in a layer, by local
-    name."""
+    """Local name of the tensor whose bits an input that layers share has, in a layer or in the
+    head, by the input's stacked global name."""
     first = "attn.post_norm.norm.sum" if cfg.norms == "after" else "attn.norm.sum"
     found = {
         "rope.cos": "attn.rope.q",
@@ -235,7 +237,7 @@ def shared_widths(cfg: ModelConfig) -> dict[str, str]:
     }
     if cfg.qk_norm is not None:
         found |= {f"{x}_norm.eps": f"attn.{x}_norm.norm.sum" for x in "qk"}
-    return found
+    return {f"layers.{name}": like for name, like in found.items()} | {"head.norm.eps": "norm.sum"}
 
 
 def _head_eps(

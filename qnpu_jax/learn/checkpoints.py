@@ -27,7 +27,7 @@ from qnpu_jax import artifacts
 from qnpu_jax.errors import UserError
 from qnpu_jax.learn.train import History, Progress, TrainState
 
-FORMAT = 2
+FORMAT = 3
 RUN = "run.json"
 PACKAGES = ("qnpu", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 """Another version of any of these may compute, or store, something else."""
@@ -172,6 +172,17 @@ class Checkpoints:
                 if path.name not in kept:
                     shutil.rmtree(path)
 
+    def forget(self, stage: int) -> None:
+        """Removes the states of a stage.
+
+        Args:
+          stage: its number, from 0.
+        """
+        with artifacts.system_errors(self.folder):
+            for step in self._steps(stage):
+                self._place(stage, step)[1].unlink()
+        self._clean(stage)
+
     def remove(self) -> None:
         """Removes the checkpoints, and the folder unless somebody keeps something else in it."""
         with artifacts.system_errors(self.folder):
@@ -300,10 +311,11 @@ def _history(kept: Mapping[str, Any]) -> History | None:
         held_out = [(int(step), float(kl)) for step, kl in kept["held_out"]]
         domains = {name: [float(kl) for kl in kls] for name, kls in kept["domains"].items()}
         loss = [float(x) for x in kept["loss"]]
+        retreats = int(kept["retreats"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
     whole = domains and all(len(kls) == len(held_out) for kls in domains.values())
-    return History(loss, held_out, domains) if whole else None
+    return History(loss, held_out, domains, retreats) if whole else None
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from qnpu_jax.learn.parameters import (
 from qnpu_jax.learn.teacher import cache_teacher, check_teacher_bytes
 from qnpu_jax.learn.train import (
     Callbacks,
+    Diverged,
     History,
     Progress,
     TrainSettings,
@@ -35,6 +36,9 @@ from qnpu_jax.learn.train import (
 from qnpu_jax.progress import Observer
 from qnpu_jax.recipes import Effort, Ranges, Recipe, Stage
 from qnpu_jax.text import Windows
+
+MOST_RETREATS = 2
+"""Times that a stage which diverges is begun anew."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,18 @@ def schedule(recipe: Recipe, effort: Effort) -> list[tuple[Stage, int]]:
     return out
 
 
+def slowed(stage: Stage, retreats: int) -> Stage:
+    """Lowers the rates of a stage to a quarter for each time that it diverged.
+
+    A model that is near its original before it learns has little to win and much to lose: rates
+    that serve another bit plan may be far too high for it.
+
+    >>> slowed(Stage(learn=(("biases", 0.25),)), retreats=1).learn
+    (('biases', 0.0625),)
+    """
+    return replace(stage, learn=tuple((g, rate / 4**retreats) for g, rate in stage.learn))
+
+
 def learns(recipe: Recipe, effort: Effort) -> bool:
     """Tells whether any stage takes a step at this effort."""
     return any(steps for _, steps in schedule(recipe, effort))
@@ -103,6 +119,10 @@ class Store(Protocol):
         """Stores a copy of a state."""
         ...
 
+    def forget(self, stage: int) -> None:
+        """Removes all states of a stage."""
+        ...
+
 
 class Nowhere:
     """A `Store` that stores nothing."""
@@ -111,6 +131,9 @@ class Nowhere:
         """Returns None."""
 
     def save(self, stage: int, state: TrainState, history: History) -> None:
+        """Does nothing."""
+
+    def forget(self, stage: int) -> None:
         """Does nothing."""
 
 
@@ -131,6 +154,7 @@ def learn(
 
     Raises:
       UserError: a stage's teacher does not fit in `effort.teacher_bytes`, or as `train.fit`.
+      Diverged: a stage did at the lowest of its rates (`slowed`) too.
     """
     planned = schedule(recipe, effort)
     # On the device once: the first stage's student shares the arrays.
@@ -207,7 +231,8 @@ class _Run:
     def fit(
         self, index: int, stage: Stage, steps: int, model: Calibrated, basis: np.ndarray
     ) -> tuple[Theta, History]:
-        """Learns one stage, from its last checkpoint where there is one.
+        """Learns one stage, from its last checkpoint where there is one. If it diverges, it begins
+        anew at lower rates.
 
         Args:
           index: number of the stage, from 0.
@@ -223,9 +248,13 @@ class _Run:
             teacher=self.teacher,
             basis=basis,
         )
-        theta = initial_theta(dec, model.free, [g for g, _ in stage.learn])
-        first = initial_state(stage, theta, steps)
-        begun = self.store.load(index, first) or Progress(first, History())
+
+        def first() -> TrainState:
+            theta = initial_theta(dec, model.free, [g for g, _ in stage.learn])
+            return initial_state(stage, theta, steps)
+
+        like = first()
+        begun = self.store.load(index, like) or Progress(like, History())
         cached = uncached
         if not has_ended(begun.state, self.effort, steps):
             cached = cache_teacher(settings, self.teacher, self.text.learning)
@@ -236,6 +265,16 @@ class _Run:
         def report(step: int, loss: float, held_out: float) -> None:
             self.watch.learned(index, step, steps, loss, held_out)
 
-        on_device = jax.tree.map(jnp.asarray, base)
-        best = fit(settings, on_device, begun, self.text, cached, Callbacks(save, report))
-        return best, begun.history
+        on_device, told = jax.tree.map(jnp.asarray, base), Callbacks(save, report)
+        while True:
+            history = begun.history
+            now = replace(settings, stage=slowed(stage, history.retreats))
+            try:
+                return fit(now, on_device, begun, self.text, cached, told), history
+            except Diverged as error:
+                if history.retreats == MOST_RETREATS:
+                    raise
+                what = str(error).partition(";")[0]
+                self.watch.say(f"stage {index + 1}: {what}; begun anew at a quarter of its rates")
+                self.store.forget(index)
+                begun = Progress(first(), History(retreats=history.retreats + 1))

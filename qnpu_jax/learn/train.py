@@ -82,6 +82,10 @@ class TrainState:
     first_loss: Any
 
 
+class Diverged(UserError):
+    """Learning that no step leads back from: its rates are too high."""
+
+
 @dataclass
 class History:
     """Record of a stage.
@@ -91,11 +95,14 @@ class History:
       held_out: (step, KL) of each evaluation: half the sum of the domains' mean and of the worst
         one, nats per token.
       domains: the KL of each domain, evaluation by evaluation.
+      retreats: times that the stage diverged and began anew (`stages.slowed`); all else is of the
+        last time.
     """
 
     loss: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     domains: dict[str, list[float]] = field(default_factory=dict)
+    retreats: int = 0
 
 
 class Progress(NamedTuple):
@@ -271,7 +278,8 @@ def fit(
       The parameters of least held-out KL.
 
     Raises:
-      UserError: no text, unequal parts, or the loss is not finite or has diverged. The last
+      UserError: no text or unequal parts.
+      Diverged: the loss or the held-out KL is not finite, or far above its start. The last
         checkpoint is not touched.
     """
     stage, effort, steps = settings.stage, settings.effort, settings.steps
@@ -330,7 +338,7 @@ def _check_end(stage: Stage, history: History) -> None:
     """Refuses a model that the stage ruined: a loss other than the KL can fall meanwhile."""
     (_, first), (step, last) = history.held_out[0], history.held_out[-1]
     if last > DIVERGED_KL * max(first, 0.1):
-        raise UserError(
+        raise Diverged(
             f"held-out KL: learning diverged: {first:.4g} nats at first, {last:.4g} at step {step};"
             f" lower the learning rates of the stage, {dict(stage.learn)}"
         )
@@ -356,7 +364,7 @@ def _evaluate(
     value = 0.5 * (fmean(kls.values()) + max(kls.values()))
     if not np.isfinite(value):  # before it is saved: a checkpoint must be worth going on from
         broken = [key for key, x in state.theta.items() if not np.isfinite(np.asarray(x)).all()]
-        raise UserError(
+        raise Diverged(
             f"{broken[0] if broken else 'held-out KL'}: learning diverged at step"
             f" {int(state.step)}: held-out KL {value:.4g}; lower the learning rates of the stage;"
             " the last checkpoint is kept"
@@ -378,7 +386,7 @@ def _check_loss(
     values = {key: float(x) for key, x in norms.items()}
     broken = [key for key, x in values.items() if not np.isfinite(x)]
     worst = broken[0] if broken else max(values, key=lambda key: values[key])
-    raise UserError(
+    raise Diverged(
         f"{worst}: learning diverged at step {step + 1}: loss {loss:.4g}, at first {first:.4g}; the"
         " gradient of this parameter is the"
         f" {'first that is not finite' if broken else 'largest'}; lower the learning rates of the"

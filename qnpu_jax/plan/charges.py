@@ -3,8 +3,8 @@
 Every tensor i of a group has an error e_i and a factor t_i of it: 1 where it has its low bits, 0
 where it has its high ones. Of a weight e_i is w_low - w_high, of its bias likewise; of an
 activation fq(x) - x, fq at the low bits and x what it is at the plan where charges are measured:
-raised, it counts as exact. What both plans give the same bits has a factor of 1. With these errors
-fixed,
+raised, it counts as exact. An input that layers share has the factor of the tensor whose bits it
+has. What both plans give the same bits has a factor of 1. With these errors fixed,
 f(t) = KL(float || mixed) is a smooth function, and a group is charged
 
     a_i = integral over s in [0, 1] of t_i df/dt_i at s t,    sum a_i = f(t) - f(0)
@@ -52,10 +52,11 @@ from qnpu_jax.graph import (
     local,
     ranges_of,
     resolve,
-    shared_names,
+    select_shared,
+    shared_widths,
 )
 from qnpu_jax.measure import mean_kl
-from qnpu_jax.plan.groups import Choices
+from qnpu_jax.plan.groups import STREAM, Choices
 
 POINTS = 3
 """Points of the Gauss-Legendre rule for the integral over s, as in `diagnose.attribution`."""
@@ -68,9 +69,10 @@ class Mixed:
     Attributes:
       choices: its groups.
       params: real values at the high bits, by stacked global name.
-      errors: w_low - w_high of weights in groups, and of their biases.
+      errors: w_low - w_high of weights in groups, and of their biases; fq(x) - x at the low bits of
+        inputs that layers share, in each layer; by stacked global name.
       scales: resolved QParams of the low plan.
-      tables: inputs that layers share.
+      tables: real values of the inputs that layers share, by shared name.
     """
 
     choices: Choices
@@ -121,19 +123,23 @@ def mixed(
                     errors[name] = x - params[name]
                 else:
                     params[name] = x
-    return Mixed(found, params, errors, scales, _tables(found.low, scales))
+    tables = shared_inputs(found.low)
+    return Mixed(found, params, errors | _of_tables(found.low, scales, tables), scales, tables)
 
 
-def _tables(dec: Decoder, scales: Scales) -> Tensors:
-    """Inputs that layers share, on their grid; the mask as it is."""
-    readers, tables = shared_names(dec), shared_inputs(dec)
-    for name, x in tables.items():
-        graph, local_name, layer = readers[name]
-        if local_name != "mask":
-            q = graph.at(scales[graph.prefix + local_name], layer)
-            bounds = graph.at(ranges_of(graph, {local_name: q})[local_name], layer)
-            tables[name] = fake_quant(x, q.scale, q.zero_point, *bounds)
-    return tables
+def _of_tables(dec: Decoder, scales: Scales, tables: Tensors) -> Tensors:
+    """Rounding errors of the inputs that layers share, in each layer; the mask has none."""
+    errors = {}
+    for graph in (dec.layer, dec.head):
+        inputs = {t.name: t for t in graph.named("input") if t.name not in ("mask", STREAM)}
+        for name, bounds in ranges_of(graph, inputs).items():
+            rows = []
+            for layer in range(graph.layers):
+                x = select_shared(dec, graph, tables, layer)[name]
+                q = graph.at(scales[graph.prefix + name], layer)
+                rows.append(fake_quant(x, q.scale, q.zero_point, *graph.at(bounds, layer)) - x)
+            errors[graph.prefix + name] = jnp.stack(rows) if graph.layered else rows[0]
+    return errors
 
 
 def _rounded(x: jax.Array, spec: TensorSpec, q: Any, bounds: Any) -> jax.Array:
@@ -261,7 +267,7 @@ def _rounds(graph: Graph, name: str) -> bool:
 def rounded_pass(dec: Decoder, read: Arrays, at: Tensors) -> tuple[jax.Array, Tensors]:
     """Computes the logits at a plan, and the errors of activations there."""
     factor = {n: at.get(n, jnp.ones(jnp.shape(q[0].scale))) for n, q in read.quant.items()}
-    extra = {n: (q, factor[n]) for n, q in read.quant.items()} | _of_params(read, at)
+    extra = {n: (q, factor[n]) for n, q in read.quant.items()} | _as_read(dec, read, at)
     positive = under_roots(dec)
 
     def edge(own: Tensors, kept: Tensors) -> Edge:
@@ -269,7 +275,7 @@ def rounded_pass(dec: Decoder, read: Arrays, at: Tensors) -> tuple[jax.Array, Te
             if spec.name not in own:
                 return x
             what, t = own[spec.name]
-            if spec.kind == "param":
+            if spec.kind != "activation":
                 return x + t * what
             q, qmin, qmax = what
             y = fake_quant(x, q.scale, q.zero_point, qmin, qmax)
@@ -301,12 +307,19 @@ def divergence(dec: Decoder, read: Arrays, reference: jax.Array, at: Tensors) ->
     """Computes f(t), with all errors fixed."""
     one = {n: jnp.ones(jnp.shape(q[0].scale)) for n, q in read.quant.items()}
     errors = {n: (read.errors[n], at.get(n, t)) for n, t in one.items()}
-    extra = errors | _of_params(read, at)
+    extra = errors | _as_read(dec, read, at)
     logits = decoder_logits(dec, read.values, extra, with_errors(dec))
     return mean_kl(reference, logits)
 
 
-def _of_params(read: Arrays, at: Tensors) -> Tensors:
-    """Errors of weights with their factors, and of biases with those of their weights."""
-    factor = {n: n if n in at else n.removesuffix("bias") + "weight" for n in read.errors}
-    return {n: (e, at[factor[n]]) for n, e in read.errors.items() if n not in read.quant}
+def _as_read(dec: Decoder, read: Arrays, at: Tensors) -> Tensors:
+    """Errors of what no op makes, with their factors: those of biases are of their weights, those
+    of shared inputs of the tensor whose bits they have."""
+    shared, found = shared_widths(dec.config), {}
+    like = {n: n.partition(".")[0] + "." + x for n, x in shared.items()}
+    for name, e in read.errors.items():
+        if name not in read.quant:
+            factor = like.get(name, name if name in at else name.removesuffix("bias") + "weight")
+            one = jnp.ones(e.shape[: int(name.startswith(dec.layer.prefix))])
+            found[name] = (e, at.get(factor, one))
+    return found

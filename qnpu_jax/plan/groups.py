@@ -24,6 +24,7 @@ from qnpu_jax.graph import (
     Mul,
     Narrowed,
     constraint,
+    local,
     planned_names,
     shared_widths,
     tied_inputs,
@@ -234,15 +235,15 @@ def tied(low: Decoder, high: Decoder) -> Iterator[tuple[Member, Member]]:
 def _sharing(dec: Decoder) -> Iterator[tuple[Member, Member]]:
     """Pairs of tensors of a layer, or of the head, that a shared input ties: the one whose bits it
     has, and what its kernels read beside it and give."""
-    widths = [(dec.layer, *pair) for pair in shared_widths(dec.config).items()]
-    for graph, shared, like in (*widths, (dec.head, "norm.eps", "norm.sum")):
-        names = {like}
-        for node in graph.nodes:
-            if shared in node.inputs:
-                names |= {node.output, *node.inputs} - {shared}
-        for name in sorted(names):
-            for i in range(graph.layers):
-                yield Member(graph.prefix, like, i), Member(graph.prefix, unwidened(graph, name), i)
+    for graph in dec.graphs:
+        for shared, like in local(shared_widths(dec.config), graph.prefix).items():
+            names = {like}
+            for node in graph.nodes:
+                if shared in node.inputs:
+                    names |= {node.output, *node.inputs} - {shared}
+            for name in sorted(unwidened(graph, n) for n in names):
+                for i in range(graph.layers):
+                    yield Member(graph.prefix, like, i), Member(graph.prefix, name, i)
 
 
 def _beside_constants(dec: Decoder) -> Iterator[tuple[Member, Member]]:

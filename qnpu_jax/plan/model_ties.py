@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.graph import (
-    LAYERS,
     Add,
     Decoder,
     FullyConnected,
     Mul,
     decoder,
+    local,
     planned_names,
     shared_widths,
     with_additions,
@@ -92,11 +92,10 @@ def _sources(
 
 def _beside(dec: Decoder) -> Iterator[tuple[Member, Member]]:
     """Pairs of a constant, or an input that layers share, and the tensor whose bits it has."""
-    shared = [(LAYERS, *pair) for pair in shared_widths(dec.config).items()]
-    shared.append((dec.head.prefix, "norm.eps", "norm.sum"))
-    for prefix, name, like in shared:
-        for layer in range(dec.layer.layers if prefix == LAYERS else 1):
-            yield Member(prefix, name, layer), Member(prefix, like, layer)
+    for graph in dec.graphs:
+        for name, like in local(shared_widths(dec.config), graph.prefix).items():
+            for i in range(graph.layers):
+                yield Member(graph.prefix, name, i), Member(graph.prefix, like, i)
     for graph in dec.graphs:
         for node in graph.nodes:
             if isinstance(node.op, Add | Mul):

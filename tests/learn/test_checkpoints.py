@@ -22,7 +22,7 @@ from qnpu_jax.recipes import Stage
 
 INPUTS = {"model": "m" * 64, "recipe": {"seed": 0, "stages": [{"share": 1.0}]}}
 BIAS = ThetaKey("bias", "layers.attn.q.bias")
-HISTORY = History([0.1, 1 / 3], [(0, 0.7), (2, math.pi)], {"a": [0.6, 3.0], "b": [0.8, math.pi]})
+HISTORY = History([0.1, 1 / 3], [(0, 0.7), (2, math.pi)], {"a": [0.6, 3.0], "b": [0.8, math.pi]}, 1)
 
 
 def state(step: int, seed: int = 0) -> TrainState:
@@ -47,9 +47,9 @@ def assert_equal(a, b) -> None:
         np.testing.assert_array_equal(x, flat(b)[name], err_msg=name)
 
 
-def refusal(function, *args) -> str:
+def refusal(function, *args, **kwargs) -> str:
     with pytest.raises(UserError) as error:
-        function(*args)
+        function(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -37,7 +37,14 @@ def _compile_once():
         yield
 
 
-def run(store: stages.Store | None, kill_at: tuple[int, int] | None = None) -> Learned:
+def run(
+    store: stages.Store | None,
+    kill_at: tuple[int, int] | None = None,
+    time: int = 1,
+    recipe: Recipe = RECIPE,
+    said: list[str] | None = None,
+) -> Learned:
+    """Learns, until a stage takes a step for the n-th time."""
     dec, params, free = tiny.calibrated("mha_tied", "w8a8")
     # Far too coarse: learning has something to do in both stages.
     act = free["layers.mlp.act"]
@@ -47,11 +54,18 @@ def run(store: stages.Store | None, kill_at: tuple[int, int] | None = None) -> L
     text = Windows(tiny.random_ids((4, 24)), ids, ids[:2])
 
     class Killer(Observer):
+        times = 0
+
         def learned(self, stage: int, step: int, steps: int, loss: float, held_out: float) -> None:
-            if (stage, step) == kill_at:
+            self.times += (stage, step) == kill_at
+            if self.times == time:
                 raise Killed
 
-    return learn(Calibrated(dec, params, free, True), RECIPE, EFFORT, text, store, Killer())
+        def say(self, message: str) -> None:
+            assert said is not None, message
+            said.append(message)
+
+    return learn(Calibrated(dec, params, free, True), recipe, EFFORT, text, store, Killer())
 
 
 @pytest.fixture(scope="module")
@@ -109,37 +123,101 @@ def test_what_is_finished_compiles_nothing(tmp_path, reference, monkeypatch):
     assert_same(run(Checkpoints(tmp_path, INPUTS)), reference)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["loss", "parameter"])
-def test_what_diverges_stops_at_the_last_good_checkpoint(tmp_path, reference, monkeypatch, where):
-    """As the loss of step 7, or in what step 8 learned, which is evaluated before it is saved."""
-    name = ThetaKey("bias", "layers.mlp.down.bias")
+# --- Stages that diverge ---
+
+BROKEN = ThetaKey("bias", "layers.mlp.down.bias")
+
+
+def diverging(where: str, slow: float):
+    """`train.compile_stage` whose steps diverge unless the rates are that much lower: as the loss
+    of step 7, or in what step 8 learned, which is evaluated before it is saved."""
     real, stop = train.compile_stage, 7 if where == "loss" else 8
 
-    def broken(*args) -> train.CompiledStage:
-        honest = real(*args)
+    def broken(dec, stage, effort, steps) -> train.CompiledStage:
+        honest = real(dec, stage, effort, steps)
 
         def step(state, *rest):
             at = int(state.step)
             state, loss, norms = honest.step(state, *rest)
-            if (at + 1, last_checkpoint(tmp_path)) == (stop, (1, 6)):
-                if where == "loss":
-                    return state, jnp.float32(np.nan), norms | {name: jnp.float32(np.inf)}
-                state = replace(
-                    state, theta=state.theta | {name: state.theta[name] * np.float32(np.nan)}
-                )
+            if at + 1 != stop or stage.learn[0][1] <= STAGE.learn[0][1] * slow:
                 return state, loss, norms
-            return state, loss, norms
+            if where == "loss":
+                return state, jnp.float32(np.nan), norms | {BROKEN: jnp.float32(np.inf)}
+            ruined = state.theta | {BROKEN: state.theta[BROKEN] * np.float32(np.nan)}
+            return replace(state, theta=ruined), loss, norms
 
         return train.CompiledStage(step, honest.held_out)
 
+    return broken
+
+
+@pytest.fixture(scope="module")
+def quartered(_compile_once) -> Learned:
+    """What the recipe gives whose rates are a quarter."""
+    stage = stages.slowed(STAGE, 1)
+    assert stage.learn == (("biases", 0.000075), ("unrotated", 0.0125))
+    return run(None, recipe=replace(RECIPE, stages=(stage, stage)))
+
+
+def assert_retreated(made: Learned, quartered: Learned) -> None:
+    assert [h.retreats for h in made.histories] == [1, 1]
+    assert_same(
+        replace(made, histories=[replace(h, retreats=0) for h in made.histories]), quartered
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["loss", "parameter"])
+def test_what_diverges_begins_anew_at_a_quarter_of_its_rates(
+    tmp_path, quartered, monkeypatch, where
+):
+    monkeypatch.setattr(train, "compile_stage", diverging(where, 0.25))
+    said: list[str] = []
+    made = run(Checkpoints(tmp_path, INPUTS), said=said)
+    assert_retreated(made, quartered)
+    step = 7 if where == "loss" else 8
+    assert len(said) == 2
+    for i, s in enumerate(said):
+        assert s.startswith(f"stage {i + 1}: {BROKEN}: learning diverged at step {step}: ")
+        assert "; lower" not in s
+    assert all(s.endswith("; begun anew at a quarter of its rates") for s in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [((0, 7), 1)],  # in the step that diverges first
+        [((0, 1), 2), ((0, 7), 1)],  # anew, before the first checkpoint; then as the first time
+        [((0, 5), 2), ((1, 2), 1), ((1, 12), 1)],
+    ],
+    ids=str,
+)
+def test_killed_before_or_after_it_diverged_is_as_never_killed(
+    tmp_path, quartered, monkeypatch, kills
+):
+    monkeypatch.setattr(train, "compile_stage", diverging("parameter", 0.25))
+    for at, time in kills:
+        with pytest.raises(Killed):
+            run(Checkpoints(tmp_path, INPUTS), at, time, said=[])
+    assert_retreated(run(Checkpoints(tmp_path, INPUTS), said=[]), quartered)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_compile_once")
+@pytest.mark.parametrize("where", ["loss", "parameter"])
+def test_what_diverges_a_third_time_stops_at_its_last_good_checkpoint(tmp_path, monkeypatch, where):
+    given: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(train, "compile_stage", broken)
-        said = refusal(run, Checkpoints(tmp_path, INPUTS))
-    assert said.startswith(f"{name}: learning diverged at step {stop}: ")
+        patch.setattr(train, "compile_stage", diverging(where, 0.01))
+        said = refusal(run, Checkpoints(tmp_path, INPUTS), said=given)
+    assert len(given) == 2
+    assert said.startswith(f"{BROKEN}: learning diverged at step {7 if where == 'loss' else 8}: ")
     assert said.endswith("the last checkpoint is kept")
-    assert last_checkpoint(tmp_path) == (1, 6)
-    assert_same(run(Checkpoints(tmp_path, INPUTS)), reference)
+    assert last_checkpoint(tmp_path) == (0, 6)
+    monkeypatch.setattr(train, "compile_stage", diverging(where, 1 / 16))
+    gone_on = run(Checkpoints(tmp_path, INPUTS), said=[])
+    assert [h.retreats for h in gone_on.histories] == [2, 2]
 
 
 def test_intervals():

@@ -11,7 +11,7 @@ import tiny
 from qnpu_jax.calibrate import GptqSettings, gptq
 from qnpu_jax.fakequant import under_roots
 from qnpu_jax.fakequant.forward import forward
-from qnpu_jax.graph.decoder import decoder
+from qnpu_jax.graph.decoder import decoder, shared_widths
 from qnpu_jax.graph.scales import resolve
 from qnpu_jax.measure import mean_kl
 from qnpu_jax.plan.charges import (
@@ -84,12 +84,17 @@ def test_the_low_plan_is_fake_quant(low):
         assert found == pytest.approx(expected, rel=0.02)
 
 
-def test_the_high_plan_is_fake_quant_of_what_is_no_choice():
-    """8-bit weights, and no activation of a group rounded: 16 bits count as exact."""
-    model, references, _, free = made("gqa_llama3")
+@pytest.mark.parametrize("low", ["w4a8", "w4a8i8"])
+def test_the_high_plan_is_fake_quant_of_what_is_no_choice(low):
+    """8-bit weights, and no activation of a group rounded, nor what layers share with one: 16 bits
+    count as exact."""
+    model, references, _, free = made("gqa_llama3", low)
     _, high = low_and_high(model)
     chosen = {m.prefix + m.name for m in model.choices.index}
     dec = model.choices.low
+    shared = shared_widths(dec.config).items()
+    chosen |= {name for name, like in shared if f"{name.partition('.')[0]}.{like}" in chosen}
+    assert ("layers.rope.cos" in chosen) == (low == "w4a8i8")
     scales = {n: q for n, q in resolve(dec, free).items() if n not in chosen}
     lost = divergences(model, IDS, references, high)
     for ids, reference, found in zip(IDS, references, lost, strict=True):

@@ -47,12 +47,16 @@ def plain_pass(model, ids, edge, low=True):
         whole = dict(local(model.params, graph.prefix))
         if low:
             for n, e in local(model.errors, graph.prefix).items():
-                whole[n] = whole[n] + e
+                whole |= {n: whole[n] + e} if n in whole else {}
         if graph is dec.embed:
             whole = {"weight": whole["weight"], "ids": jnp.asarray(ids)}
         for layer in range(graph.layers):
             own = graph.at(whole, layer) if graph.prefix == "layers." else whole
-            inputs = {**own, **select_shared(dec, graph, model.tables, layer), **x}
+            shared = select_shared(dec, graph, model.tables, layer)
+            for n in shared.keys() & local(model.errors, graph.prefix).keys() if low else ():
+                e = model.errors[graph.prefix + n]
+                shared[n] = shared[n] + (e[layer] if graph.layered else e)
+            inputs = {**own, **shared, **x}
             env = evaluate(
                 graph, inputs, lambda s, y, g=graph, i=layer: edge(Member(g.prefix, s.name, i), y)
             )
