@@ -29,6 +29,7 @@ class Ties:
       above: pairs (a, b): b has no fewer bits than a.
       widths: bits that kernels have, for each of `names`.
       biases: output of the linear of each bias.
+      constant: bits of tensors that have them whatever a plan says.
     """
 
     names: tuple[str, ...]
@@ -37,17 +38,21 @@ class Ties:
     above: tuple[tuple[str, str], ...]
     widths: Mapping[str, tuple[int, ...]]
     biases: Mapping[str, str]
+    constant: Mapping[str, int]
 
     def named(self, pattern: str) -> list[str]:
         """The tensors of `names` that a name or a shell-style pattern means; of a copy its source.
 
         Raises:
-          UserError: none; says the nearest names.
+          UserError: none, or one whose bits no plan decides; says the nearest names.
         """
         matches = re.compile(translate(pattern)).match
         found = [n for n in self.names if matches(n)]
         found += [source for name, source in self.copies.items() if matches(name)]
         if not found:
+            for constant, bits in self.constant.items():
+                if matches(constant):
+                    raise UserError(f"{constant}: has {bits} bits in every plan; leave it out")
             raise UserError(
                 f"{pattern}: no tensor of the model; expected a name like layers.0.mlp.act, or a"
                 " pattern; `qnpu graph` prints every name" + nearest(pattern, self.names)

@@ -72,7 +72,13 @@ def ties(config: ModelConfig, prefix: int = 1) -> Ties:
     pairs = (pair for dec in (low, high) for pair in follows(dec))
     named = ([copies.get(called[m], called[m]) for m in p] for p in pairs if p[0] in called)
     above = dict.fromkeys((a, b) for a, b in named if a != b and a not in biases)
-    return Ties(tuple(names), copies, tuple(same), tuple(above), allowed, biases)
+    constant = {n: _bits(high, m) for m, n in called.items() if n not in names and n not in copies}
+    return Ties(tuple(names), copies, tuple(same), tuple(above), allowed, biases, constant)
+
+
+def _bits(dec: Decoder, m: Member) -> int:
+    graph = next(g for g in dec.graphs if g.prefix == m.prefix)
+    return graph[m.name].quant.bits[m.layer]
 
 
 def _sources(

@@ -194,6 +194,13 @@ def test_several_at_once():
         W4A8.set_all(of_two, tied(LLAMA), follow=True)
 
 
+def test_what_no_plan_decides_is_told():
+    """`keep` multiplies 16-bit probabilities alone."""
+    assert tied(LLAMA).constant == {f"layers.{i}.keep": 16 for i in range(2)}
+    with pytest.raises(UserError, match=r"^layers\.0\.keep: has 16 bits in every plan; leave it"):
+        W4A8.set("layers.*.keep", 8, tied(LLAMA))
+
+
 def test_a_cache_without_a_prefix_may_have_16_bits():
     config = shape(LLAMA)
     made = W4A8.set("layers.*.attn.k_cache", 16, qnpu_jax.ties(config, prefix=0))
