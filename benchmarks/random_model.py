@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qnpu_jax.config import ModelConfig
+from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.graph.decoder import decoder
 from qnpu_jax.graph.ops import WIDENING, Requantize
 from qnpu_jax.integer.model import IntegerModel, QTensor
@@ -26,9 +26,10 @@ SMOLLM2 = ModelConfig(
 )
 
 
-def random_model(recipe: str, config: ModelConfig = SMOLLM2) -> IntegerModel:
-    """A model of these shapes in this recipe's bits, with a prefix of two tokens."""
-    plan, rng = RECIPES[recipe].bits, np.random.default_rng(0)
+def random_model(recipe: str | BitPlan, config: ModelConfig = SMOLLM2) -> IntegerModel:
+    """A model of these shapes in the bits of a recipe or plan, with a prefix of two tokens."""
+    plan = RECIPES[recipe].bits if isinstance(recipe, str) else recipe
+    rng = np.random.default_rng(0)
     graphs = [
         g for logits in ("all", "last") for g in decoder(config, plan, 1, 2, 1, logits).graphs
     ]
@@ -40,7 +41,8 @@ def random_model(recipe: str, config: ModelConfig = SMOLLM2) -> IntegerModel:
             if name in tensors:
                 continue
             channels = () if spec.quant.axis is None else (spec.shape[spec.quant.axis],)
-            value = spec.fixed[0] if spec.fixed else 0.01
+            fixed = np.asarray(spec.fixed or (0.01,))  # by layer, or the same in all
+            value = fixed.reshape(-1, *(1 for _ in channels)) if stack else fixed[0]
             codes = None
             if spec.kind == "param":
                 bias = name.endswith("bias")
@@ -55,9 +57,12 @@ def random_model(recipe: str, config: ModelConfig = SMOLLM2) -> IntegerModel:
         for node in graph.nodes:
             if not isinstance(node.op, Requantize):
                 continue
-            if graph[node.inputs[0]].quant.bits < graph[node.output].quant.bits:
+            source, made = (np.array(graph[x].quant.bits) for x in (node.inputs[0], node.output))
+            if (source < made).any():
                 # Exact, as in a model that `freeze` made.
-                finer = tensors[graph.prefix + node.inputs[0]].scale / np.float32(WIDENING)
+                wider = (source < made) if graph.layered else (source < made)[0]
+                scale = tensors[graph.prefix + node.inputs[0]].scale
                 name = graph.prefix + node.output
-                tensors[name] = replace(tensors[name], scale=np.asarray(finer))
+                finer = np.where(wider, scale / np.float32(WIDENING), scale)
+                tensors[name] = replace(tensors[name], scale=finer)
     return IntegerModel(config, plan, (0, 0), tensors)

@@ -21,7 +21,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from qnpu_jax.graph import AddMask, BatchMatmul, Graph, Node, Requantize, Softmax
+from qnpu_jax.graph import AddMask, BatchMatmul, Graph, Node, Requantize, Softmax, is_identity
 from qnpu_sim import elementwise, kernels
 from qnpu_sim.elementwise import AddConstants, QuantizeConstants
 from qnpu_sim.exact_dots import dot
@@ -57,14 +57,21 @@ class Chain(NamedTuple):
 
     Attributes:
       outputs: of the ops, in order.
+      copies: outputs of ops between them that do nothing in this layer.
       queries, keys: the 8-bit tensors that the operands of the scores were widened from.
     """
 
     outputs: tuple[str, ...]
+    copies: tuple[str, ...]
     queries: str
     keys: str
     values: str
     mask: str
+
+    @property
+    def inside(self) -> set[str]:
+        """Names of the tensors that the kernel keeps to itself."""
+        return {*self.outputs[:-1], *self.copies}
 
     @property
     def operands(self) -> tuple[str, str, str, str]:
@@ -92,21 +99,31 @@ def chains(graph: Graph, layer: int, constants: Mapping[str, Any]) -> dict[str, 
 
 
 def _chain(graph: Graph, layer: int, softmax: Node) -> Chain | None:
-    """Returns the ops around a SOFTMAX if they are the five and no other op reads their results."""
+    """Returns the ops around a SOFTMAX if they are the five and no other op reads their results. An
+    op that does nothing in this layer is none of them."""
     made = {n.output: n for n in graph.nodes}
     mask = made.get(softmax.inputs[0])
     scores = made.get(mask.inputs[0]) if mask is not None else None
-    nodes = [scores, mask, softmax]
+    nodes, copies = [scores, mask, softmax], []
     for _ in range(2):
-        last = nodes[-1]
-        readers = [n for n in graph.nodes if last is not None and last.output in n.inputs]
-        nodes.append(readers[0] if len(readers) == 1 else None)
+        node = _reader(graph, nodes[-1])
+        while node is not None and is_identity(graph, node, layer):
+            copies.append(node.output)
+            node = _reader(graph, node)
+        nodes.append(node)
     ops = (BatchMatmul, AddMask, Softmax, Requantize, BatchMatmul)
     if not all(n is not None and isinstance(n.op, op) for n, op in zip(nodes, ops, strict=True)):
         return None
     queries, keys = (narrow_source(graph, n, layer) for n in nodes[0].inputs)
     outputs = tuple(n.output for n in nodes)
-    return Chain(outputs, queries, keys, nodes[-1].inputs[1], nodes[1].inputs[1])
+    values, mask = nodes[-1].inputs[1], nodes[1].inputs[1]
+    return Chain(outputs, tuple(copies), queries, keys, values, mask)
+
+
+def _reader(graph: Graph, node: Node | None) -> Node | None:
+    """The op that reads an op's result; None where none does, or several."""
+    readers = [n for n in graph.nodes if node is not None and node.output in n.inputs]
+    return readers[0] if len(readers) == 1 else None
 
 
 def _fits(graph: Graph, layer: int, chain: Chain, constants: Mapping[str, Any]) -> bool:

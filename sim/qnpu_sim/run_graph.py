@@ -62,8 +62,8 @@ def run_graph(
     chains = {}
     if wanted is not None and jax.default_backend() == "gpu":
         chains = gpu_attention.chains(graph, layer, constants)
-        chains = {n: c for n, c in chains.items() if not set(c.outputs[:-1]) & set(wanted)}
-    within = {name for chain in chains.values() for name in chain.outputs[:-1]}
+        chains = {n: c for n, c in chains.items() if not c.inside & set(wanted)}
+    within = {name for chain in chains.values() for name in chain.inside}
     for node in graph.nodes:
         if node.output in within:
             continue

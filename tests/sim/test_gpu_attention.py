@@ -14,7 +14,7 @@ import pairwise
 import pytest
 import tiny
 
-from qnpu_jax.config import ModelConfig
+from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.graph.ops import WIDENING
 from qnpu_sim import elementwise, gpu_attention, kernels, op_constants
 from qnpu_sim.all_layers import run_stack
@@ -121,12 +121,16 @@ CONFIG = dataclasses.replace(
 
 
 def found(
-    plan: str, tokens: int, profile: Profile = "litert_ref", config: ModelConfig = CONFIG
+    plan: str | BitPlan,
+    tokens: int,
+    profile: Profile = "litert_ref",
+    config: ModelConfig = CONFIG,
+    layer: int = 1,
 ) -> list[str]:
     model = random_model.random_model(plan, config)
     dec = model.decoder(tokens)
     program = compile_model(model, dec, profile)
-    return list(chains(dec.layer, 1, program.constants[1][1]))
+    return list(chains(dec.layer, layer, program.constants[1][layer]))
 
 
 @pytest.mark.slow
@@ -143,6 +147,12 @@ def test_where_it_serves():
     for size in (16, 24):
         narrow = dataclasses.replace(CONFIG, head_dim=size)
         assert found("w8a8", 16, config=narrow) == [], "products that tensor cores sum wrongly"
+
+
+def test_layers_of_8_bits_beside_others_of_16():
+    """What 16-bit probabilities need stands in all layers, and does nothing in those of 8."""
+    assert found(tiny.HEADS, 16) == ["attn.kv0.mixed", "attn.kv1.mixed"]
+    assert found(tiny.HEADS, 16, layer=0) == []
 
 
 def test_not_where_something_else_reads_between():
@@ -182,13 +192,14 @@ def gpu() -> contextlib.AbstractContextManager:
 
 
 @pytest.mark.slow
-def test_it_is_made_for_a_gpu(monkeypatch):
+@pytest.mark.parametrize("plan", ["w8a8", "heads"])
+def test_it_is_made_for_a_gpu(monkeypatch, plan):
     """Lowered to Triton, once per group of heads, inside the one program of its layers."""
-    model = random_model.random_model("w8a8", CONFIG)
+    model = random_model.random_model(tiny.PLANS[plan], CONFIG)
     dec = model.decoder(16)
     stacks = compile_model(model, dec).stacks
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    (stack,) = stacks[1]
+    *_, stack = stacks[1]
     x = jnp.zeros((2, *dec.layer["input.residual"].shape), jnp.int16)
     with jax.enable_x64(), gpu():
         traced = jax.jit(run_stack, static_argnums=0).trace(dec.layer, stack, x)
