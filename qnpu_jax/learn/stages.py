@@ -276,5 +276,6 @@ class _Run:
                     raise
                 what = str(error).partition(";")[0]
                 self.watch.say(f"stage {index + 1}: {what}; begun anew at a quarter of its rates")
-                self.store.forget(index)
-                begun = Progress(first(), History(retreats=history.retreats + 1))
+            # Out of the block above, which holds on to the state of all that failed.
+            self.store.forget(index)
+            begun = Progress(first(), History(retreats=history.retreats + 1))
