@@ -11,7 +11,16 @@ from qnpu_jax.graph.decoder import (
     shared_widths,
     with_additions,
 )
-from qnpu_jax.graph.graph import LAYERS, Graph, Node, TensorSpec, TokenIds, is_identity, split_name
+from qnpu_jax.graph.graph import (
+    LAYERS,
+    Graph,
+    Node,
+    TensorSpec,
+    TokenIds,
+    is_identity,
+    is_widened,
+    split_name,
+)
 from qnpu_jax.graph.layered import Bounds, Params, T, Tensors, local, ranges_of
 from qnpu_jax.graph.ops import (
     WIDENING,
@@ -100,6 +109,7 @@ __all__ = [
     "is_free",
     "is_identity",
     "is_rotated",
+    "is_widened",
     "layer_inputs",
     "local",
     "mask_codes",

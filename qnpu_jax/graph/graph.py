@@ -213,6 +213,15 @@ def global_name(prefix: str, layer: int, name: str) -> str:
     return f"{prefix}{layer}.{name}" if prefix == LAYERS else prefix + name
 
 
+def is_widened(name: str) -> bool:
+    """Tells whether a tensor holds another one's codes in more bits, for an op that reads them so.
+
+    >>> is_widened("attn.kv0.masked.i16"), is_widened("attn.kv0.masked")
+    (True, False)
+    """
+    return re.search(r"\.i\d+$", name) is not None
+
+
 def split_name(name: str) -> tuple[str, int | None]:
     """The name of the stacked tensor, and the layer, of a global name.
 

@@ -6,7 +6,6 @@ prefix, and scale and zero point of every tensor. Nothing in it depends on a seq
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -27,6 +26,7 @@ from qnpu_jax.graph import (
     decoder,
     expand,
     is_constant,
+    is_widened,
     quantize,
     resolve,
 )
@@ -47,7 +47,7 @@ def check_bits(dec: Decoder) -> None:
     """
     for graph in dec.graphs:
         for spec in graph.tensors:
-            if re.search(r"\.i\d+$", spec.name):
+            if is_widened(spec.name):
                 continue  # widened for a tensor that is checked too
             allowed = allowed_bits(graph.prefix, spec)
             for layer, bits in enumerate(spec.quant.bits):

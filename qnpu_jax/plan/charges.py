@@ -49,6 +49,7 @@ from qnpu_jax.graph import (
     TensorSpec,
     constraint,
     expand,
+    is_widened,
     local,
     ranges_of,
     resolve,
@@ -260,7 +261,7 @@ def arrays(model: Mixed, ids: Int[np.ndarray, " t"]) -> Arrays:
 def _rounds(graph: Graph, name: str) -> bool:
     """Whether an activation has errors of its own, and is no copy of another's codes."""
     node = next(n for n in graph.nodes if n.output == name)
-    return not isinstance(constraint(node.op), Same) and not name.endswith(".i16")
+    return not isinstance(constraint(node.op), Same) and not is_widened(name)
 
 
 @partial(jax.jit, static_argnums=0)

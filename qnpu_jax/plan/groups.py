@@ -9,7 +9,6 @@ the next requantize.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from qnpu_jax.graph import (
     Mul,
     Narrowed,
     constraint,
+    is_widened,
     local,
     planned_names,
     shared_widths,
@@ -168,7 +168,7 @@ def connected(
 
 def unwidened(graph: Graph, name: str) -> str:
     """The tensor that a widened one was made of; another's own name."""
-    if re.search(r"\.i\d+$", name) is None:
+    if not is_widened(name):
         return name
     return next(n.inputs[0] for n in graph.nodes if n.output == name)
 
@@ -187,7 +187,7 @@ def _free(low: Graph, high: Graph) -> Iterator[Member]:
     for layer in range(low.layers):
         for t in low.tensors:
             chosen = t.kind == "activation" or t.name.endswith("weight") or t.name == STREAM
-            if not chosen or t.name not in known or t.name.endswith(".i16"):
+            if not chosen or t.name not in known or is_widened(t.name):
                 continue
             a, b = t.quant.bits[layer], high[t.name].quant.bits[layer]
             if a > b:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from qnpu_jax.config import BitPlan, ModelConfig
 from qnpu_jax.fakequant import Edge, EdgeOfBits, passes, shared_inputs, windows_at_once
-from qnpu_jax.graph import Decoder, Graph, Params, Tensors, TensorSpec, decoder
+from qnpu_jax.graph import Decoder, Graph, Params, Tensors, TensorSpec, decoder, is_widened
 from qnpu_jax.transform.prefix import add_prefix, prefix_rows
 
 OUTLIER_RATIO = 500.0
@@ -264,10 +264,11 @@ def clipped_range(bits: Tensors) -> Edge:
 
 
 def _rounds(spec: TensorSpec) -> bool:
-    """Whether trials quantize a tensor."""
+    """Whether trials quantize a tensor. One that is widened has the codes of another."""
     scope, _, last = spec.name.rpartition(".")
     length = last in LENGTHS and scope.endswith("norm")
-    return spec.kind == "activation" and last != "masked" and not length
+    made = spec.kind == "activation" and not is_widened(spec.name)
+    return made and last != "masked" and not length
 
 
 def _rounded(spec: TensorSpec, x: Array, bits: Array, shrink: Array) -> Array:
