@@ -203,6 +203,9 @@ class Watch(Observer):
             line = f"  stage {stage} step {step}/{steps} loss {loss:.4f} held-out {held_out:.4f}"
             print(line, flush=True)
 
+    def say(self, message: str) -> None:
+        print(f"  {message}", flush=True)
+
 
 Check = Callable[[Bench, pipeline.Quantized], Row]
 """Further readings of a quantized model."""
@@ -218,7 +221,8 @@ def measure(
 ) -> Row:
     """Quantizes by a recipe; perplexities, KL and top-1 agreement, and how learning went.
 
-    A recipe that diverges is a result too: a row with `error` and no readings.
+    A recipe that diverges is a result too: a row with `error` and no readings, or, where it
+    does not at lower rates (`learn.stages.slowed`), with `retreats`.
     """
     config, tokenizer = bench.checkpoint.config, bench.checkpoint.tokenizer
     start = time.perf_counter()
@@ -239,6 +243,7 @@ def measure(
         "recipe": recipe.name,
         **scores,
         **(check(bench, made) if check else {}),
+        "retreats": [h.retreats for h in made.histories],
         "prefix": list(made.model.prefix),
         "trials": dataclasses.asdict(made.prefix)["trials"] if made.prefix else None,
         "seconds": round(seconds, 1),

@@ -27,7 +27,10 @@ SMOLLM2 = ModelConfig(
 
 
 def random_model(recipe: str | BitPlan, config: ModelConfig = SMOLLM2) -> IntegerModel:
-    """A model of these shapes in the bits of a recipe or plan, with a prefix of two tokens."""
+    """A model of these shapes in the bits of a recipe or plan, with a prefix of two tokens.
+
+    Weights have the bits of layer 0's.
+    """
     plan = RECIPES[recipe].bits if isinstance(recipe, str) else recipe
     rng = np.random.default_rng(0)
     graphs = [

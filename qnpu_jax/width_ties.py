@@ -44,7 +44,7 @@ class Ties:
         """The tensors of `names` that a name or a shell-style pattern means; of a copy its source.
 
         Raises:
-          UserError: none, or one whose bits no plan decides; says the nearest names.
+          UserError: none; says the nearest names. Or one whose bits no plan decides.
         """
         matches = re.compile(translate(pattern)).match
         found = [n for n in self.names if matches(n)]
@@ -52,7 +52,7 @@ class Ties:
         if not found:
             for constant, bits in self.constant.items():
                 if matches(constant):
-                    raise UserError(f"{constant}: has {bits} bits in every plan; leave it out")
+                    raise UserError(f"{constant}: has {bits} bits wherever it is; leave it out")
             raise UserError(
                 f"{pattern}: no tensor of the model; expected a name like layers.0.mlp.act, or a"
                 " pattern; `qnpu graph` prints every name" + nearest(pattern, self.names)

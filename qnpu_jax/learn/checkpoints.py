@@ -314,7 +314,8 @@ def _history(kept: Mapping[str, Any]) -> History | None:
         retreats = int(kept["retreats"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    whole = domains and all(len(kls) == len(held_out) for kls in domains.values())
+    whole = bool(domains) == bool(held_out)  # neither at the first step of a stage begun anew
+    whole = whole and all(len(kls) == len(held_out) for kls in domains.values())
     return History(loss, held_out, domains, retreats) if whole else None
 
 

@@ -253,11 +253,7 @@ class _Run:
             theta = initial_theta(dec, model.free, [g for g, _ in stage.learn])
             return initial_state(stage, theta, steps)
 
-        like = first()
-        begun = self.store.load(index, like) or Progress(like, History())
-        cached = uncached
-        if not has_ended(begun.state, self.effort, steps):
-            cached = cache_teacher(settings, self.teacher, self.text.learning)
+        begun = self.store.load(index, first()) or Progress(first(), History())
 
         def save(state: TrainState, history: History) -> None:
             self.store.save(index, state, history)
@@ -266,16 +262,25 @@ class _Run:
             self.watch.learned(index, step, steps, loss, held_out)
 
         on_device, told = jax.tree.map(jnp.asarray, base), Callbacks(save, report)
+        cached = uncached
         while True:
             history = begun.history
+            if cached is uncached and not has_ended(begun.state, self.effort, steps):
+                cached = cache_teacher(settings, self.teacher, self.text.learning)
             now = replace(settings, stage=slowed(stage, history.retreats))
             try:
                 return fit(now, on_device, begun, self.text, cached, told), history
             except Diverged as error:
-                if history.retreats == MOST_RETREATS:
-                    raise
                 what = str(error).partition(";")[0]
-                self.watch.say(f"stage {index + 1}: {what}; begun anew at a quarter of its rates")
-            # Out of the block above, which holds on to the state of all that failed.
+                if not history.loss:  # before the first step, which no rate changes
+                    raise
+                if history.retreats == MOST_RETREATS:
+                    raise Diverged(
+                        f"{what}, at 1/{4**MOST_RETREATS} of its rates too; lower the learning"
+                        f" rates of the stage, {dict(stage.learn)}; the last checkpoint is kept"
+                    ) from None
+            self.watch.say(f"stage {index + 1}: {what}; begun anew at a quarter of its rates")
+            # Not in the block above, where the traceback keeps the state that failed alive.
             self.store.forget(index)
             begun = Progress(first(), History(retreats=history.retreats + 1))
+            save(*begun)

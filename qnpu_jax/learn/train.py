@@ -83,7 +83,7 @@ class TrainState:
 
 
 class Diverged(UserError):
-    """Learning that no step leads back from: its rates are too high."""
+    """Learning that no step leads back from."""
 
 
 @dataclass

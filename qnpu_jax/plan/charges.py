@@ -3,8 +3,8 @@
 Every tensor i of a group has an error e_i and a factor t_i of it: 1 where it has its low bits, 0
 where it has its high ones. Of a weight e_i is w_low - w_high, of its bias likewise; of an
 activation fq(x) - x, fq at the low bits and x what it is at the plan where charges are measured:
-raised, it counts as exact. An input that layers share has the factor of the tensor whose bits it
-has. What both plans give the same bits has a factor of 1. With these errors fixed,
+raised, it counts as exact. RoPE tables and eps, which layers share, have the factor of the tensor
+whose bits they have. What both plans give the same bits has a factor of 1. With these errors fixed,
 f(t) = KL(float || mixed) is a smooth function, and a group is charged
 
     a_i = integral over s in [0, 1] of t_i df/dt_i at s t,    sum a_i = f(t) - f(0)
@@ -57,7 +57,7 @@ from qnpu_jax.graph import (
     shared_widths,
 )
 from qnpu_jax.measure import mean_kl
-from qnpu_jax.plan.groups import STREAM, Choices
+from qnpu_jax.plan.groups import Choices
 
 POINTS = 3
 """Points of the Gauss-Legendre rule for the integral over s, as in `diagnose.attribution`."""
@@ -71,7 +71,7 @@ class Mixed:
       choices: its groups.
       params: real values at the high bits, by stacked global name.
       errors: w_low - w_high of weights in groups, and of their biases; fq(x) - x at the low bits of
-        inputs that layers share, in each layer; by stacked global name.
+        RoPE tables and eps, in each layer; by stacked global name.
       scales: resolved QParams of the low plan.
       tables: real values of the inputs that layers share, by shared name.
     """
@@ -129,10 +129,12 @@ def mixed(
 
 
 def _of_tables(dec: Decoder, scales: Scales, tables: Tensors) -> Tensors:
-    """Rounding errors of the inputs that layers share, in each layer; the mask has none."""
+    """Rounding errors of the inputs that layers share, in each layer. Masks have none."""
     errors = {}
     for graph in (dec.layer, dec.head):
-        inputs = {t.name: t for t in graph.named("input") if t.name not in ("mask", STREAM)}
+        inputs = {
+            n: graph[n] for n in local(shared_widths(dec.config), graph.prefix) if n != "mask"
+        }
         for name, bounds in ranges_of(graph, inputs).items():
             rows = []
             for layer in range(graph.layers):
@@ -319,8 +321,9 @@ def _as_read(dec: Decoder, read: Arrays, at: Tensors) -> Tensors:
     shared, found = shared_widths(dec.config), {}
     like = {n: n.partition(".")[0] + "." + x for n, x in shared.items()}
     for name, e in read.errors.items():
-        if name not in read.quant:
-            factor = like.get(name, name if name in at else name.removesuffix("bias") + "weight")
+        if name in like:
             one = jnp.ones(e.shape[: int(name.startswith(dec.layer.prefix))])
-            found[name] = (e, at.get(factor, one))
+            found[name] = (e, at.get(like[name], one))
+        elif name not in read.quant:
+            found[name] = (e, at[name if name in at else name.removesuffix("bias") + "weight"])
     return found

@@ -228,7 +228,8 @@ def _rounded_norms(dec: Decoder, read: Arrays) -> dict[str, Norms]:
 def fisher_terms(model: Mixed, ids: Int[np.ndarray, " t"]) -> Tensors:
     """Computes sum (g e)^2 of one window, by stacked global name."""
     dec, read = model.choices.low, arrays(model, ids)
-    read = read._replace(errors={n: e for n, e in read.errors.items() if n in model.params})
+    params = {n: e for n, e in read.errors.items() if n in model.params}
+    read = read._replace(errors=params)  # the float model reads exact tables
     shapes = jax.eval_shape(partial(_recorded, dec), read, None)[1]
     at = {n: jnp.zeros(shapes[n].shape) for n in read.quant}
     return _fisher(dec, read, jnp.asarray(ids, jnp.int32), at)

@@ -197,7 +197,7 @@ def test_several_at_once():
 def test_what_no_plan_decides_is_told():
     """`keep` multiplies 16-bit probabilities alone."""
     assert tied(LLAMA).constant == {f"layers.{i}.keep": 16 for i in range(2)}
-    with pytest.raises(UserError, match=r"^layers\.0\.keep: has 16 bits in every plan; leave it"):
+    with pytest.raises(UserError, match=r"^layers\.0\.keep: has 16 bits wherever it is; leave it"):
         W4A8.set("layers.*.keep", 8, tied(LLAMA))
 
 
