@@ -271,16 +271,27 @@ class _Run:
             try:
                 return fit(now, on_device, begun, self.text, cached, told), history
             except Diverged as error:
-                what = str(error).partition(";")[0]
-                if not history.loss:  # before the first step, which no rate changes
-                    raise
-                if history.retreats == MOST_RETREATS:
-                    raise Diverged(
-                        f"{what}, at 1/{4**MOST_RETREATS} of its rates too; lower the learning"
-                        f" rates of the stage, {dict(stage.learn)}; the last checkpoint is kept"
-                    ) from None
+                what = _retreat_for(error, history, stage)
             self.watch.say(f"stage {index + 1}: {what}; begun anew at a quarter of its rates")
             # Not in the block above, where the traceback keeps the state that failed alive.
             self.store.forget(index)
             begun = Progress(first(), History(retreats=history.retreats + 1))
             save(*begun)
+
+
+def _retreat_for(error: Diverged, history: History, stage: Stage) -> str:
+    """Says why a stage is begun anew.
+
+    Raises:
+      Diverged: it is not: no rate changes what comes before the first step, or it has been often
+        enough.
+    """
+    what = str(error).partition(";")[0]
+    if not history.loss:
+        raise error
+    if history.retreats == MOST_RETREATS:
+        raise Diverged(
+            f"{what}, at 1/{4**MOST_RETREATS} of its rates too; lower the learning rates of the"
+            f" stage, {dict(stage.learn)}; the last checkpoint is kept"
+        ) from None
+    return what
