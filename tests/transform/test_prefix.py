@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from qnpu_jax.config import LayerKind, ModelConfig
+from qnpu_jax.config import BitPlan, LayerKind, ModelConfig
 from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.recipes import RECIPES
 from qnpu_jax.transform.fold import fold_norms
@@ -136,6 +136,15 @@ def test_the_models_own_bos_as_a_prefix_is_the_original():
     assert outliers.tame
     _, (other,) = bench(bos=(SINK,)).outliers(())
     assert other > 1e-3
+
+
+@pytest.mark.slow
+def test_masked_scores_are_not_rounded_where_a_softmax_reads_them_wider():
+    """A range that reaches to the mask has one code for all scores."""
+    narrow = RECIPES["w8a8s8"].bits
+    wider = BitPlan((("layers.*.softmax", 16), *narrow.rules))
+    low, high = (dataclasses.replace(bench(()), plan=p).harm(()) for p in (narrow, wider))
+    assert high.whole[0] < 1.1 * low.whole[0]  # a finer softmax does no more harm
 
 
 @pytest.mark.slow
