@@ -130,23 +130,31 @@ BROKEN = ThetaKey("bias", "layers.mlp.down.bias")
 
 def diverging(where: str, slow: float):
     """`train.compile_stage` whose steps diverge unless the rates are that much lower: as the loss
-    of step 7, or in what step 8 learned, which is evaluated before it is saved."""
-    real, stop = train.compile_stage, 7 if where == "loss" else 8
+    of step 7, in what step 8 learned, which is evaluated before it is saved, or by the KL at the
+    end, which is saved."""
+    real, stop = train.compile_stage, {"loss": 7, "parameter": 8, "end": STEPS}[where]
 
     def broken(dec, stage, effort, steps) -> train.CompiledStage:
-        honest = real(dec, stage, effort, steps)
+        honest, taken = real(dec, stage, effort, steps), 0
+
+        def held_out(*args):
+            kl = honest.held_out(*args)
+            high = stage.learn[0][1] > STAGE.learn[0][1] * slow
+            return 1000 * kl if where == "end" and taken == stop and high else kl
 
         def step(state, *rest):
+            nonlocal taken
             at = int(state.step)
+            taken = at + 1
             state, loss, norms = honest.step(state, *rest)
-            if at + 1 != stop or stage.learn[0][1] <= STAGE.learn[0][1] * slow:
+            if where == "end" or at + 1 != stop or stage.learn[0][1] <= STAGE.learn[0][1] * slow:
                 return state, loss, norms
             if where == "loss":
                 return state, jnp.float32(np.nan), norms | {BROKEN: jnp.float32(np.inf)}
             ruined = state.theta | {BROKEN: state.theta[BROKEN] * np.float32(np.nan)}
             return replace(state, theta=ruined), loss, norms
 
-        return train.CompiledStage(step, honest.held_out)
+        return train.CompiledStage(step, held_out)
 
     return broken
 
@@ -188,7 +196,7 @@ def test_what_diverges_begins_anew_at_a_quarter_of_its_rates(
     "kills",
     [
         [((0, 7), 1)],  # in the step that diverges first
-        [((0, 1), 2), ((0, 7), 1)],  # anew, before the first checkpoint; then as the first time
+        [((0, 1), 2), ((0, 7), 1)],  # twice after it began anew
         [((0, 5), 2), ((1, 2), 1), ((1, 12), 1)],
     ],
     ids=str,
@@ -201,6 +209,25 @@ def test_killed_before_or_after_it_diverged_is_as_never_killed(
         with pytest.raises(Killed):
             run(Checkpoints(tmp_path, INPUTS), at, time, said=[])
     assert_retreated(run(Checkpoints(tmp_path, INPUTS), said=[]), quartered)
+
+
+@pytest.mark.slow
+def test_killed_between_its_end_and_beginning_anew_is_as_never_killed(
+    tmp_path, quartered, monkeypatch
+):
+    monkeypatch.setattr(train, "compile_stage", diverging("end", 0.25))
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "forget", killed)
+        with pytest.raises(Killed):
+            run(Checkpoints(tmp_path, INPUTS), said=[])
+    assert last_checkpoint(tmp_path) == (0, STEPS)
+    said: list[str] = []
+    assert_retreated(run(Checkpoints(tmp_path, INPUTS), said=said), quartered)
+    assert all(": held-out KL: learning diverged: " in s for s in said)
 
 
 @pytest.mark.slow
