@@ -4,14 +4,16 @@ Every tensor i of a group has an error e_i and a factor t_i of it: 1 where it ha
 where it has its high ones. Of a weight e_i is w_low - w_high, of its bias likewise; of an
 activation fq(x) - x, fq at the low bits and x what it is at the plan where charges are measured:
 raised, it counts as exact. RoPE tables and eps, which layers share, have the factor of the tensor
-whose bits they have. What both plans give the same bits has a factor of 1. With these errors fixed,
-f(t) = KL(float || mixed) is a smooth function, and a group is charged
+whose bits they have. What both plans give the same bits has a factor of 1, also where other layers
+of its tensor are in groups. With these errors fixed, f(t) = KL(float || mixed) is a smooth
+function, and a group is charged
 
-    a_i = integral over s in [0, 1] of t_i df/dt_i at s t,    sum a_i = f(t) - f(0)
+    a_i = integral over s in [0, 1] of t_i df/dt_i at t0 + s (t - t0),    sum a_i = f(t) - f(t0)
 
-at a plan t. f grows with the square of errors: where these are independent, a_i is also the
-amount by which f falls when group i alone is raised. KL is from the float model after its prefix,
-whose minimum is at t = 0; what the prefix itself costs is no group's, and is learned away.
+at a plan t; t0 is the plan of all groups raised, 0 in every group. f grows with the square of
+errors: where these are independent, a_i is also the amount by which f falls when group i alone is
+raised. KL is from the float model after its prefix, whose minimum is where no error is; what the
+prefix itself costs is no group's, and is learned away.
 
 Reference: Sundararajan et al., Integrated Gradients (arXiv 1703.01365), Proposition 1.
 """
@@ -153,14 +155,20 @@ def _rounded(x: jax.Array, spec: TensorSpec, q: Any, bounds: Any) -> jax.Array:
 
 
 def factors(found: Choices, raised: Sequence[bool] | Bool[np.ndarray, " g"]) -> Tensors:
-    """t of every tensor in a group, by stacked global name: (L,), or () without layers."""
+    """t of every tensor that is in a group in some layer, by stacked global name: (L,), or ()
+    without layers."""
     made: dict[str, np.ndarray] = {}
     for member, i in found.index.items():
         layers = found.low.layer.layers if member.prefix == found.low.layer.prefix else None
         name = member.prefix + member.name
-        t = made.setdefault(name, np.zeros(() if layers is None else layers, np.float32))
+        t = made.setdefault(name, np.ones(() if layers is None else layers, np.float32))
         t[... if layers is None else member.layer] = 0.0 if raised[i] else 1.0
     return {n: jnp.asarray(t) for n, t in made.items()}
+
+
+def all_raised(found: Choices) -> Tensors:
+    """t0, the `factors` of the high plan: 0 in every group."""
+    return factors(found, [True] * len(found.groups))
 
 
 class Charged(NamedTuple):
@@ -169,7 +177,7 @@ class Charged(NamedTuple):
     Attributes:
       groups: a_i by window and group, nats per position; 0 where a group is raised.
       kl: f(t), by window.
-      base: f(0), by window: all groups raised.
+      base: f(t0), by window: all groups raised.
     """
 
     groups: Float64[np.ndarray, "n g"]
@@ -190,7 +198,8 @@ def charges(
       raised: the plan, by group.
     """
     found, at = model.choices, factors(model.choices, raised)
-    none = {n: jnp.zeros_like(t) for n, t in at.items()}
+    none = all_raised(found)
+    path = {n: t - none[n] for n, t in at.items()}
     rows, kls, bases = [], [], []
     for ids, reference in zip(windows, references, strict=True):
         read = arrays(model, ids)
@@ -198,8 +207,9 @@ def charges(
         fixed = read._replace(errors=read.errors | errors)
         total = {n: np.zeros(t.shape) for n, t in at.items()}
         for x, weight in zip(*np.polynomial.legendre.leggauss(POINTS), strict=True):
-            slope = _slopes(found.low, fixed, reference, at, jnp.float32((x + 1) / 2))
-            more = {n: np.asarray(weight / 2 * slope[n] * at[n]) for n in total}
+            place = {n: none[n] + jnp.float32((x + 1) / 2) * d for n, d in path.items()}
+            slope = _slopes(found.low, fixed, reference, place)
+            more = {n: np.asarray(weight / 2 * slope[n] * path[n]) for n in total}
             total = {n: np.asarray(a + more[n]) for n, a in total.items()}
         rows.append([_of_group(group, total) for group in found.groups])
         kls.append(float(mean_kl(reference, logits)))
@@ -294,11 +304,8 @@ def rounded_pass(dec: Decoder, read: Arrays, at: Tensors) -> tuple[jax.Array, Te
 
 
 @partial(jax.jit, static_argnums=0)
-def _slopes(
-    dec: Decoder, read: Arrays, reference: jax.Array, at: Tensors, scale: jax.Array
-) -> Tensors:
-    lost = lambda t: divergence(dec, read, reference, t)  # noqa: E731
-    return jax.grad(lost)({n: scale * t for n, t in at.items()})
+def _slopes(dec: Decoder, read: Arrays, reference: jax.Array, at: Tensors) -> Tensors:
+    return jax.grad(lambda t: divergence(dec, read, reference, t))(at)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -2,7 +2,7 @@
 
 With all errors fixed, f(t) = KL(float || mixed) grows with the square of errors, so that
 
-    f(t) = f(0) + sum_i b_i t_i + sum_(i,j) h_ij t_i t_j,    h_ij = d2f / dt_i dt_j
+    f(t) = f(t0) + sum_i b_i t_i + sum_(i,j) h_ij t_i t_j,    h_ij = d2f / dt_i dt_j
 
 where b_i is what group i costs alone. The charge a_i of `charges` holds half of each of its pair
 terms: b_i = a_i - 1/2 sum_j h_ij. Terms are measured within a layer and to the next one, others
@@ -10,7 +10,7 @@ count as 0: errors that lie further apart have little to do with each other.
 
 A product of the Hessian with a direction v gives all terms with the groups in v. Groups of one kind
 of every third layer go into one v: what they share with a layer beside them comes from one of them
-alone. Second derivatives are taken at t / 2, halfway along the path of the charges.
+alone. Second derivatives are taken at (t0 + t) / 2, halfway along the path of the charges.
 
 Reference: Janizek et al., Explaining Explanations: Axiomatic Feature Interactions for Deep Networks
 (arXiv 2002.04138), whose integral over the path is taken here at its middle.
@@ -29,7 +29,15 @@ from jaxtyping import Array, Float, Float64, Int
 
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph import Decoder, Tensors
-from qnpu_jax.plan.charges import Arrays, Mixed, arrays, divergence, factors, rounded_pass
+from qnpu_jax.plan.charges import (
+    Arrays,
+    Mixed,
+    all_raised,
+    arrays,
+    divergence,
+    factors,
+    rounded_pass,
+)
 from qnpu_jax.plan.groups import Choices
 
 APART = 3
@@ -49,7 +57,7 @@ class Losses:
     """Predicted KL of every plan (nats per position): that of raising all, own terms, pair terms.
 
     Attributes:
-      base: f(0), all groups raised.
+      base: f(t0), all groups raised.
       own: by group, its charge less half of its pair terms with groups that were low beside it.
       pairs: those that are more than noise; none for charges alone.
     """
@@ -129,10 +137,11 @@ def _layers(found: Choices) -> dict[int, int]:
 def _product(
     found: Choices, fixed: Arrays, reference: jax.Array, at: Tensors, groups: tuple[int, ...]
 ) -> Float64[np.ndarray, " g"]:
-    """Returns t_j (H v)_j by group, v the factors of some groups."""
-    others = [i not in groups for i in range(len(found.groups))]
-    v = {n: t * at[n] for n, t in factors(found, others).items()}
-    rows = _hessian_product(found.low, fixed, reference, at, v)
+    """Returns t_j (H v)_j by group, v the factors of some groups, H halfway along the path."""
+    others, none = [i not in groups for i in range(len(found.groups))], all_raised(found)
+    v = {n: (t - none[n]) * at[n] for n, t in factors(found, others).items()}
+    middle = {n: (none[n] + t) / 2 for n, t in at.items()}
+    rows = _hessian_product(found.low, fixed, reference, middle, v)
     total = {n: np.atleast_1d(np.asarray(x * at[n], np.float64)) for n, x in rows.items()}
     return np.array([
         sum(total[m.prefix + m.name][m.layer] for m in group.members) for group in found.groups
@@ -143,9 +152,9 @@ def _product(
 def _hessian_product(
     dec: Decoder, read: Arrays, reference: jax.Array, at: Tensors, v: Tensors
 ) -> Tensors:
-    """Returns H v at t / 2."""
+    """Returns H v at the factors `at`."""
     slopes = jax.grad(lambda t: divergence(dec, read, reference, t))
-    return jax.jvp(slopes, ({n: t / 2 for n, t in at.items()},), (v,))[1]
+    return jax.jvp(slopes, (at,), (v,))[1]
 
 
 def significant(

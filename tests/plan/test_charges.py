@@ -29,13 +29,13 @@ IDS = tiny.random_ids((3, tiny.TOKENS), seed=9)
 
 
 @functools.cache
-def made(name: str, low: str = "w4a8"):
+def made(name: str, low: str = "w4a8", high: str = "w8a16"):
     """A mixed decoder, its float logits, and the low plan's parameters and scales."""
     dec, params, free = tiny.calibrated(name, low)
     fitted = gptq(dec, params, resolve(dec, free), IDS, GptqSettings(exact=False))
     free = {n: fitted.scales.get(n, q) for n, q in free.items()}
-    high = decoder(dec.config, tiny.PLANS["w8a16"], tiny.TOKENS, dec.prefix)
-    model = mixed(choices(dec, high), params, fitted.params, free)
+    above = decoder(dec.config, tiny.PLANS[high], tiny.TOKENS, dec.prefix)
+    model = mixed(choices(dec, above), params, fitted.params, free)
     references = [forward(dec, params, jnp.asarray(ids)) for ids in IDS]
     return model, references, fitted.params, free
 
@@ -101,6 +101,28 @@ def test_the_high_plan_is_fake_quant_of_what_is_no_choice(low):
         logits = forward(dec, model.params, jnp.asarray(ids), scales)
         expected = float(mean_kl(reference, logits))
         assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_layers_that_are_no_choice_stay_low_beside_those_that_are():
+    """A high plan that raises one layer's wide MLP: the other's is rounded as in the low plan."""
+    model, references, params, free = made("gqa_llama3", "w8a8", "mixed")
+    low, _ = low_and_high(model)
+    chosen = {m.prefix + m.name for m in model.choices.index}
+    assert chosen == {"layers.mlp.act", "layers.mlp.down"}
+    assert {m.layer for m in model.choices.index} == {1}
+    scales = dict(resolve(model.choices.low, free))
+    for name in chosen:  # what 8 bits reach, in 16
+        q = scales[name]
+        scale, zero_point = np.array(q.scale), np.array(q.zero_point)
+        scale[1] *= 256 / 2**15
+        zero_point[1] = 0
+        scales[name] = dataclasses.replace(q, scale=scale, zero_point=zero_point)
+    found = charges(model, IDS, references, low)
+    np.testing.assert_allclose(found.groups.sum(1), found.kl - found.base, rtol=0.05)
+    for ids, reference, base in zip(IDS, references, found.base, strict=True):
+        logits = forward(model.choices.high, params, jnp.asarray(ids), scales)
+        expected = float(mean_kl(reference, logits))
+        assert base == pytest.approx(expected, rel=0.02)
 
 
 def test_a_raised_group_is_charged_nothing():

@@ -8,14 +8,18 @@ import pytest
 import tiny
 from model_files import FAMILIES
 
+from qnpu_jax.calibrate.ranges import calibrate_activations
+from qnpu_jax.calibrate.statistics import collect_statistics
 from qnpu_jax.config import BitPlan
 from qnpu_jax.errors import UserError
 from qnpu_jax.graph.decoder import decoder, planned_names
 from qnpu_jax.graph.graph import global_name
 from qnpu_jax.graph.ops import tied_inputs
-from qnpu_jax.integer.freeze import check_bits
+from qnpu_jax.integer.freeze import check_bits, freeze
 from qnpu_jax.models.checkpoint import load_params
 from qnpu_jax.plan.groups import Choices, Member, choices
+from qnpu_jax.proof.verified import verify_file
+from qnpu_jax.tflite import writer
 
 LOWS = ("w4a8", "w4a8s8", "w4a8i8")
 MODELS = (*tiny.NAMES, *(f"{name}_tiny" for name in FAMILIES))
@@ -107,6 +111,30 @@ def test_what_reads_one_shared_input_in_a_layer_has_one_width():
     rotated = between("gqa_llama3", "w4a8i8")
     at = [rotated.index[Member("layers.", f"attn.rope.{x}", 1)] for x in ("q", "k", "q_cos")]
     assert len({*at}) == 1 and {m.layer for m in rotated.groups[at[0]].members} == {1}
+
+
+def test_the_stream_may_widen_from_any_place_on(tmp_path):
+    """8 bits up to the first layer's MLP, 16 from what it adds on, as no kernel narrows the stream;
+    in LiteRT's kernels too."""
+    dec, params, free = tiny.calibrated("gqa_llama3", "w4a8i8")
+    above = decoder(dec.config, tiny.PLANS["w8a16"], dec.tokens, dec.prefix)
+    found = choices(dec, above)
+    first = next(i for i, g in enumerate(found.groups) if g.name == "layers.0.mlp.residual")
+    plan = found.plan(found.closed([False] * len(found.groups), (first,)))
+    mixed = decoder(dec.config, plan, dec.tokens, dec.prefix)
+    stream = ("input.residual", "attn.residual", "mlp.residual")
+    assert [mixed.layer[n].quant.bits for n in stream] == [(8, 16), (8, 16), (16, 16)]
+    assert mixed.embed["residual"].quant.bits == (8,)
+    assert mixed.head["input.residual"].quant.bits == (16,)
+    scales, _ = calibrate_activations(
+        mixed, collect_statistics(mixed, params, tiny.random_ids((4, tiny.TOKENS))),
+        "class", tame=True,
+    )  # fmt: skip
+    model = freeze(mixed, params, free | scales, tiny.PREFIX)
+    writer.write_prefill(model, tmp_path / "m.tflite", tiny.TOKENS)
+    ids = tiny.random_ids((tiny.TOKENS,))
+    compared = verify_file(tmp_path / "m.tflite", model, ids, "ref")
+    assert compared.differing == 0 < compared.elements
 
 
 def test_heads_may_differ_in_the_width_of_probabilities():
