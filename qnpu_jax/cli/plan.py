@@ -49,7 +49,8 @@ Low = Annotated[
 Least = Annotated[
     str | None,
     typer.Option(
-        help="Recipe of the fewest bits; the plan is it in all else.", show_default="--low"
+        help="Recipe of the fewest bits; the plan is it in all else.",
+        show_default="--low, with 8-bit scores and softmax where that is w4a8 or w8a8",
     ),
 ]
 OfFolder = Annotated[

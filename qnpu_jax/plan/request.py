@@ -20,7 +20,7 @@ from qnpu_jax.plan.costs import Cost, cost
 from qnpu_jax.plan.groups import Choices, choices
 from qnpu_jax.plan.pairs import Losses
 from qnpu_jax.plan.solver import Budget, solve
-from qnpu_jax.recipes import EFFORTS, Effort, Recipe
+from qnpu_jax.recipes import EFFORTS, RECIPES, Effort, Recipe
 from qnpu_jax.text import files
 
 FRONT = (1.0, 1.01, 1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)
@@ -48,7 +48,8 @@ class PlanRequest:
       effort: how much is learned from the plan before it is charged and solved a last time.
       pairs: pair terms that predictions have beside charges, at most; 0 measures none.
       sha256: of the model's weights, where it must be that one.
-      least: recipe of the fewest bits; the plan is it in all else. None takes the low one.
+      least: recipe of the fewest bits; the plan is it in all else. None takes `narrow_scores` of
+        the low one.
       windows: of each text, its end and that of Python's documentation, that charges and KL are
         measured on, at most; no fewer than `effort` keeps steps by, where it learns.
     """
@@ -73,7 +74,20 @@ class PlanRequest:
     @property
     def lowest(self) -> Recipe:
         """The recipe of the fewest bits."""
-        return self.low if self.least is None else self.least
+        return narrow_scores(self.low) if self.least is None else self.least
+
+
+def narrow_scores(low: Recipe) -> Recipe:
+    """Returns a recipe of the bits of w4a8 or w8a8 with scores and softmax of 8 bits, any other one
+    as it is.
+
+    8-bit ones save casts in every layer, which pay for more bits elsewhere; a plan gives 16 to
+    those layers that need them (benchmarks/README.md, "Plans").
+    """
+    for name in ("w4a8", "w8a8"):
+        if low.bits == RECIPES[name].bits:
+            return replace(low, name=f"{low.name}s8", bits=RECIPES[f"{name}s8"].bits)
+    return low
 
 
 class Origin(NamedTuple):

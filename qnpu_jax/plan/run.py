@@ -139,13 +139,14 @@ def plan(asked: PlanRequest, watch: Observer) -> Plan:
 def _feasible(its: targets.Target, config: ModelConfig, asked: PlanRequest) -> PlanRequest:
     """Narrows the recipes of a request to what a target has kernels for."""
     low, high = feasible.recipes(its, config, asked.low, asked.high)
-    if asked.least is None:
-        return replace(asked, low=low, high=high)
+    fewest = asked.lowest
+    if fewest is asked.low:
+        return replace(asked, low=low, high=high, least=low)
     try:
-        choices(*(decoder(config, r.bits, 1) for r in (asked.least, asked.low)))
+        choices(*(decoder(config, r.bits, 1) for r in (fewest, asked.low)))
     except UserError as error:
-        raise UserError(f"--least {asked.least.name}, as low, and {low.name}: {error}") from None
-    least, high = feasible.recipes(its, config, asked.least, asked.high)
+        raise UserError(f"--least {fewest.name}, as low, and {low.name}: {error}") from None
+    least, high = feasible.recipes(its, config, fewest, asked.high)
     return replace(asked, low=low, high=high, least=least)
 
 

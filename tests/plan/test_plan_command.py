@@ -27,7 +27,7 @@ PLAN = "plan model --soc SM8750 --low low.json --calibration text.txt --context 
 @pytest.fixture(scope="module")
 def asked(made) -> PlanRequest:
     return PlanRequest(
-        model=str(made / "model"), soc="SM8750", low=LOW, high=RECIPES["w8a16"],
+        model=str(made / "model"), soc="SM8750", low=LOW, high=RECIPES["w8a16"], least=LOW,
         within=1.001, calibration=made / "text.txt", context=200,
     )  # fmt: skip
 
@@ -137,11 +137,12 @@ def test_a_loss_is_kept_where_some_plan_keeps_it(asked, planned):
     ],
 )
 def test_each_target_has_a_plan_that_it_can_run(asked, soc, low, high):
+    """With 8-bit scores where the low recipe leaves that open."""
     start = dataclasses.replace(LOW, name=low, bits=RECIPES[low].bits)
     its = targets.target(soc)
     budget = {"within": 1.05} if its.rates else {"within": math.inf, "size": 1e6}
     request = dataclasses.replace(
-        asked, soc=soc, low=start, high=RECIPES[high], front=False, **budget
+        asked, soc=soc, low=start, least=None, high=RECIPES[high], front=False, **budget
     )
     made = run.plan(request, Observer())
     assert made.timed == (its.rates is not None)
@@ -188,6 +189,16 @@ def test_a_plan_lies_between_the_least_bits_and_the_most(asked, planned):
     assert made.recipe.stages == least.stages
     dec = decoder(made.choices.low.config, made.recipe.bits, 5)
     assert dec.head["weight"].quant.bits == (8 if made.chosen.raised[head] else 4,)
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w8a8"])
+def test_a_plan_begins_at_8_bit_scores_where_that_is_left_open(asked, name):
+    low = dataclasses.replace(RECIPES[name], prefix="none")
+    least = dataclasses.replace(asked, low=low, least=None).lowest
+    assert least == dataclasses.replace(low, name=f"{name}s8", bits=RECIPES[f"{name}s8"].bits)
+    assert dataclasses.replace(asked, low=low, least=low).lowest is low
+    other = RECIPES["w4a16"]
+    assert dataclasses.replace(asked, low=other, least=None).lowest is other
 
 
 def test_more_windows_are_measured_on_where_they_are_asked_for(asked):
@@ -250,6 +261,8 @@ def test_a_folder_is_planned_from_its_own_recipe(qnpu, refused, here):
     assert "qnpu quantize model --recipe made/plan.json" in out
     own = json.loads((here / "out" / "recipe.json").read_text())["recipe"]
     recipe = json.loads((here / "made" / "plan.json").read_text())
+    points = json.loads((here / "made" / "front.json").read_text())["points"]
+    assert [p["name"] for p in points[1:]] == [f"{own['name']}s8", own["name"], "w8a16"]
     assert {**recipe, "bits": own["bits"], "name": own["name"]} == own
     assert recipe["name"] == f"{own['name']}-plan"
     more = (*of.split(), "--out", "other")

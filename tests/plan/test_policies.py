@@ -118,8 +118,8 @@ def test_names_are_expanded_and_checked():
 @pytest.fixture(scope="module")
 def planned(made):
     asked = PlanRequest(
-        model=str(made / "model"), soc="SM8750", low=LOW, high=RECIPES["w8a16"], within=1.001,
-        calibration=made / "text.txt", context=200, baselines=tuple(POLICIES),
+        model=str(made / "model"), soc="SM8750", low=LOW, high=RECIPES["w8a16"], least=LOW,
+        within=1.001, calibration=made / "text.txt", context=200, baselines=tuple(POLICIES),
     )  # fmt: skip
     return run.plan(asked, Observer())
 
