@@ -179,16 +179,18 @@ def _front(bench: Bench, limits: Mapping[str, Budget], losses: Losses) -> tuple[
 
     A charge falls where others do: what a plan leaves low is charged anew for the next one.
     """
-    points, watch = [], bench.watch
+    points: list[Point] = []
+    watch = bench.watch
     if not limits:
         return ()
     with watch.stage("front"):
         for name, most in watch.track(limits.items(), len(limits), "front"):
             raised = solve(bench.model.choices, bench.cost, losses, most)
-            predicted = losses.predicted(raised)
-            now = charges(bench.model, bench.windows, bench.references, raised)
-            points.append(bench.point(name, raised, predicted, now.kl))
-            losses = losses.charged(now.groups.mean(0), raised)
+            predicted, kls = losses.predicted(raised), None
+            if len(points) < len(limits) - 1 and not all(raised):  # or no plan asks for the charges
+                now = charges(bench.model, bench.windows, bench.references, raised)
+                kls, losses = now.kl, losses.charged(now.groups.mean(0), raised)
+            points.append(bench.point(name, raised, predicted, kls))
     return tuple(points)
 
 
