@@ -177,7 +177,8 @@ def _losses(
 def _front(bench: Bench, limits: Mapping[str, Budget], losses: Losses) -> tuple[Point, ...]:
     """Solves for each budget in turn, and measures.
 
-    A charge falls where others do: what a plan leaves low is charged anew for the next one.
+    A charge falls where others do: what a plan leaves low is charged anew for the next one. After
+    the last there is none.
     """
     points: list[Point] = []
     watch = bench.watch
@@ -187,7 +188,7 @@ def _front(bench: Bench, limits: Mapping[str, Budget], losses: Losses) -> tuple[
         for name, most in watch.track(limits.items(), len(limits), "front"):
             raised = solve(bench.model.choices, bench.cost, losses, most)
             predicted, kls = losses.predicted(raised), None
-            if len(points) < len(limits) - 1 and not all(raised):  # or no plan asks for the charges
+            if len(points) < len(limits) - 1:
                 now = charges(bench.model, bench.windows, bench.references, raised)
                 kls, losses = now.kl, losses.charged(now.groups.mean(0), raised)
             points.append(bench.point(name, raised, predicted, kls))

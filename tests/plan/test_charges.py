@@ -135,6 +135,15 @@ def test_a_raised_group_is_charged_nothing():
     assert found.kl.mean() < divergences(model, IDS, references, low).mean()
 
 
+def test_a_plan_that_raises_everything_charges_nothing():
+    model, references, *_ = made("gqa_llama3")
+    _, high = low_and_high(model)
+    found = charges(model, IDS, references, high)
+    assert (found.groups == 0).all()
+    np.testing.assert_array_equal(found.kl, divergences(model, IDS, references, high))
+    np.testing.assert_allclose(found.base, found.kl, rtol=1e-3)  # sums in another order
+
+
 def test_factors_reach_every_tensor_of_a_group():
     model, *_ = made("gqa_llama3")
     found = model.choices
